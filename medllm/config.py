@@ -1,0 +1,262 @@
+"""Every setting of the study, declared once.
+
+Each stage's config is a frozen dataclass; presets in ``medllm/presets`` are YAML files of the same shape and carry the
+reason or the source of every number. The paper publishes almost none of its hyper-parameters, so the defaults here are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights an engine opens.
+
+    Args:
+        path: A Hugging Face model directory (Qwen2 architecture, safetensors).
+        adapter: A PEFT LoRA directory applied on top of the weights, frozen.
+        tokenizer: Directory of the tokenizer; the model directory itself when unset.
+        quantization: ``nf4`` stores the seven linear kinds as 4-bit NormalFloat with double quantization (QLoRA).
+        dtype: Type of the unquantized weights and of the computation; adapters, moments and losses stay fp32.
+    """
+
+    path: str
+    adapter: str | None = None
+    tokenizer: str | None = None
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter that is trained, in PEFT's terms. Scaling is ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora).
+
+    Args:
+        rank: Width r of the low-rank update.
+        alpha: Numerator of the scaling.
+        targets: Which of the seven linear kinds carry an adapter.
+        rslora: Scale by ``alpha / sqrt(rank)``.
+        seed: Seed of A ~ U(±1/sqrt(in)); B starts at zero.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ALL_LINEAR
+    rslora: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warmup and cosine decay to zero, stepped as Hugging Face's Trainer steps it.
+
+    Args:
+        learning_rate: Peak learning rate.
+        betas: Decay rates of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay, on every adapter matrix.
+        warmup_ratio: Fraction of all steps spent in warmup (rounded up).
+        clip_norm: Global gradient norm above which gradients are scaled down, after accumulation.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What continued pretraining reads.
+
+    Args:
+        documents: Files or folders: JSONL, Parquet, plain text, or whatever ``datasets`` opens.
+        text_column: Column that holds a document's text; a problem file is turned into question, explanation and answer.
+        problems: Problem files whose verified explanations join the corpus (nothing after ``problems_until``).
+        problems_until: Last exam year that may enter training; the evaluation exams begin the year after.
+        length: Tokens in a row.
+        packing: ``packed`` keeps documents apart (segment ids, positions restart); ``wrapped`` cuts one stream anywhere.
+    """
+
+    documents: tuple[str, ...] = ()
+    text_column: str = "text"
+    problems: tuple[str, ...] = ()
+    problems_until: int = 2017
+    length: int = 2048
+    packing: Literal["packed", "wrapped"] = "packed"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop both training stages share.
+
+    Args:
+        epochs: Passes over the data.
+        batch_size: Units (packed rows, or problems/pairs) in one forward and backward pass, over all devices.
+        accumulation: Passes added up before one optimizer step.
+        seed: Seed of the data order.
+        log_every: Optimizer steps between two lines of metrics.
+        checkpoint_every: Optimizer steps between two checkpoints; 0 keeps only the last.
+        max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
+        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    epochs: int = 2
+    batch_size: int = 1
+    accumulation: int = 16
+    seed: int = 0
+    log_every: int = 1
+    checkpoint_every: int = 0
+    max_steps: int = 0
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class CptConfig:
+    """Stage 1: continued pretraining. Two epochs is the paper's figure."""
+
+    model: ModelConfig
+    run: str
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is generated. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters off.
+
+    Args:
+        max_new_tokens: Longest continuation, end-of-text token not counted.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Smallest set of tokens whose probability reaches this.
+        top_k: Only the k most likely tokens.
+        samples: Continuations for each prompt.
+        seed: The text of (prompt, sample) depends on this seed, not on what else is in the batch.
+        stop: Strings that end a continuation; they are cut off.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Preference data from the model's own answers.
+
+    Args:
+        model: The model that writes the responses (the CPT model in the paper).
+        run: Run folder; ``preferences.jsonl`` is written into it.
+        problems: Problem files or folders, with verified explanations.
+        shots: Problem file whose first ``shot_count`` rows are the examples; the problems' own first ones when unset.
+        shot_count: Examples before the question (three in the paper).
+        problems_until: Problems of later years are refused: the exams held out for evaluation never enter training.
+        sampling: Several samples a problem at a temperature that gives right and wrong answers.
+        answer_as: Answers are written as option letters, or as the options' own text.
+        batch_size: Continuations generated at a time.
+        limit: Use only the first so many problems (0: all).
+    """
+
+    model: ModelConfig
+    run: str
+    problems: tuple[str, ...]
+    shots: str | None = None
+    shot_count: int = 3
+    problems_until: int = 2017
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, samples=8))
+    answer_as: Literal["letters", "text"] = "letters"
+    batch_size: int = 32
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """RPO = DPO + alpha · NLL(preferred). alpha = 10 is the paper's figure; alpha = 0 is plain DPO.
+
+    Args:
+        beta: DPO's inverse temperature.
+        alpha: Weight of the preferred response's negative log-likelihood.
+        nll_reduction: ``sequence``: mean over each response's own tokens (Pang et al.); ``micro_batch_tokens``: mean over
+            all preferred tokens of the micro-batch (TRL).
+    """
+
+    beta: float = 0.1
+    alpha: float = 10.0
+    nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence"
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Which pairs of the hierarchy ground truth > chosen > rejected are trained on.
+
+    Args:
+        max_chosen: Distinct chosen samples kept for each problem (0: all).
+        max_rejected: Distinct rejected samples kept for each problem (0: all).
+        unit: What one unit of ``training.batch_size`` is: a ``problem`` with all its pairs, or a single ``pair``.
+            The reference engine always trains on single pairs, as TRL does.
+        max_length: Longest prompt + response in tokens; a longer response is cut at the end (TRL's ``keep_start``).
+    """
+
+    max_chosen: int = 1
+    max_rejected: int = 1
+    unit: Literal["problem", "pair"] = "problem"
+    max_length: int = 4096
+
+
+@dataclass(frozen=True)
+class RpoConfig:
+    """Stage 2: preference training. One epoch over all pairs is the paper's figure."""
+
+    model: ModelConfig
+    run: str
+    preferences: str
+    loss: PreferenceLoss = field(default_factory=PreferenceLoss)
+    pairs: PairConfig = field(default_factory=PairConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=1))
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """An exam sat by a model, from prompts to the score.
+
+    Args:
+        problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
+        shots: Problem file with the examples; required when ``shot_count`` > 0.
+        explanation: Ask for an explanation before the answer (the paper's second column).
+        template: ``igakuqa`` is the benchmark's own prompt, ``curation`` the paper's Question/Explanation/Answer.
+        format: ``completion`` for base models, ``chat`` for models with a chat template.
+        answer_as: The shots answer with option letters, or with the options' own text.
+        batch_size: Continuations generated at a time.
+        lenient: Also forgive spaces in a prediction; the official scoring does not.
+        limit: Only the first so many problems (0: all).
+    """
+
+    model: ModelConfig
+    run: str
+    problems: tuple[str, ...]
+    shots: str | None = None
+    shot_count: int = 3
+    explanation: bool = False
+    template: Literal["igakuqa", "curation"] = "igakuqa"
+    format: Literal["completion", "chat"] = "completion"
+    answer_as: Literal["letters", "text"] = "letters"
+    sampling: Sampling = field(default_factory=Sampling)
+    batch_size: int = 32
+    lenient: bool = False
+    limit: int = 0

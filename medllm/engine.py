@@ -1,0 +1,113 @@
+"""What an engine is: the one Protocol behind ``--engine jax``, ``--engine torch`` and ``--engine openai``.
+
+An engine is opened on one model. Training writes a PEFT adapter into the run folder and never changes the opened model:
+the next stage opens base + adapter anew. All texts pass through :mod:`medllm.tokenizer`, so that both engines see the same
+tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from medllm.errors import UserError
+
+if TYPE_CHECKING:
+    from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling
+    from medllm.corpus.packing import PackedRows
+    from medllm.preferences.records import Preference
+    from medllm.run import Run
+
+EngineName = Literal["jax", "torch", "openai"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat prompt. ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation: its text without stop string and end token, its tokens, and why it ended."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Token ids of a prompt and of a given continuation, whose log-probabilities are asked for."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """Result of a training run.
+
+    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second without compilation.
+    """
+
+    steps: int
+    loss: float
+    seconds: float
+    rate: float
+    adapter: str
+
+
+class Engine(Protocol):
+    """A language model opened from a :class:`medllm.config.ModelConfig`."""
+
+    name: str
+
+    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
+        """Continued pretraining on packed rows; leaves a PEFT adapter in ``run.path/adapter``."""
+        ...
+
+    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
+        """DPO or RPO over the pairs of the hierarchy; leaves a PEFT adapter in ``run.path/adapter``."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+        """``sampling.samples`` continuations for each prompt, in the order of the prompts.
+
+        Raises:
+            UserError: a prompt and its continuation do not fit the model's context.
+        """
+        ...
+
+    def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
+        """Per-token log-probabilities (fp32, natural log) of each completion given its prompt."""
+        ...
+
+
+_ENGINES = {
+    "jax": ("jax_medllm.engine", "JaxEngine", "jax", "jax"),
+    "torch": ("torch_ref.engine", "TorchEngine", "torch", "torch"),
+    "openai": ("medllm.openai_engine", "OpenAIEngine", "openai", "eval"),
+}
+
+
+def open_engine(name: EngineName, model: ModelConfig) -> Engine:
+    """Open ``model`` on the engine called ``name``; the framework is imported only here.
+
+    Raises:
+        UserError: the engine's packages are not installed (the message has the install command).
+    """
+    module, attribute, package, extra = _ENGINES[name]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"engine '{name}' needs the package '{package}': pip install 'medllm[{extra}]'")
+    return getattr(importlib.import_module(module), attribute)(model)

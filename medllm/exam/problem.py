@@ -1,0 +1,45 @@
+"""One exam problem, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem of a multiple-choice (or numeric) exam.
+
+    Attributes:
+        problem_id: Unique in its exam, e.g. ``112A1``.
+        text: The question.
+        choices: Option texts, lettered a, b, c … in order; empty for a numeric problem.
+        answer: Gold letters, sorted; the number as text for a numeric problem; ``("a or d",)`` where either is accepted.
+        points: Points it is worth.
+        text_only: False where the question needs an image that is not in the text.
+        explanation: A verified explanation, where there is one.
+        year: Exam year, where known.
+        section: Section of the exam (IgakuQA: A–F), where known.
+        category: Subject, where known.
+        kinki: Prohibited choices (letters): choosing one counts against the candidate.
+        source: Where it came from, ``file:line``.
+    """
+
+    problem_id: str
+    text: str
+    choices: tuple[str, ...]
+    answer: tuple[str, ...]
+    points: int = 1
+    text_only: bool = True
+    explanation: str | None = None
+    year: int | None = None
+    section: str | None = None
+    category: str | None = None
+    kinki: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def is_numeric(self) -> bool:
+        """True where the answer is a number, not a choice."""
+        return not self.choices

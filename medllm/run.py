@@ -1,0 +1,138 @@
+"""A run is a folder: configuration, environment, metrics, checkpoints, adapter and result. Nothing outside it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medllm.errors import UserError
+
+_RECORDED_PACKAGES = (
+    "medllm numpy jax jaxlib flax optax orbax-checkpoint grain torch transformers trl peft bitsandbytes accelerate "
+    "datasets tokenizers safetensors"
+).split()
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A sibling path that takes ``target``'s place when the block ends well, and disappears when it does not."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield scratch
+        if scratch.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(scratch, target)
+    finally:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        elif scratch.exists():
+            scratch.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as readable UTF-8 JSON, all of it or nothing."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and git commit that a figure depends on."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions,
+        "git_commit": _git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Run:
+    """A run folder that is being written.
+
+    Args:
+        path: The folder. A folder that already holds a run is refused unless ``resume`` is set.
+        config: The resolved configuration (a dataclass), written as ``config.yaml``.
+        resume: Go on in an existing run folder.
+
+    Raises:
+        UserError: the folder holds a finished or another run.
+    """
+
+    def __init__(self, path: str | Path, config: Any, *, resume: bool = False):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: a run folder is needed here, but this is a file; give another --run")
+        if (self.path / "config.yaml").exists() and not resume:
+            raise UserError(f"{self.path}: already holds a run; give another --run, remove it, or go on with --resume true")
+        self.path.mkdir(parents=True, exist_ok=True)
+        settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+        plain = json.loads(json.dumps(settings))
+        (self.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_json(self.path / "environment.json", environment())
+        self._events: Any = None
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
+        values = {name: float(value) for name, value in metrics.items()}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is None:
+            from tensorboardX import SummaryWriter  # slow to import; only runs that log need it
+
+            self._events = SummaryWriter(str(self.path / "events"))
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines logged so far."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write ``result.json`` and close the event file."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        write_json(self.path / "result.json", result)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
