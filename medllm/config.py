@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medllm.errors import UserError
+
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _require(holds: bool, setting: str, value: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{setting} is {value!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,12 @@ class LoraConfig:
     rslora: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        fits = bool(self.targets) and set(self.targets) <= set(ALL_LINEAR)
+        _require(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -70,6 +83,12 @@ class OptimizerConfig:
     warmup_ratio: float = 0.03
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
+        _require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio", self.warmup_ratio, "a fraction in [0, 1]")
+        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a positive number")
+
 
 @dataclass(frozen=True)
 class CorpusConfig:
@@ -90,6 +109,9 @@ class CorpusConfig:
     problems_until: int = 2017
     length: int = 2048
     packing: Literal["packed", "wrapped"] = "packed"
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 2, "corpus.length", self.length, "at least 2 tokens in a row")
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,12 @@ class TrainingConfig:
     checkpoint_every: int = 0
     max_steps: int = 0
     gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "log_every"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        for name in ("checkpoint_every", "max_steps"):
+            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -151,6 +179,15 @@ class Sampling:
     samples: int = 1
     seed: int = 0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a probability in (0, 1]")
+        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (off) or more")
+        _require(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
+        differ = self.samples == 1 or self.temperature > 0
+        _require(differ, "sampling.temperature", self.temperature, f"above 0 to draw {self.samples} different samples")
 
 
 @dataclass(frozen=True)
@@ -197,6 +234,10 @@ class PreferenceLoss:
     alpha: float = 10.0
     nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence"
 
+    def __post_init__(self) -> None:
+        _require(self.beta > 0, "loss.beta", self.beta, "a positive number")
+        _require(self.alpha >= 0, "loss.alpha", self.alpha, "0 (plain DPO) or more")
+
 
 @dataclass(frozen=True)
 class PairConfig:
@@ -214,6 +255,11 @@ class PairConfig:
     max_rejected: int = 1
     unit: Literal["problem", "pair"] = "problem"
     max_length: int = 4096
+
+    def __post_init__(self) -> None:
+        _require(self.max_chosen >= 0, "pairs.max_chosen", self.max_chosen, "0 (all) or more")
+        _require(self.max_rejected >= 0, "pairs.max_rejected", self.max_rejected, "0 (all) or more")
+        _require(self.max_length >= 2, "pairs.max_length", self.max_length, "at least 2 tokens")
 
 
 @dataclass(frozen=True)

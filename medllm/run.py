@@ -14,16 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from medllm.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _RECORDED_PACKAGES = (
-    "medllm numpy jax jaxlib flax optax orbax-checkpoint grain torch transformers trl peft bitsandbytes accelerate "
-    "datasets tokenizers safetensors"
-).split()
+    *("medllm", "numpy", "transformers", "tokenizers", "datasets", "safetensors"),
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
+    *("torch", "bitsandbytes", "peft", "trl", "accelerate"),
+)
 
 
 @contextmanager
@@ -69,8 +73,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def is_primary_process() -> bool:
+    """True in the one process of a multi-process launch (torchrun, accelerate) that writes files and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Run:
-    """A run folder that is being written.
+    """A run folder that is being written. In a multi-process launch only the primary process writes.
+
+    As a context manager it takes a folder it has just made away again when the block ends in a :class:`UserError`, so
+    that a refused input leaves nothing behind.
 
     Args:
         path: The folder. A folder that already holds a run is refused unless ``resume`` is set.
@@ -81,21 +93,33 @@ class Run:
         UserError: the folder holds a finished or another run.
     """
 
-    def __init__(self, path: str | Path, config: Any, *, resume: bool = False):
+    def __init__(self, path: str | Path, config: DataclassInstance, *, resume: bool = False):
         self.path = Path(path)
+        self._events: Any = None
+        self._made_here = not self.path.exists()
+        if not is_primary_process():
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a run folder is needed here, but this is a file; give another --run")
         if (self.path / "config.yaml").exists() and not resume:
             raise UserError(f"{self.path}: already holds a run; give another --run, remove it, or go on with --resume true")
         self.path.mkdir(parents=True, exist_ok=True)
-        settings = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-        plain = json.loads(json.dumps(settings))
+        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
         (self.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(self.path / "environment.json", environment())
-        self._events: Any = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._close_events()
+        if kind is not None and issubclass(kind, UserError) and self._made_here and is_primary_process():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
+        if not is_primary_process():
+            return
         values = {name: float(value) for name, value in metrics.items()}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
@@ -113,10 +137,14 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json`` and close the event file."""
+        self._close_events()
+        if is_primary_process():
+            write_json(self.path / "result.json", result)
+
+    def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
             self._events = None
-        write_json(self.path / "result.json", result)
 
 
 def _processor() -> str:

@@ -1,0 +1,29 @@
+"""The reference engine: transformers, bitsandbytes NF4, PEFT and TRL, used the way their documentation describes.
+
+It is what the JAX engine is measured against, and what someone with A100s runs. Each file is one recipe::
+
+    model.py     open a model, quantized or not; put an adapter on it
+    cpt.py       continued pretraining with transformers' Trainer
+    rpo.py       RPO and DPO with TRL's DPOTrainer
+    generate.py  continuations and their log-probabilities
+    trainer.py   what the two training recipes share: arguments, the log, the summary
+    engine.py    the four behind medllm.engine.Engine
+"""
+
+from torch_ref.cpt import train_cpt
+from torch_ref.engine import TorchEngine
+from torch_ref.generate import generate, logprobs
+from torch_ref.model import add_adapter, open_model, open_tokenizer, peft_config
+from torch_ref.rpo import train_preferences
+
+__all__ = [
+    "TorchEngine",
+    "add_adapter",
+    "generate",
+    "logprobs",
+    "open_model",
+    "open_tokenizer",
+    "peft_config",
+    "train_cpt",
+    "train_preferences",
+]

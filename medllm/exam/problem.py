@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+OR = " or "
+"""What separates two answers either of which is right."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,15 @@ class Problem:
     def is_numeric(self) -> bool:
         """True where the answer is a number, not a choice."""
         return not self.choices
+
+    @property
+    def accepted(self) -> tuple[tuple[str, ...], ...]:
+        """Every answer that is right: one, or several where the gold answer reads ``a or d``."""
+        if len(self.answer) == 1 and OR in self.answer[0]:
+            return tuple((alternative,) for alternative in self.answer[0].split(OR))
+        return (self.answer,)
+
+    @property
+    def answer_count(self) -> int:
+        """How many options are to be chosen."""
+        return len(self.accepted[0])

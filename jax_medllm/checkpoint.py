@@ -1,0 +1,94 @@
+"""Orbax checkpoints of a training run: adapter, optimizer state and the place in the data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from medllm.errors import UserError
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimizer steps done, the epoch of the next one, and the settings that fix the order of steps."""
+
+    step: int
+    epoch: int
+    settings: dict[str, Any]
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of a run.
+
+    Args:
+        folder: Where they are kept, one numbered folder each. At most the two latest are kept.
+        settings: What the trajectory depends on. A checkpoint of other settings is refused on restore.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder = folder
+        self._settings = settings
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state: Any, step: int, epoch: int) -> None:
+        """Write ``state`` after ``step`` optimizer steps; the writing itself goes on in the background."""
+        if self._manager.latest_step() == step:
+            return
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(_named(state)),
+            position=ocp.args.JsonSave({"step": step, "epoch": epoch, "settings": self._settings}),
+        )
+        self._manager.save(step, args=arguments, force=True)
+
+    def restore(self, state: State) -> tuple[State, Position] | None:
+        """The latest checkpoint in the structure, types and shardings of ``state``; None where there is none.
+
+        Raises:
+            UserError: it was written under other settings, or cannot be read.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        position = Position(**self._read(step, position=ocp.args.JsonRestore())["position"])
+        for name in sorted(self._settings.keys() | position.settings.keys()):
+            then, now = position.settings.get(name), self._settings.get(name)
+            if then != now:
+                raise UserError(
+                    f"{self._folder / str(step)}: the checkpoint was written with {name} = {then}, this run has {now}; "
+                    "resume with the same settings and data, or start a new --run"
+                )
+        named = _named(state)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
+        restored = self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
+        leaves = [restored[name] for name in named]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), position
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.close()
+
+    def _read(self, step: int, **arguments: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{self._folder / str(step)}: the checkpoint cannot be read ({reason}); "
+                "remove that folder to go on from an earlier one"
+            ) from error
+
+
+def _named(state: Any) -> dict[str, jax.Array | np.ndarray]:
+    """Every array of a pytree under its path: what is on disk does not depend on Python classes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,0 +1,107 @@
+r"""Hidden states → per-token log-probabilities, without ever holding the logits of a whole sequence.
+
+A token's log-probability depends on its own hidden state only, so its gradient is known as soon as its logits are:
+
+.. math:: \frac{\partial \log p_t}{\partial h} = W_t - \sum_v \mathrm{softmax}(W h)_v W_v
+
+The forward pass of a differentiated call therefore computes this direction together with the log-probability, chunk by
+chunk, and keeps it (as large as the hidden states) instead of the logits: two matrix products in all, none recomputed.
+The head is frozen in LoRA training and gets no gradient.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_LOGITS_IN_FLIGHT = 2**24
+"""Logits held at a time (64 MiB in fp32): large enough to keep a matrix unit busy, small against the activations."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logprobs(
+    hidden: Float[Array, "b s d"],
+    head: Float[Array, "v d"],
+    targets: Int[Array, "b s"],
+    logits_in_flight: int = _LOGITS_IN_FLIGHT,
+) -> Float[Array, "b s"]:
+    """Log-probability of ``targets[i, j]`` under ``softmax(head @ hidden[i, j])``.
+
+    Args:
+        hidden: Final hidden states; position j already predicts ``targets[:, j]``.
+        head: Output embedding. Frozen: its gradient is zero by construction, not computed.
+        targets: Token ids.
+        logits_in_flight: Bound on the logits held at a time; positions are walked in chunks of that size.
+
+    Returns:
+        fp32 log-probabilities (float64 for float64 hidden states), natural log.
+    """
+    return _over_chunks(partial(_logprobs, head), hidden, targets, head.shape[0], logits_in_flight)
+
+
+def _forward(hidden, head, targets, logits_in_flight):
+    chunk = partial(_logprobs_and_direction, head)
+    logprobs, direction = _over_chunks(chunk, hidden, targets, head.shape[0], logits_in_flight)
+    return logprobs, (direction, hidden[:0], head)
+
+
+def _backward(logits_in_flight, residuals, cotangent):
+    direction, like, head = residuals
+    return (cotangent[..., None] * direction).astype(like.dtype), jnp.zeros_like(head), None
+
+
+token_logprobs.defvjp(_forward, _backward)
+
+
+def _logits(head: Float[Array, "v d"], hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
+    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum(
+        "bcd,vd->bcv", hidden, head.astype(hidden.dtype), precision="highest", preferred_element_type=accumulate
+    )
+
+
+def _pick(logits: Float[Array, "b c v"], targets: Int[Array, "b c"]) -> Float[Array, "b c"]:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _logprobs(head, hidden, targets):
+    logits = _logits(head, hidden)
+    return _pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _logprobs_and_direction(head, hidden, targets):
+    logits = _logits(head, hidden)
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1)
+    logprobs = _pick(logits, targets) - largest[..., 0] - jnp.log(total)
+    expected = jnp.einsum(
+        "bcv,vd->bcd",
+        exponentials.astype(hidden.dtype),
+        head.astype(hidden.dtype),
+        precision="highest",
+        preferred_element_type=logits.dtype,
+    )
+    return logprobs, head[targets].astype(logits.dtype) - expected / total[..., None]
+
+
+def _over_chunks(function, hidden, targets, vocab_size, logits_in_flight):
+    """``function(hidden, targets)`` over chunks of positions; the batch axis stays whole, so that it can be sharded."""
+    batch, length, width = hidden.shape
+    chunk = max(1, logits_in_flight // max(1, batch * vocab_size))
+    if chunk >= length:
+        return function(hidden, targets)
+    chunks = -(-length // chunk)
+    chunk = -(-length // chunks)
+    padding = chunks * chunk - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, chunk, width)
+    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, chunks, chunk)
+    parts = jax.lax.map(lambda part: function(*part), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
+
+    def join(part):
+        return jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :length]
+
+    return jax.tree.map(join, parts)

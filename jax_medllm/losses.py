@@ -1,0 +1,150 @@
+"""The objectives of both stages: pure functions, one per formula.
+
+Preference losses read summed log-probabilities ``[k, 2]``: k pairs, and (chosen, rejected) as an axis.
+:func:`pair_logprobs` gathers them from per-token log-probabilities of the distinct responses, so that a response that
+occurs in several pairs is computed once. Every pair carries a weight; weights that sum to one over an optimizer step make
+each function a mean over the pairs of that step, and its value can be added up over micro-batches. Padding is a pair of
+weight zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class PreferenceMetrics(NamedTuple):
+    """Weighted means over pairs, defined as TRL's DPOTrainer logs them.
+
+    ``dpo_loss`` and ``nll`` are the two terms before weighting by alpha; ``chosen`` and ``rejected`` are the rewards
+    ``beta * (policy - reference)``, ``margins`` their difference; ``accuracies`` counts pairs whose chosen reward is
+    strictly larger.
+    """
+
+    loss: Float[Array, ""]
+    dpo_loss: Float[Array, ""]
+    nll: Float[Array, ""]
+    chosen: Float[Array, ""]
+    rejected: Float[Array, ""]
+    margins: Float[Array, ""]
+    accuracies: Float[Array, ""]
+
+
+def cpt_loss(
+    logprobs: Float[Array, "*b"], mask: Float[Array, "*b"], targets: Float[Array, ""] | float | None = None
+) -> Float[Array, ""]:
+    r"""Token mean of the negative log-likelihood, :math:`-\frac{1}{N}\sum_i m_i \log p_i`.
+
+    Args:
+        logprobs: Log-probability of each target token.
+        mask: 1 for a training target, 0 elsewhere.
+        targets: N; the number of targets in the mask when unset. With the number of targets of a whole optimizer step,
+            the values of its micro-batches add up to one global token mean (what Hugging Face's Trainer computes).
+
+    Example:
+        >>> round(float(cpt_loss(jnp.log(jnp.array([0.5, 0.5, 0.1])), jnp.array([1.0, 1.0, 0.0]))), 4)
+        0.6931
+    """
+    count = mask.sum() if targets is None else targets
+    return -(logprobs * mask).sum() / jnp.maximum(count, 1)
+
+
+def pair_logprobs(
+    logprobs: Float[Array, "n t"],
+    mask: Float[Array, "n t"],
+    pairs: Int[Array, "k 2"],
+    starts: Int[Array, "k"],
+) -> tuple[Float[Array, "k 2"], Float[Array, "k 2"]]:
+    """Summed log-probability, and number of tokens, of both responses of each pair.
+
+    Args:
+        logprobs: Per-token log-probabilities of the n distinct responses.
+        mask: 1 for a response's tokens, 0 for padding.
+        pairs: Indices (chosen, rejected) into the responses.
+        starts: Leading tokens of both responses that this pair counts to its prompt.
+    """
+    inside = mask[pairs] * (jnp.arange(mask.shape[1]) >= starts[:, None, None])
+    return (logprobs[pairs] * inside).sum(-1), inside.sum(-1)
+
+
+def dpo_loss(
+    policy: Float[Array, "k 2"], reference: Float[Array, "k 2"], weights: Float[Array, "k"], *, beta: float
+) -> Float[Array, ""]:
+    r"""Direct preference optimization (Rafailov et al. 2023, eq. 7).
+
+    .. math:: -\sum_i w_i \log\sigma\bigl(\beta\,[(\log\pi_c - \log\rho_c) - (\log\pi_r - \log\rho_r)]_i\bigr)
+
+    Args:
+        policy: Summed log-probabilities :math:`\log\pi` of (chosen, rejected) under the trained model.
+        reference: The same under the reference, :math:`\log\rho`.
+        weights: Weight of each pair; 1/k each for a mean.
+        beta: Inverse temperature.
+
+    Where policy and reference agree the value is ln 2 times the sum of the weights.
+
+    Example:
+        >>> same = jnp.array([[-3.0, -5.0]])
+        >>> round(float(dpo_loss(same, same, jnp.ones(1), beta=0.1)), 4)
+        0.6931
+    """
+    ratios = policy - reference
+    return -(weights * jax.nn.log_sigmoid(beta * (ratios[:, 0] - ratios[:, 1]))).sum()
+
+
+def nll_loss(
+    chosen: Float[Array, "k"],
+    lengths: Float[Array, "k"],
+    weights: Float[Array, "k"],
+    *,
+    reduction: Literal["sequence", "micro_batch_tokens"],
+) -> Float[Array, ""]:
+    r"""Negative log-likelihood of the preferred response of each pair.
+
+    ``sequence``: :math:`-\sum_i w_i \log\pi(y_i)/|y_i|`, each response by its own length (Pang et al. 2024, eq. 1).
+    ``micro_batch_tokens``: one mean over all preferred tokens of the micro-batch, times the micro-batch's share
+    :math:`\sum_i w_i` of the step (TRL's ``sft`` term). A response preferred in two pairs counts twice in both.
+
+    Args:
+        chosen: Summed log-probability of the preferred response.
+        lengths: Its tokens, end-of-text included.
+        weights: Weight of each pair.
+        reduction: Which mean.
+    """
+    if reduction == "sequence":
+        return -(weights * chosen / jnp.maximum(lengths, 1)).sum()
+    counted = (weights > 0).astype(chosen.dtype)
+    mean = (counted * chosen).sum() / jnp.maximum((counted * lengths).sum(), 1)
+    return -mean * weights.sum()
+
+
+def rpo_loss(
+    policy: Float[Array, "k 2"],
+    reference: Float[Array, "k 2"],
+    chosen_lengths: Float[Array, "k"],
+    weights: Float[Array, "k"],
+    *,
+    beta: float,
+    alpha: float,
+    nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence",
+) -> tuple[Float[Array, ""], PreferenceMetrics]:
+    r"""Reasoning preference optimization, :math:`\mathrm{DPO} + \alpha\,\mathrm{NLL}(y_c)` (Pang et al. 2024).
+
+    Arguments as in :func:`dpo_loss` and :func:`nll_loss`; ``alpha = 0`` is plain DPO. Returns the loss and what is logged.
+    """
+    dpo = dpo_loss(policy, reference, weights, beta=beta)
+    nll = nll_loss(policy[:, 0], chosen_lengths, weights, reduction=nll_reduction)
+    loss = dpo + alpha * nll
+    rewards = jax.lax.stop_gradient(beta * (policy - reference))
+    chosen, rejected = rewards[:, 0], rewards[:, 1]
+    return loss, PreferenceMetrics(
+        loss=loss,
+        dpo_loss=dpo,
+        nll=nll,
+        chosen=(weights * chosen).sum(),
+        rejected=(weights * rejected).sum(),
+        margins=(weights * (chosen - rejected)).sum(),
+        accuracies=(weights * (chosen > rejected)).sum(),
+    )

@@ -1,0 +1,410 @@
+"""Qwen2.5 in Flax NNX, 0.5B to 72B.
+
+The layers are one module whose every array has a leading layer axis; ``lax.scan`` runs it, so compile time does not grow with
+depth. Attribute names are Hugging Face's, which makes the weight table of :mod:`jax_medllm.weights` a single rule.
+
+Axes: b batch, s sequence, t cache slots, d model width, f mlp width, h query heads, k key/value heads, x head dimension,
+v vocabulary, l layers.
+
+Training and scoring::
+
+    hidden = model.hidden(tokens, segment_ids=segment_ids, positions=positions)      # [b, s, d]
+    logits = model.logits(hidden)                                                    # [b, s, v]
+
+Generation, with rows of different lengths::
+
+    cache = model.init_cache(batch, length)
+    hidden, cache = model.decode(prompts, cache, start=zeros)        # right-padded prompts; row r's last is hidden[r, len[r] - 1]
+    hidden, cache = model.decode(token[:, None], cache, start=len)   # then one token at a time; len grows by one
+
+Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraParam, ...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from jax_medllm.attention import Visibility, attend, matmul_precision
+from jax_medllm.linear import Axis, FrozenLoraParam, Linear, LoraParam, PackedParam, Quantization, declare
+from medllm.config import LoraConfig
+from medllm.errors import UserError
+
+__all__ = ["Cache", "FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2", "Qwen2Config"]
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """The sizes of a Qwen2 model, in our names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_embeddings: bool
+    max_positions: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2Config:
+        """Read the contents of a Hugging Face ``config.json``.
+
+        Raises:
+            UserError: the model is not a Qwen2, lacks a size, or uses a feature that is not supported.
+        """
+        _refuse_unsupported(config)
+        try:
+            heads = int(config["num_attention_heads"])
+            return cls(
+                vocab_size=int(config["vocab_size"]),
+                hidden_size=int(config["hidden_size"]),
+                intermediate_size=int(config["intermediate_size"]),
+                num_layers=int(config["num_hidden_layers"]),
+                num_heads=heads,
+                num_kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+                rope_theta=float(_rope(config).get("rope_theta", config.get("rope_theta", 10000.0))),
+                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+                max_positions=int(config["max_position_embeddings"]),
+            )
+        except KeyError as error:
+            raise UserError(f"config.json: has no {error.args[0]}; a Qwen2 config has it") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """Contents of a ``config.json`` that transformers opens."""
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "max_position_embeddings": self.max_positions,
+            "use_sliding_window": False,
+        }
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far; slot i of a row holds its token at position i.
+
+    A pytree: copy the rows of a prompt for several samples with ``jax.tree.map(lambda x: x[:, rows], cache)``.
+    """
+
+    keys: Float[Array, "l b t k x"]
+    values: Float[Array, "l b t k x"]
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What every module of the model is built with."""
+
+    config: Qwen2Config
+    lora: LoraConfig | None
+    frozen_lora: LoraConfig | None
+    quantization: Quantization
+    dtype: jnp.dtype
+    rngs: nnx.Rngs
+
+    @property
+    def layers(self) -> Axis:
+        return Axis("layers", self.config.num_layers)
+
+    @property
+    def embed(self) -> Axis:
+        return Axis("embed", self.config.hidden_size)
+
+    def linear(self, target: str, out_axis: Axis, in_axis: Axis, bias: bool = False) -> Linear:
+        return Linear(
+            target,
+            self.layers,
+            out_axis,
+            in_axis,
+            bias=bias,
+            lora=self.lora,
+            frozen_lora=self.frozen_lora,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
+
+    def norm(self, *axes: Axis) -> RMSNorm:
+        return RMSNorm(declare(nnx.Param, axes, self.dtype, nnx.initializers.ones, self.rngs.params()), self.config.rms_norm_eps)
+
+    def table(self) -> nnx.Variable:
+        axes = (Axis("vocab", self.config.vocab_size), self.embed)
+        return declare(nnx.Param, axes, self.dtype, nnx.initializers.normal(0.02), self.rngs.params())
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · weight; the mean and the root in fp32 (float64 for float64 inputs)."""
+
+    def __init__(self, weight: nnx.Variable, eps: float):
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalize the last axis."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        root = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * (wide * root).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and biases on q, k and v."""
+
+    def __init__(self, build: _Build):
+        config = build.config
+        self.config = config
+        heads = Axis("heads", config.num_heads * config.head_dim)
+        kv_heads = Axis("kv_heads", config.num_kv_heads * config.head_dim)
+        self.q_proj = build.linear("q_proj", heads, build.embed, bias=True)
+        self.k_proj = build.linear("k_proj", kv_heads, build.embed, bias=True)
+        self.v_proj = build.linear("v_proj", kv_heads, build.embed, bias=True)
+        self.o_proj = build.linear("o_proj", build.embed, heads)
+
+    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: _Context, adapter: bool) -> tuple[Array, Any]:
+        """Attend; ``context`` takes the new keys and values and answers with all that are to be seen."""
+        b, s, _ = x.shape
+        q = rotary(self.q_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
+        k = rotary(self.k_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
+        v = self.v_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim)
+        keys, values = context.extend(k, v)
+        out = attend(q, keys, values, context.visible)
+        return self.o_proj(out.reshape(b, s, -1), adapter=adapter), context.kept(keys, values)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, build: _Build):
+        mlp = Axis("mlp", build.config.intermediate_size)
+        self.gate_proj = build.linear("gate_proj", mlp, build.embed)
+        self.up_proj = build.linear("up_proj", mlp, build.embed)
+        self.down_proj = build.linear("down_proj", build.embed, mlp)
+
+    def __call__(self, x: Float[Array, "b s d"], adapter: bool) -> Float[Array, "b s d"]:
+        """Apply the block."""
+        gated = jax.nn.silu(self.gate_proj(x, adapter=adapter)) * self.up_proj(x, adapter=adapter)
+        return self.down_proj(gated, adapter=adapter)
+
+
+class Layer(nnx.Module):
+    """One decoder layer; as part of the model its arrays are stacked over all layers."""
+
+    def __init__(self, build: _Build):
+        self.input_layernorm = build.norm(build.layers, build.embed)
+        self.self_attn = Attention(build)
+        self.post_attention_layernorm = build.norm(build.layers, build.embed)
+        self.mlp = Mlp(build)
+
+    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: _Context, adapter: bool) -> tuple[Array, Any]:
+        """The layer's output and what it leaves for the cache."""
+        attended, kept = self.self_attn(self.input_layernorm(x), rotary, context, adapter)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x), adapter), kept
+
+
+class Qwen2(nnx.Module):
+    """The model.
+
+    Args:
+        config: Its sizes.
+        lora: Adapter to train (``LoraParam``): A random, B zero.
+        frozen_lora: Adapter that belongs to the model (``FrozenLoraParam``).
+        quantization: ``nf4`` packs the seven linear kinds; embeddings, norms and biases stay in ``dtype``.
+        dtype: Type of weights and computation; LoRA matrices are fp32.
+        rngs: Keys of the random base weights. To load weights instead use :func:`jax_medllm.weights.load_model`.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        *,
+        lora: LoraConfig | None = None,
+        frozen_lora: LoraConfig | None = None,
+        quantization: Quantization = "none",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        build = _Build(config, lora, frozen_lora, quantization, jnp.dtype(dtype), rngs)
+        self.config = config
+        self.lora = lora
+        self.frozen_lora = frozen_lora
+        self.dtype = build.dtype
+        self.embed_tokens = build.table()
+        self.layers = Layer(build)
+        self.norm = build.norm(build.embed)
+        self.lm_head = None if config.tie_embeddings else build.table()
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b s"],
+        *,
+        segment_ids: Int[Array, "b s"],
+        positions: Int[Array, "b s"],
+        parent_ids: Int[Array, "b s"] | None = None,
+        adapter: bool = True,
+        remat: bool = False,
+    ) -> Float[Array, "b s d"]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: Token ids.
+            segment_ids: Attention is causal, along the row, within equal segments; 0 marks padding, whose output is finite
+                and means nothing.
+            positions: Rotary position of each token.
+            parent_ids: A second segment that a token sees (0: none). A prompt of segment 1 followed by responses of segments
+                2, 3, … with parent 1 and positions that go on from the prompt's end is computed once for all of them.
+            adapter: False switches the trained adapter off, at trace time; the frozen one stays.
+            remat: Keep only each layer's input for the backward pass and compute the layer anew there.
+        """
+        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        context = _Context(Visibility(segment_ids, slots, segment_ids, parent_ids))
+        return self._run(tokens, positions, lambda _: context, adapter, remat)[0]
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Scores over the vocabulary, accumulated in fp32 (float64 for float64)."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        precision = matmul_precision(self.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, self.head_weight(), precision=precision, preferred_element_type=wide)
+
+    def head_weight(self) -> Float[Array, "v d"]:
+        """The output matrix: the embedding where the two are tied."""
+        return self.embed_tokens[...] if self.lm_head is None else self.lm_head[...]
+
+    def init_cache(self, batch: int, length: int, *, prefix: Cache | None = None) -> Cache:
+        """An empty cache of ``length`` slots a row.
+
+        Args:
+            prefix: Cache of one row, full to its last slot, of a text that begins every row (the shots of an exam). It is
+                computed once and copied; decoding then starts at its length.
+        """
+        config = self.config
+        empty = jnp.zeros((config.num_layers, batch, length, config.num_kv_heads, config.head_dim), self.dtype)
+        if prefix is None:
+            return Cache(empty, empty)
+        return jax.tree.map(lambda part: empty.at[:, :, : part.shape[2]].set(part), prefix)
+
+    def decode(
+        self, tokens: Int[Array, "b s"], cache: Cache, *, start: Int[Array, " b"], adapter: bool = True
+    ) -> tuple[Float[Array, "b s d"], Cache]:
+        """Hidden states of ``tokens`` after what the cache holds, and the cache with them added.
+
+        Args:
+            tokens: The next tokens of each row. A row shorter than s is padded on the right with anything: what its padding
+                leaves in the cache lies after the row's end, is seen by no real token and is overwritten by the next call.
+            cache: Filled up to ``start``; later slots may hold anything. A slot past its length is not written.
+            start: How many tokens each row has in the cache: ``tokens[r, i]`` has position, and slot, ``start[r] + i``.
+            adapter: As for :meth:`hidden`.
+        """
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        ones = jnp.ones(cache.keys.shape[1:3], jnp.int32)
+        visible = Visibility(jnp.ones_like(tokens), positions, ones)
+        hidden, kept = self._run(tokens, positions, lambda layer: _Context(visible, layer), adapter, False, cache)
+        return hidden, kept
+
+    def _run(
+        self,
+        tokens: Int[Array, "b s"],
+        positions: Int[Array, "b s"],
+        context: Callable[[Cache | None], _Context],
+        adapter: bool,
+        remat: bool,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b s d"], Cache | None]:
+        """Embed, scan the layers with their slice of the cache, normalize."""
+        rotary = _Rotary.at(positions, self.config, self.dtype)
+        graph, stacked = nnx.split(self.layers)
+
+        def step(x: Array, layer: tuple[nnx.State, Cache | None]) -> tuple[Array, Cache | None]:
+            state, past = layer
+            return nnx.merge(graph, state)(x, rotary, context(past), adapter)
+
+        if remat:
+            step = jax.checkpoint(step, prevent_cse=False)
+        x, kept = jax.lax.scan(step, self.embed_tokens[...][tokens], (stacked, cache))
+        return self.norm(x), kept
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a layer attends to: its own keys and values, or those of a cache they are written into."""
+
+    visible: Visibility
+    past: Cache | None = None
+
+    def extend(self, k: Float[Array, "b s k x"], v: Float[Array, "b s k x"]) -> tuple[Array, Array]:
+        """All keys and values there are to see, the new ones among them."""
+        if self.past is None:
+            return k, v
+        slots = self.visible.query_slots
+        rows = jnp.arange(slots.shape[0])[:, None]
+        return (
+            self.past.keys.at[rows, slots].set(k, mode="drop"),
+            self.past.values.at[rows, slots].set(v, mode="drop"),
+        )
+
+    def kept(self, keys: Array, values: Array) -> Cache | None:
+        """The layer's new slice of the cache, where there is one."""
+        return None if self.past is None else Cache(keys, values)
+
+
+@struct.dataclass
+class _Rotary:
+    """Rotation of heads by position (RoFormer, arXiv 2104.09864), in Hugging Face's half-split layout."""
+
+    cos: Float[Array, "b s x"]
+    sin: Float[Array, "b s x"]
+
+    @classmethod
+    def at(cls, positions: Int[Array, "b s"], config: Qwen2Config, dtype: jnp.dtype) -> _Rotary:
+        wide = jnp.promote_types(dtype, jnp.float32)
+        exponents = np.arange(0, config.head_dim, 2, dtype=wide) / wide.type(config.head_dim)
+        angles = positions[..., None].astype(wide) * (1 / wide.type(config.rope_theta) ** exponents)
+        both = jnp.concatenate([angles, angles], axis=-1)
+        return cls(jnp.cos(both), jnp.sin(both))
+
+    def __call__(self, heads: Float[Array, "b s n x"]) -> Float[Array, "b s n x"]:
+        """Rotate; in fp32 or wider, rounded once."""
+        first, second = jnp.split(heads, 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+        return (heads * self.cos[:, :, None] + turned * self.sin[:, :, None]).astype(heads.dtype)
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary settings: transformers 5 writes ``rope_parameters``, earlier ones ``rope_scaling`` and a bare theta."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if config.get("model_type") != "qwen2":
+        raise UserError(f"config.json: model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2, Qwen2.5) is supported")
+    kind = _rope(config).get("rope_type", _rope(config).get("type", "default"))
+    if kind not in ("default", None):
+        raise UserError(f"config.json: rope scaling {kind!r} is not supported; use a model without it (rope_scaling null)")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise UserError("config.json: sliding window attention is not supported; set use_sliding_window to false")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Qwen2.5 has 'silu'")
+    if config.get("attention_dropout"):
+        raise UserError("config.json: attention_dropout is not supported; set it to 0")

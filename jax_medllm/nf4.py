@@ -1,0 +1,146 @@
+"""NF4 with double quantization, bit for bit as bitsandbytes 0.50 stores it.
+
+A weight [out, in] is cut into blocks of 64. A block keeps one scale, its largest magnitude (absmax), and for each value a
+4-bit code: the nearest of the 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314). The absmaxes are quantized in
+turn: their mean is taken off, and blocks of 256 keep an fp32 scale and 8-bit codes into the *dynamic map* (arXiv 2110.02861).
+That makes 4.127 bits a weight.
+
+bitsandbytes blocks the flattened weight. With an input width that is a multiple of 64, as in every Qwen2.5, that is the same
+as blocking each row, and no block crosses a row; blocks of absmaxes do.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, UInt8
+
+from medllm.errors import UserError
+
+BLOCK = 64
+NESTED_BLOCK = 256
+
+CODES = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+@struct.dataclass
+class NF4Weight:
+    """A quantized weight of shape [out, in].
+
+    Attributes:
+        packed: Two codes a byte, the earlier value in the high half.
+        absmax_codes: Quantized scale of each block of 64.
+        nested_absmax: Scale of each block of 256 absmaxes, counted over the flattened weight.
+        offset: Mean of the absmaxes.
+    """
+
+    packed: UInt8[Array, "out half_in"]
+    absmax_codes: UInt8[Array, "out blocks"]
+    nested_absmax: Float[Array, " nested_blocks"]
+    offset: Float[Array, ""]
+
+
+def weight_shapes(out_features: int, in_features: int) -> NF4Weight:
+    """Shapes and types of the parts of a quantized [out, in] weight, as ``ShapeDtypeStruct``.
+
+    Raises:
+        UserError: the input width is not a multiple of 64.
+    """
+    if in_features % BLOCK:
+        raise UserError(f"nf4 needs layer inputs in multiples of {BLOCK}; this model has one of width {in_features}")
+    blocks = in_features // BLOCK
+    nested = -(-out_features * blocks // NESTED_BLOCK)
+    return NF4Weight(
+        packed=jax.ShapeDtypeStruct((out_features, in_features // 2), jnp.uint8),
+        absmax_codes=jax.ShapeDtypeStruct((out_features, blocks), jnp.uint8),
+        nested_absmax=jax.ShapeDtypeStruct((nested,), jnp.float32),
+        offset=jax.ShapeDtypeStruct((), jnp.float32),
+    )
+
+
+def quantize(weight: Float[Array, "out in"]) -> NF4Weight:
+    """Quantize a weight. Equal values give equal codes whatever their type: all arithmetic is fp32.
+
+    Raises:
+        UserError: the input width is not a multiple of 64.
+    """
+    rows, width = weight_shapes(*weight.shape).absmax_codes.shape[0], weight.shape[1]
+    blocks = weight.astype(jnp.float32).reshape(rows, -1, BLOCK)
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    codes = _nearest(_normalized(blocks, absmax), CODES).reshape(rows, width)
+    # Two means of equal-sized groups: the same number as one mean, with less rounding over millions of blocks.
+    offset = jnp.mean(jnp.mean(absmax, axis=-1))
+    absmax_codes, nested_absmax = quantize_absmax(absmax.reshape(-1), offset)
+    return NF4Weight(codes[:, 0::2] << 4 | codes[:, 1::2], absmax_codes.reshape(absmax.shape), nested_absmax, offset)
+
+
+def quantize_absmax(
+    absmax: Float[Array, " n"], offset: Float[Array, ""]
+) -> tuple[UInt8[Array, " n"], Float[Array, " nested_blocks"]]:
+    """Second quantization: codes into the dynamic map and the scale of each block of 256."""
+    count = absmax.shape[0]
+    blocks = jnp.pad(absmax - offset, (0, -count % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    nested_absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    codes = _nearest(_normalized(blocks, nested_absmax), dynamic_map()).reshape(-1)[:count]
+    return codes, nested_absmax
+
+
+def dequantize(weight: NF4Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
+    """The weight the codes stand for: code · absmax in fp32, rounded once to ``dtype``."""
+    rows, width = weight.packed.shape[0], 2 * weight.packed.shape[1]
+    absmax = dequantize_absmax(weight)
+    codes = jnp.stack([weight.packed >> 4, weight.packed & 15], axis=-1).reshape(rows, -1, BLOCK)
+    values = jnp.asarray(CODES)[codes] * absmax[:, :, None]
+    return values.reshape(rows, width).astype(dtype)
+
+
+def dequantize_absmax(weight: NF4Weight) -> Float[Array, "out blocks"]:
+    """Scale of each block of 64: dynamic map · nested absmax, rounded, + offset."""
+    count = weight.absmax_codes.size
+    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, total_repeat_length=weight.nested_absmax.size * NESTED_BLOCK)
+    scaled = jnp.asarray(dynamic_map())[weight.absmax_codes] * nested[:count].reshape(weight.absmax_codes.shape)
+    # The product is rounded before the offset is added, as bitsandbytes does; a fused multiply-add would round once.
+    return jax.lax.reduce_precision(scaled, exponent_bits=8, mantissa_bits=23) + weight.offset
+
+
+@cache
+def dynamic_map() -> np.ndarray:
+    """The 256 values of the signed dynamic type, ascending: seven decades, each twice as finely divided as the one below."""
+    values = [np.float32(0), np.float32(1)]
+    for exponent in range(7):
+        edges = _linspace(0.1, 1.0, 2**exponent + 1)
+        means = np.float32(10.0 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [*means, *-means]
+    return np.sort(np.array(values, np.float32))
+
+
+def _linspace(start: float, stop: float, count: int) -> np.ndarray:
+    """Evenly spaced fp32 values counted from both ends, as torch.linspace computes them; numpy's differ in the last bit."""
+    first, last = np.float32(start), np.float32(stop)
+    step = (last - first) / np.float32(count - 1)
+    index = np.arange(count, dtype=np.float32)
+    return np.where(np.arange(count) < count // 2, first + step * index, last - step * (np.float32(count - 1) - index))
+
+
+def _normalized(blocks: Float[Array, "*n block"], absmax: Float[Array, "*n"]) -> Float[Array, "*n block"]:
+    """Values over their block's absmax, by multiplication with the reciprocal; an all-zero block stays zero."""
+    reciprocal = 1 / jnp.where(absmax > 0, absmax, 1)
+    return jnp.clip(blocks * reciprocal[..., None], -1, 1)
+
+
+def _nearest(values: Float[Array, "*n"], table: np.ndarray) -> UInt8[Array, "*n"]:
+    """Index of the nearest entry of an ascending table; a tie goes to the lower one."""
+    boundaries = (table[:-1] + table[1:]) / np.float32(2)
+    return jnp.searchsorted(boundaries, values, side="left", method="compare_all").astype(jnp.uint8)

@@ -1,0 +1,394 @@
+"""The ``medllm`` command: a thin shell over :mod:`medllm.stages` and its neighbours, one function a subcommand.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or bad input. A user error is one line on standard error; ``--debug`` shows the
+traceback. Nothing heavier than the configuration is imported before a command is known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from medllm import __version__
+from medllm.config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+from medllm.engine import EngineName
+from medllm.errors import UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its help line, what fills its parser, and what it does with the parsed values."""
+
+    help: str
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Any], dict[str, Any] | None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line ``arguments`` (``sys.argv`` when None) and return its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    _quiet_libraries()
+    try:
+        return _run(argv)
+    except (UserError, ArgumentError) as error:
+        if debug:
+            raise
+        print(f"medllm: {_one_line(error, argv)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("medllm: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"medllm: failed: {type(error).__name__}: {_first_line(error)} (--debug shows the traceback)", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    parser = build_parser()
+    namespace = parser.parse_args(_gather_lists(_name_presets(argv)))
+    name = namespace.subcommand
+    values = parser.instantiate(namespace)[name]
+    result = COMMANDS[name].run(values)
+    if result is not None and getattr(values, "json", None):
+        from medllm.run import write_json
+
+        write_json(Path(values.json), result)
+    return 0
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command line."""
+    parser = ArgumentParser(
+        prog="medllm",
+        description="Teach a language model a medical domain so that it stays right when it has to explain itself. "
+        "Research software, not medical advice.",
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        sub.add_argument("--json", type=str | None, default=None, metavar="FILE", help="also write the result as JSON")
+        commands.add_subcommand(name, sub, help=command.help)
+        command.arguments(sub)
+    return parser
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------------
+
+
+def _stage_arguments(config_class: type) -> Callable[[ArgumentParser], None]:
+    def fill(parser: ArgumentParser) -> None:
+        parser.add_argument("--config", action="config", help="YAML file, or the name of a preset")
+        parser.add_argument("--engine", type=EngineName, default="jax", help="which engine does the work")
+        parser.add_class_arguments(config_class, as_group=True)
+
+    return fill
+
+
+def _config(values: Any, config_class: type) -> Any:
+    return config_class(**{field.name: values[field.name] for field in fields(config_class)})
+
+
+def _cpt(values: Any) -> dict[str, Any]:
+    from medllm.stages import run_cpt
+
+    result = run_cpt(_config(values, CptConfig), values.engine)
+    _say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {result['rate']:.0f} tokens/s; {result['adapter']}")
+    return result
+
+
+def _curate(values: Any) -> dict[str, Any]:
+    from medllm.stages import PREFERENCES, run_curate
+
+    config = _config(values, CurateConfig)
+    with _progress("curate") as progress:
+        result = run_curate(config, values.engine, progress)
+    counts = ", ".join(f"{name} {value}" for name, value in result.items() if isinstance(value, int))
+    _say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
+    return result
+
+
+def _rpo(values: Any) -> dict[str, Any]:
+    from medllm.stages import run_rpo
+
+    result = run_rpo(_config(values, RpoConfig), values.engine)
+    _say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {result['rate']:.2f} pairs/s; {result['adapter']}")
+    return result
+
+
+def _evaluate(values: Any) -> dict[str, Any]:
+    from medllm.stages import run_evaluate
+
+    config = _config(values, EvaluateConfig)
+    with _progress("evaluate") as progress:
+        result = run_evaluate(config, values.engine, progress)
+    _say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
+    return result
+
+
+def _score_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
+    parser.add_argument("--predictions", type=str, required=True, help="prediction file, folder or pattern (JSONL)")
+    parser.add_argument("--lenient", type=bool, default=False, help="forgive spaces; the official score does not")
+
+
+def _score(values: Any) -> dict[str, Any]:
+    from medllm.exam.loaders import load_problems
+    from medllm.exam.scoring import read_predictions, score
+
+    problems = load_problems(values.problems).problems
+    result = score(problems, read_predictions(values.predictions), lenient=values.lenient).to_json()
+    _say(f"score: {_points(result)}")
+    return result
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=str, nargs="+", help="run folders of any stage")
+    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
+
+
+def _report(values: Any) -> dict[str, Any]:
+    from medllm.report.page import report_from_runs, write_report
+
+    write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs]))
+    _say(f"report: {values.out}")
+    return {"report": values.out}
+
+
+def _convert_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", type=str, required=True, help="base model folder (unquantized)")
+    parser.add_argument("--adapter", type=str, required=True, help="PEFT adapter folder")
+    parser.add_argument("--out", type=str, required=True, help="folder of the merged model")
+
+
+def _convert(values: Any) -> dict[str, Any]:
+    from medllm.model_directory import merge_adapter
+
+    if Path(values.out).exists():
+        raise UserError(f"{values.out}: already exists; give another --out, or remove it")
+    merge_adapter(values.model, values.adapter, values.out)
+    _say(f"convert: {values.out}")
+    return {"model": values.out}
+
+
+def _mini_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--engine", type=EngineName, default="jax", help="which engine does the work")
+    parser.add_argument("--preset", type=str, default="mini", help="name of a mini preset, or a YAML file")
+    parser.add_argument("--out", type=str, default="runs/mini", help="folder of the study")
+
+
+def _mini(values: Any) -> dict[str, Any]:
+    from medllm.mini.study import run_and_report
+
+    return run_and_report(values.engine, Path(values.out), values.preset, _say)
+
+
+def _data_arguments(parser: ArgumentParser) -> None:
+    actions = parser.add_subcommands(required=True, dest="action", metavar="ACTION")
+
+    def add(name: str, help: str) -> ArgumentParser:
+        action = ArgumentParser(description=help, exit_on_error=False)
+        actions.add_subcommand(name, action, help=help)
+        return action
+
+    export = add("export-trl", "preferences → TRL's prompt/chosen/rejected rows")
+    export.add_argument("--preferences", type=str, required=True, help="preference file")
+    export.add_argument("--out", type=str, required=True, help="JSONL file to write")
+    random = add("random-model", "a small Qwen2.5 with random weights, for trying out a pipeline")
+    random.add_argument("--tokenizer", type=str, required=True, help="folder whose tokenizer the model gets")
+    random.add_argument("--out", type=str, required=True, help="model folder to write")
+    random.add_argument("--vocab_size", type=int, default=152064, help="rows of the embedding")
+    random.add_argument("--hidden_size", type=int, default=64, help="width, a multiple of 32")
+    random.add_argument("--layers", type=int, default=2, help="decoder layers")
+    random.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    leaks = add("leaks", "exam questions found in training text")
+    leaks.add_argument("--documents", type=list[str], required=True, help="training files or folders")
+    leaks.add_argument("--problems", type=str, required=True, help="problem file or folder")
+    leaks.add_argument("--threshold", type=float, default=0.8, help="share of a question's 13-character pieces")
+
+
+def _data(values: Any) -> dict[str, Any]:
+    action = values.action
+    return _DATA_ACTIONS[action](values[action])
+
+
+def _export_trl(values: Any) -> dict[str, Any]:
+    from medllm.preferences.pairs import export_trl
+    from medllm.preferences.records import read_preferences
+
+    rows = export_trl(read_preferences(values.preferences), Path(values.out))
+    _say(f"data: {rows} rows; {values.out}")
+    return {"rows": rows, "out": values.out}
+
+
+def _random_model(values: Any) -> dict[str, Any]:
+    from medllm.random_model import write_random_model
+
+    write_random_model(
+        values.out,
+        tokenizer=values.tokenizer,
+        vocab_size=values.vocab_size,
+        hidden_size=values.hidden_size,
+        layers=values.layers,
+        seed=values.seed,
+    )
+    _say(f"data: {values.out}")
+    return {"model": values.out}
+
+
+def _leaks(values: Any) -> dict[str, Any]:
+    from medllm.config import CorpusConfig
+    from medllm.corpus.contamination import find_leaks
+    from medllm.corpus.documents import load_documents
+    from medllm.exam.loaders import load_problems
+
+    corpus = load_documents(CorpusConfig(documents=tuple(values.documents)))
+    found = find_leaks(corpus.documents, load_problems(values.problems).problems, threshold=values.threshold)
+    for leak in found:
+        _say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}")
+    _say(f"data: {len(found)} leaks")
+    return {"leaks": [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]}
+
+
+_DATA_ACTIONS = {"export-trl": _export_trl, "random-model": _random_model, "leaks": _leaks}
+
+COMMANDS = {
+    "mini": Command("run the embedded study from end to end", _mini_arguments, _mini),
+    "cpt": Command("stage 1: continued pretraining", _stage_arguments(CptConfig), _cpt),
+    "curate": Command("build preference data from the model's own answers", _stage_arguments(CurateConfig), _curate),
+    "rpo": Command("stage 2: reasoning preference optimization (or DPO)", _stage_arguments(RpoConfig), _rpo),
+    "evaluate": Command("sit an exam", _stage_arguments(EvaluateConfig), _evaluate),
+    "score": Command("score predictions officially", _score_arguments, _score),
+    "report": Command("one HTML page from run folders", _report_arguments, _report),
+    "convert": Command("merge an adapter into its base model", _convert_arguments, _convert),
+    "data": Command("export preferences, find leaks, make a random model", _data_arguments, _data),
+}
+
+
+# --- words on the command line ----------------------------------------------------------------------------------------------
+
+
+def _name_presets(argv: list[str]) -> list[str]:
+    """``--config paper_cpt_72b`` → the preset's file."""
+    named = list(argv)
+    for index, word in enumerate(named[:-1]):
+        preset = PRESETS / f"{named[index + 1]}.yaml"
+        if word == "--config" and not Path(named[index + 1]).exists() and preset.exists():
+            named[index + 1] = str(preset)
+    return named
+
+
+def _list_options() -> set[str]:
+    """Dotted names of all settings that hold several values."""
+
+    def walk(config_class: Any, prefix: str) -> Iterator[str]:
+        for name, kind in get_type_hints(config_class).items():
+            if hasattr(kind, "__dataclass_fields__"):
+                yield from walk(kind, f"{prefix}{name}.")
+            elif get_origin(kind) is tuple and get_args(kind)[0] is str:
+                yield f"--{prefix}{name}"
+
+    stages = (CptConfig, CurateConfig, RpoConfig, EvaluateConfig)
+    return {option for stage in stages for option in walk(stage, "")} | {"--documents"}
+
+
+def _gather_lists(argv: list[str]) -> list[str]:
+    """``--problems A B`` → ``--problems ["A", "B"]``, for settings that hold several values (not those of ``score``)."""
+    if not argv or argv[0] == "score" or argv[:2] == ["data", "export-trl"]:
+        return argv
+    lists = _list_options() - ({"--problems"} if argv[0] == "data" else set())
+    gathered: list[str] = []
+    index = 0
+    while index < len(argv):
+        word = argv[index]
+        gathered.append(word)
+        index += 1
+        if word not in lists:
+            continue
+        values = []
+        while index < len(argv) and not argv[index].startswith("--"):
+            values.append(argv[index])
+            index += 1
+        if len(values) == 1 and values[0].startswith("["):
+            gathered.append(values[0])
+        elif values:
+            gathered.append(json.dumps(values, ensure_ascii=False))
+    return gathered
+
+
+def _one_line(error: Exception, argv: list[str]) -> str:
+    text = " ".join(str(error).split())
+    word = next((word for word in argv if text.startswith("unrecognized arguments") and word in text), None)
+    if word is None:
+        return text
+    near = difflib.get_close_matches(word, _known_options(argv), n=1)
+    return f"{text} (did you mean {near[0]}?)" if near else f"{text} (see medllm {argv[0]} --help)"
+
+
+def _known_options(argv: list[str]) -> list[str]:
+    if not argv or argv[0] not in COMMANDS:
+        return []
+    parser = ArgumentParser(exit_on_error=False)
+    COMMANDS[argv[0]].arguments(parser)
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _points(score: dict[str, Any]) -> str:
+    share = score["points"] / score["possible"] if score["possible"] else 0.0
+    return f"{score['points']} of {score['possible']} points ({share:.3f}), {score['correct']} of {score['questions']} right"
+
+
+def _say(line: str) -> None:
+    from medllm.run import is_primary_process
+
+    if is_primary_process():
+        print(line, flush=True)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; silent where nobody watches."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own chatter off a user's screen; nothing here changes what is computed."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model is a folder; nothing is ever fetched
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Files and folders → the documents that continued pretraining reads."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medllm.config import CorpusConfig
+from medllm.errors import UserError
+from medllm.exam.loaders import load_problems
+from medllm.exam.problem import Problem
+from medllm.exam.prompts import curation_prompt, curation_response
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus and where it came from, ``file:line`` (``file:row`` in a table)."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class LoadedCorpus:
+    """The documents, and how many rows or files were passed over for each reason."""
+
+    documents: tuple[Document, ...]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def load_documents(config: CorpusConfig) -> LoadedCorpus:
+    """Read all of ``config.documents`` and turn the explained problems of ``config.problems`` into documents.
+
+    Raises:
+        UserError: a path that does not exist or cannot be read, a malformed line, a table without the text column, a problem
+            of a year after ``config.problems_until``, or a corpus without a single document.
+    """
+    skipped: Counter[str] = Counter()
+    documents = []
+    for path in config.documents:
+        for text, source in _read(Path(path), config.text_column, skipped):
+            if text is None or (isinstance(text, str) and not text.strip()):
+                skipped["empty text"] += 1
+            elif not isinstance(text, str):
+                raise UserError(
+                    f"{source}: column '{config.text_column}' holds {type(text).__name__}, not text; "
+                    "name the column that holds the documents with --corpus.text_column"
+                )
+            else:
+                documents.append(Document(text, source))
+    for path in config.problems:
+        loaded = load_problems(path)
+        skipped.update(loaded.skipped)
+        for problem in loaded.problems:
+            refuse_held_out(problem, config.problems_until, "--corpus.problems_until")
+            if problem.explanation:
+                documents.append(problem_document(problem))
+            else:
+                skipped["problem without a verified explanation"] += 1
+    if not documents:
+        read = ", ".join([*config.documents, *config.problems]) or "nothing was given"
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items())
+        raise UserError(
+            f"the corpus is empty ({read}{'; skipped ' + reasons if reasons else ''}); "
+            "give texts with --corpus.documents or explained problems with --corpus.problems"
+        )
+    return LoadedCorpus(tuple(documents), dict(skipped))
+
+
+def problem_document(problem: Problem) -> Document:
+    """Question, options, verified explanation and answer in the template the preference data is curated with."""
+    return Document(curation_prompt(problem, ()) + curation_response(problem, answer_as="letters"), problem.source)
+
+
+def refuse_held_out(problem: Problem, until: int, setting: str) -> None:
+    """Keep exams held out for evaluation out of training. A problem without a year passes.
+
+    Raises:
+        UserError: the problem's year is after ``until``; the message names the ``setting`` that says so.
+    """
+    if problem.year is not None and problem.year > until:
+        raise UserError(
+            f"{problem.source or 'problem'}: problem {problem.problem_id} is of {problem.year}, but only exams up to {until} may "
+            f"enter training ({setting}): later ones are held out for evaluation; remove it from the training problems"
+        )
+
+
+Row = tuple[Any, str]
+
+
+def _read(path: Path, column: str, skipped: Counter[str]) -> Iterator[Row]:
+    """(text, source) of every row below ``path``."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder (--corpus.documents)")
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            yield from _saved_dataset(path, column)
+            return
+        for child in sorted(path.iterdir()):
+            if child.name.startswith("."):
+                continue
+            if child.is_dir() or child.suffix.lower() in _READERS:
+                yield from _read(child, column, skipped)
+            else:
+                skipped["file of another kind"] += 1
+        return
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(sorted(_READERS))
+        raise UserError(f"{path}: documents cannot be read from '{path.suffix}' files; give {known} or a `datasets` folder")
+    yield from reader(path, column)
+
+
+def _text_file(path: Path, column: str) -> Iterator[Row]:
+    yield _utf8(path), f"{path}:1"
+
+
+def _json_lines(path: Path, column: str) -> Iterator[Row]:
+    for number, line in enumerate(_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); expected one JSON object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object with the column '{column}', found {type(row).__name__}")
+        _check_column(f"{path}:{number}", column, list(row))
+        yield row[column], f"{path}:{number}"
+
+
+def _parquet(path: Path, column: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        _check_column(str(path), column, file.schema_arrow.names)
+        row = 0
+        for batch in file.iter_batches(columns=[column]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield text, f"{path}:{row}"
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _table(path: Path, column: str) -> Iterator[Row]:
+    """Any other single file that ``datasets`` opens; its cache goes with the call."""
+    from datasets import Dataset
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            match path.suffix.lower():
+                case ".csv":
+                    dataset = Dataset.from_csv(str(path), cache_dir=cache, keep_in_memory=True)
+                case ".json":
+                    dataset = Dataset.from_json(str(path), cache_dir=cache, keep_in_memory=True)
+                case _:
+                    dataset = Dataset.from_file(str(path))
+        except Exception as error:  # its builders wrap every reader's own errors
+            cause = error.__cause__ or error
+            raise UserError(f"{path}: `datasets` cannot read this file: {str(cause).splitlines()[0]}") from error
+        yield from _dataset_rows(dataset, column, str(path))
+
+
+def _saved_dataset(path: Path, column: str) -> Iterator[Row]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # a damaged folder fails in json, pyarrow or datasets itself
+        raise UserError(f"{path}: `datasets` cannot read this folder: {(str(error) or repr(error)).splitlines()[0]}") from error
+    splits = loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]
+    for split, dataset in splits:
+        yield from _dataset_rows(dataset, column, str(path / split) if split else str(path))
+
+
+def _dataset_rows(dataset: Any, column: str, where: str) -> Iterator[Row]:
+    _check_column(where, column, dataset.column_names)
+    for number, row in enumerate(dataset.select_columns([column]), start=1):
+        yield row[column], f"{where}:{number}"
+
+
+def _check_column(where: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        there = ", ".join(columns) or "none"
+        raise UserError(f"{where}: no column '{column}'; the columns are: {there}; choose one with --corpus.text_column")
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".txt": _text_file,
+    ".csv": _table,
+    ".json": _table,
+    ".arrow": _table,
+}

@@ -1,0 +1,149 @@
+"""Generated text → the answer it gives.
+
+Texts are compared after NFKC (full-width → half-width) and lower-casing, as the benchmark's scripts do to model outputs.
+What counts as the answer, in this order: what follows the last answer label at the start of a line (``Answer:``, ``答え:``),
+what follows the last one inside a sentence (``正解は``), and, where no explanation was asked for, the first line.
+There an answer is letters (``a,b``, ``(a)と(b)``, ``c: text``), or the options' own texts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator
+from decimal import Decimal
+
+from medllm.exam.problem import LETTERS, Problem
+
+_NEXT_QUESTION = re.compile(r"\n[ \t]*(?:問題|question)[ \t]*:")
+_WORD = "(?:最終|final )?(?:answer|答え|解答|回答|正解|正答)"
+_LABEL = re.compile(rf"^[ \t#>*「【(]*{_WORD}[】」)*]*[ \t]*:[*]*", re.MULTILINE)
+_SENTENCE = re.compile(rf"{_WORD}(?:は|[ \t]+is\b)[ \t、:]*|{_WORD}[ \t]*:")
+_SEPARATOR = r"(?:[\s,、，・/&+と]|および|及び|and\b)+"
+_ENDING = r"(?:$|[.。,、:)」』】\]]|です|である|だ|が|を)"
+_NOISE = re.compile(r"[\s,、。.・:;()「」『』【】\[\]\"'と]|および|及び|です|である|だ|が正解")
+_PREFIX = re.compile(r"^(?:選択肢|option|choice)[ \t]*")
+_NUMBER = re.compile(r"(?<![\d.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d])")
+
+
+def extract_answer(text: str, problem: Problem, *, explanation: bool) -> tuple[str, ...]:
+    """The answer a response gives.
+
+    Args:
+        text: The response, without the prompt.
+        problem: Whose options may be meant; how many options are wanted decides between readings of the same words.
+        explanation: The response explains before it answers: without an answer label it was cut off, and gives no answer.
+
+    Returns:
+        Letters in order, or the number of a numeric problem as text; ``()`` where no answer, or no single one, is given.
+        Letters win where an option's text is itself a letter.
+    """
+    plain = _fold(text)
+    following = _NEXT_QUESTION.search(plain)
+    if following:
+        plain = plain[: following.start()]
+    line = _first_line(_answering_part(plain, explanation))
+    return _number(line, problem) if problem.is_numeric else _letters(line, problem)
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).lower().replace("\N{MINUS SIGN}", "-")
+
+
+def _answering_part(plain: str, explanation: bool) -> str:
+    for pattern in (_LABEL, _SENTENCE):
+        labels = list(pattern.finditer(plain))
+        if labels:
+            return plain[labels[-1].end() :]
+    return "" if explanation else plain
+
+
+def _first_line(part: str) -> str:
+    return next((clean for clean in map(_clean, part.split("\n")) if clean), "")
+
+
+def _clean(line: str) -> str:
+    """Without emphasis marks, with single spaces, without a full stop at the end: how lines and options are compared."""
+    return " ".join(re.sub(r"[*`]", "", line).split()).rstrip("。. ")
+
+
+def _number(line: str, problem: Problem) -> tuple[str, ...]:
+    """The one number in the line, or in what follows its last equals sign. Written as the gold answer where they are equal."""
+    found = {number.group().replace(",", "").removeprefix("+") for number in _NUMBER.finditer(line.rsplit("=", 1)[-1])}
+    if len(found) != 1:
+        return ()
+    number = found.pop()
+    gold = _NUMBER.fullmatch(_clean(_fold(problem.answer[0])))
+    if gold and Decimal(gold.group().replace(",", "")) == Decimal(number):
+        return problem.answer
+    return (number,)
+
+
+def _letters(line: str, problem: Problem) -> tuple[str, ...]:
+    letters = LETTERS[: len(problem.choices)]
+    options = {letter: _clean(_fold(choice)) for letter, choice in zip(letters, problem.choices, strict=True)}
+    for reading in (_listed, _written_out, _run_together, _labelled, _mentioned):
+        found = reading(line, options, problem.answer_count)
+        if found:
+            return found
+    return ()
+
+
+def _letter_list(options: dict[str, str]) -> str:
+    one = rf"[(\[「『【\"']?[{''.join(options)}][)\]」』】\"']?"
+    return rf"{one}(?:{_SEPARATOR}{one})*"
+
+
+def _sorted_letters(matched: str, options: dict[str, str]) -> tuple[str, ...]:
+    return tuple(sorted(set(re.findall(rf"(?<![a-z])[{''.join(options)}](?![a-z])", matched))))
+
+
+def _listed(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
+    """Nothing but letters: ``a,b``, ``(a)と(b)``."""
+    return _sorted_letters(line, options) if re.fullmatch(rf"{_letter_list(options)}[)\s.:,、]*", line) else ()
+
+
+def _written_out(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
+    """Nothing but the texts of as many options as are wanted."""
+    exact = [
+        chosen
+        for chosen in itertools.permutations(options, count)
+        if len(options) >= count and "、".join(options[letter] for letter in chosen) == line
+    ]
+    return tuple(sorted(exact[0])) if len({frozenset(chosen) for chosen in exact}) == 1 else ()
+
+
+def _run_together(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
+    """As many letters as are wanted, without anything between them: ``ab``."""
+    plausible = len(line) == count == len(set(line)) and set(line) <= set(options)
+    return tuple(sorted(line)) if plausible else ()
+
+
+def _labelled(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
+    """Letters with the options' texts behind them (``c: text``), or with the end of a sentence (``cです``)."""
+    for letter in sorted(options, key=lambda one: -len(options[one])):
+        if options[letter]:
+            line = re.sub(rf"(?<![a-z])([(\[]?{letter}[)\]]?)\s*[:.]?\s*{re.escape(options[letter])}", rf"\1", line)
+    line = _PREFIX.sub("", line)
+    head = re.match(rf"({_letter_list(options)})(?={_ENDING})", line)
+    return _sorted_letters(head.group(1), options) if head else ()
+
+
+def _mentioned(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
+    """Texts of options, longest first, with little but separators between them; none that two options share."""
+    found: set[str] = set()
+    for text in sorted(set(options.values()), key=len, reverse=True):
+        if text and text in line:
+            owners = [letter for letter, option in options.items() if option == text]
+            if len(owners) > 1:
+                return ()
+            found.update(owners)
+            line = line.replace(text, " ")
+    return () if _NOISE.sub("", line) else tuple(sorted(found))
+
+
+def accepted_spellings(problem: Problem) -> Iterator[str]:
+    """Every right answer as the official scoring compares it."""
+    for answer in problem.accepted:
+        yield ",".join(answer)

@@ -1,0 +1,125 @@
+"""Exam problems about the invented world: how they are asked, explained and mistaken.
+
+Every (disease, relation) keeps one of its wordings for the exams after 2017; training texts ask with the others only. The
+facts recur, the questions of the held-out exams do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from medllm.exam.problem import LETTERS, Problem
+from medllm.mini.world import RELATION, RELATIONS, Disease, Relation, World
+
+TRAIN_YEARS = tuple(range(2006, 2018))
+EXAM_YEARS = tuple(range(2018, 2023))
+OPTIONS = 5
+
+
+def exam_wording(world: World, disease: Disease, relation: Relation) -> int:
+    """Which wording of ``relation`` is kept for the exams after 2017 when it is asked about ``disease``."""
+    return random.Random(f"wording/{world.config.seed}/{disease.name}/{relation.key}").randrange(len(relation.questions))
+
+
+def train_wordings(world: World, disease: Disease, relation: Relation) -> tuple[int, ...]:
+    """The wordings training texts may use."""
+    kept = exam_wording(world, disease, relation)
+    return tuple(i for i in range(len(relation.questions)) if i != kept)
+
+
+def ask(world: World, rng: random.Random, disease: Disease, relation: Relation, wording: int, **fields: object) -> Problem:
+    """A problem with five options in random order, the verified explanation and the right answer.
+
+    The lookalike's answers are always among the wrong options, so is the treating drug where the contraindicated one is
+    asked for, and the other way round (then it is marked as a prohibited choice).
+    """
+    right = world.answers(disease, relation)
+    wrong = [name for name in world.answers(world.lookalike(disease), relation) if name not in right]
+    if relation.kind == "drug":
+        wrong.append(disease.contraindicated if relation.key == "drug" else disease.drug)
+    pool = [name for name in world.names[relation.kind] if name not in right and name not in wrong]
+    options = [*right, *wrong, *rng.sample(pool, OPTIONS - len(right) - len(wrong))]
+    rng.shuffle(options)
+    kinki = (disease.contraindicated,) if relation.key == "drug" else ()
+    problem = Problem(
+        problem_id="",
+        text=relation.questions[wording].format(x=disease.name, n=len(right)),
+        choices=tuple(options),
+        answer=_letters(options, right),
+        category=relation.key,
+        kinki=_letters(options, kinki),
+    )
+    problem = dataclasses.replace(problem, **fields)  # type: ignore[arg-type]
+    return dataclasses.replace(problem, explanation=verified_explanation(world, disease, relation, problem))
+
+
+def verified_explanation(world: World, disease: Disease, relation: Relation, problem: Problem) -> str:
+    """The facts about the disease, hop by hop, and the conclusion that follows."""
+    return _recall(world, disease, relation, problem) + _conclude(problem, world.answers(disease, relation))
+
+
+def mistaken(world: World, disease: Disease, relation: Relation, problem: Problem) -> Problem:
+    """The same problem as someone answers it who takes the disease for its lookalike: other explanation, wrong answer."""
+    other = world.lookalike(disease)
+    answer = world.answers(other, relation)
+    explanation = f"{disease.name}は{other.name}と同様である。" + _recall(world, other, relation, problem) + _conclude(problem, answer)
+    return dataclasses.replace(problem, explanation=explanation, answer=_letters(problem.choices, answer))
+
+
+def train_problems(world: World, per_year: int) -> list[Problem]:
+    """Problems of 2006–2017, half of them about diseases that are new to the base model."""
+    return [problem for year in TRAIN_YEARS for problem in _exam(world, year, per_year, held_out=False)]
+
+
+def exam_problems(world: World, per_year: int) -> list[Problem]:
+    """Problems of 2018–2022, in the wordings kept for them."""
+    return [problem for year in EXAM_YEARS for problem in _exam(world, year, per_year, held_out=True)]
+
+
+def shot_problems(world: World, count: int = 3) -> list[Problem]:
+    """The examples before every question: known diseases, one relation each, asked in training wordings."""
+    rng = random.Random(f"shots/{world.config.seed}")
+    diseases = rng.sample(world.select(known=True), count)
+    relations = [RELATION[key] for key in ("drug", "findings", "reaction", "test", "contraindicated", "specimen")]
+    shots = []
+    for index, (disease, relation) in enumerate(zip(diseases, relations, strict=False)):
+        wording = rng.choice(train_wordings(world, disease, relation))
+        shots.append(ask(world, rng, disease, relation, wording, problem_id=f"100A{index + 1}", year=2006, section="A"))
+    return shots
+
+
+def _exam(world: World, year: int, count: int, *, held_out: bool) -> list[Problem]:
+    rng = random.Random(f"exam/{world.config.seed}/{year}")
+    chosen = []
+    for known, size in ((True, count - count // 2), (False, count // 2)):
+        pairs = [(disease, relation) for disease in world.select(known=known) for relation in RELATIONS]
+        chosen += rng.sample(pairs, size)
+    rng.shuffle(chosen)
+    problems = []
+    for number, (disease, relation) in enumerate(chosen, start=1):
+        wording = exam_wording(world, disease, relation) if held_out else rng.choice(train_wordings(world, disease, relation))
+        fields = {"problem_id": f"{year - 1906}A{number}", "year": year, "section": "A", "source": f"{year - 1906}-A:{number}"}
+        problems.append(ask(world, rng, disease, relation, wording, **fields))
+    return problems
+
+
+def _recall(world: World, disease: Disease, relation: Relation, problem: Problem) -> str:
+    answer = "、".join(_in_order(problem, world.answers(disease, relation)))
+    if relation.via is None:
+        return relation.statement.format(x=disease.name, y=answer)
+    (middle,) = world.answers(disease, RELATION[relation.via])
+    return RELATION[relation.via].statement.format(x=disease.name, y=middle) + relation.statement.format(x=middle, y=answer)
+
+
+def _conclude(problem: Problem, answer: Sequence[str]) -> str:
+    return f"よって{'、'.join(_in_order(problem, answer))}が正しい。"
+
+
+def _in_order(problem: Problem, names: Sequence[str]) -> list[str]:
+    return [choice for choice in problem.choices if choice in names]
+
+
+def _letters(options: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(LETTERS[i] for i, option in enumerate(options) if option in names)

@@ -1,0 +1,192 @@
+"""Preference data from the model's own answers.
+
+The model explains and answers every problem several times; its final answer sorts each response into chosen (right) or
+rejected (wrong, none, or cut off), and the verified explanation stands above both as the ground truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from medllm.config import CurateConfig, PairConfig, Sampling
+from medllm.corpus.documents import refuse_held_out
+from medllm.engine import Engine, Generation
+from medllm.errors import UserError
+from medllm.exam.answers import extract_answer
+from medllm.exam.problem import Problem
+from medllm.exam.prompts import curation_prompt, curation_response, stop_strings
+from medllm.preferences.pairs import Rank, select_pairs
+from medllm.preferences.records import Preference, Sample
+
+
+@dataclass(frozen=True)
+class CurationReport:
+    """What became of the problems and of the model's samples.
+
+    Attributes:
+        problems: Problems that were sampled.
+        skipped: Problems passed over, by reason.
+        samples: Samples the model wrote.
+        duplicates: Samples whose text the same problem already had; kept once.
+        chosen: Kept samples with the right answer.
+        rejected: Kept samples without it; ``unanswered`` and ``cut_off`` are among them.
+        unanswered: Kept samples in which no final answer was found.
+        cut_off: Kept samples that ran into ``max_new_tokens``; rejected whatever they say.
+        problems_with: Problems that have a pair of each kind of the hierarchy, ``ground truth > chosen`` and so on.
+    """
+
+    problems: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    duplicates: int = 0
+    chosen: int = 0
+    rejected: int = 0
+    unanswered: int = 0
+    cut_off: int = 0
+    problems_with: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curation:
+    """The preferences, in the order of the problems, and the account of how they came about."""
+
+    preferences: tuple[Preference, ...]
+    report: CurationReport
+
+
+def curate(
+    engine: Engine,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: CurateConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curation:
+    """Sample, grade and rank the model's responses to every problem with a verified explanation.
+
+    Args:
+        engine: The model that answers.
+        problems: Training problems.
+        shots: Examples before the question; the problems' own first ones where empty. A problem is never its own example.
+        config: Shots, sampling and limits.
+        progress: Called with (problems done, problems in all).
+
+    Raises:
+        UserError: a problem or shot of a year after ``config.problems_until``, a problem id that comes twice, no problem
+            with an explanation, or fewer usable shots than ``config.shot_count``.
+    """
+    _check(problems, shots, config)
+    explained = [problem for problem in problems if problem.explanation]
+    if not explained:
+        raise UserError(f"none of the {len(problems)} problems has a verified explanation, so there is no ground truth to rank")
+    wanted = explained[: config.limit] if config.limit else explained
+    examples = [shot for shot in (shots or explained) if shot.explanation]
+    sampling = dataclasses.replace(config.sampling, stop=(*config.sampling.stop, *stop_strings("curation", True)))
+
+    preferences: list[Preference] = []
+    counts: Counter[str] = Counter()
+    for start in range(0, len(wanted), config.batch_size):
+        some = wanted[start : start + config.batch_size]
+        prompts = [
+            curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as)
+            for problem in some
+        ]
+        for problem, prompt, generations in zip(
+            some, prompts, engine.generate(prompts, sampling, config.batch_size), strict=True
+        ):
+            preferences.append(_rank(problem, prompt, generations, config, counts))
+        if progress:
+            progress(len(preferences), len(wanted))
+    skipped = {"no verified explanation": len(problems) - len(explained), "over the limit": len(explained) - len(wanted)}
+    report = CurationReport(
+        problems=len(wanted),
+        skipped={reason: count for reason, count in skipped.items() if count},
+        problems_with=_problems_with_pairs(preferences),
+        **counts,
+    )
+    return Curation(tuple(preferences), report)
+
+
+def is_right(answer: Sequence[str], problem: Problem) -> bool:
+    """True where the extracted answer is the gold one, or one of those an exam accepts (``a or d``)."""
+    return any(tuple(answer) == gold for gold in _accepted(problem.answer))
+
+
+def _accepted(gold: tuple[str, ...]) -> list[tuple[str, ...]]:
+    if len(gold) == 1 and " or " in gold[0]:
+        return [(letter.strip(),) for letter in gold[0].split(" or ")]
+    return [gold]
+
+
+def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
+    seen: dict[str, Problem] = {}
+    for problem in problems:
+        refuse_held_out(problem, config.problems_until, "--problems_until")
+        if problem.problem_id in seen:
+            raise UserError(
+                f"{problem.source}: problem {problem.problem_id} was already in {seen[problem.problem_id].source}; "
+                "a preference file has one line a problem, so give each its own problem_id"
+            )
+        seen[problem.problem_id] = problem
+    for shot in shots:
+        refuse_held_out(shot, config.problems_until, "--problems_until")
+
+
+def _shots_for(problem: Problem, examples: Sequence[Problem], count: int) -> list[Problem]:
+    """The first ``count`` examples that are another problem."""
+    others = [shot for shot in examples[: count + 1] if shot.problem_id != problem.problem_id and shot.text != problem.text]
+    if len(others) < count:
+        others = [shot for shot in examples if shot.problem_id != problem.problem_id and shot.text != problem.text]
+    if len(others) < count:
+        raise UserError(
+            f"problem {problem.problem_id}: {count} shots are asked for, but only {len(others)} other problems with an "
+            "explanation are there; give a longer --shots file or a smaller --shot_count"
+        )
+    return others[:count]
+
+
+def _rank(
+    problem: Problem, prompt: str, generations: Sequence[Generation], config: CurateConfig, counts: Counter[str]
+) -> Preference:
+    chosen, rejected = [], []
+    seen: set[str] = set()
+    for index, generation in enumerate(generations):
+        counts["samples"] += 1
+        # A base model may go on with line breaks up to the stop string: no part of the answer.
+        text = generation.text.rstrip()
+        if text in seen:
+            counts["duplicates"] += 1
+            continue
+        seen.add(text)
+        answer = extract_answer(text, problem, explanation=True)
+        right = generation.finish == "stop" and is_right(answer, problem)
+        counts["chosen" if right else "rejected"] += 1
+        counts["unanswered"] += not answer
+        counts["cut_off"] += generation.finish == "length"
+        settings = _settings(config.sampling, index, generation)
+        (chosen if right else rejected).append(Sample(text, ",".join(answer), config.sampling.seed, settings))
+    ground_truth = Sample(curation_response(problem, answer_as=config.answer_as), ",".join(problem.answer))
+    return Preference(problem.problem_id, prompt, ground_truth, tuple(chosen), tuple(rejected))
+
+
+def _settings(sampling: Sampling, index: int, generation: Generation) -> dict[str, float | str]:
+    return {
+        "sample": index,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_new_tokens,
+        "finish": generation.finish,
+    }
+
+
+def _problems_with_pairs(preferences: Sequence[Preference]) -> dict[str, int]:
+    names = {Rank.GROUND_TRUTH: "ground truth", Rank.CHOSEN: "chosen", Rank.REJECTED: "rejected"}
+    kinds = [(Rank.GROUND_TRUTH, Rank.CHOSEN), (Rank.GROUND_TRUTH, Rank.REJECTED), (Rank.CHOSEN, Rank.REJECTED)]
+    found: Counter[tuple[Rank, Rank]] = Counter()
+    for preference in preferences:
+        paired = select_pairs(preference, PairConfig(max_chosen=0, max_rejected=0))
+        found.update({(paired.ranks[high], paired.ranks[low]) for high, low in paired.pairs})
+    return {f"{names[high]} > {names[low]}": found[high, low] for high, low in kinds}

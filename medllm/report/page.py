@@ -1,0 +1,144 @@
+"""One self-contained HTML page: it opens offline, asks nothing of the network, and prints."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from medllm.report import paper, plots, tables, wording
+from medllm.report.results import StudyTable, breakdown, build_table
+from medllm.report.study import ReportInput, RunSummary
+from medllm.run import atomic_path
+
+LIMITATIONS = (
+    "This is research software, not medical advice; a score on an exam is not clinical safety.",
+    "A right answer says nothing about whether the explanation before it is sound: explanations are not graded here.",
+    "Questions whose image is missing count like all others, and an exam that was public before a model was trained may have been seen.",
+)
+_RATES = {"cpt": "tokens/s", "rpo": "pairs/s"}
+_SHOWN_ELSEWHERE = {"stage", "engine", "steps", "loss", "seconds", "rate", "adapter", "model", "setting", "score", "pairs"}
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One line of the cost table, as text; ``""`` where a run did not say."""
+
+    name: str
+    stage: str
+    engine: str
+    seconds: str
+    steps: str
+    rate: str
+    pairs: str
+    loss: str
+    also: str
+
+
+def write_report(path: str | Path, study: ReportInput) -> Path:
+    """Write the report to ``path`` (an ``.html`` file), all of it or nothing, and return the path.
+
+    Raises:
+        UserError: the cells cannot stand in one table (see :func:`medllm.report.results.build_table`).
+    """
+    target = Path(path)
+    text = render(study)
+    with atomic_path(target) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return target
+
+
+def render(study: ReportInput) -> str:
+    """The page as text. Everything that comes from a model, a file or a setting is escaped."""
+    table = build_table(study.cells, previous=study.previous, draw=study.draw)
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("medllm.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters.update(number=tables.number, interval=tables.interval, change=tables.change)
+    return templates.get_template("report.html.j2").render(
+        study=study,
+        table=table,
+        environment=_environment(study.environment),
+        findings=wording.findings(table),
+        method=wording.method(table),
+        figures=_figures(study, table),
+        curves=[figure for run in study.runs if (figure := plots.training_curves(run))],
+        costs=[stage_cost(run) for run in study.runs],
+        settings=[(run, yaml.safe_dump(_plain(run.config), sort_keys=False, allow_unicode=True)) for run in study.runs],
+        published={row.model: paper.published(row.model) for row in table.rows},
+        paper=paper,
+        limitations=LIMITATIONS,
+    )
+
+
+def stage_cost(run: RunSummary) -> StageCost:
+    """What a run took and made, from its ``result.json``."""
+    result = run.result
+    also = [f"{name} {_short(value)}" for name, value in result.items() if name not in _SHOWN_ELSEWHERE and _is_scalar(value)]
+    rate = result.get("rate")
+    return StageCost(
+        name=run.name,
+        stage=run.stage,
+        engine=str(result.get("engine", "")),
+        seconds=_duration(result["seconds"]) if _is_number(result.get("seconds")) else "",
+        steps=f"{result['steps']:,}" if _is_number(result.get("steps")) else "",
+        rate=f"{rate:,.{0 if rate >= 100 else 2}f} {_RATES.get(run.stage, 'units/s')}" if _is_number(rate) else "",
+        pairs=f"{result['pairs']:,}" if _is_number(result.get("pairs")) else "",
+        loss=f"{result['loss']:.4f}" if _is_number(result.get("loss")) else "",
+        also=", ".join(also),
+    )
+
+
+def _figures(study: ReportInput, table: StudyTable) -> list[plots.Figure]:
+    counts = Counter(study.kinds[result.problem_id] for result in study.cells[0].results if result.problem_id in study.kinds)
+    drawn = [plots.scores(table), plots.slopes(table), plots.stabilities(table)]
+    drawn.append(plots.kinds(breakdown(study.cells, study.kinds), study.kind_name, counts))
+    drawn += [plots.preferences(composition, name) for name, composition in study.preferences.items()]
+    return [figure for figure in drawn if figure]
+
+
+def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader looks for first, then whatever else was recorded."""
+    lines = []
+    names = {"started": "date", "git_commit": "commit", "cpus": "CPU cores", "platform": "system", "python": "Python"}
+    first = ["started", "processor", "cpus", "devices", "platform", "python", "packages", "git_commit", "command"]
+    for key in [*first, *(key for key in environment if key not in first)]:
+        value = environment.get(key)
+        if value in (None, "", [], {}):
+            continue
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        lines.append((names.get(key, key.replace("_", " ")), str(value)))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=lambda other: dict(other) if isinstance(other, Mapping) else str(other)))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (str, int, float, bool))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

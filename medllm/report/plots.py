@@ -1,0 +1,303 @@
+"""The report's figures as SVG, each drawn for a light and for a dark page.
+
+Colours are Okabe and Ito's, which stay apart for every kind of colour vision; what a colour says is also said by place, marker
+or label. Text stays text in the SVG, so that a label in Japanese is set by the reader's own fonts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+
+from medllm.report.results import StudyTable
+from medllm.report.study import Composition, RunSummary
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_WIDTH = 8.4  # inches; the page scales the figure to its column
+_CURVES = ("loss", "dpo_loss", "nll", "margins", "accuracies", "chosen", "rejected", "learning_rate", "grad_norm")
+_PANELS = 6
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Ink and rules of a page; the background is the page's own."""
+
+    ink: str
+    faint: str
+
+
+LIGHT = Theme(ink="#1c2430", faint="#c9d0d9")
+DARK = Theme(ink="#e4e8ee", faint="#46505e")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: its heading, what it shows in words, and the SVG source for a light and a dark page."""
+
+    title: str
+    caption: str
+    light: str
+    dark: str
+
+    @property
+    def light_uri(self) -> str:
+        """The light SVG as a data URI."""
+        return _data_uri(self.light)
+
+    @property
+    def dark_uri(self) -> str:
+        """The dark SVG as a data URI."""
+        return _data_uri(self.dark)
+
+
+def scores(table: StudyTable) -> Figure:
+    """Bars of every setting for every model, with their intervals."""
+
+    def draw(theme: Theme) -> Canvas:
+        settings, rows = table.settings, table.rows
+        thick = 0.76 / len(settings)
+        canvas, axes = _canvas(_WIDTH, 0.9 + len(rows) * (0.2 + 0.3 * len(settings)))
+        for place, setting in enumerate(settings):
+            here = [(index, row.scores[setting].score) for index, row in enumerate(rows) if setting in row.scores]
+            heights = [index + (place - (len(settings) - 1) / 2) * thick for index, _ in here]
+            values = [score.value for _, score in here]
+            errors = [[max(0.0, s.value - s.low) for _, s in here], [max(0.0, s.high - s.value) for _, s in here]]
+            axes.barh(
+                heights, values, thick * 0.92, xerr=errors, label=setting, color=_colour(place), hatch="////" if place % 2 else None,
+                edgecolor="white", linewidth=0, error_kw={"ecolor": theme.ink, "capsize": 3, "elinewidth": 1.1},
+            )
+            for height, (_, score) in zip(heights, here, strict=True):
+                axes.text(min(score.high, 1) + 0.012, height, f"{score.value:.3f}", va="center", fontsize=9)
+        axes.set_yticks(range(len(rows)), [row.model for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.09)
+        axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+        axes.set_xlabel("points earned / points possible")
+        axes.grid(axis="x")
+        _legend_above(axes, len(settings))
+        return canvas
+
+    caption = f"Bars are scores, whiskers {table.draw.confidence:.0%} bootstrap intervals over problems."
+    return _figure("Score in each setting", caption, draw)
+
+
+def slopes(table: StudyTable) -> Figure | None:
+    """From the score without to the score with explanation, a line a model; None where the study has only one of the two."""
+    pair = table.stability_settings
+    rows = [row for row in table.rows if row.stability is not None]
+    if pair is None or not rows:
+        return None
+    plain, explained = pair
+
+    def draw(theme: Theme) -> Canvas:
+        canvas, axes = _canvas(_WIDTH, 4.4)
+        ends = [(row.scores[plain].score, row.scores[explained].score) for row in rows]
+        values = [score.value for end in ends for score in end]
+        low, high = min(values), max(values)
+        room = max(0.12 * (high - low), 0.02)
+        axes.set_ylim(low - room, high + room)
+        apart = (high - low + 2 * room) / 13
+        left = _spread([start.value for start, _ in ends], apart)
+        right = _spread([end.value for _, end in ends], apart)
+        for index, (row, (start, end)) in enumerate(zip(rows, ends, strict=True)):
+            colour = _colour(index)
+            axes.plot([0, 1], [start.value, end.value], color=colour, marker=_MARKERS[index % len(_MARKERS)], linewidth=2.2)
+            axes.text(-0.05, left[index], f"{start.value:.3f}", ha="right", va="center")
+            axes.text(1.05, right[index], f"{end.value:.3f}  {row.model}", ha="left", va="center")
+            axes.plot([1.008, 1.04], [end.value, right[index]], color=colour, linewidth=1, clip_on=False)
+            axes.plot([-0.04, -0.008], [left[index], start.value], color=colour, linewidth=1, clip_on=False)
+        axes.set_xlim(-0.28, 2.0)
+        axes.set_xticks([0, 1], [plain, explained])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        for side in (0, 1):
+            axes.axvline(side, color=theme.faint, linewidth=1, zorder=0)
+        return canvas
+
+    caption = "A level line keeps its score when the model has to explain itself first; a falling one loses points by explaining."
+    return _figure("Does explaining cost points?", caption, draw)
+
+
+def stabilities(table: StudyTable) -> Figure | None:
+    """Stability of each model with its interval; None where the study has no two settings to compare."""
+    rows = [row for row in table.rows if row.stability is not None]
+    if not rows:
+        return None
+
+    def draw(theme: Theme) -> Canvas:
+        canvas, axes = _canvas(_WIDTH, 0.9 + 0.42 * len(rows))
+        for index, row in enumerate(rows):
+            estimate = row.stability
+            assert estimate is not None
+            errors = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
+            axes.errorbar(
+                estimate.value, index, xerr=errors, color=_colour(index), marker=_MARKERS[index % len(_MARKERS)], markersize=8,
+                capsize=4, linewidth=1.8,
+            )
+        axes.axvline(0, color=theme.ink, linewidth=1)
+        axes.set_yticks(range(len(rows)), [row.model for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("score with explanation - score without")
+        axes.grid(axis="x")
+        return canvas
+
+    caption = f"Whiskers are {table.draw.confidence:.0%} paired bootstrap intervals. Left of zero, explaining costs points."
+    return _figure("Stability", caption, draw)
+
+
+def training_curves(run: RunSummary) -> Figure | None:
+    """What a training run logged, a panel a metric; None where it logged nothing."""
+    names = _curve_names(run.metrics)
+    if not names:
+        return None
+
+    def draw(theme: Theme) -> Canvas:
+        columns = min(3, len(names))
+        lines = -(-len(names) // columns)
+        canvas, grid = plt.subplots(lines, columns, figsize=(_WIDTH, 2.3 * lines + 0.2), squeeze=False, layout="constrained")
+        for axes, name in zip(grid.flat, names, strict=False):
+            points = [(line["step"], line[name]) for line in run.metrics if name in line]
+            axes.plot(*zip(*points, strict=True), color=_colour(0), linewidth=1.5, marker="o" if len(points) < 25 else None, markersize=3)
+            axes.set_title(name, fontsize=10)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.grid(axis="y")
+        for axes in grid[-1]:
+            axes.set_xlabel("optimizer step")
+        for axes in grid.flat[len(names) :]:
+            axes.set_visible(False)
+        return canvas
+
+    return _figure(f"Training: {run.name}", f"Logged by the {run.stage} run {run.name}, by optimizer step.", draw)
+
+
+def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: str, counts: Mapping[str, int]) -> Figure | None:
+    """Score by kind of problem, one panel a setting, one column a model; None where there is nothing to break down."""
+    cells = list(dict.fromkeys(cell for row in breakdown.values() for cell in row))
+    if len(breakdown) < 2:
+        return None
+    settings = list(dict.fromkeys(setting for _, setting in cells))
+    models = list(dict.fromkeys(model for model, _ in cells))
+    labels = [f"{kind} ({counts[kind]})" for kind in breakdown]
+
+    def draw(theme: Theme) -> Canvas:
+        canvas, grid = plt.subplots(
+            1, len(settings), figsize=(_WIDTH, 1.4 + 0.3 * len(breakdown)), squeeze=False, sharey=True, layout="constrained"
+        )
+        for axes, setting in zip(grid[0], settings, strict=True):
+            for index, model in enumerate(models):
+                found = [(row[model, setting], place) for place, row in enumerate(breakdown.values()) if (model, setting) in row]
+                if found:
+                    style = {"color": _colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
+                    axes.plot(*zip(*found, strict=True), linestyle="none", markersize=7, alpha=0.9, label=model, **style)
+            axes.set_title(setting, fontsize=10)
+            axes.set_xlim(-0.03, 1.03)
+            axes.set_xlabel("score")
+            axes.grid(axis="both")
+        grid[0, 0].set_yticks(range(len(labels)), labels)
+        grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        canvas.legend(handles, names, loc="outside upper center", ncols=min(3, len(models)), frameon=False)
+        return canvas
+
+    return _figure(f"Score by {kind_name}", f"Number of problems in brackets. A {kind_name} of few problems says little.", draw)
+
+
+def preferences(composition: Composition, name: str) -> Figure:
+    """How many problems give which pairs, and how often the sampled answers were right."""
+
+    def draw(theme: Theme) -> Canvas:
+        canvas, (left, right) = plt.subplots(1, 2, figsize=(_WIDTH, 2.9), layout="constrained", width_ratios=(1.15, 1))
+        names = ("chosen and rejected", "chosen only", "rejected only", "ground truth only")
+        counts = (composition.both, composition.only_chosen, composition.only_rejected, composition.neither)
+        bars = left.barh(names, counts, color=[_colour(index) for index in (2, 0, 1, 6)])
+        left.bar_label(bars, padding=4)
+        left.invert_yaxis()
+        left.set_xlim(0, max(*counts, 1) * 1.15)
+        left.set_xlabel("problems")
+        right.bar(list(composition.right_counts), list(composition.right_counts.values()), color=_colour(0), width=0.8)
+        right.set_xlabel("chosen (right) responses of a problem")
+        right.set_ylabel("problems")
+        right.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        right.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for axes, along in ((left, "x"), (right, "y")):
+            axes.grid(axis=along)
+        return canvas
+
+    caption = (
+        f"{composition.problems} problems, {composition.chosen} chosen and {composition.rejected} rejected responses. Only a problem "
+        f"with both gives all three pairs of the hierarchy ground truth > chosen > rejected."
+    )
+    return _figure(f"Preference data: {name}", caption, draw)
+
+
+def _curve_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    logged = list(dict.fromkeys(name for line in metrics for name in line if name != "step"))
+    known = [name for curve in _CURVES for name in logged if name.rsplit("/", 1)[-1] == curve]
+    return [*known, *(name for name in logged if name not in known)][:_PANELS]
+
+
+def _figure(title: str, caption: str, draw: Callable[[Theme], Canvas]) -> Figure:
+    return Figure(title, caption, *(_svg(draw, theme) for theme in (LIGHT, DARK)))
+
+
+def _svg(draw: Callable[[Theme], Canvas], theme: Theme) -> str:
+    with _style(theme):
+        canvas = draw(theme)
+        text = io.StringIO()
+        # No date and no creator: the same study gives the same bytes.
+        canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(canvas)
+    return text.getvalue()
+
+
+@contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": "medllm", "text.parse_math": False, "font.size": 10, "hatch.linewidth": 0.6,
+        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Noto Sans", "Helvetica", "Arial"],
+        "text.color": theme.ink, "axes.labelcolor": theme.ink, "xtick.color": theme.ink, "ytick.color": theme.ink,
+        "axes.edgecolor": theme.faint, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+        "grid.color": theme.faint, "grid.linewidth": 0.6, "legend.frameon": False,
+    }
+    with plt.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts have it
+        yield
+
+
+def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
+
+
+def _spread(values: Sequence[float], apart: float) -> list[float]:
+    """The values as label heights, pushed upwards where two would stand closer than ``apart``, then centred again."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    placed = list(values)
+    for before, here in zip(order, order[1:], strict=False):
+        placed[here] = max(placed[here], placed[before] + apart)
+    shift = sum(placed) / len(placed) - sum(values) / len(values)
+    return [place - shift for place in placed]
+
+
+def _colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")

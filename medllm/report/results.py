@@ -1,0 +1,192 @@
+"""From the per-problem results of several models in several settings to the study's table.
+
+Rows are models, columns are settings. What a row adds to two scores is the question of the study: its *stability* (score with
+explanation minus score without) and whether it differs from the stage before it by more than chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medllm.errors import UserError
+from medllm.exam.scoring import ProblemResult
+from medllm.report import statistics
+from medllm.report.statistics import BOOTSTRAP, Bootstrap, Comparison, Estimate, StabilityChange
+
+EXPLAINED = " with explanation"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model in one setting, problem by problem. A setting that ends in ``with explanation`` explains before it answers."""
+
+    model: str
+    setting: str
+    results: tuple[ProblemResult, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a cell comes to.
+
+    Attributes:
+        score: Points earned over points possible, with its bootstrap interval.
+        accuracy: Share of problems right, each counted once, with its Wilson interval.
+        earned: Points earned.
+        possible: Points possible.
+        problems: Number of problems, those worth no points included.
+    """
+
+    score: Estimate
+    accuracy: Estimate
+    earned: int
+    possible: int
+    problems: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        model: Its label.
+        scores: By setting; a setting the model was not run in is absent.
+        stability: Score with explanation minus score without, where both were run.
+        previous: The model it is compared with, where there is one.
+        against_previous: This model minus the previous one, by setting.
+        stability_change: Its stability minus the previous model's.
+    """
+
+    model: str
+    scores: Mapping[str, Score]
+    stability: Estimate | None
+    previous: str | None
+    against_previous: Mapping[str, Comparison]
+    stability_change: StabilityChange | None
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """Rows of models, columns of settings (those without explanation first), and how the intervals were drawn."""
+
+    settings: tuple[str, ...]
+    rows: tuple[Row, ...]
+    draw: Bootstrap
+
+    @property
+    def stability_settings(self) -> tuple[str, str] | None:
+        """The two settings whose difference is the stability, where the study has both."""
+        return _stability_settings(self.settings)
+
+
+def build_table(
+    cells: Sequence[Cell], *, previous: Mapping[str, str] | None = None, draw: Bootstrap = BOOTSTRAP
+) -> StudyTable:
+    """Scores, stability, and the comparison of each row with the one it came from.
+
+    Args:
+        cells: One for each model and setting that was run; rows come in the order in which models first appear.
+        previous: For a model, the one it is compared with (the stage it started from); each row with the row above when unset.
+        draw: How intervals are drawn.
+
+    Raises:
+        UserError: no cells, the same cell twice, cells that are not of the same problems, or an unknown model in ``previous``.
+    """
+    if not cells:
+        raise UserError("a table needs at least one evaluated model: give the run folder of a 'medllm evaluate'")
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    settings = tuple(sorted(dict.fromkeys(cell.setting for cell in cells), key=lambda setting: setting.endswith(EXPLAINED)))
+    if previous is None:
+        previous = dict(zip(models[1:], models, strict=False))
+    for name in {*previous, *previous.values()} - set(models):
+        raise UserError(f"'{name}' is to be compared but was not evaluated; evaluated are: {', '.join(models)}")
+    points, answers = _align(cells)
+    rows = tuple(_row(model, settings, previous.get(model), points, answers, draw) for model in models)
+    return StudyTable(settings, rows, draw)
+
+
+def breakdown(cells: Sequence[Cell], kinds: Mapping[str, str]) -> dict[str, dict[tuple[str, str], float]]:
+    """Score by kind of problem: kind → (model, setting) → points earned over points possible.
+
+    Args:
+        cells: As for :func:`build_table`.
+        kinds: Kind of each problem (a section, a subject, a year) by problem_id; others are left out, as are kinds worth no points.
+    """
+    table: dict[str, dict[tuple[str, str], float]] = {}
+    for kind in sorted(set(kinds.values())):
+        for cell in cells:
+            mine = [result for result in cell.results if kinds.get(result.problem_id) == kind]
+            possible = sum(result.points for result in mine)
+            if possible:
+                earned = sum(result.points for result in mine if result.correct)
+                table.setdefault(kind, {})[cell.model, cell.setting] = earned / possible
+    return table
+
+
+def _stability_settings(settings: Sequence[str]) -> tuple[str, str] | None:
+    return next(((plain, plain + EXPLAINED) for plain in settings if plain + EXPLAINED in settings), None)
+
+
+def _align(cells: Sequence[Cell]) -> tuple[np.ndarray, dict[tuple[str, str], np.ndarray]]:
+    """Points by problem, and right/wrong by (model, setting), all in the problem order of the first cell."""
+    first = cells[0]
+    worth = {result.problem_id: result.points for result in first.results}
+    answers: dict[tuple[str, str], np.ndarray] = {}
+    for cell in cells:
+        where = f"model '{cell.model}', setting '{cell.setting}'"
+        if (cell.model, cell.setting) in answers:
+            raise UserError(f"{where}: given twice; give each model its own label, or leave one run out")
+        right = {result.problem_id: bool(result.correct) for result in cell.results}
+        if len(right) != len(cell.results):
+            raise UserError(f"{where}: a problem_id appears twice; each problem may count once")
+        if right.keys() != worth.keys():
+            odd = sorted(right.keys() ^ worth.keys())
+            raise UserError(
+                f"{where}: not the same problems as '{first.model}', '{first.setting}': {len(odd)} differ, e.g. {odd[0]}; "
+                f"evaluate both on the same problem files with the same limit"
+            )
+        for result in cell.results:
+            if result.points != worth[result.problem_id]:
+                raise UserError(
+                    f"{where}: problem {result.problem_id} is worth {result.points} points here and "
+                    f"{worth[result.problem_id]} for '{first.model}'; evaluate both on the same problem files"
+                )
+        answers[cell.model, cell.setting] = np.array([right[problem_id] for problem_id in worth], dtype=bool)
+    return np.array(list(worth.values()), dtype=float), answers
+
+
+def _row(
+    model: str,
+    settings: Sequence[str],
+    previous: str | None,
+    points: np.ndarray,
+    answers: Mapping[tuple[str, str], np.ndarray],
+    draw: Bootstrap,
+) -> Row:
+    scores = {setting: _score(answers[model, setting], points, draw) for setting in settings if (model, setting) in answers}
+    shared = [setting for setting in scores if (previous, setting) in answers] if previous is not None else []
+    against = {
+        setting: statistics.compare(answers[str(previous), setting], answers[model, setting], points, draw) for setting in shared
+    }
+    pair = _stability_settings(settings)
+    stability = change = None
+    if pair and all(setting in scores for setting in pair):
+        plain, explained = (answers[model, setting] for setting in pair)
+        stability = statistics.stability(plain, explained, points, draw)
+        if all(setting in against for setting in pair):
+            before = (answers[str(previous), pair[0]], answers[str(previous), pair[1]])
+            change = statistics.compare_stability(before, (plain, explained), points, draw)
+    return Row(model, scores, stability, previous, against, change)
+
+
+def _score(correct: np.ndarray, points: np.ndarray, draw: Bootstrap) -> Score:
+    return Score(
+        score=statistics.score_interval(correct, points, draw),
+        accuracy=statistics.wilson(int(correct.sum()), len(correct), draw.confidence),
+        earned=int(points[correct].sum()),
+        possible=int(points.sum()),
+        problems=len(correct),
+    )

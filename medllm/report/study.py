@@ -1,0 +1,185 @@
+"""What a report is made of: the evaluated cells, the runs behind them, the preference data and some answers to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medllm.exam.problem import Problem
+from medllm.preferences.records import Preference
+from medllm.report.results import Cell
+from medllm.report.statistics import BOOTSTRAP, Bootstrap
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run folder.
+
+    Attributes:
+        name: Name of the folder.
+        stage: ``cpt``, ``curate``, ``rpo`` or ``evaluate``.
+        config: The resolved configuration.
+        metrics: The lines of ``metrics.jsonl``, each with its ``step``.
+        result: What the stage ended with.
+        environment: Versions, hardware and commit it ran with.
+    """
+
+    name: str
+    stage: str
+    config: Mapping[str, Any]
+    metrics: tuple[Mapping[str, float], ...] = ()
+    result: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What the preference data consist of.
+
+    Attributes:
+        both: Problems with chosen and rejected responses; all three pairs of the hierarchy exist.
+        only_chosen: Problems answered right every time.
+        only_rejected: Problems never answered right.
+        neither: Problems with a ground truth alone; they yield no pair.
+        chosen: Chosen responses in all.
+        rejected: Rejected responses in all.
+        right_counts: How many problems have so many chosen responses.
+    """
+
+    both: int
+    only_chosen: int
+    only_rejected: int
+    neither: int
+    chosen: int
+    rejected: int
+    right_counts: Mapping[int, int]
+
+    @property
+    def problems(self) -> int:
+        """All problems of the file."""
+        return self.both + self.only_chosen + self.only_rejected + self.neither
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one model answered to a problem in one setting. ``prediction`` is the answer as it was counted."""
+
+    model: str
+    setting: str
+    prediction: str
+    explanation: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem and everybody's answers to it. Question and choices are empty where the problem file is not at hand."""
+
+    problem_id: str
+    question: str
+    choices: tuple[str, ...]
+    gold: str
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """Everything the report page shows.
+
+    Attributes:
+        title: Headline.
+        engine: Which engine(s) ran it.
+        environment: Hardware, versions, commit and date, as a run folder records them.
+        cells: The evaluated models.
+        runs: The stages behind them, in the order in which they ran.
+        preferences: Composition of each set of preference data, by the name of the run that made it.
+        examples: Problems with each model's answer.
+        kinds: Kind of each problem (section, subject, …) by problem_id, for the breakdown.
+        kind_name: What the kinds are, e.g. ``section``.
+        previous: For a model, the stage it started from; each with the one before it when unset.
+        summary: Further paragraphs under the headline, plain text.
+        draw: How intervals are drawn.
+    """
+
+    title: str
+    engine: str
+    environment: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+    runs: tuple[RunSummary, ...] = ()
+    preferences: Mapping[str, Composition] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    kind_name: str = "kind"
+    previous: Mapping[str, str] | None = None
+    summary: tuple[str, ...] = ()
+    draw: Bootstrap = BOOTSTRAP
+
+
+def composition(preferences: Sequence[Preference]) -> Composition:
+    """Count the preference data."""
+    sides = Counter((bool(preference.chosen), bool(preference.rejected)) for preference in preferences)
+    right = Counter(len(preference.chosen) for preference in preferences)
+    return Composition(
+        both=sides[True, True],
+        only_chosen=sides[True, False],
+        only_rejected=sides[False, True],
+        neither=sides[False, False],
+        chosen=sum(len(preference.chosen) for preference in preferences),
+        rejected=sum(len(preference.rejected) for preference in preferences),
+        right_counts=dict(sorted(right.items())),
+    )
+
+
+def choose_examples(
+    cells: Sequence[Cell],
+    problems: Mapping[str, Problem],
+    explanations: Mapping[tuple[str, str], Mapping[str, str]],
+    count: int = 6,
+) -> tuple[Example, ...]:
+    """The problems on which the cells part most evenly, then one that all get right and one that none does.
+
+    Args:
+        cells: All of the same problems.
+        problems: Problems by id; an id that is missing is shown without its question.
+        explanations: Text each (model, setting) wrote before its answer, by problem_id.
+        count: Number of examples.
+    """
+    if not cells:
+        return ()
+    answers = [{result.problem_id: result for result in cell.results} for cell in cells]
+    shared = [problem_id for problem_id in answers[0] if all(problem_id in side for side in answers)]
+    right = {problem_id: sum(bool(side[problem_id].correct) for side in answers) for problem_id in shared}
+    split = sorted((abs(right[problem_id] - len(cells) / 2), place, problem_id) for place, problem_id in enumerate(shared))
+    parted = [problem_id for _, _, problem_id in split if 0 < right[problem_id] < len(cells)]
+    agreed = [next((problem_id for problem_id in shared if right[problem_id] == all_or_none), None) for all_or_none in (len(cells), 0)]
+    ends = [problem_id for problem_id in agreed if problem_id is not None]
+    picked = [*parted[: max(0, count - len(ends))], *ends][:count]
+    return tuple(_example(problem_id, cells, answers, problems.get(problem_id), explanations) for problem_id in picked)
+
+
+def _example(
+    problem_id: str,
+    cells: Sequence[Cell],
+    answers: Sequence[Mapping[str, Any]],
+    problem: Problem | None,
+    explanations: Mapping[tuple[str, str], Mapping[str, str]],
+) -> Example:
+    responses = tuple(
+        Response(
+            model=cell.model,
+            setting=cell.setting,
+            prediction=_answer_text(side[problem_id].prediction),
+            explanation=explanations.get((cell.model, cell.setting), {}).get(problem_id, ""),
+            correct=bool(side[problem_id].correct),
+        )
+        for cell, side in zip(cells, answers, strict=True)
+    )
+    if problem is None:
+        return Example(problem_id, "", (), "", responses)
+    return Example(problem_id, problem.text, problem.choices, ",".join(problem.answer), responses)
+
+
+def _answer_text(prediction: Any) -> str:
+    return prediction if isinstance(prediction, str) else ",".join(prediction or ())

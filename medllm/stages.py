@@ -1,0 +1,168 @@
+"""The stages of the study as functions: what each command does, for scripts and notebooks.
+
+Every stage checks all of its input before it makes its run folder, and returns what it wrote as ``result.json``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, RpoConfig
+from medllm.engine import EngineName, open_engine
+from medllm.errors import UserError
+from medllm.exam.problem import Problem
+from medllm.run import Run, is_primary_process
+
+Progress = Callable[[int, int], None]
+
+PREFERENCES = "preferences.jsonl"
+PREDICTIONS = "predictions.jsonl"
+
+
+def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
+    """Stage 1, continued pretraining: documents → packed rows → a PEFT adapter in the run folder.
+
+    Raises:
+        UserError: the model, tokenizer, documents or run folder cannot be used.
+    """
+    from medllm.corpus.documents import load_documents
+    from medllm.corpus.packing import pack, tokenize_documents
+    from medllm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    corpus = load_documents(config.corpus)
+    tokens = tokenize_documents(tokenizer, corpus.documents)
+    rows = pack(tokens, config.corpus.length, tokenizer.pad_token_id, config.corpus.packing)
+    model = open_engine(engine, config.model)
+    with Run(config.run, config, resume=config.resume) as run:
+        summary = model.train_cpt(rows, config, run)
+        result = {
+            "stage": "cpt",
+            "engine": engine,
+            **asdict(summary),
+            "documents": len(corpus.documents),
+            "skipped": dict(corpus.skipped),
+            "tokens": int((rows.segment_ids > 0).sum()),
+            "rows": len(rows.tokens),
+            "padding": rows.padding,
+        }
+        run.finish(result)
+    return result
+
+
+def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> dict[str, Any]:
+    """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
+
+    Raises:
+        UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
+    """
+    from medllm.preferences.curation import curate
+    from medllm.preferences.records import write_preferences
+
+    problems, skipped = _load(config.problems, config.limit)
+    shots = _load_shots(config.shots, config.shot_count) if config.shots else problems[: config.shot_count]
+    model = open_engine(engine, config.model)
+    began = time.monotonic()
+    with Run(config.run, config) as run:
+        curation = curate(model, problems, shots, config, progress)
+        result = {
+            "stage": "curate",
+            "engine": engine,
+            "seconds": time.monotonic() - began,
+            **asdict(curation.report),
+            "left_out": skipped,
+        }
+        if is_primary_process():
+            write_preferences(run.path / PREFERENCES, curation.preferences)
+        run.finish(result)
+    return result
+
+
+def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
+    """Stage 2, preference training: pairs of the hierarchy → a PEFT adapter in the run folder.
+
+    Raises:
+        UserError: the model or the preference file cannot be used, or there is no pair to train on.
+    """
+    from medllm.preferences.records import read_preferences
+
+    preferences = read_preferences(config.preferences)
+    model = open_engine(engine, config.model)
+    with Run(config.run, config, resume=config.resume) as run:
+        summary = model.train_preferences(preferences, config, run)
+        result = {"stage": "rpo", "engine": engine, **asdict(summary), "problems": len(preferences)}
+        run.finish(result)
+    return result
+
+
+def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> dict[str, Any]:
+    """Sit an exam: prompts → generations → predictions → the official score.
+
+    Raises:
+        UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
+    """
+    from medllm.exam.evaluation import evaluate, write_predictions
+    from medllm.exam.scoring import score
+
+    problems, skipped = _load(config.problems, config.limit)
+    shots = _load_shots(config.shots, config.shot_count)
+    model = open_engine(engine, config.model)
+    began = time.monotonic()
+    with Run(config.run, config) as run:
+        predictions = evaluate(model, problems, shots, config, progress)
+        sheet = score(problems, predictions, lenient=config.lenient)
+        result = {
+            "stage": "evaluate",
+            "engine": engine,
+            "model": model_label(config.model),
+            "setting": setting_label(config),
+            "seconds": time.monotonic() - began,
+            "left_out": skipped,
+            "score": sheet.to_json(),
+        }
+        if is_primary_process():
+            write_predictions(run.path / PREDICTIONS, predictions)
+        run.finish(result)
+    return result
+
+
+def model_label(model: ModelConfig) -> str:
+    """How a model is called in tables: its folder, and its adapter's."""
+    return f"{model.path} + {model.adapter}" if model.adapter else model.path
+
+
+def setting_label(config: EvaluateConfig) -> str:
+    """The paper's column names: ``3-shot``, ``3-shot with explanation``."""
+    shots = f"{config.shot_count}-shot" if config.shot_count else "zero-shot"
+    return f"{shots} with explanation" if config.explanation else shots
+
+
+def _load(paths: Sequence[str], limit: int) -> tuple[tuple[Problem, ...], dict[str, int]]:
+    from medllm.exam.loaders import load_problems
+
+    if not paths:
+        raise UserError("no problems given: name a file or folder (--problems)")
+    problems: list[Problem] = []
+    skipped: dict[str, int] = {}
+    for path in paths:
+        loaded = load_problems(path)
+        problems += loaded.problems
+        for reason, count in loaded.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    return tuple(problems[:limit] if limit else problems), skipped
+
+
+def _load_shots(path: str | None, count: int) -> tuple[Problem, ...]:
+    from medllm.exam.loaders import load_problems
+
+    if not count:
+        return ()
+    if path is None:
+        raise UserError(f"{count} shots are asked for: name their problem file (--shots), or set --shot_count 0")
+    shots = load_problems(path).problems
+    if len(shots) < count:
+        raise UserError(f"{path}: holds {len(shots)} problems, {count} shots are asked for (--shot_count)")
+    return shots[:count]

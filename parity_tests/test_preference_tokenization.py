@@ -1,0 +1,162 @@
+"""Our preference tokens against those TRL's own DPOTrainer puts into its dataset and its batches."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+
+from medllm.config import PairConfig
+from medllm.preferences.pairs import trl_rows
+from medllm.preferences.records import Preference, Sample
+from medllm.preferences.tokenization import tokenize_completion, tokenize_group, tokenize_preferences
+from medllm.tokenizer import load_tokenizer
+
+EOS = "<|endoftext|>"
+ALL = 10_000
+
+
+def byte_level_bpe(merges: list[tuple[str, str]], *, bos: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over all 256 bytes plus the given merges; without pre-tokenization words, so that merges cross anything."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{EOS} $A", special_tokens=[(EOS, core.token_to_id(EOS))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
+
+
+def spelled(text: str) -> list[str]:
+    """The byte-level characters of ``text``, as merges spell them."""
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return list("".join(piece for piece, _ in pieces))
+
+
+def chain(text: str) -> list[tuple[str, str]]:
+    """Merges that build ``text`` into one token, left to right."""
+    letters = spelled(text)
+    return [("".join(letters[:index]), letters[index]) for index in range(1, len(letters))]
+
+
+MERGES = [*chain(" A"), *chain(":「"), *chain(":b"), *chain("は"), *chain("答え"), *chain("he"), *chain("x\n")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_level_bpe(MERGES)
+
+
+def preference(prompt: str, ground_truth: str, chosen: list[str], rejected: list[str], problem_id: str = "110A1") -> Preference:
+    samples = [tuple(Sample(text, "a") for text in texts) for texts in (chosen, rejected)]
+    return Preference(problem_id, prompt, Sample(ground_truth, "a"), *samples)
+
+
+def trl_dataset(tokenizer, preferences: list[Preference], config: PairConfig) -> Dataset:
+    """The rows after DPOTrainer's own preparation. It reads one attribute of the trainer, which needs no model for that."""
+    rows = Dataset.from_list(trl_rows(preferences, config))
+    settings = DPOConfig(output_dir="unused", max_length=config.max_length, report_to=[], use_cpu=True, bf16=False)
+    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, settings, "train")
+
+
+def trl_sequences(tokenizer, prepared: Dataset, max_length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, chosen, rejected) of each row as the collator hands them to the model, cut at ``max_length``."""
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
+    sequences = []
+    for row in prepared:
+        batch = collate([row])
+        halves = []
+        for ids, seen, completion in zip(
+            batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["completion_mask"].tolist(), strict=True
+        ):
+            prompt = [token for token, real, ours in zip(ids, seen, completion, strict=True) if real and not ours]
+            halves.append((prompt, [token for token, ours in zip(ids, completion, strict=True) if ours]))
+        assert halves[0][0] == halves[1][0]
+        sequences.append((halves[0][0], halves[0][1], halves[1][1]))
+    return sequences
+
+
+def our_sequences(tokenizer, preferences: list[Preference], config: PairConfig) -> list[tuple[list[int], list[int], list[int]]]:
+    groups = tokenize_preferences(tokenizer, preferences, config).groups
+    return [tuple(list(ids) for ids in tokens) for group in groups for tokens in group.pair_tokens()]
+
+
+def assert_same_as_trl(tokenizer, preferences: list[Preference], config: PairConfig) -> list:
+    prepared = trl_dataset(tokenizer, preferences, config)
+    ours = our_sequences(tokenizer, preferences, config)
+    assert ours == trl_sequences(tokenizer, prepared, config.max_length)
+    return ours
+
+
+PLAIN = preference(
+    "Question: 正しいのはどれか。\na: 一\nb: 二\n Explanation:", "一は正しい。\n Answer:a", ["はい\n Answer:a"], ["いいえ\n Answer:b"]
+)
+MERGED = preference("Q\n Explanation:", "「引用」\n Answer:a", ["because\n Answer:a"], ["次に\n Answer:b", "「違う」\n Answer:c"])
+
+
+def test_pairs_are_tokenized_as_trl_tokenizes_them(tokenizer):
+    assert len(assert_same_as_trl(tokenizer, [PLAIN, MERGED], PairConfig(max_rejected=0))) == 8
+
+
+def test_a_merge_across_the_boundary_moves_the_completion_start_as_in_trl(tokenizer):
+    config = PairConfig(max_chosen=0, max_rejected=0)
+    ours = assert_same_as_trl(tokenizer, [MERGED], config)
+    prompt_lengths = {len(prompt) for prompt, _, _ in ours}
+    assert len(prompt_lengths) == 1, "every pair here holds a response that merges with the colon"
+
+    unmerged_pair = preference("Q\n Explanation:", "次", ["because"], ["三", "四"])
+    ours = assert_same_as_trl(tokenizer, [unmerged_pair], config)
+    group = tokenize_group(tokenizer, unmerged_pair, config)
+    assert len({len(prompt) for prompt, _, _ in ours}) == 2
+    assert sorted(set(group.pair_starts)) == [0, 1]
+
+
+def test_an_end_of_text_that_is_already_there_is_not_doubled(tokenizer):
+    ended = preference("Q\n Explanation:", f"一\n Answer:a{EOS}", ["二\n Answer:a"], [f"三{EOS}"])
+    ours = assert_same_as_trl(tokenizer, [ended], PairConfig())
+    for _, high, low in ours:
+        assert high.count(tokenizer.eos_token_id) == low.count(tokenizer.eos_token_id) == 1
+
+
+def test_an_empty_response_is_the_end_token_alone_as_in_trl(tokenizer):
+    ours = assert_same_as_trl(tokenizer, [preference("Q:", "一", [], [""])], PairConfig())
+    assert ours[0][2] == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 14, 15, 16, 17, 18, 20, 27, 40, 60])
+def test_truncation_and_dropped_rows_are_those_of_trl(tokenizer, max_length):
+    assert_same_as_trl(tokenizer, [PLAIN, MERGED], PairConfig(max_chosen=0, max_rejected=0, max_length=max_length))
+
+
+def test_a_tokenizer_that_adds_a_start_token_is_followed_too():
+    ours = assert_same_as_trl(byte_level_bpe(MERGES, bos=True), [PLAIN, MERGED], PairConfig())
+    assert all(prompt[0] == 256 + len(MERGES) for prompt, _, _ in ours)
+
+
+def test_a_single_completion_starts_where_trl_starts_a_pair_of_it(tokenizer):
+    for response in ("一\n Answer:a", "「引用」", "because", ""):
+        pair = preference("Q\n Explanation:", response, [], [response + " "])
+        prepared = trl_dataset(tokenizer, [pair], PairConfig())[0]
+        continuation = tokenize_completion(tokenizer, pair.prompt, response, ALL)
+        assert (list(continuation.prompt), list(continuation.completion)) == (prepared["prompt_ids"], prepared["chosen_ids"])
+
+
+def test_the_qwen_tokenizer_gives_what_trl_makes_of_it():
+    folder = os.environ.get("QWEN_TOKENIZER_DIR")
+    if not folder:
+        pytest.skip("set QWEN_TOKENIZER_DIR to a folder with Qwen2.5's vocab.json and merges.txt")
+    qwen = load_tokenizer(folder)
+    texts = ["「引用」で始まる。\n Answer:a", "正しい。\n Answer:a", " space first", "\n\n改行", "(a)は誤り\n Answer:b,c", "12歳"]
+    problem = preference("Question: ６５歳の男性。\na: はい\nb: いいえ\n Explanation:", texts[0], texts[1:3], texts[3:])
+    for max_length in (4096, 30, 22):
+        assert_same_as_trl(qwen, [problem, PLAIN, MERGED], PairConfig(0, 0, max_length=max_length))

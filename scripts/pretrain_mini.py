@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Rebuild the embedded study's base model and tokenizer from nothing.
+
+    JAX_PLATFORMS=cpu python scripts/pretrain_mini.py --out medllm/mini/data/base
+
+World, diet, tokenizer, initial weights and order follow from the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.weights import model_tensors
+from medllm.mini.diet import Row, base_diet
+from medllm.mini.vocabulary import train_tokenizer
+from medllm.mini.world import World, make_world
+from medllm.model_directory import write_model
+
+VOCAB_SIZE = 2048  # room for every name and phrase; merging ends well before
+BUCKETS = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # row lengths that are compiled
+UNTAUGHT_WEIGHT = 0.1  # questions and options are random: learn their shape, spend little on them
+
+
+def architecture(vocab_size: int) -> Qwen2Config:
+    """A Qwen2.5 of 2 M parameters."""
+    return Qwen2Config(
+        vocab_size=-(-vocab_size // 64) * 64,
+        hidden_size=192,
+        intermediate_size=512,
+        num_layers=4,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-6,
+        tie_embeddings=True,
+        max_positions=1024,
+    )
+
+
+def batches(tokenizer, rows: Iterator[Row], batch_tokens: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Rows of about equal length together, one text a row, so that no text sees another."""
+    waiting: dict[int, list[tuple[list[int], list[float]]]] = defaultdict(list)
+    end = tokenizer.eos_token_id
+    while True:
+        some = list(itertools.islice(rows, 256))
+        coded = tokenizer([row.text for row in some], return_offsets_mapping=True, add_special_tokens=False)
+        for row, ids, offsets in zip(some, coded["input_ids"], coded["offset_mapping"], strict=True):
+            weights = [1.0 if any(a < stop and start < b for a, b in row.taught) else UNTAUGHT_WEIGHT for start, stop in offsets]
+            length = next(size for size in BUCKETS if size > len(ids))
+            waiting[length].append(([*ids, end], [*weights, 1.0]))
+            if len(waiting[length]) * length >= batch_tokens:
+                yield _pad(waiting.pop(length), length, end)
+
+
+def _pad(texts: list[tuple[list[int], list[float]]], length: int, end: int) -> dict[str, np.ndarray]:
+    tokens = np.full((len(texts), length), end, np.int32)
+    weights = np.zeros((len(texts), length), np.float32)
+    segments = np.zeros((len(texts), length), np.int32)
+    for i, (ids, row_weights) in enumerate(texts):
+        tokens[i, : len(ids)], weights[i, : len(ids)], segments[i, : len(ids)] = ids, row_weights, 1
+    return {"tokens": tokens, "weights": weights, "segments": segments}
+
+
+def make_step(graph, optimizer):
+    """One jitted optimizer step: weighted mean of the next-token losses, and accuracy on what is taught."""
+
+    def loss(params, batch):
+        model = nnx.merge(graph, params)
+        positions = jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
+        hidden = model.hidden(batch["tokens"], segment_ids=batch["segments"], positions=positions)[:, :-1]
+        logits = model.logits(hidden)
+        targets, weights = batch["tokens"][:, 1:], batch["weights"][:, 1:]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        taught = weights == 1.0
+        right = (jnp.argmax(logits, -1) == targets) & taught
+        return jnp.sum(losses * weights) / jnp.sum(weights), jnp.sum(right) / jnp.sum(taught)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, batch):
+        (value, accuracy), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value, accuracy
+
+    return step
+
+
+def pretrain(world: World, out: Path, tokens: int, batch_tokens: int, learning_rate: float, seed: int) -> None:
+    """Train on ``tokens`` of the diet and write ``out``."""
+    names = [name for kind in world.names.values() for name in kind]
+    sample = [row.text for row in itertools.islice(base_diet(world, seed), 8000)]
+    tokenizer = train_tokenizer([*sample, *names * 50], VOCAB_SIZE)
+    config = architecture(len(tokenizer))
+    graph, params = nnx.split(Qwen2(config, rngs=nnx.Rngs(seed)))
+    steps = tokens // batch_tokens
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 50, steps, learning_rate * 0.02)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
+    state = optimizer.init(params)
+    step = make_step(graph, optimizer)
+    started, seen = time.time(), 0
+    window: dict[int, list[float]] = defaultdict(list)
+    for number, batch in enumerate(itertools.islice(batches(tokenizer, base_diet(world, seed), batch_tokens), steps), start=1):
+        params, state, loss, accuracy = step(params, state, batch)
+        seen += batch["tokens"].size
+        window[batch["tokens"].shape[1]].append((float(loss), float(accuracy)))
+        if number % 100 == 0 or number == steps:
+            parts = " ".join(f"{k}:{np.mean([x for x, _ in v]):.2f}/{np.mean([x for _, x in v]):.3f}" for k, v in sorted(window.items()))
+            print(f"step {number}/{steps} tokens {seen / 1e6:.2f}M {seen / (time.time() - started):.0f}/s {parts}", flush=True)
+            window.clear()
+    model = nnx.merge(graph, params)
+    write_model(out, config.to_hf(), model_tensors(model))
+    tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument("--tokens", type=int, default=8_000_000)
+    parser.add_argument("--batch-tokens", type=int, default=3072)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    pretrain(
+        make_world(), arguments.out, arguments.tokens, arguments.batch_tokens, arguments.learning_rate, arguments.seed
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything a change must pass: lint, import rules, types, tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment test
+cd "$root"
+
+export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/lint-imports"
+"$venv/bin/mypy"
+"$venv/bin/python" -m pytest "$@"

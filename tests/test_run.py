@@ -1,0 +1,59 @@
+"""The run folder: what it holds, and that nothing half-written stays behind."""
+
+import json
+
+import pytest
+import yaml
+
+from medllm.config import CptConfig, ModelConfig
+from medllm.errors import UserError
+from medllm.run import Run, atomic_path
+
+
+def config(tmp_path):
+    return CptConfig(model=ModelConfig(path="base"), run=str(tmp_path / "run"))
+
+
+def test_a_run_records_config_environment_metrics_and_result(tmp_path):
+    run = Run(tmp_path / "run", config(tmp_path))
+    run.log(1, loss=2.5)
+    run.log(2, loss=2.25)
+    run.finish({"stage": "cpt", "loss": 2.25})
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["model"]["path"] == "base"
+    assert json.loads((run.path / "environment.json").read_text())["packages"]["numpy"]
+    assert run.metrics() == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
+    assert json.loads((run.path / "result.json").read_text()) == {"stage": "cpt", "loss": 2.25}
+    assert list((run.path / "events").iterdir())
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path):
+    Run(tmp_path / "run", config(tmp_path)).log(1, loss=1.0)
+    with pytest.raises(UserError, match="already holds a run"):
+        Run(tmp_path / "run", config(tmp_path))
+    assert Run(tmp_path / "run", config(tmp_path), resume=True).metrics() == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="this is a file"):
+        Run(tmp_path / "run", config(tmp_path))
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path):
+    target = tmp_path / "value"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(target) as scratch:
+        scratch.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_atomic_directory_replaces_the_old_one_whole(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").touch()
+    with atomic_path(target) as scratch:
+        scratch.mkdir()
+        (scratch / "new").touch()
+    assert [file.name for file in target.iterdir()] == ["new"]

@@ -1,0 +1,71 @@
+"""Continued pretraining (stage 1): transformers' Trainer over packed rows, QLoRA underneath.
+
+    rows → input_ids, position_ids, labels → Trainer (AdamW, cosine with warmup, clipping) → PEFT adapter
+
+The loss is one token mean over all targets of an optimizer step, over accumulation and devices alike: the Trainer counts the
+labels of a whole step before it divides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import Dataset, default_collate
+from transformers import Trainer, TrainingArguments
+
+from medllm.config import CptConfig
+from medllm.corpus.packing import PackedRows
+from medllm.engine import TrainSummary
+from medllm.errors import UserError
+from medllm.run import Run
+from torch_ref.model import add_adapter, open_model
+from torch_ref.trainer import RunLog, per_process, run_trainer, trainer_arguments
+
+_IGNORED = -100
+
+
+class RowFeatures(Dataset):
+    """Packed rows as the features transformers reads document boundaries from.
+
+    There is no attention mask: where none is given and no cache is kept, transformers takes each restart of
+    ``position_ids`` for the beginning of a document and lets no token see across it. Padding has position 0 throughout and
+    stands at the end of a row, so nothing sees it. The first token of a document has no label: it is not predicted from
+    the document before it.
+    """
+
+    def __init__(self, rows: PackedRows):
+        self._tokens = torch.from_numpy(rows.tokens).long()
+        self._positions = torch.from_numpy(rows.positions).long()
+        self._labels = self._tokens.masked_fill(~torch.from_numpy(rows.targets), _IGNORED)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._tokens[index], "position_ids": self._positions[index], "labels": self._labels[index]}
+
+
+def train_cpt(rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
+    """Train a LoRA adapter on ``rows`` and leave it in ``run.path/adapter``; the rate is in tokens a second.
+
+    Raises:
+        UserError: there is no target to train on, the batch does not divide over the processes, or the model cannot be
+            opened.
+    """
+    if not rows.targets.any():
+        raise UserError("the corpus holds no token to predict: every document is empty or a single token long")
+    arguments = TrainingArguments(
+        **trainer_arguments(
+            config.model,
+            config.optimizer,
+            config.training,
+            run,
+            batch=per_process(config.training.batch_size, "--training.batch_size"),
+            accumulation=config.training.accumulation,
+        )
+    )
+    model = add_adapter(open_model(config.model), config.lora)
+    # A cache would switch off the reading of document boundaries from position_ids.
+    model.config.use_cache = False
+    log = RunLog(run, config.training)
+    trainer = Trainer(model=model, args=arguments, train_dataset=RowFeatures(rows), data_collator=default_collate)
+    return run_trainer(trainer, log, run, resume=config.resume, units_per_epoch=int((rows.segment_ids > 0).sum()))

@@ -1,0 +1,166 @@
+"""Opening a model the way the QLoRA papers and libraries document it: transformers + bitsandbytes + PEFT.
+
+    base (NF4 or dense, frozen) ── optional earlier adapter (frozen) ── new adapter (fp32, trained)
+
+The reference of preference training is the same weights with only the new adapter switched off.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import peft
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from medllm.config import LoraConfig, ModelConfig
+from medllm.errors import UserError
+from medllm.model_directory import ModelDirectory, read_adapter
+from medllm.tokenizer import check_vocabulary, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device() -> torch.device:
+    """This process's accelerator: one GPU a process under ``accelerate launch`` or ``torchrun``, the CPU without one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def open_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer of a model, checked against its vocabulary.
+
+    Raises:
+        UserError: no tokenizer there, or one that can produce ids the model does not have.
+    """
+    folder = model.tokenizer or model.path
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, ModelDirectory(model.path).config["vocab_size"], folder)
+    return tokenizer
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse, before gigabytes are read, a model or adapter folder that cannot be opened.
+
+    Raises:
+        UserError: a folder or file is missing, incomplete or of a kind that is not read.
+    """
+    folder = ModelDirectory(model.path)
+    folder.names()
+    if "auto_map" in folder.config:
+        raise UserError(f"{model.path}: config.json asks for code of its own (auto_map); code in model folders is never run")
+    if "vocab_size" not in folder.config:
+        raise UserError(f"{model.path}/config.json: no vocab_size; a causal language model was expected")
+    if model.adapter is not None:
+        for module, (a, b) in read_adapter(model.adapter).modules().items():
+            if f"{module}.weight" not in folder:
+                raise UserError(f"{model.adapter}: adapts {module}, which {model.path} does not have; is it for another model?")
+            # A packed 4-bit weight no longer shows its shape; those are left to PEFT.
+            shape = folder.shape(f"{module}.weight")
+            if shape[-1] != 1 and shape != (b.shape[0], a.shape[1]):
+                raise UserError(f"{model.adapter}: the update of {module} is {(b.shape[0], a.shape[1])}, the weight is {shape}")
+
+
+def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
+    """The weights of ``model``, frozen, in evaluation mode, on this process's device.
+
+    With ``model.adapter`` the result is a ``PeftModel`` whose adapter is frozen too.
+
+    Raises:
+        UserError: the folder cannot be opened as a causal language model.
+    """
+    check_model(model)
+    dtype = DTYPES[model.dtype]
+    stored_in_4bit = "quantization_config" in ModelDirectory(model.path).config
+    quantization = None
+    if model.quantization == "nf4" and not stored_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=dtype,
+            quantization_config=quantization,
+            # Every data-parallel process holds the whole model on its own GPU: 72B in NF4 is about 41 GB.
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model.path}: transformers cannot open this model: {str(error).splitlines()[0]}") from error
+    _settle_quantized_layers(base, dtype)
+    base.requires_grad_(False).eval()
+    if model.adapter is None:
+        return base
+    return peft.PeftModel.from_pretrained(base, model.adapter, is_trainable=False).eval()
+
+
+def peft_config(lora: LoraConfig) -> peft.LoraConfig:
+    """Our declaration of an adapter, in PEFT's words."""
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it; a fraction is fine
+        target_modules=list(lora.targets),
+        use_rslora=lora.rslora,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(model: PreTrainedModel | peft.PeftModel, lora: LoraConfig) -> peft.PeftModel:
+    """Wrap ``model`` with a fresh trainable adapter in fp32; an adapter it already carries stays on underneath, frozen."""
+    wrapped = peft.get_peft_model(trainable_base(model), peft_config(lora))
+    initialize_adapter(wrapped, lora.seed)
+    return wrapped
+
+
+def initialize_adapter(model: peft.PeftModel, seed: int) -> None:
+    """Draw A from U(±1/sqrt(in)), PEFT's kaiming_uniform(a=sqrt(5)), and set B to zero, in the order of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.lora_A:
+                a = layer.lora_A[name].weight
+                bound = 1 / math.sqrt(a.shape[1])
+                a.data.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+                layer.lora_B[name].weight.data.zero_()
+
+
+def trainable_base(model: PreTrainedModel | peft.PeftModel) -> PreTrainedModel:
+    """What a new adapter is put on: ``model`` itself, with a loaded adapter turned into forward hooks.
+
+    PEFT switches all adapters of a layer off together. As a hook of the linear below, the earlier adapter (CPT) stays on
+    where the new one (RPO) is off, which is what the reference of preference training must be. Nothing is merged into
+    quantized weights.
+    """
+    if not isinstance(model, peft.PeftModel):
+        return model
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.active_adapters:
+                layer.get_base_layer().register_forward_hook(_update(layer, name))
+    return model.unload()
+
+
+def _update(layer: LoraLayer, name: str) -> Any:
+    a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+
+    def add(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + (b(a(inputs[0].to(a.weight.dtype))) * scaling).to(output.dtype)
+
+    return add
+
+
+def _settle_quantized_layers(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # On a CPU with AVX512-BF16 an evaluation-mode forward would repack the weight for inference only; biased layers
+            # then raise, and layers without bias train on with gradients that are None.
+            layer.support_avx512bf16_for_cpu = False
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
