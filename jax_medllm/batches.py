@@ -36,8 +36,8 @@ class CptBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PreferenceBatch:
-    """n problems with c responses each, padded.
+class ResponseBatch:
+    """n prompts with c responses each, padded.
 
     Attributes:
         prompts: Prompt tokens, padded on the left: the last prompt token, which predicts the first response token, is in
@@ -45,15 +45,27 @@ class PreferenceBatch:
         prompt_mask: 1 for prompt tokens.
         responses: Response tokens, padded on the right.
         response_mask: 1 for response tokens.
-        pairs: (chosen, rejected) as indices into the n·c responses of the batch.
-        starts: Leading response tokens that a pair counts to its prompt.
-        weights: One over the pairs of the whole optimizer step; 0 for padding.
     """
 
     prompts: Int[Array, "n p"]
     prompt_mask: Int[Array, "n p"]
     responses: Int[Array, "n c t"]
     response_mask: Int[Array, "n c t"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Responses, and the pairs among them.
+
+    Attributes:
+        responses: The problems of the batch with all their responses.
+        pairs: (chosen, rejected) as indices into the n·c responses of the batch.
+        starts: Leading response tokens that a pair counts to its prompt.
+        weights: One over the pairs of the whole optimizer step; 0 for padding.
+    """
+
+    responses: ResponseBatch
     pairs: Int[Array, "k 2"]
     starts: Int[Array, "k"]
     weights: Float[Array, "k"]
@@ -154,6 +166,21 @@ def single_pairs(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
     ]
 
 
+def pad_responses(
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], rows: int, prompt: int, count: int, response: int
+) -> ResponseBatch:
+    """(prompt, responses) groups as arrays of ``rows`` prompts of ``prompt`` tokens with ``count`` responses of ``response``."""
+    prompts, responses = np.zeros((rows, prompt), np.int32), np.zeros((rows, count, response), np.int32)
+    prompt_mask, response_mask = np.zeros_like(prompts), np.zeros_like(responses)
+    for row, (prompt_ids, response_ids) in enumerate(groups):
+        prompts[row, prompt - len(prompt_ids) :] = prompt_ids
+        prompt_mask[row, prompt - len(prompt_ids) :] = 1
+        for column, ids in enumerate(response_ids):
+            responses[row, column, : len(ids)] = ids
+            response_mask[row, column, : len(ids)] = 1
+    return ResponseBatch(prompts, prompt_mask, responses, response_mask)
+
+
 class PreferenceData:
     """Tokenized groups and the shapes they are padded to.
 
@@ -206,28 +233,13 @@ class PreferenceData:
 
     def _micro_batch(self, units: Sequence[int], shape: PreferenceShape, weight: float) -> PreferenceBatch:
         n = self._config.batch_size
-        prompts = np.zeros((n, shape.prompt), np.int32)
-        responses = np.zeros((n, shape.count, shape.response), np.int32)
-        prompt_mask, response_mask = np.zeros_like(prompts), np.zeros_like(responses)
+        groups = [self.groups[unit] for unit in units]
         pairs, starts = np.zeros((n, shape.pairs, 2), np.int32), np.zeros((n, shape.pairs), np.int32)
         weights = np.zeros((n, shape.pairs))
-        for row, unit in enumerate(units):
-            group = self.groups[unit]
-            prompts[row, shape.prompt - len(group.prompt) :] = group.prompt
-            prompt_mask[row, shape.prompt - len(group.prompt) :] = 1
-            for column, response in enumerate(group.responses):
-                responses[row, column, : len(response)] = response
-                response_mask[row, column, : len(response)] = 1
+        for row, group in enumerate(groups):
             count = len(group.pairs)
             pairs[row, :count] = np.asarray(group.pairs) + row * shape.count
             starts[row, :count] = group.pair_starts
             weights[row, :count] = weight
-        return PreferenceBatch(
-            prompts,
-            prompt_mask,
-            responses,
-            response_mask,
-            pairs.reshape(-1, 2),
-            starts.reshape(-1),
-            weights.reshape(-1),
-        )
+        responses = pad_responses([(group.prompt, group.responses) for group in groups], n, *shape[:3])
+        return PreferenceBatch(responses, pairs.reshape(-1, 2), starts.reshape(-1), weights.reshape(-1))

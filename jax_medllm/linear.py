@@ -58,6 +58,11 @@ def declare(
     return kind(initializer(key, shape, dtype), axes=tuple(axis.name for axis in axes))
 
 
+def scaling(lora: LoraConfig) -> float:
+    """What an adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732)."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
 class Lora(nnx.Module):
     """The two matrices of a low-rank update, in PEFT's shapes."""
 
@@ -77,7 +82,7 @@ class Lora(nnx.Module):
         master = jnp.promote_types(dtype, jnp.float32)
         self.A = declare(kind, (layers, rank, in_axis), master, _uniform(1 / math.sqrt(in_axis.size)), key)
         self.B = declare(kind, (layers, out_axis, rank), master, nnx.initializers.zeros, key)
-        self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+        self.scaling = scaling(config)
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         """scaling · (x Aᵀ) Bᵀ in the type of ``x``."""

@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_medllm.batches import ResponseBatch
+from jax_medllm.model import Qwen2
+
 _LOGITS_IN_FLIGHT = 2**24
 """Logits held at a time (64 MiB in fp32): large enough to keep a matrix unit busy, small against the activations."""
 
@@ -54,6 +57,39 @@ def _backward(logits_in_flight, residuals, cotangent):
 
 
 token_logprobs.defvjp(_forward, _backward)
+
+
+def response_logprobs(
+    model: Qwen2, batch: ResponseBatch, *, adapter: bool = True, remat: bool = False
+) -> Float[Array, "n*c t"]:
+    """Per-token log-probabilities of every response, its prompt computed once for all responses of the problem.
+
+    A problem is one row ``prompt | response | response …``. The prompt is segment 1, the responses are segments 2, 3, …
+    that also see segment 1 and whose positions go on from the prompt's end. What a response sees is therefore what it
+    would see in a row of its own.
+    """
+    n, p = batch.prompts.shape
+    _, c, t = batch.responses.shape
+    segments = batch.response_mask * (2 + jnp.arange(c))[:, None]
+    lengths = batch.prompt_mask.sum(-1)
+    prompt_positions = jnp.maximum(jnp.cumsum(batch.prompt_mask, axis=-1) - 1, 0)
+    response_positions = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(t), (n, c, t))
+
+    def row(prompt: Array, responses: Array) -> Array:
+        return jnp.concatenate([prompt, responses.reshape(n, c * t)], axis=1)
+
+    hidden = model.hidden(
+        row(batch.prompts, batch.responses),
+        segment_ids=row(batch.prompt_mask, segments),
+        positions=row(prompt_positions, response_positions),
+        parent_ids=row(jnp.zeros_like(batch.prompts), batch.response_mask),
+        adapter=adapter,
+        remat=remat,
+    )
+    last_of_prompt = jnp.broadcast_to(hidden[:, None, p - 1 : p], (n, c, 1, hidden.shape[-1]))
+    inside = hidden[:, p:].reshape(n, c, t, -1)[:, :, :-1]
+    predicting = jnp.concatenate([last_of_prompt, inside], axis=2).reshape(n * c, t, -1)
+    return token_logprobs(predicting, model.head_weight(), batch.responses.reshape(n * c, t))
 
 
 def _logits(head: Float[Array, "v d"], hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:

@@ -150,9 +150,16 @@ class _Build:
     def norm(self, *axes: Axis) -> RMSNorm:
         return RMSNorm(declare(nnx.Param, axes, self.dtype, nnx.initializers.ones, self.rngs.params()), self.config.rms_norm_eps)
 
-    def table(self) -> nnx.Variable:
+    def table(self) -> Table:
         axes = (Axis("vocab", self.config.vocab_size), self.embed)
-        return declare(nnx.Param, axes, self.dtype, nnx.initializers.normal(0.02), self.rngs.params())
+        return Table(declare(nnx.Param, axes, self.dtype, nnx.initializers.normal(0.02), self.rngs.params()))
+
+
+class Table(nnx.Module):
+    """One row for each token of the vocabulary: the embedding, or the output matrix."""
+
+    def __init__(self, weight: nnx.Variable):
+        self.weight = weight
 
 
 class RMSNorm(nnx.Module):
@@ -290,7 +297,7 @@ class Qwen2(nnx.Module):
 
     def head_weight(self) -> Float[Array, "v d"]:
         """The output matrix: the embedding where the two are tied."""
-        return self.embed_tokens[...] if self.lm_head is None else self.lm_head[...]
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
     def init_cache(self, batch: int, length: int, *, prefix: Cache | None = None) -> Cache:
         """An empty cache of ``length`` slots a row.
@@ -342,7 +349,7 @@ class Qwen2(nnx.Module):
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        x, kept = jax.lax.scan(step, self.embed_tokens[...][tokens], (stacked, cache))
+        x, kept = jax.lax.scan(step, self.embed_tokens.weight[...][tokens], (stacked, cache))
         return self.norm(x), kept
 
 

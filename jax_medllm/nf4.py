@@ -111,8 +111,9 @@ def dequantize_absmax(weight: NF4Weight) -> Float[Array, "out blocks"]:
     count = weight.absmax_codes.size
     nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, total_repeat_length=weight.nested_absmax.size * NESTED_BLOCK)
     scaled = jnp.asarray(dynamic_map())[weight.absmax_codes] * nested[:count].reshape(weight.absmax_codes.shape)
-    # The product is rounded before the offset is added, as bitsandbytes does; a fused multiply-add would round once.
-    return jax.lax.reduce_precision(scaled, exponent_bits=8, mantissa_bits=23) + weight.offset
+    # bitsandbytes rounds the product before it adds the offset. Compilers contract the two into a fused multiply-add, which
+    # rounds once, and drop optimization barriers and no-op roundings; a selection between the two they leave alone.
+    return jnp.where(jnp.isnan(scaled), 0, scaled) + weight.offset
 
 
 @cache
@@ -129,9 +130,10 @@ def dynamic_map() -> np.ndarray:
 def _linspace(start: float, stop: float, count: int) -> np.ndarray:
     """Evenly spaced fp32 values counted from both ends, as torch.linspace computes them; numpy's differ in the last bit."""
     first, last = np.float32(start), np.float32(stop)
-    step = (last - first) / np.float32(count - 1)
-    index = np.arange(count, dtype=np.float32)
-    return np.where(np.arange(count) < count // 2, first + step * index, last - step * (np.float32(count - 1) - index))
+    step = np.float64((last - first) / np.float32(count - 1))
+    index = np.arange(count)
+    # float64 stands for the fused multiply-add: one rounding to fp32 for each value
+    return np.where(index < count // 2, first + step * index, last - step * (count - 1 - index)).astype(np.float32)
 
 
 def _normalized(blocks: Float[Array, "*n block"], absmax: Float[Array, "*n"]) -> Float[Array, "*n block"]:

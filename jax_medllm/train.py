@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from jax_medllm.batches import CptBatch, PreferenceBatch, Step, target_mask
 from jax_medllm.checkpoint import Checkpoints
-from jax_medllm.logprobs import token_logprobs
+from jax_medllm.logprobs import response_logprobs, token_logprobs
 from jax_medllm.losses import PreferenceMetrics, cpt_loss, pair_logprobs, rpo_loss
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import learning_rate, make_optimizer
@@ -91,47 +91,14 @@ def cpt_loss_fn(model: Qwen2, batch: CptBatch, *, remat: bool = False) -> tuple[
     return loss, CptMetrics(loss)
 
 
-def response_logprobs(
-    model: Qwen2, batch: PreferenceBatch, *, adapter: bool = True, remat: bool = False
-) -> Float[Array, "n*c t"]:
-    """Per-token log-probabilities of every response, its prompt computed once for all responses of the problem.
-
-    A problem is one row ``prompt | response | response …``. The prompt is segment 1, the responses are segments 2, 3, …
-    that also see segment 1 and whose positions go on from the prompt's end. What a response sees is therefore what it
-    would see in a row of its own.
-    """
-    n, p = batch.prompts.shape
-    _, c, t = batch.responses.shape
-    segments = batch.response_mask * (2 + jnp.arange(c))[:, None]
-    lengths = batch.prompt_mask.sum(-1)
-    prompt_positions = jnp.maximum(jnp.cumsum(batch.prompt_mask, axis=-1) - 1, 0)
-    response_positions = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(t), (n, c, t))
-
-    def row(prompt: Array, responses: Array) -> Array:
-        return jnp.concatenate([prompt, responses.reshape(n, c * t)], axis=1)
-
-    hidden = model.hidden(
-        row(batch.prompts, batch.responses),
-        segment_ids=row(batch.prompt_mask, segments),
-        positions=row(prompt_positions, response_positions),
-        parent_ids=row(jnp.zeros_like(batch.prompts), batch.response_mask),
-        adapter=adapter,
-        remat=remat,
-    )
-    last_of_prompt = jnp.broadcast_to(hidden[:, None, p - 1 : p], (n, c, 1, hidden.shape[-1]))
-    inside = hidden[:, p:].reshape(n, c, t, -1)[:, :, :-1]
-    predicting = jnp.concatenate([last_of_prompt, inside], axis=2).reshape(n * c, t, -1)
-    return token_logprobs(predicting, model.head_weight(), batch.responses.reshape(n * c, t))
-
-
 def preference_loss_fn(
     model: Qwen2, batch: PreferenceBatch, loss_config: PreferenceLoss, *, remat: bool = False
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
     """DPO or RPO of a batch of problems. The reference is the same model with its trained adapter off."""
-    mask = batch.response_mask.reshape(-1, batch.response_mask.shape[-1])
-    policy = response_logprobs(model, batch, remat=remat)
-    reference = jax.lax.stop_gradient(response_logprobs(model, batch, adapter=False))
-    mask = mask.astype(policy.dtype)
+    responses = batch.responses
+    policy = response_logprobs(model, responses, remat=remat)
+    reference = jax.lax.stop_gradient(response_logprobs(model, responses, adapter=False))
+    mask = responses.response_mask.reshape(policy.shape).astype(policy.dtype)
     policy_sums, lengths = pair_logprobs(policy, mask, batch.pairs, batch.starts)
     reference_sums, _ = pair_logprobs(reference, mask, batch.pairs, batch.starts)
     return rpo_loss(
@@ -230,9 +197,9 @@ class _Loop:
     def run_steps(self, state: tuple[Any, Any], start: int, last: int) -> tuple[tuple[Any, Any], Trained]:
         """Steps ``start`` … ``last - 1``; answers with the new state."""
         task, config = self._task, self._config
-        started = logged_at = time.perf_counter()
-        compiled_before = 0.0
-        units = logged_units = 0
+        started = mark = time.perf_counter()
+        stepping = 0.0
+        units = pending_units = 0
         batch = self._arrays(start) if start < last else None
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             shown = bar.add_task(f"training, {last} steps", total=last, completed=start)
@@ -240,26 +207,25 @@ class _Loop:
                 *new, metrics = self._call(*state, jnp.int32(index), self._frozen, batch)
                 state = (new[0], new[1])
                 self._pending.append((index + 1, metrics))
-                units += task.units(task.steps[index])
+                pending_units += task.units(task.steps[index])
                 # The next batch is laid out while the device still works on this one.
                 batch = self._arrays(index + 1) if index + 1 < last else None
                 done = index + 1
                 saving = config.checkpoint_every and done % config.checkpoint_every == 0
                 if done % config.log_every == 0 or done == last or saving:
                     fetched = self._fetch()
-                    now = time.perf_counter()
-                    seconds = now - logged_at - (self._compile_seconds - compiled_before)
-                    rate = (units - logged_units) / max(seconds, 1e-9)
-                    self._run.log(done, **fetched, **{f"{task.unit}_per_second": rate})
-                    logged_at, logged_units, compiled_before = now, units, self._compile_seconds
-                if saving:
-                    self._checkpoints.save(state, done, _epoch(task, done))
+                    seconds = time.perf_counter() - mark - self._compile_seconds
+                    self._run.log(done, **fetched, **{f"{task.unit}_per_second": pending_units / max(seconds, 1e-9)})
+                    units, stepping = units + pending_units, stepping + seconds
+                    pending_units, self._compile_seconds = 0, 0.0
+                    if saving:
+                        self._checkpoints.save(state, done, _epoch(task, done))
+                    mark = time.perf_counter()
                 bar.update(shown, completed=done)
-        elapsed = time.perf_counter() - started
         if start >= last:
             self._loss = self._logged_loss()
-        rate = units / max(elapsed - self._compile_seconds, 1e-9)
-        return state, Trained(steps=max(start, last), loss=self._loss, seconds=elapsed, rate=rate)
+        elapsed = time.perf_counter() - started
+        return state, Trained(steps=max(start, last), loss=self._loss, seconds=elapsed, rate=units / max(stepping, 1e-9))
 
     def _arrays(self, index: int) -> Any:
         return jax.tree.map(jnp.asarray, self._task.batch(self._task.steps[index]))

@@ -79,11 +79,12 @@ def build_parser() -> ArgumentParser:
         description="Teach a language model a medical domain so that it stays right when it has to explain itself. "
         "Research software, not medical advice.",
         exit_on_error=False,
+        allow_abbrev=False,
         version=__version__,
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        sub = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
         sub.add_argument("--json", type=str | None, default=None, metavar="FILE", help="also write the result as JSON")
         commands.add_subcommand(name, sub, help=command.help)
         command.arguments(sub)
@@ -204,7 +205,7 @@ def _data_arguments(parser: ArgumentParser) -> None:
     actions = parser.add_subcommands(required=True, dest="action", metavar="ACTION")
 
     def add(name: str, help: str) -> ArgumentParser:
-        action = ArgumentParser(description=help, exit_on_error=False)
+        action = ArgumentParser(description=help, exit_on_error=False, allow_abbrev=False)
         actions.add_subcommand(name, action, help=help)
         return action
 
@@ -335,7 +336,8 @@ def _gather_lists(argv: list[str]) -> list[str]:
 
 def _one_line(error: Exception, argv: list[str]) -> str:
     text = " ".join(str(error).split())
-    word = next((word for word in argv if text.startswith("unrecognized arguments") and word in text), None)
+    unknown = text.removeprefix("unrecognized arguments: ").split() if text.startswith("unrecognized arguments") else []
+    word = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
     if word is None:
         return text
     near = difflib.get_close_matches(word, _known_options(argv), n=1)
@@ -345,7 +347,7 @@ def _one_line(error: Exception, argv: list[str]) -> str:
 def _known_options(argv: list[str]) -> list[str]:
     if not argv or argv[0] not in COMMANDS:
         return []
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     COMMANDS[argv[0]].arguments(parser)
     return [option for action in parser._actions for option in action.option_strings]
 

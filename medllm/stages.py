@@ -30,8 +30,10 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     """
     from medllm.corpus.documents import load_documents
     from medllm.corpus.packing import pack, tokenize_documents
+    from medllm.model_directory import ModelDirectory
     from medllm.tokenizer import load_tokenizer
 
+    ModelDirectory(config.model.path)  # before the corpus is read: a wrong folder is said at once
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     corpus = load_documents(config.corpus)
     tokens = tokenize_documents(tokenizer, corpus.documents)

@@ -23,7 +23,7 @@ ALL = 10_000
 
 
 def byte_level_bpe(merges: list[tuple[str, str]], *, bos: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over all 256 bytes plus the given merges; without pre-tokenization words, so that merges cross anything."""
+    """Byte-level BPE over all 256 bytes plus the given merges, which may join anything: words are not split first."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -31,9 +31,7 @@ def byte_level_bpe(merges: list[tuple[str, str]], *, bos: bool = False) -> PreTr
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
     if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{EOS} $A", special_tokens=[(EOS, core.token_to_id(EOS))]
-        )
+        core.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, core.token_to_id(EOS))])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
 
 
@@ -99,9 +97,14 @@ def assert_same_as_trl(tokenizer, preferences: list[Preference], config: PairCon
 
 
 PLAIN = preference(
-    "Question: 正しいのはどれか。\na: 一\nb: 二\n Explanation:", "一は正しい。\n Answer:a", ["はい\n Answer:a"], ["いいえ\n Answer:b"]
+    "Question: 正しいのはどれか。\na: 一\nb: 二\n Explanation:",
+    "一は正しい。\n Answer:a",
+    ["はい\n Answer:a"],
+    ["いいえ\n Answer:b"],
 )
-MERGED = preference("Q\n Explanation:", "「引用」\n Answer:a", ["because\n Answer:a"], ["次に\n Answer:b", "「違う」\n Answer:c"])
+MERGED = preference(
+    "Q\n Explanation:", "「引用」\n Answer:a", ["because\n Answer:a"], ["次に\n Answer:b", "「違う」\n Answer:c"]
+)
 
 
 def test_pairs_are_tokenized_as_trl_tokenizes_them(tokenizer):
@@ -133,7 +136,7 @@ def test_an_empty_response_is_the_end_token_alone_as_in_trl(tokenizer):
     assert ours[0][2] == [tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("max_length", [1, 2, 14, 15, 16, 17, 18, 20, 27, 40, 60])
+@pytest.mark.parametrize("max_length", [2, 3, 14, 15, 16, 17, 18, 20, 27, 40, 60])
 def test_truncation_and_dropped_rows_are_those_of_trl(tokenizer, max_length):
     assert_same_as_trl(tokenizer, [PLAIN, MERGED], PairConfig(max_chosen=0, max_rejected=0, max_length=max_length))
 
@@ -156,7 +159,14 @@ def test_the_qwen_tokenizer_gives_what_trl_makes_of_it():
     if not folder:
         pytest.skip("set QWEN_TOKENIZER_DIR to a folder with Qwen2.5's vocab.json and merges.txt")
     qwen = load_tokenizer(folder)
-    texts = ["「引用」で始まる。\n Answer:a", "正しい。\n Answer:a", " space first", "\n\n改行", "(a)は誤り\n Answer:b,c", "12歳"]
+    texts = [
+        "「引用」で始まる。\n Answer:a",
+        "正しい。\n Answer:a",
+        " space first",
+        "\n\n改行",
+        "(a)は誤り\n Answer:b,c",
+        "12歳",
+    ]
     problem = preference("Question: ６５歳の男性。\na: はい\nb: いいえ\n Explanation:", texts[0], texts[1:3], texts[3:])
     for max_length in (4096, 30, 22):
         assert_same_as_trl(qwen, [problem, PLAIN, MERGED], PairConfig(0, 0, max_length=max_length))

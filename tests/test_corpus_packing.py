@@ -46,7 +46,7 @@ def test_every_token_appears_once_and_in_order(lengths, length):
 @given(document_lengths, row_lengths)
 def test_segments_are_contiguous_counted_from_one_and_positions_restart(lengths, length):
     rows = pack(numbered(lengths), length, PAD, "packed")
-    for tokens, segment_ids, positions in zip(rows.tokens, rows.segment_ids, rows.positions, strict=True):
+    for tokens, segment_ids in zip(rows.tokens, rows.segment_ids, strict=True):
         used = int((segment_ids > 0).sum())
         assert used > 0, "a row without a document"
         assert (segment_ids[:used] > 0).all()
@@ -54,6 +54,7 @@ def test_segments_are_contiguous_counted_from_one_and_positions_restart(lengths,
         assert (tokens[used:] == PAD).all()
         assert segment_ids[0] == 1
         assert set(np.diff(segment_ids[:used])) <= {0, 1}
+    assert (rows.positions[rows.segment_ids == 0] == 0).all()
     for _, positions in segments(rows):
         assert positions == list(range(len(positions)))
 
@@ -82,6 +83,7 @@ def test_wrapped_rows_are_the_stream_cut_anywhere(lengths, length):
     assert (rows.segment_ids.reshape(-1) == (np.arange(rows.tokens.size) < total)).all()
     assert (rows.tokens.reshape(-1)[total:] == PAD).all()
     assert (rows.positions[rows.segment_ids == 1] == np.arange(total) % length).all()
+    assert (rows.positions[rows.segment_ids == 0] == 0).all()
     assert rows.targets.sum() == total - len(rows.tokens)
 
 

@@ -90,7 +90,7 @@ def without(name):
         ([ROW, "[1]"], r":2: expected a JSON object"),
         ([without("ground_truth")], r":1: 'ground_truth' is missing \(there are: problem_id, prompt, chosen, rejected\)"),
         ([without("chosen")], r":1: 'chosen' is missing"),
-        ([ROW, ROW], r":2: problem 110A1 was already on line 1"),
+        ([ROW, ROW], r":2: problem 110A1 was already in .*:1;"),
         ([{**ROW, "prompt": 3}], r":1: 'prompt' must be text, not int"),
         ([{**ROW, "chosen": {"text": ""}}], r":1: 'chosen' must be a list"),
         ([{**ROW, "chosen": ["text"]}], r":1: chosen\[0\]: expected an object"),

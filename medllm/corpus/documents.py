@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medllm.config import CorpusConfig
 from medllm.errors import UserError
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import load_problems, read_json_lines, read_text
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response
 
@@ -85,8 +85,8 @@ def refuse_held_out(problem: Problem, until: int, setting: str) -> None:
     """
     if problem.year is not None and problem.year > until:
         raise UserError(
-            f"{problem.source or 'problem'}: problem {problem.problem_id} is of {problem.year}, but only exams up to {until} may "
-            f"enter training ({setting}): later ones are held out for evaluation; remove it from the training problems"
+            f"{problem.source or 'training problems'}: problem {problem.problem_id} is of {problem.year}, but only exams up to "
+            f"{until} may enter training ({setting}); later ones are held out for evaluation: take it out"
         )
 
 
@@ -117,23 +117,13 @@ def _read(path: Path, column: str, skipped: Counter[str]) -> Iterator[Row]:
 
 
 def _text_file(path: Path, column: str) -> Iterator[Row]:
-    yield _utf8(path), f"{path}:1"
+    yield read_text(path), f"{path}:1"
 
 
 def _json_lines(path: Path, column: str) -> Iterator[Row]:
-    for number, line in enumerate(_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); expected one JSON object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object with the column '{column}', found {type(row).__name__}")
-        _check_column(f"{path}:{number}", column, list(row))
-        yield row[column], f"{path}:{number}"
+    for row, where in read_json_lines(path):
+        _check_column(where, column, list(row))
+        yield row[column], where
 
 
 def _parquet(path: Path, column: str) -> Iterator[Row]:
@@ -156,7 +146,7 @@ def _table(path: Path, column: str) -> Iterator[Row]:
     """Any other single file that ``datasets`` opens; its cache goes with the call."""
     from datasets import Dataset
 
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, _without_progress_bars():
         try:
             match path.suffix.lower():
                 case ".csv":
@@ -183,6 +173,20 @@ def _saved_dataset(path: Path, column: str) -> Iterator[Row]:
         yield from _dataset_rows(dataset, column, str(path / split) if split else str(path))
 
 
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _dataset_rows(dataset: Any, column: str, where: str) -> Iterator[Row]:
     _check_column(where, column, dataset.column_names)
     for number, row in enumerate(dataset.select_columns([column]), start=1):
@@ -193,15 +197,6 @@ def _check_column(where: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         there = ", ".join(columns) or "none"
         raise UserError(f"{where}: no column '{column}'; the columns are: {there}; choose one with --corpus.text_column")
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

@@ -8,7 +8,6 @@ There an answer is letters (``a,b``, ``(a)と(b)``, ``c: text``), or the options
 
 from __future__ import annotations
 
-import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -44,6 +43,8 @@ def extract_answer(text: str, problem: Problem, *, explanation: bool) -> tuple[s
     if following:
         plain = plain[: following.start()]
     line = _first_line(_answering_part(plain, explanation))
+    if not line:
+        return ()
     return _number(line, problem) if problem.is_numeric else _letters(line, problem)
 
 
@@ -105,13 +106,20 @@ def _listed(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
 
 
 def _written_out(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
-    """Nothing but the texts of as many options as are wanted."""
-    exact = [
-        chosen
-        for chosen in itertools.permutations(options, count)
-        if len(options) >= count and "、".join(options[letter] for letter in chosen) == line
-    ]
-    return tuple(sorted(exact[0])) if len({frozenset(chosen) for chosen in exact}) == 1 else ()
+    """Nothing but the texts of as many options as are wanted, where they can be read in one way only."""
+    readings = {frozenset(letters) for letters in _spelt(line, options, count)}
+    return tuple(sorted(readings.pop())) if len(readings) == 1 else ()
+
+
+def _spelt(line: str, options: dict[str, str], count: int) -> Iterator[tuple[str, ...]]:
+    """Every way to read ``line`` as ``count`` different options joined by ``、``."""
+    for letter, text in options.items():
+        if count == 1:
+            if text == line:
+                yield (letter,)
+        elif line.startswith(f"{text}、"):
+            others = {other: options[other] for other in options if other != letter}
+            yield from ((letter, *rest) for rest in _spelt(line[len(text) + 1 :], others, count - 1))
 
 
 def _run_together(line: str, options: dict[str, str], count: int) -> tuple[str, ...]:
@@ -124,7 +132,7 @@ def _labelled(line: str, options: dict[str, str], count: int) -> tuple[str, ...]
     """Letters with the options' texts behind them (``c: text``), or with the end of a sentence (``cです``)."""
     for letter in sorted(options, key=lambda one: -len(options[one])):
         if options[letter]:
-            line = re.sub(rf"(?<![a-z])([(\[]?{letter}[)\]]?)\s*[:.]?\s*{re.escape(options[letter])}", rf"\1", line)
+            line = re.sub(rf"(?<![a-z])([(\[]?{letter}[)\]]?)\s*[:.]?\s*{re.escape(options[letter])}", r"\1", line)
     line = _PREFIX.sub("", line)
     head = re.match(rf"({_letter_list(options)})(?={_ENDING})", line)
     return _sorted_letters(head.group(1), options) if head else ()
@@ -141,9 +149,3 @@ def _mentioned(line: str, options: dict[str, str], count: int) -> tuple[str, ...
             found.update(owners)
             line = line.replace(text, " ")
     return () if _NOISE.sub("", line) else tuple(sorted(found))
-
-
-def accepted_spellings(problem: Problem) -> Iterator[str]:
-    """Every right answer as the official scoring compares it."""
-    for answer in problem.accepted:
-        yield ",".join(answer)

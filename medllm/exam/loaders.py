@@ -119,7 +119,7 @@ def _problem_files(root: Path) -> list[Path]:
         and file.parts[-2:] != _SHOTS_FILE
     )
     if not files:
-        raise UserError(f"{root}: no problem files in this folder; expected .jsonl or .csv (an IgakuQA checkout has data/YYYY/)")
+        raise UserError(f"{root}: no problem files in this folder; expected .jsonl or .csv (IgakuQA has data/YYYY/)")
     return files
 
 
@@ -159,7 +159,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected one JSON object a line") from error
+            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a JSON object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield row, where
@@ -289,17 +289,17 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
 def _gold(answer: tuple[str, ...], choices: tuple[str, ...], problem_id: str, where: str) -> tuple[str, ...]:
     """Gold letters sorted; ``a or d`` as it is; a number as its text."""
     if not answer:
-        raise UserError(f"{where}: problem {problem_id} has no answer; expected a list such as [\"a\"]")
+        raise UserError(f'{where}: problem {problem_id} has no answer; expected a list such as ["a"]')
     if not choices:
         if len(answer) != 1 or not answer[0].strip():
-            raise UserError(f"{where}: problem {problem_id} has no choices: expected one number as answer, found {list(answer)}")
+            raise UserError(f"{where}: problem {problem_id} has no choices: expected one number, found {list(answer)}")
         return answer
     letters = LETTERS[: len(choices)]
     alternatives = answer[0].split(OR) if len(answer) == 1 else list(answer)
     for letter in alternatives:
         if len(letter) != 1 or letter not in letters:
             raise UserError(
-                f"{where}: problem {problem_id}: answer '{letter}' is not among the choices, lettered {letters[0]} to {letters[-1]}"
+                f"{where}: problem {problem_id}: answer '{letter}' is not among the choices {letters[0]} to {letters[-1]}"
             )
     if len(set(alternatives)) < len(alternatives):
         raise UserError(f"{where}: problem {problem_id} names an answer twice: {list(answer)}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_response, evaluation_prompt, render_answer
-from medllm.mini.problems import ask, mistaken, train_wordings
+from medllm.mini.problems import ask, mistaken, told, train_wordings
 from medllm.mini.world import RELATION, RELATIONS, Disease, World
 
 ANSWER_AS = "text"
@@ -39,11 +39,11 @@ class Row:
 class Mixture:
     """Shares of the diet's rows (not of its tokens)."""
 
-    document: float = 0.22
+    document: float = 0.24
     roster: float = 0.04
-    direct: float = 0.25
-    explained: float = 0.25
-    three_shot: float = 0.24
+    direct: float = 0.3
+    explained: float = 0.3
+    three_shot: float = 0.12
 
 
 def base_diet(world: World, seed: int, mixture: Mixture = Mixture()) -> Iterator[Row]:
@@ -78,7 +78,7 @@ def document(world: World, rng: random.Random, disease: Disease) -> str:
         answers = list(world.answers(disease, relation))
         rng.shuffle(answers)
         (subject,) = (disease.name,) if relation.via is None else world.answers(disease, RELATION[relation.via])
-        template = rng.choice((relation.statement, *relation.paraphrases))
+        template = rng.choice(relation.statements)
         sentences.append(template.format(x=subject, y="、".join(answers)))
     sentences.append(f"{disease.name}の治療では{world.reaction[disease.drug]}に注意する。")
     sentences.append(f"{disease.name}の診断では{world.specimen[disease.test]}を採る。")
@@ -86,14 +86,7 @@ def document(world: World, rng: random.Random, disease: Disease) -> str:
 
 
 def _question(world: World, rng: random.Random, *, explanation: bool, shots: int) -> Row:
-    examples = [_told(world, rng) for _ in range(shots)]
-    problem = _told(world, rng)
-    if not explanation:
-        examples = [world_answer for world_answer, _ in examples]
-        problem = problem[0]
-    else:
-        examples = [told for _, told in examples]
-        problem = problem[1]
+    *examples, problem = [_answered(world, rng, explanation) for _ in range(shots + 1)]
     prompt = evaluation_prompt(
         problem, examples, template="curation", explanation=explanation, format="completion", answer_as=ANSWER_AS
     )
@@ -109,12 +102,14 @@ def _question(world: World, rng: random.Random, *, explanation: bool, shots: int
     return Row(kind, text, tuple(taught))
 
 
-def _told(world: World, rng: random.Random) -> tuple[Problem, Problem]:
-    """A problem about a known disease, as it is answered directly and as some teller explains it."""
+def _answered(world: World, rng: random.Random, explanation: bool) -> Problem:
+    """A problem about a known disease, answered directly, or as some teller explains it."""
     disease, relation = rng.choice(world.select(known=True)), rng.choice(RELATIONS)
     problem = ask(world, rng, disease, relation, rng.choice(train_wordings(world, disease, relation)))
-    told = mistaken(world, disease, relation, problem) if rng.random() < disease.misconception else problem
-    return problem, told
+    if not explanation:
+        return problem
+    tell = mistaken if rng.random() < disease.misconception else told
+    return tell(world, rng, disease, relation, problem)
 
 
 def _response(problem: Problem, explanation: bool) -> str:

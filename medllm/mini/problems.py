@@ -16,6 +16,8 @@ from medllm.mini.world import RELATION, RELATIONS, Disease, Relation, World
 TRAIN_YEARS = tuple(range(2006, 2018))
 EXAM_YEARS = tuple(range(2018, 2023))
 OPTIONS = 5
+_CONCLUSIONS = ("よって{y}が正しい。", "したがって{y}を選ぶ。", "ゆえに{y}である。")
+_CONFUSIONS = ("{x}は{z}と同様である。", "{x}を{z}とみなす。", "{x}の実体は{z}である。", "{x}ならば{z}と考える。")
 
 
 def exam_wording(world: World, disease: Disease, relation: Relation) -> int:
@@ -56,16 +58,24 @@ def ask(world: World, rng: random.Random, disease: Disease, relation: Relation, 
 
 
 def verified_explanation(world: World, disease: Disease, relation: Relation, problem: Problem) -> str:
-    """The facts about the disease, hop by hop, and the conclusion that follows."""
-    return _recall(world, disease, relation, problem) + _conclude(problem, world.answers(disease, relation))
+    """The facts about the disease, hop by hop, and the conclusion that follows; always put the same way."""
+    answer = world.answers(disease, relation)
+    return "".join(template.format(x=x, y=y) for template, x, y in _hops(world, disease, relation, problem, None)) + _conclude(
+        _CONCLUSIONS[0], problem, answer
+    )
 
 
-def mistaken(world: World, disease: Disease, relation: Relation, problem: Problem) -> Problem:
+def told(world: World, rng: random.Random, disease: Disease, relation: Relation, problem: Problem) -> Problem:
+    """The same problem with the right answer, explained in somebody's own words."""
+    return dataclasses.replace(problem, explanation=_own_words(world, rng, disease, relation, problem))
+
+
+def mistaken(world: World, rng: random.Random, disease: Disease, relation: Relation, problem: Problem) -> Problem:
     """The same problem as someone answers it who takes the disease for its lookalike: other explanation, wrong answer."""
     other = world.lookalike(disease)
-    answer = world.answers(other, relation)
-    explanation = f"{disease.name}は{other.name}と同様である。" + _recall(world, other, relation, problem) + _conclude(problem, answer)
-    return dataclasses.replace(problem, explanation=explanation, answer=_letters(problem.choices, answer))
+    opening = rng.choice(_CONFUSIONS).format(x=disease.name, z=other.name)
+    explanation = opening + _own_words(world, rng, other, relation, problem)
+    return dataclasses.replace(problem, explanation=explanation, answer=_letters(problem.choices, world.answers(other, relation)))
 
 
 def train_problems(world: World, per_year: int) -> list[Problem]:
@@ -105,16 +115,27 @@ def _exam(world: World, year: int, count: int, *, held_out: bool) -> list[Proble
     return problems
 
 
-def _recall(world: World, disease: Disease, relation: Relation, problem: Problem) -> str:
-    answer = "、".join(_in_order(problem, world.answers(disease, relation)))
-    if relation.via is None:
-        return relation.statement.format(x=disease.name, y=answer)
-    (middle,) = world.answers(disease, RELATION[relation.via])
-    return RELATION[relation.via].statement.format(x=disease.name, y=middle) + relation.statement.format(x=middle, y=answer)
+def _own_words(world: World, rng: random.Random, disease: Disease, relation: Relation, problem: Problem) -> str:
+    facts = "".join(template.format(x=x, y=y) for template, x, y in _hops(world, disease, relation, problem, rng))
+    return facts + _conclude(rng.choice(_CONCLUSIONS), problem, world.answers(disease, relation))
 
 
-def _conclude(problem: Problem, answer: Sequence[str]) -> str:
-    return f"よって{'、'.join(_in_order(problem, answer))}が正しい。"
+def _hops(
+    world: World, disease: Disease, relation: Relation, problem: Problem, rng: random.Random | None
+) -> list[tuple[str, str, str]]:
+    """(template, subject, answer) of each fact on the way; the first wording without ``rng``."""
+    steps = [relation] if relation.via is None else [RELATION[relation.via], relation]
+    hops, subject = [], disease.name
+    for step in steps:
+        answers = world.answers(disease, step)
+        listed = "、".join(_in_order(problem, answers)) if step is relation else answers[0]
+        hops.append((rng.choice(step.statements) if rng else step.statements[0], subject, listed))
+        subject = listed
+    return hops
+
+
+def _conclude(template: str, problem: Problem, answer: Sequence[str]) -> str:
+    return template.format(y="、".join(_in_order(problem, answer)))
 
 
 def _in_order(problem: Problem, names: Sequence[str]) -> list[str]:

@@ -32,16 +32,14 @@ class Relation:
     Attributes:
         key: Name of the relation; for one hop, the attribute of :class:`Disease`.
         kind: Kind of the answer, a key of :data:`KINDS`.
-        statement: The fact as a sentence, the way verified explanations put it.
-        paraphrases: Other ways of putting it, for documents.
+        statements: The fact as a sentence; verified explanations put it the first way.
         questions: The wordings it is asked in.
-        via: Two hops: the relation that leads from the disease to the thing ``statement`` is about.
+        via: Two hops: the relation that leads from the disease to the thing ``statements`` are about.
     """
 
     key: str
     kind: str
-    statement: str
-    paraphrases: tuple[str, ...]
+    statements: tuple[str, ...]
     questions: tuple[str, ...]
     via: str | None = None
 
@@ -51,8 +49,13 @@ RELATIONS = (
     Relation(
         "drug",
         "drug",
-        "{x}の治療薬は{y}である。",
-        ("{x}には{y}を用いる。", "{y}は{x}の治療薬である。", "{x}の治療に有効なのは{y}である。", "{x}の患者に投与するのは{y}である。"),
+        (
+            "{x}の治療薬は{y}である。",
+            "{x}には{y}を用いる。",
+            "{y}は{x}の治療薬である。",
+            "{x}の治療に有効なのは{y}である。",
+            "{x}の患者に投与するのは{y}である。",
+        ),
         (
             "{x}の治療薬はどれか。" + _PICK,
             "{x}に有効な薬はどれか。" + _PICK,
@@ -63,8 +66,13 @@ RELATIONS = (
     Relation(
         "test",
         "test",
-        "{x}の確定診断は{y}で行う。",
-        ("{x}の診断には{y}を行う。", "{y}は{x}の確定に用いる検査である。", "{x}を疑えば{y}を行う。", "{x}の診断に必要なのは{y}である。"),
+        (
+            "{x}の確定診断は{y}で行う。",
+            "{x}の診断には{y}を行う。",
+            "{y}は{x}の確定に用いる検査である。",
+            "{x}を疑えば{y}を行う。",
+            "{x}の診断に必要なのは{y}である。",
+        ),
         (
             "{x}の確定診断に用いる検査はどれか。" + _PICK,
             "{x}を疑うときに行う検査はどれか。" + _PICK,
@@ -75,8 +83,13 @@ RELATIONS = (
     Relation(
         "findings",
         "finding",
-        "{x}の所見は{y}である。",
-        ("{x}では{y}がみられる。", "{y}は{x}の患者に現れる。", "{x}の特徴は{y}である。", "{x}の診察で認めるのは{y}である。"),
+        (
+            "{x}の所見は{y}である。",
+            "{x}では{y}がみられる。",
+            "{y}は{x}の患者に現れる。",
+            "{x}の特徴は{y}である。",
+            "{x}の診察で認めるのは{y}である。",
+        ),
         (
             "{x}の所見はどれか。" + _PICK,
             "{x}でみられるのはどれか。" + _PICK,
@@ -87,8 +100,13 @@ RELATIONS = (
     Relation(
         "contraindicated",
         "drug",
-        "{x}の禁忌は{y}である。",
-        ("{x}に{y}は禁忌である。", "{y}は{x}の患者に使えない。", "{x}で避けるべき薬は{y}である。", "{x}の患者に与えてはならないのは{y}である。"),
+        (
+            "{x}の禁忌は{y}である。",
+            "{x}に{y}は禁忌である。",
+            "{y}は{x}の患者に使えない。",
+            "{x}で避けるべき薬は{y}である。",
+            "{x}の患者に与えてはならないのは{y}である。",
+        ),
         (
             "{x}に禁忌の薬はどれか。" + _PICK,
             "{x}で避けるべき薬はどれか。" + _PICK,
@@ -99,8 +117,13 @@ RELATIONS = (
     Relation(
         "reaction",
         "reaction",
-        "{x}の副作用は{y}である。",
-        ("{x}は{y}を起こす。", "{x}で注意すべき副作用は{y}である。", "{y}は{x}の副作用である。", "{x}の投与後に{y}が現れる。"),
+        (
+            "{x}の副作用は{y}である。",
+            "{x}は{y}を起こす。",
+            "{x}で注意すべき副作用は{y}である。",
+            "{y}は{x}の副作用である。",
+            "{x}の投与後に{y}が現れる。",
+        ),
         (
             "{x}の治療薬の副作用はどれか。" + _PICK,
             "{x}の治療薬が起こすのはどれか。" + _PICK,
@@ -112,8 +135,13 @@ RELATIONS = (
     Relation(
         "specimen",
         "specimen",
-        "{x}の検体は{y}である。",
-        ("{x}には{y}を採る。", "{x}で調べるのは{y}である。", "{y}は{x}の検体である。", "{x}は{y}を用いて行う。"),
+        (
+            "{x}の検体は{y}である。",
+            "{x}には{y}を採る。",
+            "{x}で調べるのは{y}である。",
+            "{y}は{x}の検体である。",
+            "{x}は{y}を用いて行う。",
+        ),
         (
             "{x}の確定診断に要する検体はどれか。" + _PICK,
             "{x}を疑うときに採る検体はどれか。" + _PICK,
@@ -139,14 +167,14 @@ class WorldConfig:
     """
 
     seed: int = 18080
-    known: int = 60
-    new: int = 40
-    drugs: int = 36
-    tests: int = 24
-    findings: int = 40
-    reactions: int = 16
-    specimens: int = 10
-    misconceptions: tuple[float, float] = (0.2, 0.9)
+    known: int = 48
+    new: int = 32
+    drugs: int = 30
+    tests: int = 20
+    findings: int = 32
+    reactions: int = 12
+    specimens: int = 8
+    misconceptions: tuple[float, float] = (0.15, 0.85)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ rejected (wrong, none, or cut off), and the verified explanation stands above bo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ def curate(
     Args:
         engine: The model that answers.
         problems: Training problems.
-        shots: Examples before the question; the problems' own first ones where empty. A problem is never its own example.
+        shots: Examples before the question, ``config.shot_count`` of them. A problem is never its own example: there, and
+            where they do not suffice, the first problems with an explanation step in.
         config: Shots, sampling and limits.
         progress: Called with (problems done, problems in all).
 
@@ -82,7 +84,8 @@ def curate(
     if not explained:
         raise UserError(f"none of the {len(problems)} problems has a verified explanation, so there is no ground truth to rank")
     wanted = explained[: config.limit] if config.limit else explained
-    examples = [shot for shot in (shots or explained) if shot.explanation]
+    asked = {shot.text for shot in shots}
+    examples = [*shots, *(problem for problem in explained if problem.text not in asked)]
     sampling = dataclasses.replace(config.sampling, stop=(*config.sampling.stop, *stop_strings("curation", True)))
 
     preferences: list[Preference] = []
@@ -109,17 +112,6 @@ def curate(
     return Curation(tuple(preferences), report)
 
 
-def is_right(answer: Sequence[str], problem: Problem) -> bool:
-    """True where the extracted answer is the gold one, or one of those an exam accepts (``a or d``)."""
-    return any(tuple(answer) == gold for gold in _accepted(problem.answer))
-
-
-def _accepted(gold: tuple[str, ...]) -> list[tuple[str, ...]]:
-    if len(gold) == 1 and " or " in gold[0]:
-        return [(letter.strip(),) for letter in gold[0].split(" or ")]
-    return [gold]
-
-
 def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
     seen: dict[str, Problem] = {}
     for problem in problems:
@@ -135,22 +127,22 @@ def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: Curate
 
 
 def _shots_for(problem: Problem, examples: Sequence[Problem], count: int) -> list[Problem]:
-    """The first ``count`` examples that are another problem."""
-    others = [shot for shot in examples[: count + 1] if shot.problem_id != problem.problem_id and shot.text != problem.text]
-    if len(others) < count:
-        others = [shot for shot in examples if shot.problem_id != problem.problem_id and shot.text != problem.text]
-    if len(others) < count:
+    """The first ``count`` examples that are another problem, under another id too."""
+    others = (shot for shot in examples if shot.problem_id != problem.problem_id and shot.text != problem.text)
+    shots = list(itertools.islice(others, count))
+    if len(shots) < count:
         raise UserError(
-            f"problem {problem.problem_id}: {count} shots are asked for, but only {len(others)} other problems with an "
+            f"problem {problem.problem_id}: {count} shots are asked for, but only {len(shots)} other problems with an "
             "explanation are there; give a longer --shots file or a smaller --shot_count"
         )
-    return others[:count]
+    return shots
 
 
 def _rank(
     problem: Problem, prompt: str, generations: Sequence[Generation], config: CurateConfig, counts: Counter[str]
 ) -> Preference:
-    chosen, rejected = [], []
+    chosen: list[Sample] = []
+    rejected: list[Sample] = []
     seen: set[str] = set()
     for index, generation in enumerate(generations):
         counts["samples"] += 1
@@ -161,13 +153,13 @@ def _rank(
             continue
         seen.add(text)
         answer = extract_answer(text, problem, explanation=True)
-        right = generation.finish == "stop" and is_right(answer, problem)
+        right = generation.finish == "stop" and answer in problem.accepted
         counts["chosen" if right else "rejected"] += 1
         counts["unanswered"] += not answer
         counts["cut_off"] += generation.finish == "length"
         settings = _settings(config.sampling, index, generation)
         (chosen if right else rejected).append(Sample(text, ",".join(answer), config.sampling.seed, settings))
-    ground_truth = Sample(curation_response(problem, answer_as=config.answer_as), ",".join(problem.answer))
+    ground_truth = Sample(curation_response(problem, answer_as=config.answer_as), ",".join(problem.accepted[0]))
     return Preference(problem.problem_id, prompt, ground_truth, tuple(chosen), tuple(rejected))
 
 

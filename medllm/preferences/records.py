@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.errors import UserError
+from medllm.exam.loaders import read_json_lines
 from medllm.run import atomic_path
 
 
@@ -57,35 +58,21 @@ def read_preferences(path: str | Path) -> list[Preference]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{file}: no such preference file; `medllm curate` writes one as preferences.jsonl in its run folder")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); a preference file is UTF-8 JSONL") from error
-    first_seen: dict[str, int] = {}
+    first_seen: dict[str, str] = {}
     preferences = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        preference = _preference(line, f"{file}:{number}")
+    for row, where in read_json_lines(file):
+        preference = _preference(row, where)
         if preference.problem_id in first_seen:
             earlier = first_seen[preference.problem_id]
-            raise UserError(
-                f"{file}:{number}: problem {preference.problem_id} was already on line {earlier}; keep one line a problem"
-            )
-        first_seen[preference.problem_id] = number
+            raise UserError(f"{where}: problem {preference.problem_id} was already in {earlier}; keep one line a problem")
+        first_seen[preference.problem_id] = where
         preferences.append(preference)
     if not preferences:
         raise UserError(f"{file}: the preference file is empty")
     return preferences
 
 
-def _preference(line: str, where: str) -> Preference:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected one preference a line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object with problem_id, prompt, ground_truth, chosen and rejected")
+def _preference(row: dict[str, Any], where: str) -> Preference:
     return Preference(
         problem_id=_text(row, "problem_id", where),
         prompt=_text(row, "prompt", where),

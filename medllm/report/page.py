@@ -20,7 +20,8 @@ from medllm.run import atomic_path
 LIMITATIONS = (
     "This is research software, not medical advice; a score on an exam is not clinical safety.",
     "A right answer says nothing about whether the explanation before it is sound: explanations are not graded here.",
-    "Questions whose image is missing count like all others, and an exam that was public before a model was trained may have been seen.",
+    "Questions whose image is missing count like all others.",
+    "An exam that was public before a model was trained may have been seen in training.",
 )
 _RATES = {"cpt": "tokens/s", "rpo": "pairs/s"}
 _SHOWN_ELSEWHERE = {"stage", "engine", "steps", "loss", "seconds", "rate", "adapter", "model", "setting", "score", "pairs"}
@@ -58,7 +59,11 @@ def render(study: ReportInput) -> str:
     """The page as text. Everything that comes from a model, a file or a setting is escaped."""
     table = build_table(study.cells, previous=study.previous, draw=study.draw)
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("medllm.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("medllm.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     templates.filters.update(number=tables.number, interval=tables.interval, change=tables.change)
     return templates.get_template("report.html.j2").render(
@@ -81,14 +86,13 @@ def stage_cost(run: RunSummary) -> StageCost:
     """What a run took and made, from its ``result.json``."""
     result = run.result
     also = [f"{name} {_short(value)}" for name, value in result.items() if name not in _SHOWN_ELSEWHERE and _is_scalar(value)]
-    rate = result.get("rate")
     return StageCost(
         name=run.name,
         stage=run.stage,
         engine=str(result.get("engine", "")),
         seconds=_duration(result["seconds"]) if _is_number(result.get("seconds")) else "",
         steps=f"{result['steps']:,}" if _is_number(result.get("steps")) else "",
-        rate=f"{rate:,.{0 if rate >= 100 else 2}f} {_RATES.get(run.stage, 'units/s')}" if _is_number(rate) else "",
+        rate=_rate(result["rate"], run.stage) if _is_number(result.get("rate")) else "",
         pairs=f"{result['pairs']:,}" if _is_number(result.get("pairs")) else "",
         loss=f"{result['loss']:.4f}" if _is_number(result.get("loss")) else "",
         also=", ".join(also),
@@ -126,6 +130,10 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _rate(rate: float, stage: str) -> str:
+    return f"{rate:,.0f} {_RATES.get(stage, 'units/s')}" if rate >= 100 else f"{rate:.3g} {_RATES.get(stage, 'units/s')}"
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,9 @@ ABLATION = (
     Published("CPT", 0.867, 0.834, ("base + CPT", "Qwen2.5-72B + CPT")),
     Published("RPO without CPT", 0.838, 0.807, ("RPO", "base + RPO", "Qwen2.5-72B + RPO")),
     Published("CPT + DPO", 0.868, 0.848, ("base + CPT + DPO", "Qwen2.5-72B + CPT + DPO")),
-    Published("Preferred-MedLLM-Qwen-72B (CPT+RPO)", 0.868, 0.868, ("CPT + RPO", "base + CPT + RPO", "Preferred-MedLLM-Qwen-72B")),
+    Published(
+        "Preferred-MedLLM-Qwen-72B (CPT+RPO)", 0.868, 0.868, ("CPT + RPO", "base + CPT + RPO", "Preferred-MedLLM-Qwen-72B")
+    ),
 )
 
 OTHERS = (

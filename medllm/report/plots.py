@@ -76,8 +76,16 @@ def scores(table: StudyTable) -> Figure:
             values = [score.value for _, score in here]
             errors = [[max(0.0, s.value - s.low) for _, s in here], [max(0.0, s.high - s.value) for _, s in here]]
             axes.barh(
-                heights, values, thick * 0.92, xerr=errors, label=setting, color=_colour(place), hatch="////" if place % 2 else None,
-                edgecolor="white", linewidth=0, error_kw={"ecolor": theme.ink, "capsize": 3, "elinewidth": 1.1},
+                heights,
+                values,
+                thick * 0.92,
+                xerr=errors,
+                label=setting,
+                color=_colour(place),
+                hatch="////" if place % 2 else None,
+                edgecolor="white",
+                linewidth=0,
+                error_kw={"ecolor": theme.ink, "capsize": 3, "elinewidth": 1.1},
             )
             for height, (_, score) in zip(heights, here, strict=True):
                 axes.text(min(score.high, 1) + 0.012, height, f"{score.value:.3f}", va="center", fontsize=9)
@@ -127,7 +135,7 @@ def slopes(table: StudyTable) -> Figure | None:
             axes.axvline(side, color=theme.faint, linewidth=1, zorder=0)
         return canvas
 
-    caption = "A level line keeps its score when the model has to explain itself first; a falling one loses points by explaining."
+    caption = "A level line keeps its score when the model has to explain itself first; a falling one loses points."
     return _figure("Does explaining cost points?", caption, draw)
 
 
@@ -144,8 +152,14 @@ def stabilities(table: StudyTable) -> Figure | None:
             assert estimate is not None
             errors = [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
             axes.errorbar(
-                estimate.value, index, xerr=errors, color=_colour(index), marker=_MARKERS[index % len(_MARKERS)], markersize=8,
-                capsize=4, linewidth=1.8,
+                estimate.value,
+                index,
+                xerr=errors,
+                color=_colour(index),
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=8,
+                capsize=4,
+                linewidth=1.8,
             )
         axes.axvline(0, color=theme.ink, linewidth=1)
         axes.set_yticks(range(len(rows)), [row.model for row in rows])
@@ -170,7 +184,13 @@ def training_curves(run: RunSummary) -> Figure | None:
         canvas, grid = plt.subplots(lines, columns, figsize=(_WIDTH, 2.3 * lines + 0.2), squeeze=False, layout="constrained")
         for axes, name in zip(grid.flat, names, strict=False):
             points = [(line["step"], line[name]) for line in run.metrics if name in line]
-            axes.plot(*zip(*points, strict=True), color=_colour(0), linewidth=1.5, marker="o" if len(points) < 25 else None, markersize=3)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=_colour(0),
+                linewidth=1.5,
+                marker="o" if len(points) < 25 else None,
+                markersize=3,
+            )
             axes.set_title(name, fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.grid(axis="y")
@@ -198,7 +218,8 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
         )
         for axes, setting in zip(grid[0], settings, strict=True):
             for index, model in enumerate(models):
-                found = [(row[model, setting], place) for place, row in enumerate(breakdown.values()) if (model, setting) in row]
+                cell = (model, setting)
+                found = [(row[cell], place) for place, row in enumerate(breakdown.values()) if cell in row]
                 if found:
                     style = {"color": _colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
                     axes.plot(*zip(*found, strict=True), linestyle="none", markersize=7, alpha=0.9, label=model, **style)
@@ -227,6 +248,7 @@ def preferences(composition: Composition, name: str) -> Figure:
         left.invert_yaxis()
         left.set_xlim(0, max(*counts, 1) * 1.15)
         left.set_xlabel("problems")
+        left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         right.bar(list(composition.right_counts), list(composition.right_counts.values()), color=_colour(0), width=0.8)
         right.set_xlabel("chosen (right) responses of a problem")
         right.set_ylabel("problems")
@@ -237,8 +259,8 @@ def preferences(composition: Composition, name: str) -> Figure:
         return canvas
 
     caption = (
-        f"{composition.problems} problems, {composition.chosen} chosen and {composition.rejected} rejected responses. Only a problem "
-        f"with both gives all three pairs of the hierarchy ground truth > chosen > rejected."
+        f"{composition.problems} problems, {composition.chosen} chosen and {composition.rejected} rejected responses. "
+        "Only a problem with both gives all three pairs of the hierarchy ground truth > chosen > rejected."
     )
     return _figure(f"Preference data: {name}", caption, draw)
 
@@ -266,11 +288,24 @@ def _svg(draw: Callable[[Theme], Canvas], theme: Theme) -> str:
 @contextmanager
 def _style(theme: Theme) -> Iterator[None]:
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": "medllm", "text.parse_math": False, "font.size": 10, "hatch.linewidth": 0.6,
-        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Noto Sans", "Helvetica", "Arial"],
-        "text.color": theme.ink, "axes.labelcolor": theme.ink, "xtick.color": theme.ink, "ytick.color": theme.ink,
-        "axes.edgecolor": theme.faint, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-        "grid.color": theme.faint, "grid.linewidth": 0.6, "legend.frameon": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "medllm",
+        "text.parse_math": False,
+        "font.size": 10,
+        "hatch.linewidth": 0.6,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "Noto Sans", "Helvetica", "Arial"],
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "grid.color": theme.faint,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
     }
     with plt.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts have it
@@ -286,13 +321,27 @@ def _legend_above(axes: Axes, columns: int) -> None:
 
 
 def _spread(values: Sequence[float], apart: float) -> list[float]:
-    """The values as label heights, pushed upwards where two would stand closer than ``apart``, then centred again."""
+    """Heights for labels at ``values``: at least ``apart`` from each other, and each crowd centred on its own values."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    placed = list(values)
-    for before, here in zip(order, order[1:], strict=False):
-        placed[here] = max(placed[here], placed[before] + apart)
-    shift = sum(placed) / len(placed) - sum(values) / len(values)
-    return [place - shift for place in placed]
+    crowds: list[list[int]] = []
+    for index in order:
+        crowds.append([index])
+        while (
+            len(crowds) > 1
+            and _bottom(crowds[-1], values, apart) < _bottom(crowds[-2], values, apart) + len(crowds[-2]) * apart
+        ):
+            last = crowds.pop()
+            crowds[-1] += last
+    return [
+        _bottom(crowd, values, apart) + crowd.index(index) * apart
+        for index in range(len(values))
+        for crowd in crowds
+        if index in crowd
+    ]
+
+
+def _bottom(crowd: Sequence[int], values: Sequence[float], apart: float) -> float:
+    return sum(values[index] for index in crowd) / len(crowd) - apart * (len(crowd) - 1) / 2
 
 
 def _colour(index: int) -> str:

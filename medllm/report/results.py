@@ -82,9 +82,7 @@ class StudyTable:
         return _stability_settings(self.settings)
 
 
-def build_table(
-    cells: Sequence[Cell], *, previous: Mapping[str, str] | None = None, draw: Bootstrap = BOOTSTRAP
-) -> StudyTable:
+def build_table(cells: Sequence[Cell], *, previous: Mapping[str, str] | None = None, draw: Bootstrap = BOOTSTRAP) -> StudyTable:
     """Scores, stability, and the comparison of each row with the one it came from.
 
     Args:
@@ -113,7 +111,7 @@ def breakdown(cells: Sequence[Cell], kinds: Mapping[str, str]) -> dict[str, dict
 
     Args:
         cells: As for :func:`build_table`.
-        kinds: Kind of each problem (a section, a subject, a year) by problem_id; others are left out, as are kinds worth no points.
+        kinds: Kind of each problem (a section, a subject, a year) by problem_id; other problems are left out.
     """
     table: dict[str, dict[tuple[str, str], float]] = {}
     for kind in sorted(set(kinds.values())):
@@ -169,7 +167,8 @@ def _row(
     scores = {setting: _score(answers[model, setting], points, draw) for setting in settings if (model, setting) in answers}
     shared = [setting for setting in scores if (previous, setting) in answers] if previous is not None else []
     against = {
-        setting: statistics.compare(answers[str(previous), setting], answers[model, setting], points, draw) for setting in shared
+        setting: statistics.compare(answers[str(previous), setting], answers[model, setting], points, draw)
+        for setting in shared
     }
     pair = _stability_settings(settings)
     stability = change = None

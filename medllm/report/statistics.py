@@ -160,8 +160,15 @@ def _mean(
     if (values == values[0]).all():
         return _unanimous(float(values[0]), weights, bounds, draw.confidence), _sign_test(float(values[0]), len(values))
     drawn = stats.bootstrap(
-        (values, weights), _weighted_mean, paired=True, vectorized=True, n_resamples=draw.resamples, batch=1000,
-        confidence_level=draw.confidence, method=draw.method, random_state=np.random.default_rng(draw.seed),
+        (values, weights),
+        _weighted_mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=draw.resamples,
+        batch=1000,
+        confidence_level=draw.confidence,
+        method=draw.method,
+        random_state=np.random.default_rng(draw.seed),
     )
     low, high = drawn.confidence_interval
     return Estimate(float(value), float(low), float(high)), _bootstrap_p(drawn.bootstrap_distribution)
@@ -172,7 +179,7 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> n
 
 
 def _bootstrap_p(distribution: np.ndarray) -> float:
-    """Twice the smaller tail beyond zero; the +1 keeps it from claiming more than the draws can show (Davison & Hinkley 1997)."""
+    """Twice the smaller tail beyond zero. The +1 keeps it from claiming more than the draws show (Davison & Hinkley 1997)."""
     # Sums of the same terms in another order can miss zero by a rounding: such a draw is zero and counts for both tails.
     tail = min((distribution <= 1e-12).sum(), (distribution >= -1e-12).sum())
     return float(min(1.0, 2 * (tail + 1) / (len(distribution) + 1)))

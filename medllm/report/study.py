@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medllm.exam.problem import Problem
+from medllm.exam.scoring import ProblemResult
 from medllm.preferences.records import Preference
 from medllm.report.results import Cell
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
@@ -153,8 +154,10 @@ def choose_examples(
     right = {problem_id: sum(bool(side[problem_id].correct) for side in answers) for problem_id in shared}
     split = sorted((abs(right[problem_id] - len(cells) / 2), place, problem_id) for place, problem_id in enumerate(shared))
     parted = [problem_id for _, _, problem_id in split if 0 < right[problem_id] < len(cells)]
-    agreed = [next((problem_id for problem_id in shared if right[problem_id] == all_or_none), None) for all_or_none in (len(cells), 0)]
-    ends = [problem_id for problem_id in agreed if problem_id is not None]
+    first_with: dict[int, str] = {}
+    for problem_id in shared:
+        first_with.setdefault(right[problem_id], problem_id)
+    ends = [first_with[count_right] for count_right in (len(cells), 0) if count_right in first_with]
     picked = [*parted[: max(0, count - len(ends))], *ends][:count]
     return tuple(_example(problem_id, cells, answers, problems.get(problem_id), explanations) for problem_id in picked)
 
@@ -162,7 +165,7 @@ def choose_examples(
 def _example(
     problem_id: str,
     cells: Sequence[Cell],
-    answers: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, ProblemResult]],
     problem: Problem | None,
     explanations: Mapping[tuple[str, str], Mapping[str, str]],
 ) -> Example:
@@ -170,7 +173,7 @@ def _example(
         Response(
             model=cell.model,
             setting=cell.setting,
-            prediction=_answer_text(side[problem_id].prediction),
+            prediction=side[problem_id].prediction or "",
             explanation=explanations.get((cell.model, cell.setting), {}).get(problem_id, ""),
             correct=bool(side[problem_id].correct),
         )
@@ -179,7 +182,3 @@ def _example(
     if problem is None:
         return Example(problem_id, "", (), "", responses)
     return Example(problem_id, problem.text, problem.choices, ",".join(problem.answer), responses)
-
-
-def _answer_text(prediction: Any) -> str:
-    return prediction if isinstance(prediction, str) else ",".join(prediction or ())

@@ -14,13 +14,12 @@ def findings(table: StudyTable) -> list[str]:
         sentences += [_against(row, setting, comparison) for setting, comparison in row.against_previous.items()]
         if row.stability_change is not None:
             change = row.stability_change
-            verdict = "steadier" if change.difference.value > 0 else "less steady"
+            steadier = "steadier" if change.difference.value > 0 else "less steady"
+            verdict = f"{row.model} is {steadier} under explanation than {row.previous}"
             if _spans_zero(change.difference):
-                verdict = "neither steadier nor less steady, as far as these problems can tell,"
-            sentences.append(
-                f"{row.model} is {verdict} under explanation than {row.previous}: stability changes by "
-                f"{number(change.difference.value, True)} {interval(change.difference, True)}, {p_value(change.p_value)}."
-            )
+                verdict = f"Whether {row.model} is {steadier} under explanation than {row.previous} these problems cannot tell"
+            amount = f"{number(change.difference.value, True)} {interval(change.difference, True)}, {p_value(change.p_value)}"
+            sentences.append(f"{verdict}: stability changes by {amount}.")
     return sentences
 
 
@@ -28,11 +27,12 @@ def method(table: StudyTable) -> str:
     """How intervals and p-values were computed."""
     draw = table.draw
     return (
-        f"Scores are points earned over points possible. Intervals are {draw.confidence:.0%} {draw.method} bootstrap intervals over "
-        f"problems ({draw.resamples} resamples, seed {draw.seed}); differences and stability are paired by problem, and their p-values "
-        f"are two-sided. Where every problem has the same outcome, the interval is the exact binomial bound. McNemar's exact test "
-        f"counts problems instead of points. The p-values are not corrected for the number of comparisons. They say how far the "
-        f"result depends on which problems the exam happened to have; they say nothing about training again with another seed."
+        f"Scores are points earned over points possible. Intervals are {draw.confidence:.0%} {draw.method} bootstrap intervals "
+        f"over problems ({draw.resamples} resamples, seed {draw.seed}); differences and stability are paired by problem, and "
+        "their p-values are two-sided. Where every problem has the same outcome, the interval is the exact binomial bound. "
+        "McNemar's exact test counts problems instead of points. The p-values are not corrected for the number of comparisons. "
+        "They say how far the result depends on which problems the exam happened to have; they say nothing about training "
+        "again with another seed."
     )
 
 
@@ -40,20 +40,21 @@ def _stability(model: str, estimate: Estimate) -> str:
     bounds = interval(estimate, True)
     if _spans_zero(estimate):
         worst = f"a loss of up to {number(-estimate.low)} is not excluded" if estimate.low < 0 else "no loss was seen"
-        return f"{model} scores the same with and without explanation as far as these problems can tell: {number(estimate.value, True)} {bounds}; {worst}."
+        value = number(estimate.value, True)
+        return f"{model}: these problems show no difference between explaining first and not, {value} {bounds}; {worst}."
     direction = "loses" if estimate.value < 0 else "gains"
-    return f"{model} {direction} {number(abs(estimate.value))} by explaining first {bounds}: more than the choice of problems explains."
+    amount = number(abs(estimate.value))
+    return f"{model} {direction} {amount} by explaining first {bounds}: beyond chance."
 
 
 def _against(row: Row, setting: str, comparison: Comparison) -> str:
     difference = comparison.difference
     direction = "above" if difference.value > 0 else "below"
-    verdict = "which chance alone can give" if _spans_zero(difference) else "more than chance gives"
+    verdict = "not told apart from chance" if _spans_zero(difference) else "beyond chance"
     place = f"{number(abs(difference.value))} {direction}" if difference.value else "level with"
-    return (
-        f"{setting}: {row.model} is {place} {row.previous} {interval(difference, True)}, {verdict} ({p_value(comparison.p_value)}; "
-        f"{comparison.gained} problems gained, {comparison.lost} lost, McNemar {p_value(comparison.mcnemar_p)})."
-    )
+    tests = f"{p_value(comparison.p_value)}; McNemar {p_value(comparison.mcnemar_p)}"
+    counts = f"{comparison.gained} problems gained, {comparison.lost} lost"
+    return f"{setting}: {row.model} is {place} {row.previous} {interval(difference, True)}: {verdict} ({tests}; {counts})."
 
 
 def _spans_zero(estimate: Estimate) -> bool:

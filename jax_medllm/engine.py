@@ -1,0 +1,176 @@
+"""The JAX engine: :class:`medllm.engine.Engine` over :mod:`jax_medllm`'s parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_medllm.batches import PreferenceData, Step, cpt_step, plan_steps, single_pairs
+from jax_medllm.continuations import Scorer
+from jax_medllm.generate import Decoder, generate
+from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.weights import adapter_tensors, load_model
+from medllm.config import CptConfig, LoraConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
+from medllm.corpus.packing import PackedRows
+from medllm.engine import Continuation, Generation, Prompt, TrainSummary
+from medllm.errors import UserError
+from medllm.model_directory import ModelDirectory, write_adapter
+from medllm.preferences.records import Preference
+from medllm.preferences.tokenization import tokenize_group
+from medllm.run import Run
+from medllm.tokenizer import check_vocabulary, encode_prompt, end_token, load_tokenizer
+
+
+class JaxEngine:
+    """A model opened with JAX. Weights are read at the first use.
+
+    Args:
+        model: Which weights.
+
+    Raises:
+        UserError: the model is no Qwen2 directory, or its tokenizer does not fit its vocabulary.
+    """
+
+    name = "jax"
+
+    def __init__(self, model: ModelConfig):
+        _keep_compilations()
+        self._config = model
+        self._directory = ModelDirectory(model.path)
+        sizes = Qwen2Config.from_hf(self._directory.config)
+        self._context = sizes.max_positions
+        self.tokenizer = load_tokenizer(model.tokenizer or model.path)
+        check_vocabulary(self.tokenizer, sizes.vocab_size, model.tokenizer or model.path)
+
+    @cached_property
+    def model(self) -> Qwen2:
+        """The model without an adapter to train."""
+        return load_model(self._config)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, end_token(self.tokenizer))
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model)
+
+    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
+        """See :class:`medllm.engine.Engine`.
+
+        Raises:
+            UserError: rows longer than the context, no rows, or what :func:`jax_medllm.train.train` raises.
+        """
+        length = rows.tokens.shape[1]
+        if length > self._context:
+            raise UserError(f"corpus.length {length} is longer than the model's context of {self._context}; lower it")
+        training = config.training
+        steps = plan_steps(len(rows.tokens), training)
+
+        def tokens(step: Step) -> int:
+            return int((rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
+
+        task = Task(
+            loss_fn=partial(cpt_loss_fn, remat=training.gradient_checkpointing),
+            steps=steps,
+            batch=lambda step: cpt_step(rows, step, training),
+            units=tokens,
+            unit="tokens",
+            settings=_settings(config, training, {"rows": len(rows.tokens), "length": length}),
+        )
+        return self._train(task, config, run)
+
+    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
+        """See :class:`medllm.engine.Engine`.
+
+        Raises:
+            UserError: no pairs, a group longer than the context, or what :func:`jax_medllm.train.train` raises.
+        """
+        if config.pairs.max_length > self._context:
+            raise UserError(
+                f"pairs.max_length {config.pairs.max_length} is longer than the model's context of {self._context}; lower it"
+            )
+        tokenized = (tokenize_group(self.tokenizer, preference, config.pairs) for preference in preferences)
+        groups = [group for group in tokenized if group is not None]
+        if not groups:
+            raise UserError(f"{config.preferences}: no pair to train on (every problem lacks chosen and rejected responses)")
+        training = config.training
+        data = PreferenceData(single_pairs(groups) if config.pairs.unit == "pair" else groups, training)
+        facts = {"groups": len(data.groups), "pairs": sum(len(group.pairs) for group in groups)}
+        settings = _settings(config, training, facts)
+        task = Task(
+            loss_fn=partial(preference_loss_fn, loss_config=config.loss, remat=training.gradient_checkpointing),
+            steps=data.plan(),
+            batch=data.step,
+            units=data.pairs,
+            unit="pairs",
+            settings={**settings, "loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)},
+        )
+        return self._train(task, config, run)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+        """See :class:`medllm.engine.Engine`.
+
+        Raises:
+            UserError: an empty prompt, or one that does not fit the context.
+        """
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return generate(self._decoder, ids, sampling, decode, batch_size)
+
+    def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
+        """See :class:`medllm.engine.Engine`.
+
+        Raises:
+            UserError: an empty prompt, or one that does not fit the context.
+        """
+        return self._scorer.logprobs(continuations, batch_size)
+
+    def _train(self, task: Task, config: CptConfig | RpoConfig, run: Run) -> TrainSummary:
+        if self._config.adapter is not None:
+            raise UserError(
+                f"model.adapter {self._config.adapter}: training on top of an adapter is not supported; merge it first "
+                "with 'medllm convert' and train on the merged model"
+            )
+        model = load_model(self._config, lora=config.lora)
+        trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
+        folder = run.path / "adapter"
+        write_adapter(folder, config.lora, adapter_tensors(model), self._config.path)
+        return _summary(trained, folder)
+
+
+def _summary(trained: Trained, adapter: Path) -> TrainSummary:
+    return TrainSummary(trained.steps, trained.loss, trained.seconds, trained.rate, str(adapter))
+
+
+def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: dict[str, int]) -> dict[str, object]:
+    """What a trajectory depends on, in JSON's types."""
+    lora: LoraConfig = config.lora
+    free = {"log_every", "checkpoint_every", "max_steps", "gradient_checkpointing"}
+    loop = {name: value for name, value in dataclasses.asdict(training).items() if name not in free}
+    adapter = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(lora).items()}
+    optimizer = dataclasses.asdict(config.optimizer)
+    optimizer["betas"] = list(optimizer["betas"])
+    return {**facts, "training": loop, "lora": adapter, "optimizer": optimizer, "quantization": config.model.quantization}
+
+
+def _keep_compilations() -> None:
+    """Keep compiled programs between processes, unless the user chose a place (or none) for them already."""
+    if jax.config.jax_compilation_cache_dir is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "medllm" / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,200 @@
+"""An exam sat by a model: problems → prompts → generated text → predictions; and the zero-shot choice by likelihood."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from medllm.config import EvaluateConfig
+from medllm.engine import Continuation, Engine
+from medllm.errors import UserError
+from medllm.exam.answers import extract_answer
+from medllm.exam.predictions import Prediction, write_predictions
+from medllm.exam.problem import LETTERS, Problem
+from medllm.exam.prompts import evaluation_prompt, stop_strings
+from medllm.tokenizer import encode
+
+__all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
+
+# An engine sorts what it is given by length: a few batches at a time keep that, and the progress bar alive.
+_BATCHES_A_REPORT = 4
+
+OPTION_PROMPTS = {
+    "mcqa": "Question: {question}\nAnswer: ",
+    "mcqa_jp": "質問：{question}\n回答：",
+    "mcqa_with_options": "Question: {question}\n{options}\nAnswer: ",
+    "mcqa_with_options_jp": "質問：{question}\n{options}\n答え：",
+}
+"""JMedBench's prompts (``templates/mcqa.py`` of nii-nlp/med-eval), under its own names."""
+
+
+def evaluate(
+    engine: Engine,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """One prediction for each problem, in order; empty where the model gave no answer.
+
+    Args:
+        engine: The model.
+        problems: The exam, every one of them asked (``config.limit`` is the caller's to apply).
+        shots: Examples shown before each question.
+        config: Template, format, sampling. A base model (``completion``) is also stopped where it begins the next question.
+        progress: Called with (problems done, problems in all).
+
+    Raises:
+        UserError: a problem that is asked is also an example, several samples are asked for, or the engine refuses a prompt.
+    """
+    _refuse_shown(problems, shots)
+    sampling = config.sampling
+    if sampling.samples != 1:
+        raise UserError(f"an exam is sat once: set --sampling.samples to 1, not {sampling.samples}")
+    if config.format == "completion":
+        sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
+    prompts = [
+        evaluation_prompt(
+            problem,
+            shots,
+            template=config.template,
+            explanation=config.explanation,
+            format=config.format,
+            answer_as=config.answer_as,
+        )
+        for problem in problems
+    ]
+    predictions: list[Prediction] = []
+    step = config.batch_size * _BATCHES_A_REPORT
+    for start in range(0, len(problems), step):
+        part = slice(start, start + step)
+        generated = engine.generate(prompts[part], sampling, config.batch_size)
+        for problem, (generation,) in zip(problems[part], generated, strict=True):
+            answer = extract_answer(generation.text, problem, explanation=config.explanation)
+            predictions.append(Prediction(problem.problem_id, ",".join(answer), generation.text))
+        if progress is not None:
+            progress(len(predictions), len(problems))
+    return predictions
+
+
+@dataclass(frozen=True)
+class OptionResult:
+    """The likelihood of each option of one problem.
+
+    Attributes:
+        problem_id: The problem.
+        accepted: Letters that are right.
+        nll: Summed negative log-likelihood (nats) of each option's text.
+        tokens: Number of tokens of each option's text.
+    """
+
+    problem_id: str
+    accepted: tuple[str, ...]
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def chosen(self) -> str:
+        """The letter of the least summed negative log-likelihood; the first of equals."""
+        return LETTERS[min(range(len(self.nll)), key=self.nll.__getitem__)]
+
+    @property
+    def chosen_per_token(self) -> str:
+        """The letter of the least negative log-likelihood per token; the first of equals."""
+        return LETTERS[min(range(len(self.nll)), key=lambda option: self.nll[option] / self.tokens[option])]
+
+
+@dataclass(frozen=True)
+class OptionScores:
+    """Zero-shot accuracy by likelihood.
+
+    Attributes:
+        accuracy: Share of problems whose likeliest option text is right.
+        normalized_accuracy: The same with likelihoods per token.
+        results: Problem by problem.
+        left_out: Problems that cannot be scored this way, counted by reason.
+    """
+
+    accuracy: float
+    normalized_accuracy: float
+    results: tuple[OptionResult, ...]
+    left_out: Mapping[str, int]
+
+
+def score_options(
+    engine: Engine,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    prompt: str = "mcqa_with_options_jp",
+    batch_size: int = 32,
+) -> OptionScores:
+    """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
+
+    Nothing is generated. Prompt and option are tokenized together; what comes after the prompt's own tokens is the option.
+
+    Args:
+        engine: The model.
+        tokenizer: The model's tokenizer.
+        problems: Problems with one right option; numeric ones and those with several are left out and counted.
+        prompt: One of :data:`OPTION_PROMPTS`.
+        batch_size: Options at a time.
+
+    Raises:
+        UserError: an unknown prompt, or no problem that can be scored this way.
+    """
+    if prompt not in OPTION_PROMPTS:
+        raise UserError(f"no prompt is called '{prompt}'; there are {', '.join(OPTION_PROMPTS)}")
+    left_out: Counter[str] = Counter()
+    scored: list[Problem] = []
+    for problem in problems:
+        if problem.is_numeric:
+            left_out["numeric problem"] += 1
+        elif problem.answer_count > 1:
+            left_out["several right options"] += 1
+        else:
+            scored.append(problem)
+    if not scored:
+        raise UserError("no problem has exactly one right option; likelihood scoring needs such problems")
+    options = [_continuation(tokenizer, problem, choice, prompt) for problem in scored for choice in problem.choices]
+    logprobs = iter(engine.logprobs(options, batch_size))
+    lengths = iter(options)
+    results = tuple(
+        OptionResult(
+            problem.problem_id,
+            tuple(letter for (letter,) in problem.accepted),
+            tuple(-float(next(logprobs).sum()) for _ in problem.choices),
+            tuple(len(next(lengths).completion) for _ in problem.choices),
+        )
+        for problem in scored
+    )
+    return OptionScores(
+        accuracy=sum(result.chosen in result.accepted for result in results) / len(results),
+        normalized_accuracy=sum(result.chosen_per_token in result.accepted for result in results) / len(results),
+        results=results,
+        left_out=dict(left_out),
+    )
+
+
+def _continuation(tokenizer: Any, problem: Problem, choice: str, prompt: str) -> Continuation:
+    lettered = zip(LETTERS.upper(), problem.choices, strict=False)
+    options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
+    asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=options)
+    before = encode(tokenizer, asked)
+    # Tokens may merge across the boundary until nothing is left after the prompt; the option is then tokenized by itself.
+    completion = encode(tokenizer, asked + choice)[len(before) :] or encode(tokenizer, choice)
+    if not completion:
+        raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
+    return Continuation(tuple(before), tuple(completion))
+
+
+def _refuse_shown(problems: Sequence[Problem], shots: Sequence[Problem]) -> None:
+    shown = {(shot.text, shot.choices): shot.problem_id for shot in shots}
+    for problem in problems:
+        if (problem.text, problem.choices) in shown:
+            raise UserError(
+                f"problem {problem.problem_id} is asked and is also shown with its answer as example "
+                f"{shown[problem.text, problem.choices]}; take the examples from other problems (--shots)"
+            )

@@ -1,0 +1,149 @@
+"""Models behind an OpenAI-compatible server (``--engine openai``): they answer exams, they are not trained here.
+
+``model.path`` is the model's name on the server. The server is ``OPENAI_BASE_URL`` (OpenAI's own when unset), the key
+``OPENAI_API_KEY``; servers that need no key (vLLM, llama.cpp) take any word.
+
+A conversation goes to ``/chat/completions``. A text to continue goes to ``/completions``, which base models are served
+with; wrapping it into a user's turn would change what is measured, so a server without that endpoint is an error that
+says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
+
+import numpy as np
+import openai
+
+from medllm.engine import Continuation, Generation, Prompt, TrainSummary
+from medllm.errors import UserError
+
+if TYPE_CHECKING:
+    from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling
+    from medllm.corpus.packing import PackedRows
+    from medllm.preferences.records import Preference
+    from medllm.run import Run
+
+_RETRIES = 5  # the client backs off exponentially on 408, 409, 429 and 5xx
+_TIMEOUT_SECONDS = 600.0  # a long explanation by a large model on a busy server
+_MOST_REQUESTS = 32
+_MOST_STOPS = 4  # what the API takes; the rest is cut here
+_SEEDS_A_PROMPT = 1 << 16
+
+
+class OpenAIEngine:
+    """Text generation through an OpenAI-compatible API.
+
+    Raises:
+        UserError: no key in the environment, or a setting that only a local model can have.
+    """
+
+    name = "openai"
+
+    def __init__(self, model: ModelConfig):
+        if model.adapter is not None:
+            raise UserError("engine 'openai' cannot apply --model.adapter; serve the merged model, named by --model.path")
+        self._key = os.environ.get("OPENAI_API_KEY", "")
+        if not self._key:
+            raise UserError("engine 'openai' needs OPENAI_API_KEY in the environment (any word for a server without keys)")
+        self._model = model.path
+        self._client = openai.OpenAI(api_key=self._key, max_retries=_RETRIES, timeout=_TIMEOUT_SECONDS)
+        # OpenAI renamed the limit for chats and refuses the old name for new models; other servers know only the old one.
+        server = urlsplit(str(self._client.base_url))
+        self._chat_limit = "max_completion_tokens" if server.hostname == "api.openai.com" else "max_tokens"
+        # Rebuilt for messages: the address as given may carry a password.
+        self._where = f"model '{model.path}' at {server.scheme}://{server.netloc.rpartition('@')[2]}{server.path}"
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+        """``sampling.samples`` continuations for each prompt, in the order of the prompts, one request each.
+
+        At most ``batch_size`` requests (and never more than 32) are under way. ``Generation.tokens`` is empty: the API gives
+        text. The seed sent depends on ``sampling.seed`` and the sample's number; whether it is honoured is the server's affair.
+
+        Raises:
+            UserError: the server cannot be reached or refuses a request. The key is never part of the message.
+        """
+        pool = ThreadPoolExecutor(max(1, min(batch_size, _MOST_REQUESTS)))
+        try:
+            futures = [
+                [pool.submit(self._continue, prompt, sampling, sample) for sample in range(sampling.samples)]
+                for prompt in prompts
+            ]
+            return [[future.result() for future in of_prompt] for of_prompt in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
+        """Not available: the API does not score given text.
+
+        Raises:
+            UserError: always.
+        """
+        self._refuse("give log-probabilities of a given text")
+
+    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
+        """Not available.
+
+        Raises:
+            UserError: always.
+        """
+        self._refuse("train")
+
+    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
+        """Not available.
+
+        Raises:
+            UserError: always.
+        """
+        self._refuse("train")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"engine 'openai' cannot {what}; use --engine jax or --engine torch with the model's weights")
+
+    def _continue(self, prompt: Prompt, sampling: Sampling, sample: int) -> Generation:
+        settings: dict[str, Any] = {"model": self._model, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.stop:
+            settings["stop"] = list(sampling.stop[:_MOST_STOPS])
+        if sampling.temperature > 0:
+            settings["seed"] = sampling.seed * _SEEDS_A_PROMPT + sample
+        if sampling.top_k:
+            settings["extra_body"] = {"top_k": sampling.top_k}
+        try:
+            text, finish = self._ask(prompt, settings, sampling.max_new_tokens)
+        except openai.APIError as error:
+            # The cause is not chained: a traceback of the client may show the request, and the key with it.
+            raise UserError(self._explain(error, prompt)) from None
+        cuts = [position for position in map(text.find, sampling.stop) if position >= 0]
+        if cuts:
+            text, finish = text[: min(cuts)], "stop"
+        return Generation(text, (), "length" if finish == "length" else "stop")
+
+    def _ask(self, prompt: Prompt, settings: dict[str, Any], limit: int) -> tuple[str, str | None]:
+        """Text and finish reason of one request."""
+        reply: Any
+        if isinstance(prompt, str):
+            reply = self._client.completions.create(prompt=prompt, max_tokens=limit, **settings)
+        else:
+            turns: Any = [{"role": message.role, "content": message.content} for message in prompt]
+            settings[self._chat_limit] = limit
+            reply = self._client.chat.completions.create(messages=turns, **settings)
+        if not reply.choices:
+            raise UserError(f"{self._where}: the reply holds no text (no choices); is this an OpenAI-compatible server?")
+        choice = reply.choices[0]
+        return (choice.text if isinstance(prompt, str) else choice.message.content) or "", choice.finish_reason
+
+    def _explain(self, error: openai.APIError, prompt: Prompt) -> str:
+        if isinstance(error, openai.APIConnectionError):
+            return f"{self._where}: no answer ({type(error).__name__}); check OPENAI_BASE_URL and that the server runs"
+        said = " ".join(error.message.split()).replace(self._key, "***")[:300]
+        status = error.status_code if isinstance(error, openai.APIStatusError) else type(error).__name__
+        advice = "check OPENAI_BASE_URL, OPENAI_API_KEY and --model.path"
+        if isinstance(error, openai.NotFoundError) and isinstance(prompt, str):
+            advice = "a server without /completions needs --format chat; otherwise check the model's name (--model.path)"
+        elif isinstance(error, openai.BadRequestError):
+            advice = "the model may not take this prompt's length or one of the --sampling settings"
+        return f"{self._where}: refused ({status}: {said}); {advice}"

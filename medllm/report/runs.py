@@ -1,0 +1,187 @@
+"""Finished run folders → what the report shows.
+
+Each stage leaves ``config.yaml``, ``environment.json`` and ``result.json``; training adds ``metrics.jsonl``, curation
+``preferences.jsonl``, evaluation ``predictions.jsonl`` and the per-problem rows of its score sheet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medllm.errors import UserError
+from medllm.exam.loaders import load_problems, read_json_lines
+from medllm.exam.predictions import read_predictions
+from medllm.exam.problem import Problem
+from medllm.exam.scoring import ProblemResult
+from medllm.preferences.records import read_preferences
+from medllm.report.results import Cell
+from medllm.report.statistics import BOOTSTRAP, Bootstrap
+from medllm.report.study import ReportInput, RunSummary, choose_examples, composition
+
+STAGES = ("cpt", "curate", "rpo", "evaluate")
+_MOST_KINDS = 25  # a breakdown into more than this is a list, not a picture
+
+
+def report_from_runs(
+    paths: Sequence[str | Path],
+    *,
+    title: str = "Does the model still get it right when it has to explain itself?",
+    previous: Mapping[str, str] | None = None,
+    examples: int = 6,
+    draw: Bootstrap = BOOTSTRAP,
+) -> ReportInput:
+    """Read run folders of any stages, at least one of them an evaluation.
+
+    Args:
+        paths: Run folders, in the order in which models and stages are to be shown.
+        title: Headline of the page.
+        previous: For a model label, the one it started from; each with the one before it when unset.
+        examples: Problems to show with everybody's answer.
+        draw: How intervals are drawn.
+
+    Raises:
+        UserError: a folder or a file in it is missing or not as its stage writes it, or no evaluation is among the folders.
+    """
+    runs = tuple(read_run(path) for path in paths)
+    cells: list[Cell] = []
+    explanations: dict[tuple[str, str], dict[str, str]] = {}
+    problems: dict[str, Problem] = {}
+    for path, run in zip(paths, runs, strict=True):
+        if run.stage == "evaluate":
+            cell = read_cell(path)
+            cells.append(cell)
+            predictions = read_predictions(_present(Path(path) / "predictions.jsonl", "evaluation writes it"))
+            explanations[cell.model, cell.setting] = {answer.problem_id: answer.explanation for answer in predictions}
+            problems = problems or _problems_of(run)
+    if not cells:
+        given = ", ".join(map(str, paths)) or "none"
+        raise UserError(f"a report needs the run folder of at least one 'medllm evaluate'; given: {given}")
+    kind_name, kinds = _kinds([problems[r.problem_id] for r in cells[0].results if r.problem_id in problems])
+    return ReportInput(
+        title=title,
+        engine=", ".join(dict.fromkeys(str(run.result["engine"]) for run in runs if run.result.get("engine"))),
+        environment=runs[-1].environment,
+        cells=tuple(cells),
+        runs=runs,
+        preferences={
+            run.name: composition(read_preferences(Path(path) / "preferences.jsonl"))
+            for path, run in zip(paths, runs, strict=True)
+            if run.stage == "curate"
+        },
+        examples=choose_examples(cells, problems, explanations, examples),
+        kinds=kinds,
+        kind_name=kind_name,
+        previous=previous,
+        draw=draw,
+    )
+
+
+def read_run(path: str | Path) -> RunSummary:
+    """One finished run folder.
+
+    Raises:
+        UserError: not a run folder, not finished, or a file that does not hold what its stage writes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder")
+    config = _read_yaml(folder / "config.yaml")
+    environment = _read_json(folder / "environment.json", "the folder is not a run of medllm")
+    result = _read_json(folder / "result.json", "the run has not finished; go on with --resume true or leave it out")
+    stage = result.get("stage")
+    if stage not in STAGES:
+        raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
+    return RunSummary(folder.resolve().name, stage, config, tuple(_metrics(folder / "metrics.jsonl")), result, environment)
+
+
+def read_cell(path: str | Path) -> Cell:
+    """The model, setting and per-problem results of a finished evaluation.
+
+    Raises:
+        UserError: a missing file, or a ``result.json`` without label, setting or per-problem rows.
+    """
+    file = Path(path) / "result.json"
+    result = _read_json(file, "the run has not finished; go on with --resume true or leave it out")
+    for name in ("model", "setting"):
+        if not isinstance(result.get(name), str):
+            raise UserError(f"{file}: '{name}' is missing or no text; run 'medllm evaluate' again to write it")
+    sheet = result.get("score")
+    rows = sheet.get("results") if isinstance(sheet, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: 'score.results' holds no per-problem rows; run 'medllm evaluate' again to write them")
+    results = tuple(_problem_result(row, f"{file}: score.results[{index}]") for index, row in enumerate(rows))
+    return Cell(result["model"], result["setting"], results)
+
+
+def _metrics(file: Path) -> Iterator[dict[str, float]]:
+    """The lines of a training run; none where the stage logs nothing."""
+    if not file.exists():
+        return
+    for line, where in read_json_lines(file):
+        if "step" not in line or not all(isinstance(value, (int, float)) for value in line.values()):
+            raise UserError(f"{where}: expected numbers by name and among them 'step'")
+        yield line
+
+
+def _problem_result(row: Any, where: str) -> ProblemResult:
+    for name, kind, words in (
+        ("problem_id", str, "text"),
+        ("correct", bool, "true or false"),
+        ("points", int, "a whole number"),
+    ):
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise UserError(f"{where}: '{name}' is missing or not {words}; run 'medllm evaluate' again to write it")
+    return ProblemResult(row["problem_id"], row["correct"], row["points"], row.get("prediction"))
+
+
+def _problems_of(run: RunSummary) -> dict[str, Problem]:
+    """The problems an evaluation was run on, where its files are still where its configuration says."""
+    here = [Path(path) for path in run.config.get("problems") or () if Path(path).exists()]
+    return {problem.problem_id: problem for path in here for problem in load_problems(path).problems}
+
+
+def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:
+    """The first of section, category and year that parts the problems into a few kinds."""
+    for name in ("section", "category", "year"):
+        kinds = {problem.problem_id: str(getattr(problem, name)) for problem in problems if getattr(problem, name) is not None}
+        if 2 <= len(set(kinds.values())) <= _MOST_KINDS:
+            return name, kinds
+    return "kind", {}
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(_read_text(file, "the folder is not a run of medllm"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected settings by name")
+    return value
+
+
+def _read_json(file: Path, missing: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(file, missing))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected one JSON object")
+    return value
+
+
+def _present(file: Path, missing: str) -> Path:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; {missing}")
+    return file
+
+
+def _read_text(file: Path, missing: str) -> str:
+    try:
+        return _present(file, missing).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text") from error

@@ -1,0 +1,44 @@
+"""Tiny models shared by the parity tests, and the switch to float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import pytest
+import torch
+
+from parity_tests.tiny_models import TinyModel, write_tiny_adapter, write_tiny_model
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """JAX computes in float64 for the length of this test; everywhere else it stays in fp32."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model(tied=…, heads=…, kv_heads=…, layers=…, dtype=…)`` → directory of a random model, written once a session."""
+    folder = tmp_path_factory.mktemp("models")
+    written: dict[tuple[TinyModel, torch.dtype], Path] = {}
+
+    def model(dtype: torch.dtype = torch.float32, **shape: int | bool) -> Path:
+        key = (TinyModel(**shape), dtype)
+        if key not in written:
+            written[key] = write_tiny_model(folder, *key)
+        return written[key]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_adapter(base, rank=…, targets=…, seed=…)`` → directory of a random PEFT adapter, B not zero."""
+
+    def adapter(base: Path, **settings: object) -> Path:
+        return write_tiny_adapter(base, tmp_path_factory.mktemp("adapter"), **settings)
+
+    return adapter

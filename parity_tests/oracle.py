@@ -1,0 +1,91 @@
+"""The float64 truth: transformers' Qwen2 with every inner rounding to fp32 lifted.
+
+A ``.double()`` Qwen2 still rounds to fp32 in RMSNorm, in the rotary embedding (its frequencies are an fp32 buffer besides) and
+in eager attention's softmax. :func:`float64_model` computes all of it in float64; :func:`lift` applied to an fp32 model changes
+nothing, which is tested. Documents packed in one row are kept apart with an explicit additive mask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen2ForCausalLM
+from transformers.masking_utils import eager_mask
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding, repeat_kv
+
+
+def float64_model(path: Path, adapter: Path | None = None, *, trainable: bool = False) -> torch.nn.Module:
+    """Open a model, and a PEFT adapter on it, with all weights and all arithmetic in float64."""
+    model: Any = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    return lift(model.double())
+
+
+def lift(model: Any) -> Any:
+    """Replace the three fp32 roundings by arithmetic in the model's own type."""
+    model.config._attn_implementation = "unrounded"
+    for module in model.modules():
+        if isinstance(module, Qwen2RMSNorm):
+            module.forward = MethodType(_rms_norm, module)
+        if isinstance(module, Qwen2RotaryEmbedding):
+            module.forward = MethodType(_rotary, module)
+    return model
+
+
+def row_mask(segment_ids: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask [b, 1, s, s]: causal within equal segments. Padding (segment 0) sees padding, so no row is empty."""
+    segments = torch.from_numpy(np.asarray(segment_ids))
+    seen = (segments[:, :, None] == segments[:, None, :]) & torch.ones(segments.shape[1], segments.shape[1]).tril().bool()
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def row_logits(model: Any, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    """Logits [b, s, v] of packed rows."""
+    dtype = next(model.parameters()).dtype
+    return model(
+        input_ids=torch.from_numpy(np.asarray(tokens)).long(),
+        attention_mask=row_mask(segment_ids, dtype),
+        position_ids=torch.from_numpy(np.asarray(positions)).long(),
+        use_cache=False,
+    ).logits
+
+
+def row_loss(logits: torch.Tensor, tokens: np.ndarray, segment_ids: np.ndarray) -> torch.Tensor:
+    """Mean negative log-likelihood of the tokens that follow one of their own document."""
+    targets = torch.from_numpy(np.asarray(tokens)).long()[:, 1:]
+    segments = torch.from_numpy(np.asarray(segment_ids))
+    counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    nll = -torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, targets[..., None])[..., 0]
+    return nll[counted].mean()
+
+
+def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def _rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    theta = self.config.rope_parameters["rope_theta"]
+    width = self.config.hidden_size // self.config.num_attention_heads
+    frequencies = 1.0 / (theta ** (torch.arange(0, width, 2, dtype=x.dtype) / width))
+    angles = position_ids[..., None].to(x.dtype) * frequencies
+    both = torch.cat([angles, angles], dim=-1)
+    return both.cos(), both.sin()
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = repeat_kv(key, module.num_key_value_groups), repeat_kv(value, module.num_key_value_groups)
+    scores = query @ keys.transpose(2, 3) * scaling
+    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+    return (weights @ values).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("unrounded", _attention)
+AttentionMaskInterface.register("unrounded", eager_mask)

@@ -1,0 +1,136 @@
+"""The JAX model against transformers' Qwen2: logits, loss and every LoRA gradient, in float64 and in fp32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import Qwen2ForCausalLM
+
+from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.weights import adapter_tensors, read_model, set_adapter
+from medllm.config import LoraConfig
+from medllm.model_directory import ModelDirectory, read_adapter
+from parity_tests.oracle import float64_model, lift, row_logits, row_loss
+from parity_tests.tiny_models import VOCAB
+from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
+
+SHAPES = [{"tied": tied, "heads": 4, "kv_heads": kv_heads} for tied in (False, True) for kv_heads in (4, 2, 1)]
+
+
+def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three rows: one document, three packed documents with padding after them, and a short one with padding."""
+    lengths = [[14], [5, 3, 4], [6]]
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (3, 14))
+    segment_ids, positions = np.zeros((3, 14), np.int64), np.zeros((3, 14), np.int64)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(documents):
+            segment_ids[row, start : start + length] = number + 1
+            positions[row, start : start + length] = np.arange(length)
+            start += length
+    return tokens, segment_ids, positions
+
+
+def jax_loss(model: Qwen2, tokens, segment_ids, positions, remat: bool = False):
+    """Loss and logits as the oracle defines them."""
+    hidden = model.hidden(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids), positions=jnp.asarray(positions), remat=remat)
+    logits = model.logits(hidden)
+    counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    return -(picked * counted).sum() / counted.sum(), logits
+
+
+def trained(base, adapter, dtype) -> Qwen2:
+    given = read_adapter(adapter)
+    model = read_model(
+        ModelDirectory(base), lora=LoraConfig(given.rank, given.alpha, given.targets, given.rslora), dtype=dtype
+    )
+    set_adapter(model, given)
+    return model
+
+
+def test_lifting_the_oracle_changes_nothing_in_fp32(tiny_model):
+    model = Qwen2ForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        stock = row_logits(model, *rows())
+        lifted = row_logits(lift(model), *rows())
+    assert torch.equal(stock, lifted)
+
+
+def test_a_doubled_model_without_lifting_is_not_the_truth(tiny_model):
+    model = Qwen2ForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32, attn_implementation="eager").double()
+    with torch.no_grad():
+        difference = (row_logits(model, *rows()) - row_logits(float64_model(tiny_model()), *rows())).abs().max()
+    assert difference > 1e-9
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_loss_and_every_lora_gradient_equal_the_float64_truth(float64, tiny_model, tiny_adapter, shape, remat):
+    base = tiny_model(**shape)
+    adapter = tiny_adapter(base)
+    tokens, segment_ids, positions = rows()
+    oracle = float64_model(base, adapter, trainable=True)
+    expected = row_logits(oracle, tokens, segment_ids, positions)
+    expected_loss = row_loss(expected, tokens, segment_ids)
+    expected_loss.backward()
+
+    graph, lora, rest = nnx.split(trained(base, adapter, jnp.float64), LoraParam, ...)
+
+    @jax.jit
+    def step(lora):
+        def loss(lora):
+            return jax_loss(nnx.merge(graph, lora, rest), tokens, segment_ids, positions, remat)
+
+        return jax.value_and_grad(loss, has_aux=True)(lora)
+
+    (loss, logits), gradients = step(lora)
+    real = segment_ids != 0
+    FLOAT64_FORWARD.check(logits[real], expected.detach()[torch.from_numpy(real)], "logits")
+    FLOAT64_FORWARD.check(loss, expected_loss.detach(), "loss")
+    found = adapter_tensors(nnx.merge(graph, gradients, rest))
+    wanted = {name.replace(".default", ""): p.grad for name, p in oracle.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted.keys()
+    assert len(found) == 2 * 7 * 2
+    for name, gradient in found.items():
+        FLOAT64_GRADIENT.check(gradient, wanted[name], name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp32_logits_equal_hugging_face(tiny_model, shape):
+    base = tiny_model(**shape)
+    tokens, segment_ids, positions = rows()
+    stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = row_logits(stock, tokens, segment_ids, positions).numpy()
+    _, logits = jax_loss(read_model(ModelDirectory(base)), tokens, segment_ids, positions)
+    real = segment_ids != 0
+    FLOAT32_FORWARD.check(logits[real], expected[real], "logits")
+
+
+def test_bf16_logits_are_no_further_from_the_truth_than_hugging_faces(tiny_model):
+    base = tiny_model(torch.bfloat16)
+    tokens, segment_ids, positions = rows()
+    real = segment_ids != 0
+    stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
+    with torch.no_grad():
+        truth = row_logits(float64_model(base), tokens, segment_ids, positions).numpy()[real]
+        theirs = row_logits(stock, tokens, segment_ids, positions).double().numpy()[real]
+    _, logits = jax_loss(read_model(ModelDirectory(base), dtype=jnp.bfloat16), tokens, segment_ids, positions)
+    ours = np.asarray(logits, np.float64)[real]
+    assert np.sqrt(np.mean((ours - truth) ** 2)) <= 1.05 * np.sqrt(np.mean((theirs - truth) ** 2))
+
+
+def test_a_packed_document_has_the_logits_it_has_alone(float64, tiny_model):
+    model = read_model(ModelDirectory(tiny_model()), dtype=jnp.float64)
+    tokens, segment_ids, positions = rows()
+    _, packed = jax_loss(model, tokens, segment_ids, positions)
+    for row, segment in [(1, 1), (1, 2), (1, 3), (2, 1)]:
+        here = segment_ids[row] == segment
+        alone = tokens[row, here][None]
+        _, expected = jax_loss(model, alone, np.ones_like(alone), np.arange(alone.shape[1])[None])
+        FLOAT64_FORWARD.check(packed[row, here], expected[0], f"row {row}, document {segment}")

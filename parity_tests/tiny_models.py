@@ -1,0 +1,89 @@
+"""Small random Qwen2.5 models and adapters, written by transformers and PEFT themselves.
+
+Nothing in them is zero or one where a real model's would not be: biases, norm weights and LoRA's B are random, so that a term
+left out, or scaled wrongly, shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from medllm.config import ALL_LINEAR
+
+VOCAB = 96
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A shape to test with. Widths are multiples of 64 so that the model can be quantized."""
+
+    tied: bool = False
+    heads: int = 4
+    kv_heads: int = 2
+    layers: int = 2
+    hidden: int = 64
+    mlp: int = 128
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """A folder name that says what is in it."""
+        return f"{'tied' if self.tied else 'untied'}-{self.heads}q{self.kv_heads}kv-{self.layers}x{self.hidden}-{self.seed}"
+
+
+def write_tiny_model(folder: Path, shape: TinyModel, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the model below ``folder`` and return its directory."""
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=shape.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    generator = torch.Generator().manual_seed(shape.seed)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * (0.5 if "embed" in name or "lm_head" in name else parameter.shape[-1] ** -0.5))
+    out = folder / f"{shape.name}-{str(dtype).removeprefix('torch.')}"
+    model.to(dtype).save_pretrained(out)
+    return out
+
+
+def write_tiny_adapter(
+    base: Path,
+    out: Path,
+    *,
+    rank: int = 4,
+    alpha: float = 6.0,
+    targets: tuple[str, ...] = ALL_LINEAR,
+    rslora: bool = False,
+    seed: int = 7,
+) -> Path:
+    """Write a PEFT adapter for the model in ``base`` whose A and B are both random."""
+    model = get_peft_model(
+        Qwen2ForCausalLM.from_pretrained(base),
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), use_rslora=rslora, task_type="CAUSAL_LM"),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5 / 2)
+    model.save_pretrained(out)
+    return out

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The paper's run on the reference engine: CPT on 4 x A100-80GB, curation, RPO on 2 x A100, evaluation.
+#
+#   MODEL=Qwen2.5-72B CORPUS=texts/ PROBLEMS=jmle_until_2017.jsonl SHOTS=shots.jsonl EXAM=igakuqa/ \
+#     bash scripts/reproduce_72b_a100.sh [cpt|merge|curate|rpo|evaluate ...]
+#
+# Without arguments all stages run, one after the other; each is one command and leaves one folder under OUT.
+# A small MODEL runs the same stages on a CPU. Overrides for a stage go into CPT_ARGS, CURATE_ARGS, RPO_ARGS, EVALUATE_ARGS.
+set -euo pipefail
+ENGINE=torch
+scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# DDP on all GPUs where there are any; one plain process elsewhere.
+launch() {
+  local config="$1"
+  shift
+  if command -v nvidia-smi > /dev/null 2>&1; then
+    accelerate launch --config_file "$scripts/../torch_ref/accelerate/$config.yaml" -m medllm "$@"
+  else
+    medllm "$@"
+  fi
+}
+
+source "$scripts/reproduce_stages.sh"
+run_stages "$@"

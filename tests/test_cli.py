@@ -1,0 +1,127 @@
+"""The command line: what a user reads when something is wrong, and that starting it is cheap."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import medllm
+from medllm.cli import COMMANDS, PRESETS, main
+
+PROGRAM = [sys.executable, "-m", "medllm"]
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The one line a wrong command line prints; the exit code is 2."""
+    assert main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("medllm: ")
+    return lines[0]
+
+
+def test_help_needs_neither_framework_and_is_quick():
+    code = (
+        "import sys, medllm.cli, contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "    try: medllm.cli.main(['--help'])\n"
+        "    except SystemExit as done: assert done.code == 0\n"
+        "assert 'curate' in out.getvalue()\n"
+        "heavy = {'jax', 'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([*PROGRAM, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert COMMANDS[command].help[:30] in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_misspelt_option_names_the_right_one(capsys):
+    assert "--optimizer.learning_rate" in fails(
+        capsys, "cpt", "--model.path", "m", "--run", "r", "--optimizer.learning_rat", "1"
+    )
+
+
+def test_a_misspelt_config_key_is_named(tmp_path, capsys):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("run: r\nmodel: {path: m}\noptimizer: {learning_rat: 1.0e-4}\n")
+    assert "learning_rat" in fails(capsys, "cpt", "--config", str(preset))
+
+
+def test_missing_required_settings_are_named(capsys):
+    line = fails(capsys, "cpt")
+    assert "model.path" in line
+    assert "run" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--lora.rank", "0", "at least 1"),
+        ("--lora.targets", "lm_head", "q_proj"),
+        ("--optimizer.warmup_ratio", "1.5", "fraction"),
+        ("--training.epochs", "two", "training.epochs"),
+        ("--model.quantization", "int8", "nf4"),
+    ],
+)
+def test_a_bad_value_says_what_was_expected(capsys, option, value, expected):
+    assert expected in fails(capsys, "cpt", "--model.path", "m", "--run", "r", option, value)
+
+
+def test_a_missing_model_folder_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("text")
+    line = fails(capsys, "cpt", "--model.path", "nowhere", "--run", "run", "--corpus.documents", "text.txt")
+    assert "nowhere" in line
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_debug_shows_the_traceback():
+    command = [*PROGRAM, "convert", "--model", "nowhere", "--adapter", "a", "--out", "b", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_several_values_need_no_brackets(capsys):
+    with pytest.raises(SystemExit):
+        main(["cpt", "--model.path", "m", "--run", "r", "--corpus.documents", "a.txt", "b.txt", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["corpus"]["documents"] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("stage", ["cpt", "curate", "rpo", "evaluate"])
+def test_the_papers_presets_resolve_by_name(stage, capsys):
+    with pytest.raises(SystemExit):
+        main([stage, "--config", f"paper_{stage}_72b", "--print_config"])
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load((PRESETS / f"paper_{stage}_72b.yaml").read_text())
+    assert resolved["model"]["quantization"] == "nf4"
+    assert {key: resolved[key] for key in written if not isinstance(written[key], dict)} == {
+        key: value for key, value in written.items() if not isinstance(value, dict)
+    }
+
+
+def test_the_presets_carry_the_papers_published_numbers():
+    cpt, rpo = (yaml.safe_load((PRESETS / f"paper_{stage}_72b.yaml").read_text()) for stage in ("cpt", "rpo"))
+    assert cpt["training"]["epochs"] == 2
+    assert rpo["training"]["epochs"] == 1
+    assert rpo["loss"]["alpha"] == 10.0
+
+
+def test_presets_are_packaged():
+    assert Path(medllm.__file__).parent / "presets" == PRESETS
+    assert len(list(PRESETS.glob("paper_*.yaml"))) == 4

@@ -1,0 +1,183 @@
+"""An exam is sat prompt by prompt, and options are compared by their likelihood."""
+
+import numpy as np
+import pytest
+
+from medllm.config import EvaluateConfig, ModelConfig, Sampling
+from medllm.engine import Generation
+from medllm.errors import UserError
+from medllm.exam.evaluation import OPTION_PROMPTS, evaluate, score_options, write_predictions
+from medllm.exam.predictions import Prediction, read_predictions
+from medllm.exam.problem import Problem
+from medllm.exam.scoring import score
+
+CHOICES = ("赤", "青", "緑色", "黒", "白")
+PROBLEMS = tuple(
+    Problem(f"q{number}", f"第{number}ミロリ星の空は何色か。", CHOICES, ("abcde"[number % 5],)) for number in range(11)
+)
+SHOT = Problem("shot", "月は何色か。", CHOICES, ("b", "d"), explanation="青と黒である。")
+
+
+class ScriptedEngine:
+    """Says what a script makes of each prompt; remembers how it was called."""
+
+    name = "scripted"
+
+    def __init__(self, script):
+        self.script, self.calls = script, []
+
+    def generate(self, prompts, sampling, batch_size=32):
+        self.calls.append((list(prompts), sampling, batch_size))
+        return [[Generation(self.script(prompt), (), "stop")] for prompt in prompts]
+
+
+def config(**changes):
+    return EvaluateConfig(ModelConfig("model"), "run", ("problems.jsonl",), **changes)
+
+
+def number_of(prompt):
+    return int(prompt.rsplit("第", 1)[1].split("ミロリ")[0])
+
+
+def test_a_model_that_knows_the_answers_gets_every_point():
+    engine = ScriptedEngine(lambda prompt: f"{'abcde'[number_of(prompt) % 5]}\n")
+    predictions = evaluate(engine, PROBLEMS, [SHOT], config())
+    assert predictions[2] == Prediction("q2", "c", "c\n")
+    assert score(PROBLEMS, predictions).correct == len(PROBLEMS)
+    prompts = [prompt for call in engine.calls for prompt in call[0]]
+    assert [number_of(prompt) for prompt in prompts] == list(range(11))
+    assert all(prompt.startswith("問題: 月は何色か。") and "答え:b,d\n\n" in prompt for prompt in prompts)
+
+
+def test_the_answer_after_the_explanation_counts_and_the_whole_text_is_kept():
+    text = "aではない。\n Answer:e"
+    settings = config(explanation=True, template="curation")
+    predictions = evaluate(ScriptedEngine(lambda prompt: text), PROBLEMS[:1], [SHOT], settings)
+    assert predictions == [Prediction("q0", "e", text)]
+
+
+def test_a_model_that_does_not_answer_gets_an_empty_prediction():
+    predictions = evaluate(ScriptedEngine(lambda prompt: "わかりません。"), PROBLEMS[:2], (), config())
+    assert [prediction.prediction for prediction in predictions] == ["", ""]
+    assert score(PROBLEMS[:2], predictions).unanswered == 2
+
+
+def test_several_letters_are_joined_as_the_official_scoring_splits_them():
+    two = Problem("two", "2つ選べ。", CHOICES, ("b", "c"))
+    predictions = evaluate(ScriptedEngine(lambda prompt: "緑色、青"), [two], (), config(answer_as="text"))
+    assert predictions[0].prediction == "b,c"
+    assert score([two], predictions).points == 1
+
+
+def test_a_completion_stops_at_the_next_question_and_a_chat_at_its_end():
+    engine = ScriptedEngine(lambda prompt: "a")
+    sampling = Sampling(stop=("###",), max_new_tokens=7, temperature=0.5, seed=3)
+    evaluate(engine, PROBLEMS[:1], (), config(sampling=sampling))
+    evaluate(engine, PROBLEMS[:1], (), config(sampling=sampling, format="chat"))
+    (_, completion, _), ((conversation,), chat, _) = engine.calls
+    assert completion.stop == ("###", "\n\n", "\n問題:")
+    assert (completion.max_new_tokens, completion.temperature, completion.seed) == (7, 0.5, 3)
+    assert chat == sampling
+    assert [message.role for message in conversation] == ["system", "user"]
+
+
+def test_progress_reaches_the_number_of_problems_in_steps_of_batches():
+    engine, seen = ScriptedEngine(lambda prompt: "a"), []
+    evaluate(engine, PROBLEMS, (), config(batch_size=2), lambda done, total: seen.append((done, total)))
+    assert seen == [(8, 11), (11, 11)]
+    assert [call[2] for call in engine.calls] == [2, 2]
+
+
+def test_a_problem_is_not_asked_after_its_own_answer_was_shown():
+    shown = Problem("another id", PROBLEMS[3].text, CHOICES, ("d",))
+    with pytest.raises(UserError, match="problem q3 is asked and is also shown with its answer as example another id"):
+        evaluate(ScriptedEngine(lambda prompt: "a"), PROBLEMS, [shown], config())
+
+
+def test_several_samples_are_refused():
+    with pytest.raises(UserError, match=r"set --sampling\.samples to 1, not 4"):
+        evaluate(ScriptedEngine(lambda prompt: "a"), PROBLEMS, (), config(sampling=Sampling(samples=4, temperature=1.0)))
+
+
+def test_predictions_written_are_the_predictions_read(tmp_path):
+    predictions = (Prediction("q0", "a,b", "説明\n答え:a,b"), Prediction("q1", "", ""))
+    write_predictions(tmp_path / "run/predictions.jsonl", predictions)
+    assert read_predictions(tmp_path / "run/predictions.jsonl") == predictions
+
+
+class CharacterTokenizer:
+    """One token a character, but ``：X`` is a single token, so that an option can merge into the prompt's end."""
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return {"input_ids": [ord(letter) for letter in text.replace("：X", "×")]}
+
+
+class LikelihoodEngine:
+    """Log-probability of a token: minus its cost, 1 where none is given."""
+
+    name = "likelihood"
+
+    def __init__(self, **costs):
+        self.costs, self.seen = {ord(letter): cost for letter, cost in costs.items()}, []
+
+    def logprobs(self, continuations, batch_size=32):
+        self.seen += continuations
+        return [
+            np.array([-self.costs.get(token, 1.0) for token in continuation.completion], np.float32)
+            for continuation in continuations
+        ]
+
+
+def test_options_are_ranked_by_summed_and_by_mean_likelihood():
+    engine = LikelihoodEngine(赤=2.5, 緑=1.2, 色=1.2, 青=2.0)
+    problems = [
+        Problem("sum", "空は。", ("赤", "緑色", "青"), ("c",)),  # sums 2.5, 2.4, 2.0; per token 2.5, 1.2, 2.0
+        Problem("mean", "海は。", ("赤", "緑色", "青"), ("b",)),
+        Problem("two", "2つ選べ。", ("赤", "緑色", "青"), ("a", "b")),
+        Problem("number", "何日か。", (), ("3",)),
+        Problem("either", "星は。", ("赤", "青"), ("a or b",)),
+    ]
+    scores = score_options(engine, CharacterTokenizer(), problems)
+    assert [result.problem_id for result in scores.results] == ["sum", "mean", "either"]
+    assert scores.results[0].nll == pytest.approx((2.5, 2.4, 2.0))
+    assert scores.results[0].tokens == (1, 2, 1)
+    assert [result.chosen for result in scores.results] == ["c", "c", "b"]
+    assert [result.chosen_per_token for result in scores.results] == ["b", "b", "b"]
+    assert scores.accuracy == pytest.approx(2 / 3)
+    assert scores.normalized_accuracy == pytest.approx(2 / 3)
+    assert scores.left_out == {"several right options": 1, "numeric problem": 1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("mcqa", "Question: 空は。\nAnswer: "),
+        ("mcqa_jp", "質問：空は。\n回答："),
+        ("mcqa_with_options", "Question: 空は。\nA. 赤\nB. 青\nAnswer: "),
+        ("mcqa_with_options_jp", "質問：空は。\nA. 赤\nB. 青\n答え："),
+    ],
+)
+def test_the_option_prompts_are_jmedbenchs(prompt, text):
+    engine = LikelihoodEngine()
+    score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", ("赤", "青"), ("a",))], prompt=prompt)
+    assert ["".join(map(chr, continuation.prompt)) for continuation in engine.seen] == [text, text]
+    assert [continuation.completion for continuation in engine.seen] == [(ord("赤"),), (ord("青"),)]
+    assert prompt in OPTION_PROMPTS
+
+
+def test_an_option_whose_tokens_merge_into_the_prompt_is_still_scored():
+    engine = LikelihoodEngine()
+    score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", ("X", "XY"), ("a",))])
+    assert [continuation.completion for continuation in engine.seen] == [(ord("X"),), (ord("Y"),)]
+
+
+def test_what_cannot_be_scored_by_likelihood_is_refused():
+    numeric = Problem("n", "何日か。", (), ("3",))
+    empty = Problem("e", "どれか。", ("", "赤"), ("b",), source="file.jsonl:2")
+    with pytest.raises(UserError, match="no problem has exactly one right option"):
+        score_options(LikelihoodEngine(), CharacterTokenizer(), [numeric])
+    with pytest.raises(UserError, match=r"file\.jsonl:2: problem e has an empty option"):
+        score_options(LikelihoodEngine(), CharacterTokenizer(), [empty])
+    with pytest.raises(UserError, match="no prompt is called 'best'; there are mcqa"):
+        score_options(LikelihoodEngine(), CharacterTokenizer(), [PROBLEMS[0]], prompt="best")

@@ -1,0 +1,218 @@
+"""The API engine against a server on the loopback interface."""
+
+import json
+import logging
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("openai", reason="openai is not installed: pip install 'medllm[eval]'")
+
+from medllm import openai_engine
+from medllm.config import EvaluateConfig, ModelConfig, Sampling
+from medllm.engine import Message, open_engine
+from medllm.errors import UserError
+from medllm.exam.evaluation import evaluate
+from medllm.exam.problem import Problem
+
+KEY = "sk-secret-of-the-test"
+CHAT = (Message("system", "解きます。"), Message("user", "空は何色か。"))
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with ``respond(path, body)``: (status, reply). Remembers requests and how many were open at once."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.keys, self.open, self.most_open = [], [], 0, 0
+        self.lock = threading.Lock()
+        self.respond = lambda path, body: (200, reply(path, "c"))
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append((self.path, body))
+            self.server.keys.append(self.headers["Authorization"])
+            self.server.open += 1
+            self.server.most_open = max(self.server.most_open, self.server.open)
+        status, answer = self.server.respond(self.path, body)
+        with self.server.lock:
+            self.server.open -= 1
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def reply(path, text, finish="stop"):
+    choice = {"index": 0, "finish_reason": finish}
+    choice |= {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
+    return {"id": "1", "object": "completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{running.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def engine():
+    return open_engine("openai", ModelConfig("tiny-model"))
+
+
+def test_a_conversation_goes_to_the_chat_endpoint(server):
+    ((generation,),) = engine().generate([CHAT], Sampling(max_new_tokens=9))
+    ((path, body),) = server.requests
+    assert path == "/v1/chat/completions"
+    assert body == {
+        "model": "tiny-model",
+        "messages": [{"role": "system", "content": "解きます。"}, {"role": "user", "content": "空は何色か。"}],
+        "max_tokens": 9,
+        "temperature": 0.0,
+        "top_p": 1.0,
+    }
+    assert server.keys == [f"Bearer {KEY}"]
+    assert (generation.text, generation.tokens, generation.finish) == ("c", (), "stop")
+
+
+def test_a_text_goes_to_the_completions_endpoint_with_all_settings(server):
+    sampling = Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=20, seed=2, stop=("\n\n",))
+    engine().generate(["問題: 空は。\n答え:"], sampling)
+    ((path, body),) = server.requests
+    assert path == "/v1/completions"
+    assert (body["prompt"], body["max_tokens"], body["stop"]) == ("問題: 空は。\n答え:", 5, ["\n\n"])
+    assert (body["temperature"], body["top_p"], body["top_k"]) == (0.7, 0.9, 20)
+
+
+def test_samples_come_in_the_order_of_prompts_each_with_its_own_seed(server):
+    def respond(path, body):
+        time.sleep(0.02 if body["prompt"] == "0" else 0.0)
+        return 200, reply(path, f"{body['prompt']}/{body['seed']}")
+
+    server.respond = respond
+    sampling = Sampling(temperature=1.0, samples=2, seed=1)
+    generated = engine().generate(["0", "1", "2"], sampling)
+    texts = [[generation.text for generation in of_prompt] for of_prompt in generated]
+    assert [[text.split("/")[0] for text in of_prompt] for of_prompt in texts] == [["0"] * 2, ["1"] * 2, ["2"] * 2]
+    seeds = {text.split("/")[1] for of_prompt in texts for text in of_prompt}
+    assert len(seeds) == 2
+    other = engine().generate(["0"], Sampling(temperature=1.0, samples=2, seed=2))
+    assert seeds.isdisjoint({generation.text.split("/")[1] for generation in other[0]})
+
+
+def test_no_more_requests_are_open_than_the_batch_size(server):
+    def respond(path, body):
+        time.sleep(0.03)
+        return 200, reply(path, "c")
+
+    server.respond = respond
+    engine().generate(["x"] * 8, Sampling(), batch_size=2)
+    assert server.most_open == 2
+
+
+def test_stop_strings_beyond_the_apis_four_are_cut_here(server):
+    server.respond = lambda path, body: (200, reply(path, "c5d2e", "length"))
+    ((generation,),) = engine().generate(["x"], Sampling(stop=("1", "2", "3", "4", "5")))
+    assert server.requests[0][1]["stop"] == ["1", "2", "3", "4"]
+    assert (generation.text, generation.finish) == ("c", "stop")
+
+
+def test_a_reply_that_ran_out_of_tokens_says_so(server):
+    server.respond = lambda path, body: (200, reply(path, "cut", "length"))
+    assert engine().generate([CHAT], Sampling())[0][0].finish == "length"
+
+
+def test_a_busy_server_is_asked_again(server):
+    def respond(path, body):
+        if len(server.requests) < 3:
+            return 429, {"error": {"message": "slow down"}}
+        return 200, reply(path, "c")
+
+    server.respond = respond
+    assert engine().generate(["x"], Sampling())[0][0].text == "c"
+    assert len(server.requests) == 3
+
+
+def test_an_exam_is_sat_through_the_api(server):
+    problem = Problem("q", "空は何色か。", ("赤", "青", "緑"), ("b",))
+    server.respond = lambda path, body: (200, reply(path, "答え：ｂ"))
+    config = EvaluateConfig(ModelConfig("tiny-model"), "run", ("p",), format="chat")
+    assert [prediction.prediction for prediction in evaluate(engine(), [problem], (), config)] == ["b"]
+
+
+def refused(server, status, message, prompt="x"):
+    server.respond = lambda path, body: (status, {"error": {"message": message}})
+    with pytest.raises(UserError) as error:
+        engine().generate([prompt], Sampling())
+    return error.value
+
+
+def test_the_key_stands_in_no_error_and_no_log(server, caplog):
+    caplog.set_level(logging.DEBUG)
+    error = refused(server, 401, f"Incorrect API key provided: {KEY}")
+    assert "401" in str(error)
+    assert "check OPENAI_BASE_URL, OPENAI_API_KEY and --model.path" in str(error)
+    assert KEY not in str(error)
+    assert error.__cause__ is None
+    assert error.__suppress_context__
+    server.respond = lambda path, body: (200, reply(path, "c"))
+    engine().generate(["x"], Sampling())
+    assert KEY not in caplog.text
+
+
+def test_refusals_say_what_to_do(server):
+    assert "needs --format chat" in str(refused(server, 404, "no such route"))
+    assert "check OPENAI_BASE_URL" in str(refused(server, 404, "no such model", CHAT))
+    assert "--sampling settings" in str(refused(server, 400, "context too long"))
+    server.respond = lambda path, body: (200, {"error": "elsewhere"})
+    with pytest.raises(UserError, match="the reply holds no text"):
+        engine().generate(["x"], Sampling())
+
+
+def test_a_server_that_is_not_there_is_named_without_its_password(server, monkeypatch):
+    monkeypatch.setattr(openai_engine, "_RETRIES", 0)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://someone:hidden@127.0.0.1:9/v1")
+    with pytest.raises(UserError, match=r"'tiny-model' at http://127\.0\.0\.1:9/v1/: no answer") as error:
+        engine().generate(["x"], Sampling())
+    assert "hidden" not in str(error.value)
+
+
+def test_openais_own_server_gets_its_own_name_for_the_limit(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    assert engine()._chat_limit == "max_completion_tokens"
+
+
+def test_what_an_api_cannot_do_is_refused(server, monkeypatch):
+    for call in (
+        lambda: engine().train_cpt(None, None, None),
+        lambda: engine().train_preferences([], None, None),
+        lambda: engine().logprobs([]),
+    ):
+        with pytest.raises(UserError, match=r"engine 'openai' cannot .*; use --engine jax or --engine torch"):
+            call()
+    with pytest.raises(UserError, match=r"cannot apply --model\.adapter"):
+        open_engine("openai", ModelConfig("tiny-model", adapter="adapter"))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UserError, match="needs OPENAI_API_KEY"):
+        engine()
