@@ -13,7 +13,8 @@ import numpy as np
 
 from jax_medllm.batches import PreferenceData, Step, cpt_step, plan_steps, single_pairs
 from jax_medllm.continuations import Scorer
-from jax_medllm.generate import Decoder, generate
+from jax_medllm.decoder import Decoder
+from jax_medllm.generate import generate
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import adapter_tensors, load_model

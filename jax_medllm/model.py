@@ -190,14 +190,13 @@ class Attention(nnx.Module):
         self.o_proj = build.linear("o_proj", build.embed, heads)
 
     def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: _Context, adapter: bool) -> tuple[Array, Any]:
-        """Attend; ``context`` takes the new keys and values and answers with all that are to be seen."""
+        """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
         b, s, _ = x.shape
         q = rotary(self.q_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
         k = rotary(self.k_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
         v = self.v_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim)
-        keys, values = context.extend(k, v)
-        out = attend(q, keys, values, context.visible)
-        return self.o_proj(out.reshape(b, s, -1), adapter=adapter), context.kept(keys, values)
+        out, kept = context.attend(q, k, v)
+        return self.o_proj(out.reshape(b, s, -1), adapter=adapter), kept
 
 
 class Mlp(nnx.Module):
@@ -330,15 +329,32 @@ class Qwen2(nnx.Module):
         hidden, kept = self._run(tokens, positions, lambda layer: _Context(visible, layer), adapter, False, cache)
         return hidden, kept
 
+    def hidden_in(
+        self, tokens: Int[Array, "b s"], *, positions: Int[Array, "b s"], context: Callable[[Any], Any], cache: Any
+    ) -> tuple[Float[Array, "b s d"], Any]:
+        """Hidden states of ``tokens`` under an attention of the caller's making.
+
+        Args:
+            tokens: Token ids.
+            positions: Their rotary positions.
+            context: From a layer's slice of ``cache`` to an object whose ``attend(q, k, v)`` answers with the attended
+                values ``[b, s, h, x]`` and what the layer leaves behind.
+            cache: A pytree whose arrays have a leading layer axis, or None.
+
+        Returns:
+            The hidden states, and what the layers left, stacked.
+        """
+        return self._run(tokens, positions, context, True, False, cache)
+
     def _run(
         self,
         tokens: Int[Array, "b s"],
         positions: Int[Array, "b s"],
-        context: Callable[[Cache | None], _Context],
+        context: Callable[[Any], Any],
         adapter: bool,
         remat: bool,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "b s d"], Cache | None]:
+        cache: Any = None,
+    ) -> tuple[Float[Array, "b s d"], Any]:
         """Embed, scan the layers with their slice of the cache, normalize."""
         rotary = _Rotary.at(positions, self.config, self.dtype)
         graph, stacked = nnx.split(self.layers)
@@ -360,6 +376,11 @@ class _Context:
     visible: Visibility
     past: Cache | None = None
 
+    def attend(self, q: Float[Array, "b s h x"], k: Array, v: Array) -> tuple[Float[Array, "b s h x"], Cache | None]:
+        """What the queries see, and the layer's new slice of the cache, where there is one."""
+        keys, values = self.extend(k, v)
+        return attend(q, keys, values, self.visible), None if self.past is None else Cache(keys, values)
+
     def extend(self, k: Float[Array, "b s k x"], v: Float[Array, "b s k x"]) -> tuple[Array, Array]:
         """All keys and values there are to see, the new ones among them."""
         if self.past is None:
@@ -370,10 +391,6 @@ class _Context:
             self.past.keys.at[rows, slots].set(k, mode="drop"),
             self.past.values.at[rows, slots].set(v, mode="drop"),
         )
-
-    def kept(self, keys: Array, values: Array) -> Cache | None:
-        """The layer's new slice of the cache, where there is one."""
-        return None if self.past is None else Cache(keys, values)
 
 
 @struct.dataclass

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm import __version__
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+from medllm.config import CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
 from medllm.engine import EngineName
 from medllm.errors import UserError
 
@@ -163,12 +163,15 @@ def _score(values: Any) -> dict[str, Any]:
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=str, nargs="+", help="run folders of any stage")
     parser.add_argument("--out", type=str, default="report.html", help="the page to write")
+    parser.add_argument(
+        "--previous", type=dict[str, str] | None, default=None, help="which model each is compared with, {B: A}"
+    )
 
 
 def _report(values: Any) -> dict[str, Any]:
     from medllm.report.page import report_from_runs, write_report
 
-    write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs]))
+    write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs], previous=values.previous))
     _say(f"report: {values.out}")
     return {"report": values.out}
 
@@ -212,6 +215,7 @@ def _data_arguments(parser: ArgumentParser) -> None:
     export = add("export-trl", "preferences → TRL's prompt/chosen/rejected rows")
     export.add_argument("--preferences", type=str, required=True, help="preference file")
     export.add_argument("--out", type=str, required=True, help="JSONL file to write")
+    export.add_class_arguments(PairConfig, "pairs")
     random = add("random-model", "a small Qwen2.5 with random weights, for trying out a pipeline")
     random.add_argument("--tokenizer", type=str, required=True, help="folder whose tokenizer the model gets")
     random.add_argument("--out", type=str, required=True, help="model folder to write")
@@ -234,7 +238,7 @@ def _export_trl(values: Any) -> dict[str, Any]:
     from medllm.preferences.pairs import export_trl
     from medllm.preferences.records import read_preferences
 
-    rows = export_trl(read_preferences(values.preferences), Path(values.out))
+    rows = export_trl(read_preferences(values.preferences), Path(values.out), values.pairs)
     _say(f"data: {rows} rows; {values.out}")
     return {"rows": rows, "out": values.out}
 

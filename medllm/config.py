@@ -291,6 +291,7 @@ class EvaluateConfig:
         batch_size: Continuations generated at a time.
         lenient: Also forgive spaces in a prediction; the official scoring does not.
         limit: Only the first so many problems (0: all).
+        label: What the model is called in tables; its folder when unset.
     """
 
     model: ModelConfig
@@ -306,3 +307,4 @@ class EvaluateConfig:
     batch_size: int = 32
     lenient: bool = False
     limit: int = 0
+    label: str | None = None

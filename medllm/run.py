@@ -65,6 +65,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
+        **({"devices": gpus} if (gpus := _gpus()) else {}),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": versions,
         "git_commit": _git_commit(),
@@ -156,11 +157,18 @@ def _processor() -> str:
     return platform.processor()
 
 
+def _gpus() -> str | None:
+    return _asked("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+
+
 def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    return _asked("git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD")
+
+
+def _asked(*command: str) -> str | None:
+    """What a program of this machine prints, on one line; None where it is absent or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return "; ".join(done.stdout.split("\n")).strip("; ") or None

@@ -61,11 +61,12 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     Raises:
         UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
     """
-    from medllm.preferences.curation import curate
+    from medllm.preferences.curation import check_problems, curate
     from medllm.preferences.records import write_preferences
 
-    problems, skipped = _load(config.problems, config.limit)
-    shots = _load_shots(config.shots, config.shot_count) if config.shots else problems[: config.shot_count]
+    problems, skipped = _load(config.problems)
+    shots = _load_shots(config.shots, config.shot_count) if config.shots else ()
+    check_problems(problems, shots, config)
     model = open_engine(engine, config.model)
     began = time.monotonic()
     with Run(config.run, config) as run:
@@ -89,13 +90,17 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
     Raises:
         UserError: the model or the preference file cannot be used, or there is no pair to train on.
     """
+    from medllm.preferences.pairs import training_pairs
     from medllm.preferences.records import read_preferences
 
     preferences = read_preferences(config.preferences)
+    pairs = len(training_pairs(preferences, config.pairs))
+    if not pairs:
+        raise UserError(f"{config.preferences}: no pair to train on: every problem lacks both chosen and rejected responses")
     model = open_engine(engine, config.model)
     with Run(config.run, config, resume=config.resume) as run:
         summary = model.train_preferences(preferences, config, run)
-        result = {"stage": "rpo", "engine": engine, **asdict(summary), "problems": len(preferences)}
+        result = {"stage": "rpo", "engine": engine, **asdict(summary), "problems": len(preferences), "pairs": pairs}
         run.finish(result)
     return result
 
@@ -109,7 +114,8 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     from medllm.exam.evaluation import evaluate, write_predictions
     from medllm.exam.scoring import score
 
-    problems, skipped = _load(config.problems, config.limit)
+    problems, skipped = _load(config.problems)
+    problems = problems[: config.limit] if config.limit else problems
     shots = _load_shots(config.shots, config.shot_count)
     model = open_engine(engine, config.model)
     began = time.monotonic()
@@ -119,7 +125,7 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
         result = {
             "stage": "evaluate",
             "engine": engine,
-            "model": model_label(config.model),
+            "model": config.label or model_label(config.model),
             "setting": setting_label(config),
             "seconds": time.monotonic() - began,
             "left_out": skipped,
@@ -142,7 +148,7 @@ def setting_label(config: EvaluateConfig) -> str:
     return f"{shots} with explanation" if config.explanation else shots
 
 
-def _load(paths: Sequence[str], limit: int) -> tuple[tuple[Problem, ...], dict[str, int]]:
+def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
     from medllm.exam.loaders import load_problems
 
     if not paths:
@@ -154,7 +160,7 @@ def _load(paths: Sequence[str], limit: int) -> tuple[tuple[Problem, ...], dict[s
         problems += loaded.problems
         for reason, count in loaded.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
-    return tuple(problems[:limit] if limit else problems), skipped
+    return tuple(problems), skipped
 
 
 def _load_shots(path: str | None, count: int) -> tuple[Problem, ...]:

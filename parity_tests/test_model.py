@@ -16,9 +16,13 @@ from medllm.config import LoraConfig
 from medllm.model_directory import ModelDirectory, read_adapter
 from parity_tests.oracle import float64_model, lift, row_logits, row_loss
 from parity_tests.tiny_models import VOCAB
-from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
+from parity_tests.tolerances import BFLOAT16_EXCESS, FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
 
-SHAPES = [{"tied": tied, "heads": 4, "kv_heads": kv_heads} for tied in (False, True) for kv_heads in (4, 2, 1)]
+SHAPES = [
+    {"tied": False, "heads": 4, "kv_heads": 4},
+    {"tied": True, "heads": 4, "kv_heads": 2},
+    {"tied": False, "heads": 4, "kv_heads": 1},
+]
 
 
 def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,8 +72,7 @@ def test_a_doubled_model_without_lifting_is_not_the_truth(tiny_model):
     assert difference > 1e-9
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "remat"), [*((shape, False) for shape in SHAPES), (SHAPES[1], True)], ids=str)
 def test_logits_loss_and_every_lora_gradient_equal_the_float64_truth(float64, tiny_model, tiny_adapter, shape, remat):
     base = tiny_model(**shape)
     adapter = tiny_adapter(base)
@@ -113,16 +116,20 @@ def test_fp32_logits_equal_hugging_face(tiny_model, shape):
 
 
 def test_bf16_logits_are_no_further_from_the_truth_than_hugging_faces(tiny_model):
-    base = tiny_model(torch.bfloat16)
-    tokens, segment_ids, positions = rows()
-    real = segment_ids != 0
-    stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
-    with torch.no_grad():
-        truth = row_logits(float64_model(base), tokens, segment_ids, positions).numpy()[real]
-        theirs = row_logits(stock, tokens, segment_ids, positions).double().numpy()[real]
-    _, logits = jax_loss(read_model(ModelDirectory(base), dtype=jnp.bfloat16), tokens, segment_ids, positions)
-    ours = np.asarray(logits, np.float64)[real]
-    assert np.sqrt(np.mean((ours - truth) ** 2)) <= 1.05 * np.sqrt(np.mean((theirs - truth) ** 2))
+    errors: dict[str, list[np.ndarray]] = {"ours": [], "theirs": []}
+    for seed in range(4):
+        base = tiny_model(torch.bfloat16, seed=seed)
+        inputs = rows(seed)
+        real = inputs[1] != 0
+        stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
+        with torch.no_grad():
+            truth = row_logits(float64_model(base), *inputs).numpy()[real]
+            theirs = row_logits(stock, *inputs).double().numpy()[real]
+        _, logits = jax_loss(read_model(ModelDirectory(base), dtype=jnp.bfloat16), *inputs)
+        errors["ours"].append(np.asarray(logits, np.float64)[real] - truth)
+        errors["theirs"].append(theirs - truth)
+    ours, theirs = (np.sqrt(np.mean(np.square(errors[side]))) for side in ("ours", "theirs"))
+    assert ours <= BFLOAT16_EXCESS.relative * theirs, f"{ours:.3g} against {theirs:.3g} ({BFLOAT16_EXCESS.reason})"
 
 
 def test_a_packed_document_has_the_logits_it_has_alone(float64, tiny_model):

@@ -83,15 +83,14 @@ def test_codes_and_scales_equal_bitsandbytes(shape, dtype):
     assert differ.mean() < 0.01
 
 
-def test_exact_search_and_the_cpu_table_differ_in_106_of_65536_values():
-    """On bf16-like grids the table is exact at its own points; between them it can only miss next to a boundary."""
+def test_scales_take_the_nearest_code_and_the_cpu_table_accounts_for_every_difference():
     values = np.random.default_rng(0).uniform(-1, 1, (256, 256)).astype(np.float32)
     values[:, 0] = 1  # so that nothing is rescaled
     found, _ = quantize_absmax(jnp.asarray(values.ravel()), jnp.float32(0))
     theirs, _ = bnb.quantize_blockwise(torch.from_numpy(values).ravel(), blocksize=256)
-    exact = np.searchsorted(boundaries(), values.ravel(), side="left")
-    np.testing.assert_array_equal(found, exact)
+    np.testing.assert_array_equal(found, np.searchsorted(boundaries(), values.ravel(), side="left"))
     np.testing.assert_array_equal(nearest_by_table(values.ravel(), np.float32(0)), theirs.numpy())
+    assert 0 < np.count_nonzero(np.asarray(found) != theirs.numpy()) < 256
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -58,7 +58,9 @@ def trl_trainer(model, loss: PreferenceLoss, batch: int, folder) -> DPOTrainer:
         ),
         train_dataset=Dataset.from_list(trl_rows(preferences(), PAIRS)),
         processing_class=letters(),
-        peft_config=PeftLoraConfig(r=given.rank, lora_alpha=given.alpha, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM"),
+        peft_config=PeftLoraConfig(
+            r=given.rank, lora_alpha=given.alpha, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM"
+        ),
     )  # fmt: skip
     set_peft_model_state_dict(trainer.model, load_file(adapter / "adapter_model.safetensors"))
     trainer.model.train()
@@ -92,7 +94,10 @@ def jax_result(model, loss: PreferenceLoss, dtype: Any) -> tuple[Any, dict[str, 
 
     @jax.jit
     def step(trainable, batch):
-        return jax.value_and_grad(lambda t: preference_loss_fn(nnx.merge(graph, t, frozen), batch, loss), has_aux=True)(trainable)
+        def value(trainable):
+            return preference_loss_fn(nnx.merge(graph, trainable, frozen), batch, loss)
+
+        return jax.value_and_grad(value, has_aux=True)(trainable)
 
     (_, metrics), gradients = step(trainable, jax_batch())
     return metrics.loss, adapter_tensors(nnx.merge(graph, gradients, frozen)), metrics

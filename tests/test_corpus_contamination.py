@@ -38,12 +38,14 @@ def typeset(text: str, randomness: random.Random) -> str:
     return "".join(letters)
 
 
+@settings(deadline=None)
 @given(question_text, filler_text, filler_text, st.randoms(use_true_random=False))
 def test_an_embedded_question_is_found_whatever_its_width_and_spacing(text, before, after, randomness):
     documents = [Document(before, "a.txt:1"), Document(before + typeset(text, randomness) + after, "b.txt:1")]
     assert find_leaks(documents, [problem(text)]) == [Leak("112A1", "b.txt:1", 1.0)]
 
 
+@settings(deadline=None)
 @given(question_text, st.lists(filler_text, max_size=4))
 def test_an_unrelated_text_is_not_a_leak(text, fillers):
     assert find_leaks([Document(filler, "a.txt:1") for filler in fillers], [problem(text)], threshold=0.01) == []

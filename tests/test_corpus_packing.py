@@ -35,6 +35,7 @@ def segments(rows: PackedRows) -> list[tuple[list[int], list[int]]]:
     return found
 
 
+@settings(deadline=None)
 @given(document_lengths, row_lengths)
 def test_every_token_appears_once_and_in_order(lengths, length):
     documents = numbered(lengths)
@@ -43,6 +44,7 @@ def test_every_token_appears_once_and_in_order(lengths, length):
     assert sorted(tokens for tokens, _ in segments(rows)) == expected
 
 
+@settings(deadline=None)
 @given(document_lengths, row_lengths)
 def test_segments_are_contiguous_counted_from_one_and_positions_restart(lengths, length):
     rows = pack(numbered(lengths), length, PAD, "packed")
@@ -59,6 +61,7 @@ def test_segments_are_contiguous_counted_from_one_and_positions_restart(lengths,
         assert positions == list(range(len(positions)))
 
 
+@settings(deadline=None)
 @given(document_lengths, row_lengths)
 def test_targets_are_all_tokens_but_the_first_of_each_segment(lengths, length):
     rows = pack(numbered(lengths), length, PAD, "packed")
@@ -66,6 +69,7 @@ def test_targets_are_all_tokens_but_the_first_of_each_segment(lengths, length):
     assert sorted(targets) == sorted(token for tokens, _ in segments(rows) for token in tokens[1:])
 
 
+@settings(deadline=None)
 @given(document_lengths, row_lengths)
 def test_no_two_rows_would_fit_into_one(lengths, length):
     rows = pack(numbered(lengths), length, PAD, "packed")
@@ -73,6 +77,7 @@ def test_no_two_rows_would_fit_into_one(lengths, length):
     assert len(used) < 2 or used[0] + used[1] > length, "best fit opens a row only where no other has room"
 
 
+@settings(deadline=None)
 @given(document_lengths, row_lengths)
 def test_wrapped_rows_are_the_stream_cut_anywhere(lengths, length):
     documents = numbered(lengths)

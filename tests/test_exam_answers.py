@@ -121,6 +121,8 @@ def test_fewer_or_more_letters_than_wanted_are_what_was_answered():
         ("考えると、正解はcである。", ("c",)),
         ("cは正しい。\n Answer:c\n\nQuestion: 次の問題\na: 赤\n Explanation:略\n Answer:a", ("c",)),
         ("aは誤り。bも誤り。cが正しい。", ()),
+        ("正解はcである。\nなぜなら、", ()),
+        ("aは誤り。\nよって正解はc。\n", ("c",)),
         ("aは誤り。\n Answer:", ()),
         ("正解はaではない。\n Answer:", ()),
         ("c", ()),

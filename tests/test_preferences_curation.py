@@ -115,6 +115,12 @@ def test_a_shot_under_another_id_is_still_recognized_as_the_problem():
     assert engine.prompts == [curation_prompt(problems[0], [problem(9)]), curation_prompt(problems[1], [problem(1)])]
 
 
+def test_a_shot_with_another_wording_is_still_recognized_by_its_id():
+    engine = ScriptedEngine({"問1": [""], "問2": [""]})
+    curate(engine, [problem(1), problem(2)], [problem(1, text="問 1"), problem(9)], config(shot_count=1))
+    assert engine.prompts[0] == curation_prompt(problem(1), [problem(9)])
+
+
 def test_too_few_shots_are_refused():
     with pytest.raises(UserError, match=r"110A1: 3 shots are asked for, but only 1"):
         curate(ScriptedEngine({}), [problem(1), problem(2)], [], config(shot_count=3))
@@ -128,7 +134,8 @@ def test_generation_stops_at_the_next_question_and_at_the_users_own_strings():
 
 def test_answers_written_as_text_are_graded_and_so_is_the_ground_truth():
     engine = ScriptedEngine({"問1": ["よい\n Answer:一", "わるい\n Answer:三"]})
-    (found,) = curate(engine, [problem(1)], [], config(answer_as="text")).preferences
+    (found,) = curate(engine, [problem(1)], [problem(9)], config(answer_as="text", shot_count=1)).preferences
+    assert found.prompt == curation_prompt(problem(1), [problem(9)], answer_as="text")
     assert found.ground_truth == Sample("解説1\n Answer:一", "a")
     assert [sample.answer for sample in found.chosen] == ["a"]
     assert [sample.answer for sample in found.rejected] == ["c"]

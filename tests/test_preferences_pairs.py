@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medllm.config import PairConfig
@@ -52,6 +52,7 @@ def test_a_sample_equal_to_the_ground_truth_makes_no_pair_with_it_and_takes_no_p
 words = st.lists(st.sampled_from("abcdef"), max_size=6)
 
 
+@settings(deadline=None)
 @given(words, words, st.sampled_from("abx"), st.integers(0, 3), st.integers(0, 3))
 def test_pairs_are_distinct_prefer_the_higher_rank_and_keep_within_limits(chosen, rejected, truth, most_chosen, most_rejected):
     config = PairConfig(max_chosen=most_chosen, max_rejected=most_rejected)

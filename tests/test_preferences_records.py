@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medllm.errors import UserError
@@ -48,6 +48,7 @@ def lines(tmp_path, *rows):
     return file
 
 
+@settings(deadline=None)
 @given(preferences)
 def test_what_is_written_is_read_back(tmp_path_factory, written):
     file = tmp_path_factory.mktemp("preferences") / "preferences.jsonl"

@@ -292,6 +292,15 @@ def test_labels_of_a_slope_chart_keep_their_distance():
     assert placed == pytest.approx([0.80 + 0.01 / 3 - 0.05, 0.80 + 0.01 / 3, 0.80 + 0.01 / 3 + 0.05, 0.40])
 
 
+def test_a_model_called_by_its_path_keeps_both_ends_in_a_drawing():
+    path = "models/Qwen2.5-72B + runs/2026-11-20-continued-pretraining/adapter"
+    assert plots._shortened(path).startswith("models/Qwen2.5")
+    assert plots._shortened(path).endswith("training/adapter")
+    assert len(plots._shortened(path)) < 40
+    assert plots._shortened("CPT + RPO") == plots._wrapped("CPT + RPO") == "CPT + RPO"
+    assert max(map(len, plots._wrapped(path).splitlines())) <= 30
+
+
 def test_dollar_signs_and_underscores_in_a_name_are_drawn_as_they_are(folders):
     study = report_from_runs(folders[3:5], draw=DRAW)
     cells = [type(cell)(r"$\frac{ a_1", cell.setting, cell.results) for cell in study.cells]

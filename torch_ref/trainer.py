@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import time
@@ -103,6 +105,14 @@ class RunLog(TrainerCallback):
         self._first: tuple[float, float] | None = None
         self._last: tuple[float, float] = (0.0, 0.0)
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
+        file = self._run.path / "metrics.jsonl"
+        lines = [line for line in self._run.metrics() if line["step"] <= state.global_step]
+        if state.is_world_process_zero and len(lines) < len(self._run.metrics()):
+            with atomic_path(file) as scratch:
+                scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the time, and close the run at its last step with a log line and a checkpoint."""
         self._last = (time.monotonic(), state.epoch or 0.0)
@@ -115,6 +125,11 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         """One line of metrics; the Trainer's closing summary (``train_runtime`` …) is not one."""
+        if "loss" in logs and not math.isfinite(logs["loss"]):
+            raise UserError(
+                f"step {state.global_step}: the loss is {logs['loss']}; lower --optimizer.learning_rate or look at the data of "
+                "that step; the last checkpoint is whole"
+            )
         if state.is_world_process_zero and "loss" in logs:
             numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
             self._run.log(state.global_step, **numbers, **self._constants)

@@ -2,7 +2,8 @@
 
 Texts are compared after NFKC (full-width → half-width) and lower-casing, as the benchmark's scripts do to model outputs.
 What counts as the answer, in this order: what follows the last answer label at the start of a line (``Answer:``, ``答え:``),
-what follows the last one inside a sentence (``正解は``), and, where no explanation was asked for, the first line.
+what follows the last one inside a sentence (``正解は``; after an explanation, in its last line only), and, where no
+explanation was asked for, the first line.
 There an answer is letters (``a,b``, ``(a)と(b)``, ``c: text``), or the options' own texts.
 """
 
@@ -53,11 +54,14 @@ def _fold(text: str) -> str:
 
 
 def _answering_part(plain: str, explanation: bool) -> str:
-    for pattern in (_LABEL, _SENTENCE):
-        labels = list(pattern.finditer(plain))
-        if labels:
-            return plain[labels[-1].end() :]
-    return "" if explanation else plain
+    labels = list(_LABEL.finditer(plain))
+    if not labels:
+        # An explanation may say which option is right and go on; what it concludes stands in its last line.
+        plain = plain.rstrip().rpartition("\n")[2] if explanation else plain
+        labels = list(_SENTENCE.finditer(plain))
+    if not labels:
+        return "" if explanation else plain
+    return plain[labels[-1].end() :]
 
 
 def _first_line(part: str) -> str:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from medllm.exam.problem import Problem
-from medllm.exam.prompts import curation_response, evaluation_prompt, render_answer
+from medllm.exam.prompts import AnswerAs, curation_prompt, curation_response, evaluation_prompt, render_answer
 from medllm.mini.problems import ask, mistaken, told, train_wordings
 from medllm.mini.world import RELATION, RELATIONS, Disease, World
 
-ANSWER_AS = "text"
+ANSWER_AS: AnswerAs = "text"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ def cpt_documents(world: World, per_disease: int) -> list[str]:
     texts = [document(world, rng, disease) for disease in world.select(known=False) for _ in range(per_disease)]
     rng.shuffle(texts)
     return texts
+
+
+def explained_problems(problems: Sequence[Problem]) -> list[str]:
+    """Problems as texts: question, options, verified explanation and answer, in the template of the exams."""
+    return [curation_prompt(problem, (), answer_as=ANSWER_AS) + _response(problem, True) for problem in problems]
 
 
 def document(world: World, rng: random.Random, disease: Disease) -> str:

@@ -50,7 +50,7 @@ def ask(world: World, rng: random.Random, disease: Disease, relation: Relation, 
         text=relation.questions[wording].format(x=disease.name, n=len(right)),
         choices=tuple(options),
         answer=_letters(options, right),
-        category=relation.key,
+        category=f"{'known' if disease.known else 'new'} disease, {'one hop' if relation.via is None else 'two hops'}",
         kinki=_letters(options, kinki),
     )
     problem = dataclasses.replace(problem, **fields)  # type: ignore[arg-type]

@@ -76,13 +76,10 @@ def curate(
         progress: Called with (problems done, problems in all).
 
     Raises:
-        UserError: a problem or shot of a year after ``config.problems_until``, a problem id that comes twice, no problem
-            with an explanation, or fewer usable shots than ``config.shot_count``.
+        UserError: see :func:`check_problems`, or fewer usable shots than ``config.shot_count``.
     """
-    _check(problems, shots, config)
+    check_problems(problems, shots, config)
     explained = [problem for problem in problems if problem.explanation]
-    if not explained:
-        raise UserError(f"none of the {len(problems)} problems has a verified explanation, so there is no ground truth to rank")
     wanted = explained[: config.limit] if config.limit else explained
     asked = {shot.text for shot in shots}
     examples = [*shots, *(problem for problem in explained if problem.text not in asked)]
@@ -112,7 +109,13 @@ def curate(
     return Curation(tuple(preferences), report)
 
 
-def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
+def check_problems(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
+    """Refuse what cannot be curated before a model is opened for it.
+
+    Raises:
+        UserError: a problem or shot of a year after ``config.problems_until``, a problem id that comes twice, or no problem
+            with a verified explanation.
+    """
     seen: dict[str, Problem] = {}
     for problem in problems:
         refuse_held_out(problem, config.problems_until, "--problems_until")
@@ -124,6 +127,8 @@ def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: Curate
         seen[problem.problem_id] = problem
     for shot in shots:
         refuse_held_out(shot, config.problems_until, "--problems_until")
+    if not any(problem.explanation for problem in problems):
+        raise UserError(f"none of the {len(problems)} problems has a verified explanation, so there is no ground truth to rank")
 
 
 def _shots_for(problem: Problem, examples: Sequence[Problem], count: int) -> list[Problem]:

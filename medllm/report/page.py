@@ -14,8 +14,11 @@ import yaml
 
 from medllm.report import paper, plots, tables, wording
 from medllm.report.results import StudyTable, breakdown, build_table
+from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput, RunSummary
 from medllm.run import atomic_path
+
+__all__ = ["ReportInput", "RunSummary", "StageCost", "render", "report_from_runs", "stage_cost", "write_report"]
 
 LIMITATIONS = (
     "This is research software, not medical advice; a score on an exam is not clinical safety.",
@@ -69,6 +72,7 @@ def render(study: ReportInput) -> str:
     return templates.get_template("report.html.j2").render(
         study=study,
         table=table,
+        origin=_origin(study.environment),
         environment=_environment(study.environment),
         findings=wording.findings(table),
         method=wording.method(table),
@@ -105,6 +109,19 @@ def _figures(study: ReportInput, table: StudyTable) -> list[plots.Figure]:
     drawn.append(plots.kinds(breakdown(study.cells, study.kinds), study.kind_name, counts))
     drawn += [plots.preferences(composition, name) for name, composition in study.preferences.items()]
     return [figure for figure in drawn if figure]
+
+
+def _origin(environment: Mapping[str, Any]) -> list[str]:
+    """When, on what, with which frameworks and from which commit, short enough for the head of the page."""
+    packages = environment.get("packages") or {}
+    facts = [
+        str(environment.get("started") or "")[:10],
+        str(environment.get("devices") or environment.get("processor") or ""),
+        f"{environment['cpus']} CPU cores" if environment.get("cpus") else "",
+        *(f"{name} {packages[name]}" for name in ("medllm", "jax", "torch") if name in packages),
+        f"commit {str(environment['git_commit'])[:10]}" if environment.get("git_commit") else "",
+    ]
+    return [fact for fact in facts if fact]
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH = 8.4  # inches; the page scales the figure to its column
 _CURVES = ("loss", "dpo_loss", "nll", "margins", "accuracies", "chosen", "rejected", "learning_rate", "grad_norm")
 _PANELS = 6
+_LABEL = 30  # characters; a model is often called by its path
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def scores(table: StudyTable) -> Figure:
             )
             for height, (_, score) in zip(heights, here, strict=True):
                 axes.text(min(score.high, 1) + 0.012, height, f"{score.value:.3f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(rows)), [row.model for row in rows])
+        axes.set_yticks(range(len(rows)), [_wrapped(row.model) for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.09)
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -124,7 +126,7 @@ def slopes(table: StudyTable) -> Figure | None:
             colour = _colour(index)
             axes.plot([0, 1], [start.value, end.value], color=colour, marker=_MARKERS[index % len(_MARKERS)], linewidth=2.2)
             axes.text(-0.05, left[index], f"{start.value:.3f}", ha="right", va="center")
-            axes.text(1.05, right[index], f"{end.value:.3f}  {row.model}", ha="left", va="center")
+            axes.text(1.05, right[index], f"{end.value:.3f}  {_shortened(row.model)}", ha="left", va="center")
             axes.plot([1.008, 1.04], [end.value, right[index]], color=colour, linewidth=1, clip_on=False)
             axes.plot([-0.04, -0.008], [left[index], start.value], color=colour, linewidth=1, clip_on=False)
         axes.set_xlim(-0.28, 2.0)
@@ -162,7 +164,7 @@ def stabilities(table: StudyTable) -> Figure | None:
                 linewidth=1.8,
             )
         axes.axvline(0, color=theme.ink, linewidth=1)
-        axes.set_yticks(range(len(rows)), [row.model for row in rows])
+        axes.set_yticks(range(len(rows)), [_wrapped(row.model) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel("score with explanation - score without")
         axes.grid(axis="x")
@@ -193,6 +195,7 @@ def training_curves(run: RunSummary) -> Figure | None:
             )
             axes.set_title(name, fontsize=10)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4))
             axes.grid(axis="y")
         for axes in grid[-1]:
             axes.set_xlabel("optimizer step")
@@ -200,7 +203,7 @@ def training_curves(run: RunSummary) -> Figure | None:
             axes.set_visible(False)
         return canvas
 
-    return _figure(f"Training: {run.name}", f"Logged by the {run.stage} run {run.name}, by optimizer step.", draw)
+    return _figure(f"Training: {run.name}", f"What the {run.stage} stage logged, by optimizer step.", draw)
 
 
 def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: str, counts: Mapping[str, int]) -> Figure | None:
@@ -222,7 +225,9 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
                 found = [(row[cell], place) for place, row in enumerate(breakdown.values()) if cell in row]
                 if found:
                     style = {"color": _colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
-                    axes.plot(*zip(*found, strict=True), linestyle="none", markersize=7, alpha=0.9, label=model, **style)
+                    axes.plot(
+                        *zip(*found, strict=True), linestyle="none", markersize=7, alpha=0.9, label=_shortened(model), **style
+                    )
             axes.set_title(setting, fontsize=10)
             axes.set_xlim(-0.03, 1.03)
             axes.set_xlabel("score")
@@ -342,6 +347,14 @@ def _spread(values: Sequence[float], apart: float) -> list[float]:
 
 def _bottom(crowd: Sequence[int], values: Sequence[float], apart: float) -> float:
     return sum(values[index] for index in crowd) / len(crowd) - apart * (len(crowd) - 1) / 2
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, _LABEL)) or label
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _LABEL + 8 else f"{label[: _LABEL // 2]}…{label[-_LABEL // 2 - 4 :]}"
 
 
 def _colour(index: int) -> str:

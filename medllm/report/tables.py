@@ -60,9 +60,9 @@ def terminal_table(table: StudyTable, *, published: bool = False) -> Table:
     title = f"Points earned / points possible, {table.draw.confidence:.0%} intervals, {_problems(table)} problems"
     drawn = Table(title=title, title_justify="left", title_style="bold", show_lines=True)
     for index, heading in enumerate(headings(table)):
-        drawn.add_column(heading, justify="right" if index else "left")
+        drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
     if published:
-        drawn.add_column("published (72B)", justify="right")
+        drawn.add_column("published", justify="right")
     for row in table.rows:
         written = lines(table, row)
         cells = [Text.assemble((first, "bold"), *(("\n" + other, "dim") for other in others)) for first, *others in written]
@@ -74,7 +74,7 @@ def terminal_table(table: StudyTable, *, published: bool = False) -> Table:
 
 def markdown(table: StudyTable, *, published: bool = False) -> str:
     """The same table in GitHub's Markdown. ``published`` adds the paper's figures for such a row."""
-    titles = [*headings(table), *(["published (72B)"] if published else [])]
+    titles = [*headings(table), *(["published"] if published else [])]
     rows = [_markdown_row(titles), _markdown_row(["---", *["---:"] * (len(titles) - 1)])]
     for row in table.rows:
         cells = ["\n".join(cell) for cell in lines(table, row)]

@@ -29,10 +29,10 @@ def method(table: StudyTable) -> str:
     return (
         f"Scores are points earned over points possible. Intervals are {draw.confidence:.0%} {draw.method} bootstrap intervals "
         f"over problems ({draw.resamples} resamples, seed {draw.seed}); differences and stability are paired by problem, and "
-        "their p-values are two-sided. Where every problem has the same outcome, the interval is the exact binomial bound. "
-        "McNemar's exact test counts problems instead of points. The p-values are not corrected for the number of comparisons. "
-        "They say how far the result depends on which problems the exam happened to have; they say nothing about training "
-        "again with another seed."
+        "their two-sided p-values come from the same draws. Where every problem has the same outcome, the interval is the "
+        "exact binomial bound. McNemar's exact test counts problems instead of points. The p-values are not corrected for the "
+        "number of comparisons. They say how far the result depends on which problems the exam happened to have; they say "
+        "nothing about training again with another seed."
     )
 
 

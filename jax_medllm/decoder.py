@@ -1,0 +1,277 @@
+"""The compiled pieces of generation, and the key/value cache they share.
+
+A row's text lies in three places, each with the layout its matrix products want, and a query attends to all three at once:
+
+    prefix   tokens all prompts begin with: held once, not once a row         [l, k, x, p]
+    own      the rest of the prompt and what was generated before this chunk  [l, b, k, x, t]
+    recent   the tokens of this chunk                                         [l, b, k, x, chunk]
+
+Inside a chunk only ``recent`` is written, at the same column for every row; ``own`` is read-only there, so that a step does
+not copy the whole cache. At the end of a chunk the recent tokens are appended to each row's own.
+
+Axes: l layers, b rows, k key/value heads, g query heads of a key/value head, x head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_medllm.attention import matmul_precision
+from jax_medllm.model import Qwen2
+from jax_medllm.sampling import sample_tokens
+from medllm.config import Sampling
+
+CHUNK = 8
+"""Tokens generated between two looks of the host."""
+
+
+class Stored(NamedTuple):
+    """Keys and values of some tokens, the token axis where the products want it; ``prefix`` has no row axis."""
+
+    keys: Float[Array, "*l_b k x t"]
+    values: Float[Array, "*l_b k t x"]
+
+
+@struct.dataclass
+class Slots:
+    """The rows being generated.
+
+    Attributes:
+        own: Keys and values of each row's own tokens.
+        hidden: Hidden state that predicts the next token.
+        length: Own tokens stored.
+        made: Tokens generated.
+        finished: True for rows that are done, or were never filled.
+        keys: Random key of each row's continuation.
+    """
+
+    own: Stored
+    hidden: Float[Array, "b d"]
+    length: Int[Array, " b"]
+    made: Int[Array, " b"]
+    finished: Bool[Array, " b"]
+    keys: Array
+
+
+@dataclass(frozen=True)
+class Fill:
+    """New continuations: ``[u, s]`` distinct prompts with their lengths, and for each continuation its prompt, row and key.
+
+    An entry that repeats another changes nothing; that is how a short list is padded.
+    """
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    keys: Array
+
+
+jax.tree_util.register_dataclass(Fill)
+
+
+def attend_parts(
+    q: Float[Array, "b s h x"], parts: Sequence[tuple[Stored, Bool[Array, "..."] | None]]
+) -> Float[Array, "b s h x"]:
+    """Scaled dot-product attention over keys that lie in several places; softmax in fp32 (float64 for float64).
+
+    Args:
+        q: Queries.
+        parts: Keys and values, with a row axis or shared by all rows, and which of them ``[b or 1, s, t]`` a query sees
+            (None: all). Every query sees at least one.
+    """
+    b, s, h, x = q.shape
+    kv_heads = parts[0][0].keys.shape[-3]
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    precision = matmul_precision(q.dtype)
+    grouped = q.reshape(b, s, kv_heads, h // kv_heads, x)
+    scores = []
+    for stored, mask in parts:
+        rows = "" if stored.keys.ndim == 3 else "b"
+        score = x**-0.5 * jnp.einsum(
+            f"bskgx,{rows}kxt->bkgst", grouped, stored.keys, precision=precision, preferred_element_type=accumulate
+        )
+        scores.append(score if mask is None else jnp.where(mask[:, None, None], score, jnp.finfo(accumulate).min))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    out, begin = jnp.zeros((), q.dtype), 0
+    for stored, _ in parts:
+        end = begin + stored.keys.shape[-1]
+        rows = "" if stored.keys.ndim == 3 else "b"
+        out += jnp.einsum(f"bkgst,{rows}ktx->bskgx", weights[..., begin:end], stored.values, precision=precision)
+        begin = end
+    return out.reshape(b, s, h, x)
+
+
+@dataclass(frozen=True)
+class _Prefilling:
+    """A layer's attention for prompts: the prefix, and the prompt itself causally."""
+
+    prefix: Stored | None
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Stored]:
+        own = Stored(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+        causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None]
+        before = [] if self.prefix is None else [(self.prefix, None)]
+        return attend_parts(q, [*before, (own, causal)]), own
+
+
+@dataclass(frozen=True)
+class _Stepping:
+    """A layer's attention for one new token a row, the ``column``-th of its chunk."""
+
+    prefix: Stored | None
+    own: Stored
+    recent: Stored
+    length: Array
+    column: Array
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Stored]:
+        recent = Stored(
+            jax.lax.dynamic_update_slice_in_dim(self.recent.keys, k.transpose(0, 2, 3, 1), self.column, axis=-1),
+            jax.lax.dynamic_update_slice_in_dim(self.recent.values, v.transpose(0, 2, 1, 3), self.column, axis=-2),
+        )
+        stored = (jnp.arange(self.own.keys.shape[-1]) < self.length[:, None])[:, None]
+        written = (jnp.arange(CHUNK) <= self.column)[None, None]
+        before = [] if self.prefix is None else [(self.prefix, None)]
+        return attend_parts(q, [*before, (self.own, stored), (recent, written)]), recent
+
+
+class Decoder:
+    """Generation for one model, compiled once for each shape.
+
+    Args:
+        model: The model, its adapters on.
+        end: Id of the token that ends a text.
+    """
+
+    def __init__(self, model: Qwen2, end: int):
+        self.config = model.config
+        self.end = end
+        self._dtype = model.dtype
+        self._graph, self._state = nnx.split(model)
+        self._prefix = jax.jit(self._prefix_stored)
+        self._fill = jax.jit(self._filled, donate_argnums=(1,))
+        self._extend = jax.jit(self._extended, static_argnums=(3,), donate_argnums=(1,))
+
+    def prefix(self, tokens: Sequence[int]) -> Stored | None:
+        """Keys and values of ``tokens``, to stand before every row; None for no tokens."""
+        return self._prefix(self._state, jnp.asarray(tokens, jnp.int32)[None]) if len(tokens) else None
+
+    def empty(self, rows: int, length: int) -> Slots:
+        """Finished rows with room for ``length`` own tokens each."""
+        config = self.config
+        shape = (config.num_layers, rows, config.num_kv_heads)
+        own = Stored(
+            jnp.zeros((*shape, config.head_dim, length + CHUNK), self._dtype),
+            jnp.zeros((*shape, length + CHUNK, config.head_dim), self._dtype),
+        )
+        return Slots(
+            own=own,
+            hidden=jnp.zeros((rows, config.hidden_size), self._dtype),
+            length=jnp.zeros(rows, jnp.int32),
+            made=jnp.zeros(rows, jnp.int32),
+            finished=jnp.ones(rows, bool),
+            keys=jax.random.split(jax.random.key(0), rows),
+        )
+
+    def fill(self, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
+        """Start new continuations in rows of ``slots`` (donated)."""
+        return self._fill(self._state, slots, prefix, fill)
+
+    def extend(self, slots: Slots, prefix: Stored | None, sampling: Sampling) -> tuple[Slots, Int[Array, "b chunk"]]:
+        """Up to a chunk of tokens more for each unfinished row of ``slots`` (donated), and those tokens.
+
+        The end token stands where nothing was generated.
+        """
+        static = Sampling(1, sampling.temperature, sampling.top_p, sampling.top_k)
+        return self._extend(self._state, slots, prefix, static)
+
+    def _prefix_stored(self, state: nnx.State, tokens: Int[Array, "1 s"]) -> Stored:
+        model = nnx.merge(self._graph, state)
+        positions = jnp.arange(tokens.shape[1])[None]
+        _, kept = model.hidden_in(tokens, positions=positions, context=lambda _: _Prefilling(None), cache=None)
+        return jax.tree.map(lambda part: part[:, 0], kept)
+
+    def _filled(self, state: nnx.State, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
+        model = nnx.merge(self._graph, state)
+        positions = jnp.broadcast_to(_size(prefix) + jnp.arange(fill.prompts.shape[1]), fill.prompts.shape)
+        hidden, new = model.hidden_in(fill.prompts, positions=positions, context=_Prefilling, cache=prefix)
+        last = jnp.take_along_axis(hidden, (fill.lengths - 1)[:, None, None], axis=1)[:, 0]
+
+        def put(old: Array, value: Array | bool | int) -> Array:
+            return old.at[fill.target].set(value)
+
+        def put_row(i: Array, own: Stored) -> Stored:
+            def one(old: Array, values: Array) -> Array:
+                block = jax.lax.dynamic_slice_in_dim(values, fill.source[i], 1, axis=1)
+                return jax.lax.dynamic_update_slice(old, block, (0, fill.target[i], 0, 0, 0))
+
+            return jax.tree.map(one, own, new)
+
+        return Slots(
+            own=jax.lax.fori_loop(0, fill.target.shape[0], put_row, slots.own),
+            hidden=put(slots.hidden, last[fill.source]),
+            length=put(slots.length, fill.lengths[fill.source]),
+            made=put(slots.made, 0),
+            finished=put(slots.finished, False),
+            keys=put(slots.keys, fill.keys),
+        )
+
+    def _extended(
+        self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling
+    ) -> tuple[Slots, Int[Array, "b chunk"]]:
+        model = nnx.merge(self._graph, state)
+        own, length = slots.own, slots.length
+        choose = partial(sample_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+
+        def one(carry):
+            column, slots, recent, written = carry
+            uniform = jax.vmap(lambda key, made: jax.random.uniform(jax.random.fold_in(key, made)))(slots.keys, slots.made)
+            token = jnp.where(slots.finished, self.end, choose(model.logits(slots.hidden), uniform).astype(jnp.int32))
+
+            def context(layer: tuple[Stored | None, Stored, Stored]) -> _Stepping:
+                return _Stepping(*layer, length, column)
+
+            positions = (_size(prefix) + length + column)[:, None]
+            hidden, recent = model.hidden_in(
+                token[:, None], positions=positions, context=context, cache=(prefix, own, recent)
+            )
+            going = (~slots.finished).astype(jnp.int32)
+            slots = slots.replace(
+                hidden=hidden[:, 0],
+                length=slots.length + going,
+                made=slots.made + going,
+                finished=slots.finished | (token == self.end),
+            )
+            return column + 1, slots, recent, written.at[:, column].set(token)
+
+        def unfinished(carry):
+            return (carry[0] < CHUNK) & ~carry[1].finished.all()
+
+        rows = slots.made.shape[0]
+        recent = Stored(jnp.zeros_like(own.keys[..., :CHUNK]), jnp.zeros_like(own.values[..., :CHUNK, :]))
+        written = jnp.full((rows, CHUNK), self.end, jnp.int32)
+        light = slots.replace(own=None)
+        _, light, recent, written = jax.lax.while_loop(unfinished, one, (jnp.int32(0), light, recent, written))
+
+        def append(row: Array, own: Stored) -> Stored:
+            keys, values = (jax.lax.dynamic_slice_in_dim(part, row, 1, axis=1) for part in recent)
+            return Stored(
+                jax.lax.dynamic_update_slice(own.keys, keys, (0, row, 0, 0, length[row])),
+                jax.lax.dynamic_update_slice(own.values, values, (0, row, 0, length[row], 0)),
+            )
+
+        return light.replace(own=jax.lax.fori_loop(0, rows, append, own)), written
+
+
+def _size(prefix: Stored | None) -> int:
+    return 0 if prefix is None else prefix.keys.shape[-1]

@@ -1,0 +1,354 @@
+"""``medllm mini``: the paper's experiment on the embedded world, from the base model to the table.
+
+    base ──CPT──► CPT ──curate──► preferences ──RPO──► CPT+RPO          base ──curate──► preferences ──RPO──► RPO alone
+                                              └─DPO──► CPT+DPO
+
+Every stage leaves its own run folder; nothing is measured but what the engine's models answer to the exams of 2018–2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from medllm.config import (
+    CorpusConfig,
+    CptConfig,
+    CurateConfig,
+    EvaluateConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PairConfig,
+    PreferenceLoss,
+    RpoConfig,
+    Sampling,
+    TrainingConfig,
+)
+from medllm.engine import Engine, EngineName, TrainSummary, open_engine
+from medllm.errors import UserError
+from medllm.exam.evaluation import evaluate, write_predictions
+from medllm.exam.loaders import write_problems
+from medllm.exam.predictions import Prediction
+from medllm.exam.problem import Problem
+from medllm.exam.scoring import ScoreSheet, score
+from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
+from medllm.mini.problems import exam_problems, shot_problems, train_problems
+from medllm.mini.world import make_world
+from medllm.model_directory import merge_adapter
+from medllm.preferences.curation import curate
+from medllm.preferences.records import write_preferences
+from medllm.run import Run, atomic_path, is_primary_process
+from medllm.stages import PREDICTIONS, PREFERENCES, run_cpt, run_rpo, setting_label
+
+BASE = Path(__file__).parent / "data" / "base"
+PRESETS = Path(__file__).parents[1] / "presets"
+SHOTS = 3
+PREVIOUS = {"CPT": "base", "CPT+DPO": "CPT", "CPT+RPO": "CPT", "RPO alone": "base"}
+"""The model each one is trained from, in the order of the paper's table (behind ``base``)."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one training stage is run."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Sizes and settings of the embedded study.
+
+    Args:
+        train_per_year: Problems in each exam of 2006–2017.
+        exam_per_year: Problems in each exam of 2018–2022.
+        documents_per_disease: Documents of the CPT corpus about each new disease.
+        explained_in_corpus: How many of the problems up to 2017 join the CPT corpus, with verified explanations.
+        row_length: Tokens in a row of the CPT corpus.
+        cpt: Continued pretraining.
+        sampling: How the preference data is sampled.
+        loss: RPO's loss; DPO is the same with alpha 0.
+        pairs: Which pairs of the hierarchy are trained on.
+        preference: RPO and DPO training.
+        max_new_tokens: Longest answer in an exam.
+        batch_size: Continuations generated at a time.
+        quantization: Storage of the frozen weights.
+        dtype: Type of the computation.
+        problems_limit: Use only so many problems of the training exams and of the held-out ones (0: all).
+    """
+
+    train_per_year: int
+    exam_per_year: int
+    documents_per_disease: int
+    explained_in_corpus: int
+    row_length: int
+    cpt: Stage
+    sampling: Sampling
+    loss: PreferenceLoss
+    pairs: PairConfig
+    preference: Stage
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    problems_limit: int = 0
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One model's exam in one setting."""
+
+    model: str
+    setting: str
+    sheet: ScoreSheet
+    predictions: tuple[Prediction, ...]
+    run: Path
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What the study found.
+
+    Attributes:
+        sittings: Five models in two settings, in the order of the paper's table.
+        runs: Every stage's run folder, in the order of a report.
+        training: Summary of each trained model, by model.
+        problems: The exams of 2018–2022.
+        seconds: All of it.
+    """
+
+    sittings: tuple[Sitting, ...]
+    runs: tuple[Path, ...]
+    training: Mapping[str, TrainSummary]
+    problems: tuple[Problem, ...]
+    seconds: float
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Points earned over points possible, by model and setting."""
+        table: dict[str, dict[str, float]] = {}
+        for sitting in self.sittings:
+            table.setdefault(sitting.model, {})[sitting.setting] = sitting.sheet.points / sitting.sheet.possible
+        return table
+
+
+def load_preset(preset: str) -> StudyConfig:
+    """The settings in ``medllm/presets/<preset>.yaml``, or in a YAML file of one's own.
+
+    Raises:
+        UserError: no such preset or file, or a setting that does not fit.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    file = next((path for path in (Path(preset), PRESETS / f"{preset}.yaml") if path.is_file()), None)
+    if file is None:
+        known = ", ".join(sorted(path.stem for path in PRESETS.glob("mini*.yaml")))
+        raise UserError(f"{preset}: neither a file nor a preset of the embedded study; there are {known} (--preset)")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(StudyConfig)
+    try:
+        values = parser.instantiate(parser.parse_path(str(file)))
+    except ArgumentError as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    return StudyConfig(**{item.name: values[item.name] for item in dataclasses.fields(StudyConfig)})
+
+
+def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
+    """Run all stages into folders below ``out_dir``.
+
+    Args:
+        engine_name: ``jax`` or ``torch``.
+        out_dir: A folder that is not there yet, or is empty.
+        preset: Name of a preset, a YAML file, or the settings themselves.
+        progress: Told one line as each stage begins and ends.
+
+    Raises:
+        UserError: the folder is in use, or the preset or an engine's input cannot be used.
+    """
+    config = load_preset(preset) if isinstance(preset, str) else preset
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is in use; give another folder for the study (--out), or remove it")
+    return _Study(engine_name, out, config, progress).run()
+
+
+def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
+    """:func:`run_study`, its report as ``report.html`` and its figures as ``result.json``; returns the figures."""
+    from medllm.mini.report import write_study_report
+    from medllm.run import write_json
+
+    result = run_study(engine_name, out_dir, preset, progress)
+    figures = {
+        "stage": "mini",
+        "engine": engine_name,
+        "preset": preset,
+        "seconds": result.seconds,
+        "scores": result.scores(),
+        "training": {model: asdict(summary) for model, summary in result.training.items()},
+        "report": str(Path(out_dir) / "report.html"),
+    }
+    if is_primary_process():
+        write_study_report(Path(figures["report"]), result)
+        write_json(Path(out_dir) / "result.json", figures)
+    return figures
+
+
+class _Study:
+    """The stages, one method each; what they share are the files of the world."""
+
+    def __init__(self, engine_name: EngineName, out: Path, config: StudyConfig, progress: Say):
+        self.engine_name = engine_name
+        self.out = out
+        self.config = config
+        self.say = progress
+        self.sittings: dict[str, list[Sitting]] = {}
+        self.runs: list[Path] = []
+        self.training: dict[str, TrainSummary] = {}
+        world = make_world()
+        limit = config.problems_limit or None
+        self.shots = shot_problems(world, SHOTS)
+        self.train = train_problems(world, config.train_per_year)[:limit]
+        self.exam = exam_problems(world, config.exam_per_year)[:limit]
+        explained = random.Random(f"corpus/{world.config.seed}").sample(self.train, min(config.explained_in_corpus, len(self.train)))
+        self.corpus = [*cpt_documents(world, config.documents_per_disease), *explained_problems(explained)]
+
+    def run(self) -> StudyResult:
+        began = time.monotonic()
+        self._write_world()
+        base = ModelConfig(str(BASE), quantization=self.config.quantization, dtype=self.config.dtype)
+        base_preferences = self._measure("base", base, curate_as="curate-base")
+        cpt = self._cpt(base)
+        preferences = self._measure("CPT", cpt, curate_as="curate-cpt")
+        for label, name, start, data, alpha in (
+            ("CPT+DPO", "dpo", cpt, preferences, 0.0),
+            ("CPT+RPO", "rpo", cpt, preferences, self.config.loss.alpha),
+            ("RPO alone", "rpo-alone", base, base_preferences, self.config.loss.alpha),
+        ):
+            self._measure(label, self._preference(label, name, start, data, alpha))
+        sittings = tuple(sitting for label in ("base", *PREVIOUS) for sitting in self.sittings[label])
+        return StudyResult(sittings, tuple(self.runs), self.training, tuple(self.exam), time.monotonic() - began)
+
+    def _write_world(self) -> None:
+        world = self.out / "world"
+        world.mkdir(parents=True)
+        write_problems(self._shots_file, self.shots)
+        write_problems(self._train_file, self.train)
+        write_problems(self._exam_file, self.exam)
+        with atomic_path(self._corpus_file) as scratch:
+            scratch.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in self.corpus), "utf-8")
+
+    @property
+    def _shots_file(self) -> Path:
+        return self.out / "world" / "shots.jsonl"
+
+    @property
+    def _train_file(self) -> Path:
+        return self.out / "world" / "train.jsonl"
+
+    @property
+    def _exam_file(self) -> Path:
+        return self.out / "world" / "exam.jsonl"
+
+    @property
+    def _corpus_file(self) -> Path:
+        return self.out / "world" / "corpus.jsonl"
+
+    def _cpt(self, base: ModelConfig) -> ModelConfig:
+        folder, stage = self.out / "cpt", self.config.cpt
+        self.say(f"CPT: {len(self.corpus)} documents")
+        corpus = CorpusConfig(documents=(str(self._corpus_file),), length=self.config.row_length)
+        config = CptConfig(base, str(folder), corpus, stage.lora, stage.optimizer, stage.training)
+        self._trained("CPT", folder, run_cpt(config, self.engine_name))
+        merge_adapter(base.path, folder / "adapter", folder / "merged")
+        return dataclasses.replace(base, path=str(folder / "merged"))
+
+    def _preference(self, label: str, name: str, start: ModelConfig, preferences: Path, alpha: float) -> ModelConfig:
+        folder, stage = self.out / name, self.config.preference
+        self.say(f"{label}: preference training, alpha {alpha:g}")
+        loss = dataclasses.replace(self.config.loss, alpha=alpha)
+        config = RpoConfig(
+            start, str(folder), str(preferences), loss, self.config.pairs, stage.lora, stage.optimizer, stage.training
+        )
+        self._trained(label, folder, run_rpo(config, self.engine_name))
+        return dataclasses.replace(start, adapter=str(folder / "adapter"))
+
+    def _trained(self, label: str, folder: Path, result: dict[str, Any]) -> None:
+        names = [item.name for item in dataclasses.fields(TrainSummary)]
+        summary = TrainSummary(**{name: result[name] for name in names})
+        self.training[label] = summary
+        self.runs.append(folder)
+        self.say(f"{label}: {summary.steps} steps in {summary.seconds:.0f} s, loss {summary.loss:.3f}")
+
+    def _measure(self, label: str, model: ModelConfig, curate_as: str | None = None) -> Path:
+        """Both settings of the exam, and the preference data where asked for; the model is opened once."""
+        engine = open_engine(self.engine_name, model)
+        self.sittings[label] = [self._sit(label, engine, model, explanation) for explanation in (False, True)]
+        return self._curate(engine, model, curate_as) if curate_as else Path()
+
+    def _sit(self, label: str, engine: Engine, model: ModelConfig, explanation: bool) -> Sitting:
+        slug = label.lower().replace("+", "-").replace(" ", "-")
+        folder = self.out / f"evaluate-{slug}{'-explained' if explanation else ''}"
+        config = EvaluateConfig(
+            model,
+            str(folder),
+            (str(self._exam_file),),
+            str(self._shots_file),
+            SHOTS,
+            explanation,
+            template="curation",
+            answer_as=ANSWER_AS,
+            sampling=Sampling(max_new_tokens=self.config.max_new_tokens),
+            batch_size=self.config.batch_size,
+        )
+        began = time.monotonic()
+        with Run(folder, config) as run:
+            predictions = evaluate(engine, self.exam, self.shots, config)
+            sheet = score(self.exam, predictions)
+            setting = setting_label(config)
+            if is_primary_process():
+                write_predictions(run.path / PREDICTIONS, predictions)
+            run.finish(
+                {
+                    "stage": "evaluate",
+                    "engine": self.engine_name,
+                    "model": label,
+                    "setting": setting,
+                    "seconds": time.monotonic() - began,
+                    "score": sheet.to_json(),
+                }
+            )
+        self.runs.append(folder)
+        self.say(f"{label}, {setting}: {sheet.points} of {sheet.possible} points ({sheet.points / sheet.possible:.3f})")
+        return Sitting(label, setting, sheet, tuple(predictions), folder)
+
+    def _curate(self, engine: Engine, model: ModelConfig, name: str) -> Path:
+        folder = self.out / name
+        config = CurateConfig(
+            model,
+            str(folder),
+            (str(self._train_file),),
+            str(self._shots_file),
+            SHOTS,
+            sampling=self.config.sampling,
+            answer_as=ANSWER_AS,
+            batch_size=self.config.batch_size,
+        )
+        self.say(f"{name}: {len(self.train)} problems, {self.config.sampling.samples} samples each")
+        began = time.monotonic()
+        with Run(folder, config) as run:
+            curation = curate(engine, self.train, self.shots, config)
+            if is_primary_process():
+                write_preferences(run.path / PREFERENCES, curation.preferences)
+            seconds = time.monotonic() - began
+            run.finish({"stage": "curate", "engine": self.engine_name, "seconds": seconds, **asdict(curation.report)})
+        self.runs.append(folder)
+        return folder / PREFERENCES

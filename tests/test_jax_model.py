@@ -1,0 +1,256 @@
+"""The JAX model by itself: sizes, decoding, shared prompts, the adapter switch, compile size, memory between passes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_medllm.linear import nf4_matmul
+from jax_medllm.model import LoraParam, PackedParam, Qwen2, Qwen2Config
+from jax_medllm.nf4 import dequantize, quantize
+from medllm.config import LoraConfig
+from medllm.errors import UserError
+
+TINY = Qwen2Config(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=False,
+    max_positions=64,
+)
+# name: width, mlp, layers, heads, kv heads, vocabulary, tied, parameters published on the model's page
+PUBLISHED = {
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True, 494_032_768),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True, 1_543_714_304),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True, 3_085_938_688),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False, 7_615_616_512),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False, 14_770_033_664),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False, 32_763_876_352),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False, 72_706_203_648),
+}
+
+
+def hf_config(width=896, mlp=4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True, **changes) -> dict:
+    """A config.json as Qwen published them."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "max_position_embeddings": 32768,
+        "max_window_layers": layers,
+        "model_type": "qwen2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": tied,
+        "use_sliding_window": False,
+        "vocab_size": vocabulary,
+    } | changes
+
+
+def build(config: Qwen2Config = TINY, **settings) -> Qwen2:
+    """A random model with random biases, and random B where it has an adapter."""
+    model = Qwen2(config, rngs=nnx.Rngs(0), **settings)
+    for number, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        if path[-1] in ("bias", "B"):
+            variable = variable.replace(0.3 * jax.random.normal(jax.random.key(number), variable.shape))
+            nnx.update(model, nnx.from_flat_state({path: variable}))
+    return model
+
+
+@jax.jit
+def hidden(model: Qwen2, tokens: jax.Array) -> jax.Array:
+    """One document a row."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return model.hidden(tokens, segment_ids=jnp.ones_like(tokens), positions=positions)
+
+
+decode = jax.jit(lambda model, tokens, cache, start: model.decode(tokens, cache, start=start))
+
+
+def random_tokens(*shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), shape, 0, TINY.vocab_size)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_every_size_has_its_published_number_of_parameters(size):
+    *sizes, parameters = PUBLISHED[size]
+    config = Qwen2Config.from_hf(hf_config(*sizes))
+    abstract = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    assert sum(v.size for v in jax.tree.leaves(nnx.state(abstract))) == parameters
+
+
+def test_72b_in_nf4_takes_about_41_gigabytes():
+    config = Qwen2Config.from_hf(hf_config(*PUBLISHED["72B"][:-1]))
+    abstract = nnx.eval_shape(lambda: Qwen2(config, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    packed = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(abstract, PackedParam)))
+    total = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(abstract)))
+    assert packed * 8 / (72_706_203_648 - 2 * 152064 * 8192) == pytest.approx(4.127, abs=2e-3)
+    assert 40e9 < total < 42e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "dynamic"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_config_with_what_the_model_does_not_do_is_refused_by_name(changes, named):
+    with pytest.raises(UserError, match=named):
+        Qwen2Config.from_hf(hf_config(**changes))
+
+
+def test_a_config_without_a_size_is_refused_by_name():
+    config = hf_config()
+    del config["intermediate_size"]
+    with pytest.raises(UserError, match="intermediate_size"):
+        Qwen2Config.from_hf(config)
+
+
+def test_a_config_survives_being_written_and_read():
+    assert Qwen2Config.from_hf(TINY.to_hf()) == TINY
+    assert Qwen2Config.from_hf(hf_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})).rope_theta == 5e5
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_decoding_rows_of_different_lengths_equals_one_pass_over_each(quantization):
+    model = build(quantization=quantization, lora=LoraConfig(rank=4))
+    tokens, lengths = random_tokens(3, 12), jnp.array([7, 3, 5])
+    expected = hidden(model, tokens)
+    states, cache = decode(model, tokens[:, :7], model.init_cache(3, 12), jnp.zeros(3, jnp.int32))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(states[row, :length], expected[row, :length], atol=2e-5)
+    for step in range(4):
+        at = lengths + step
+        states, cache = decode(model, jnp.take_along_axis(tokens, at[:, None], axis=1), cache, at)
+        for row in range(3):
+            np.testing.assert_allclose(states[row, 0], expected[row, at[row]], atol=2e-5)
+
+
+def test_a_prefix_computed_once_serves_every_row():
+    model = build()
+    tokens = random_tokens(3, 10).at[:, :6].set(random_tokens(6))
+    _, prefix = decode(model, tokens[:1, :6], model.init_cache(1, 6), jnp.zeros(1, jnp.int32))
+    cache = model.init_cache(3, 12, prefix=prefix)
+    states, _ = decode(model, tokens[:, 6:], cache, jnp.full(3, 6))
+    np.testing.assert_allclose(states, hidden(model, tokens)[:, 6:], atol=2e-5)
+
+
+def test_a_token_past_the_end_of_the_cache_overwrites_nothing():
+    model = build()
+    tokens = random_tokens(1, 4)
+    _, cache = decode(model, tokens, model.init_cache(1, 4), jnp.zeros(1, jnp.int32))
+    _, after = decode(model, tokens[:, :1], cache, jnp.array([4]))
+    jax.tree.map(np.testing.assert_array_equal, after, cache)
+
+
+def test_responses_that_share_a_prompt_have_the_states_of_separate_rows():
+    model = build()
+    prompt, first, second = random_tokens(5), random_tokens(4) + 1, random_tokens(3) + 2
+    tokens = jnp.concatenate([prompt, first, second])[None] % TINY.vocab_size
+    segment_ids = jnp.array([[1] * 5 + [2] * 4 + [3] * 3])
+    parent_ids = jnp.where(segment_ids > 1, 1, 0)
+    positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]])
+    together = model.hidden(tokens, segment_ids=segment_ids, positions=positions, parent_ids=parent_ids)[0]
+    np.testing.assert_allclose(together[:9], hidden(model, tokens[:, :9])[0], atol=2e-5)
+    alone = hidden(model, jnp.concatenate([tokens[:, :5], tokens[:, 9:]], axis=1))[0]
+    np.testing.assert_allclose(together[9:], alone[5:], atol=2e-5)
+
+
+def test_padding_leaves_no_trace_and_stays_finite():
+    model = build()
+    tokens = random_tokens(1, 8)
+    segment_ids = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0]])
+    positions = jnp.arange(8)[None] * segment_ids
+    first = model.hidden(tokens, segment_ids=segment_ids, positions=positions)
+    other = model.hidden(tokens.at[:, 5:].set(3), segment_ids=segment_ids, positions=positions)
+    np.testing.assert_array_equal(first[:, :5], other[:, :5])
+    assert np.isfinite(first).all()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_adapter_switched_off_is_the_model_without_it(quantization):
+    with_adapter = build(quantization=quantization, lora=LoraConfig(rank=4))
+    without = build(quantization=quantization)
+    shared = {p: v for p, v in nnx.to_flat_state(nnx.state(with_adapter, nnx.Not(LoraParam)))}
+    nnx.update(without, nnx.from_flat_state(shared))
+    tokens = random_tokens(2, 6)
+    inputs = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.broadcast_to(jnp.arange(6), tokens.shape)}
+    off = with_adapter.hidden(tokens, **inputs, adapter=False)
+    np.testing.assert_array_equal(off, without.hidden(tokens, **inputs))
+    assert np.abs(with_adapter.hidden(tokens, **inputs) - off).max() > 1e-2
+
+
+def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
+    model = build(lora=LoraConfig(rank=4, targets=("q_proj", "down_proj")), frozen_lora=LoraConfig(rank=2), quantization="nf4")
+    trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
+    assert trained == {
+        ("layers", block, target, "lora", matrix)
+        for block, target in (("self_attn", "q_proj"), ("mlp", "down_proj"))
+        for matrix in "AB"
+    }
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        assert len(variable.axes) == variable.ndim, path
+        assert (variable.axes[0] == "layers") == (path[0] == "layers"), path
+
+
+def test_the_compiled_program_does_not_grow_with_depth():
+    def size(layers: int) -> int:
+        config = Qwen2Config(**{**TINY.__dict__, "num_layers": layers})
+        model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
+        graph, lora, rest = nnx.split(model, LoraParam, ...)
+        tokens = jnp.zeros((1, 8), jnp.int32)
+
+        def loss(lora, rest):
+            merged = nnx.merge(graph, lora, rest)
+            return merged.hidden(tokens, segment_ids=tokens, positions=tokens, remat=True).sum()
+
+        return len(jax.jit(jax.grad(loss)).lower(lora, rest).compile().as_text())
+
+    assert size(8) < 1.1 * size(2)
+
+
+def test_a_quantized_layer_keeps_only_packed_bytes_for_the_backward_pass():
+    weight = quantize(jax.random.normal(jax.random.key(0), (128, 192)))
+    x = jax.random.normal(jax.random.key(1), (5, 192))
+    y, backward = jax.vjp(lambda x: nf4_matmul(x, weight), x)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+    assert kept < 128 * 192
+    g = jax.random.normal(jax.random.key(2), y.shape)
+    dense = dequantize(weight, jnp.float32)
+    np.testing.assert_allclose(y, x @ dense.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(backward(g)[0], g @ dense, rtol=1e-5, atol=1e-4)
+
+
+def test_a_whole_quantized_model_keeps_no_dense_stack_between_the_passes():
+    config = Qwen2Config(**{**TINY.__dict__, "num_layers": 16, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
+    model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0)))
+    graph, lora, rest = nnx.split(model, LoraParam, ...)
+    tokens = jnp.zeros((1, 4), jnp.int32)
+
+    def loss(lora, rest):
+        return nnx.merge(graph, lora, rest).hidden(tokens, segment_ids=tokens, positions=tokens).sum()
+
+    dense_bytes = 16 * 4 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256)
+    temporary = jax.jit(jax.grad(loss)).lower(lora, rest).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < dense_bytes / 4
