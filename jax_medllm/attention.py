@@ -6,13 +6,15 @@ Which key a query may see is said with small integer arrays, not with a dense ma
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Visibility:
     """Who sees whom: a query sees a key of its own segment or of its parent segment, at its own slot or before.
 

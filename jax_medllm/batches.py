@@ -82,7 +82,7 @@ class PreferenceShape(NamedTuple):
     """Padded sizes of a unit: prompt, responses, response, pairs."""
 
     prompt: int
-    count: int
+    responses: int
     response: int
     pairs: int
 
@@ -169,7 +169,7 @@ def single_pairs(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
 def pad_responses(
     groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], rows: int, prompt: int, count: int, response: int
 ) -> ResponseBatch:
-    """(prompt, responses) groups as arrays of ``rows`` prompts of ``prompt`` tokens with ``count`` responses of ``response``."""
+    """Groups (prompt, responses) as arrays of ``rows`` prompts with ``count`` responses, padded to so many tokens."""
     prompts, responses = np.zeros((rows, prompt), np.int32), np.zeros((rows, count, response), np.int32)
     prompt_mask, response_mask = np.zeros_like(prompts), np.zeros_like(responses)
     for row, (prompt_ids, response_ids) in enumerate(groups):
@@ -214,7 +214,7 @@ class PreferenceData:
 
         def size_of(unit: int) -> tuple[int, ...]:
             shape = self.shapes[unit]
-            return shape.count, shape.prompt, shape.response, shape.pairs
+            return shape.responses, shape.prompt, shape.response, shape.pairs
 
         return plan_steps(len(self.groups), self._config, size_of=size_of)
 
@@ -238,7 +238,7 @@ class PreferenceData:
         weights = np.zeros((n, shape.pairs))
         for row, group in enumerate(groups):
             count = len(group.pairs)
-            pairs[row, :count] = np.asarray(group.pairs) + row * shape.count
+            pairs[row, :count] = np.asarray(group.pairs) + row * shape.responses
             starts[row, :count] = group.pair_starts
             weights[row, :count] = weight
         responses = pad_responses([(group.prompt, group.responses) for group in groups], n, *shape[:3])

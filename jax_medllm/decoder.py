@@ -15,7 +15,7 @@ Axes: l layers, b rows, k key/value heads, g query heads of a key/value head, x 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -246,7 +246,8 @@ class Decoder:
                 token[:, None], positions=positions, context=context, cache=(prefix, own, recent)
             )
             going = (~slots.finished).astype(jnp.int32)
-            slots = slots.replace(
+            slots = replace(
+                slots,
                 hidden=hidden[:, 0],
                 length=slots.length + going,
                 made=slots.made + going,
@@ -260,7 +261,7 @@ class Decoder:
         rows = slots.made.shape[0]
         recent = Stored(jnp.zeros_like(own.keys[..., :CHUNK]), jnp.zeros_like(own.values[..., :CHUNK, :]))
         written = jnp.full((rows, CHUNK), self.end, jnp.int32)
-        light = slots.replace(own=None)
+        light = replace(slots, own=None)
         _, light, recent, written = jax.lax.while_loop(unfinished, one, (jnp.int32(0), light, recent, written))
 
         def append(row: Array, own: Stored) -> Stored:
@@ -270,7 +271,7 @@ class Decoder:
                 jax.lax.dynamic_update_slice(own.values, values, (0, row, 0, length[row], 0)),
             )
 
-        return light.replace(own=jax.lax.fori_loop(0, rows, append, own)), written
+        return replace(light, own=jax.lax.fori_loop(0, rows, append, own)), written
 
 
 def _size(prefix: Stored | None) -> int:

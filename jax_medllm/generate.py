@@ -11,7 +11,7 @@ uniform number from it. The text therefore does not depend on what else is in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -134,12 +134,10 @@ class _Queue:
             tokens = self.tokens[row]
             tokens += new[: new.index(self.decoder.end)] if ended else new
             full = len(tokens) >= self.sampling.max_new_tokens
-            if full:
-                ended &= len(tokens) == self.sampling.max_new_tokens
-                del tokens[self.sampling.max_new_tokens :]
+            del tokens[self.sampling.max_new_tokens :]
             generation = self._stopped(tokens)
             if generation is None and (ended or full):
-                generation = Generation(self.text_of(tokens), tuple(tokens), "stop" if ended else "length")
+                generation = Generation(self.text_of(tokens), tuple(tokens), "length" if full else "stop")
             if generation is not None:
                 del self.active[row]
                 yield row, request, generation
@@ -166,7 +164,7 @@ def _finish(slots: Slots, rows: list[int]) -> Slots:
     """Mark rows that the host saw end (a stop string, the longest length)."""
     finished = np.array(slots.finished)
     finished[rows] = True
-    return slots.replace(finished=jnp.asarray(finished))
+    return replace(slots, finished=jnp.asarray(finished))
 
 
 def _request_keys(seed: int, requests: Sequence[Request]) -> Array:

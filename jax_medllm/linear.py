@@ -129,7 +129,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b in"], *, adapter: bool = True) -> Float[Array, "*b out"]:
         """Apply the layer; ``adapter=False`` leaves the trained adapter out, at trace time."""
-        y = matmul(x, self.weight[...]) if self.quantized is None else nf4_matmul(x, self.quantized.value())
+        if self.quantized is not None:
+            y = nf4_matmul(x, self.quantized.value())
+        else:
+            assert self.weight is not None
+            y = matmul(x, self.weight[...])
         if self.bias is not None:
             y = y + self.bias[...]
         if self.frozen_lora is not None:

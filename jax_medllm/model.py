@@ -14,8 +14,8 @@ Training and scoring::
 Generation, with rows of different lengths::
 
     cache = model.init_cache(batch, length)
-    hidden, cache = model.decode(prompts, cache, start=zeros)        # right-padded prompts; row r's last is hidden[r, len[r] - 1]
-    hidden, cache = model.decode(token[:, None], cache, start=len)   # then one token at a time; len grows by one
+    hidden, cache = model.decode(prompts, cache, start=zeros)      # padded on the right; a row ends at hidden[r, len[r] - 1]
+    hidden, cache = model.decode(token[:, None], cache, start=len) # then one token at a time; len grows by one
 
 Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraParam, ...)``.
 """
@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_medllm.attention import Visibility, attend, matmul_precision
@@ -103,7 +103,8 @@ class Qwen2Config:
         }
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens seen so far; slot i of a row holds its token at position i.
 
@@ -148,7 +149,8 @@ class _Build:
         )
 
     def norm(self, *axes: Axis) -> RMSNorm:
-        return RMSNorm(declare(nnx.Param, axes, self.dtype, nnx.initializers.ones, self.rngs.params()), self.config.rms_norm_eps)
+        weight = declare(nnx.Param, axes, self.dtype, nnx.initializers.ones, self.rngs.params())
+        return RMSNorm(weight, self.config.rms_norm_eps)
 
     def table(self) -> Table:
         axes = (Axis("vocab", self.config.vocab_size), self.embed)
@@ -393,7 +395,8 @@ class _Context:
         )
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class _Rotary:
     """Rotation of heads by position (RoFormer, arXiv 2104.09864), in Hugging Face's half-split layout."""
 
@@ -403,8 +406,9 @@ class _Rotary:
     @classmethod
     def at(cls, positions: Int[Array, "b s"], config: Qwen2Config, dtype: jnp.dtype) -> _Rotary:
         wide = jnp.promote_types(dtype, jnp.float32)
-        exponents = np.arange(0, config.head_dim, 2, dtype=wide) / wide.type(config.head_dim)
-        angles = positions[..., None].astype(wide) * (1 / wide.type(config.rope_theta) ** exponents)
+        # The power rounded to fp32, then its reciprocal: the last bits decide the angle at position 30,000.
+        periods = (config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)).astype(wide)
+        angles = positions[..., None].astype(wide) * (1 / periods)
         both = jnp.concatenate([angles, angles], axis=-1)
         return cls(jnp.cos(both), jnp.sin(both))
 

@@ -11,12 +11,12 @@ as blocking each row, and no block crosses a row; blocks of absmaxes do.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, UInt8
 
 from medllm.errors import UserError
@@ -35,7 +35,8 @@ CODES = np.array(
 )  # fmt: skip
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class NF4Weight:
     """A quantized weight of shape [out, in].
 
@@ -144,5 +145,8 @@ def _normalized(blocks: Float[Array, "*n block"], absmax: Float[Array, "*n"]) ->
 
 def _nearest(values: Float[Array, "*n"], table: np.ndarray) -> UInt8[Array, "*n"]:
     """Index of the nearest entry of an ascending table; a tie goes to the lower one."""
-    boundaries = (table[:-1] + table[1:]) / np.float32(2)
-    return jnp.searchsorted(boundaries, values, side="left", method="compare_all").astype(jnp.uint8)
+    boundaries = jnp.asarray((table[:-1] + table[1:]) / np.float32(2))
+    # Counting the boundaries below, one at a time: a comparison with all at once would take 15 bytes a weight.
+    return jax.lax.fori_loop(
+        0, len(table) - 1, lambda i, below: below + (values > boundaries[i]), jnp.zeros(values.shape, jnp.uint8), unroll=15
+    )

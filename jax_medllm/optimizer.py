@@ -38,7 +38,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int, step: Int[Array, ""
     :math:`\max(0, \tfrac12(1+\cos(\pi\,(t-w)/\max(1,T-w))))`, times the peak.
     """
     warmup = warmup_steps(config, total_steps)
-    step = jnp.asarray(step)
+    step = jnp.asarray(step, float)
     progress = (step - warmup) / max(1, total_steps - warmup)
     cosine = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
     return config.learning_rate * jnp.where(step < warmup, step / max(1, warmup), cosine)
@@ -68,7 +68,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        correction1, correction2 = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
+        correction1, correction2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
 
         def direction(m, v):
             return (m / correction1 / (jnp.sqrt(v / correction2) + eps)).astype(m.dtype)
@@ -76,6 +76,10 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         return jax.tree.map(direction, mu, nu), AdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _one_minus_power(beta: float, count: Int[Array, ""]) -> Float[Array, ""] | float:
+    return -jnp.expm1(count.astype(float) * math.log(beta)) if beta > 0 else 1.0
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

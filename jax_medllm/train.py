@@ -158,12 +158,12 @@ def train(
     if not total:
         raise UserError(f"there are no {task.unit} to train on: the data gave no unit")
     last = min(total, config.max_steps) if config.max_steps else total
-    graph, trainable, frozen = nnx.split(model, LoraParam, ...)
+    graph, trainable, *others = nnx.split(model, LoraParam, ...)
     optimizer = make_optimizer(optimizer_config, total)
     step_fn = make_step(graph, task.loss_fn, optimizer, partial(learning_rate, optimizer_config, total))
     state = (trainable, optimizer.init(trainable))
     checkpoints = Checkpoints(run.path / "checkpoints", {**task.settings, "steps": total})
-    loop = _Loop(task, step_fn, frozen, config, run, checkpoints)
+    loop = _Loop(task, step_fn, others[0], config, run, checkpoints)
     try:
         start = 0
         restored = checkpoints.restore(state) if resume else None

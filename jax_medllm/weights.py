@@ -11,7 +11,7 @@ is ever added to a quantized weight.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,7 +132,10 @@ def set_adapter(model: Qwen2, adapter: Adapter) -> None:
                 f"set --lora.{field} {getattr(given, field)}"
             )
     if set(given.targets) != set(lora.targets):
-        raise UserError(f"{adapter.path}: the adapter targets {', '.join(given.targets)}, the configuration {', '.join(lora.targets)}")
+        raise UserError(
+            f"{adapter.path}: the adapter targets {', '.join(given.targets)}, the configuration {', '.join(lora.targets)}; "
+            "set --lora.targets to the adapter's"
+        )
     _assign(model, _adapter_arrays(model, LoraParam, adapter))
 
 

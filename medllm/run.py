@@ -82,8 +82,8 @@ def is_primary_process() -> bool:
 class Run:
     """A run folder that is being written. In a multi-process launch only the primary process writes.
 
-    As a context manager it takes a folder it has just made away again when the block ends in a :class:`UserError`, so
-    that a refused input leaves nothing behind.
+    As a context manager it takes a folder it has just made away again when the block ends in a :class:`UserError` before
+    anything was measured, so that a refused input leaves nothing behind.
 
     Args:
         path: The folder. A folder that already holds a run is refused unless ``resume`` is set.
@@ -114,7 +114,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close_events()
-        if kind is not None and issubclass(kind, UserError) and self._made_here and is_primary_process():
+        refused = kind is not None and issubclass(kind, UserError) and not (self.path / "metrics.jsonl").exists()
+        if refused and self._made_here and is_primary_process():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:

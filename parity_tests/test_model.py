@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from transformers import Qwen2Config as HfConfig
 from transformers import Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.model import LoraParam, Qwen2, Qwen2Config, _Rotary
 from jax_medllm.weights import adapter_tensors, read_model, set_adapter
 from medllm.config import LoraConfig
 from medllm.model_directory import ModelDirectory, read_adapter
@@ -41,7 +43,8 @@ def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def jax_loss(model: Qwen2, tokens, segment_ids, positions, remat: bool = False):
     """Loss and logits as the oracle defines them."""
-    hidden = model.hidden(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids), positions=jnp.asarray(positions), remat=remat)
+    inputs = {"segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
+    hidden = model.hidden(jnp.asarray(tokens), **inputs, remat=remat)
     logits = model.logits(hidden)
     counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
@@ -130,6 +133,21 @@ def test_bf16_logits_are_no_further_from_the_truth_than_hugging_faces(tiny_model
         errors["theirs"].append(theirs - truth)
     ours, theirs = (np.sqrt(np.mean(np.square(errors[side]))) for side in ("ours", "theirs"))
     assert ours <= BFLOAT16_EXCESS.relative * theirs, f"{ours:.3g} against {theirs:.3g} ({BFLOAT16_EXCESS.reason})"
+
+
+def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_72b():
+    sizes = {"vocab_size": 9, "hidden_size": 8192, "intermediate_size": 8, "num_attention_heads": 64, "num_hidden_layers": 1}
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = HfConfig(**sizes, num_key_value_heads=8, rope_parameters=rope, max_position_embeddings=32768)
+    positions = np.arange(0, 32768, 37)[None]
+    theirs = np.stack(Qwen2RotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions)))[..., :64].astype(np.float64)
+    rotary = _Rotary.at(jnp.asarray(positions), Qwen2Config.from_hf(config.to_dict()), jnp.dtype(jnp.float32))
+    ours = np.stack([rotary.cos, rotary.sin])[..., :64].astype(np.float64)
+    angles = positions[..., None] / 1e6 ** (np.arange(0, 128, 2) / 128)
+    truth = np.stack([np.cos(angles), np.sin(angles)])
+    assert np.abs(ours - truth).max() <= 1.01 * np.abs(theirs - truth).max()
+    # fp32 angles near 30,000 are multiples of 0.002
+    assert np.abs(ours - theirs).max() <= 0.002
 
 
 def test_a_packed_document_has_the_logits_it_has_alone(float64, tiny_model):

@@ -59,7 +59,8 @@ def batches(tokenizer, rows: Iterator[Row], batch_tokens: int) -> Iterator[tuple
         some = list(itertools.islice(rows, 256))
         coded = tokenizer([row.text for row in some], return_offsets_mapping=True, add_special_tokens=False)
         for row, ids, offsets in zip(some, coded["input_ids"], coded["offset_mapping"], strict=True):
-            weights = [1.0 if any(a < stop and start < b for a, b in row.taught) else UNTAUGHT_WEIGHT for start, stop in offsets]
+            taught = [any(a < stop and start < b for a, b in row.taught) for start, stop in offsets]
+            weights = [1.0 if one else UNTAUGHT_WEIGHT for one in taught]
             length = next(size for size in BUCKETS if size > len(ids))
             waiting[length].append(([*ids, end], [*weights, 1.0]))
             if len(waiting[length]) * length >= batch_tokens:
@@ -110,18 +111,20 @@ def pretrain(world: World, out: Path, tokens: int, batch_tokens: int, learning_r
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
     state = optimizer.init(params)
     step = make_step(graph, optimizer)
-    started, seen = time.time(), 0
+    started, seen = time.monotonic(), 0
     window: dict[int, list[float]] = defaultdict(list)
     for number, batch in enumerate(itertools.islice(batches(tokenizer, base_diet(world, seed), batch_tokens), steps), start=1):
         params, state, loss, accuracy = step(params, state, batch)
         seen += batch["tokens"].size
         window[batch["tokens"].shape[1]].append((float(loss), float(accuracy)))
         if number % 100 == 0 or number == steps:
-            parts = " ".join(f"{k}:{np.mean([x for x, _ in v]):.2f}/{np.mean([x for _, x in v]):.3f}" for k, v in sorted(window.items()))
-            print(f"step {number}/{steps} tokens {seen / 1e6:.2f}M {seen / (time.time() - started):.0f}/s {parts}", flush=True)
+            rate = seen / (time.monotonic() - started)
+            means = {length: np.mean(values, axis=0) for length, values in sorted(window.items())}
+            parts = "  ".join(f"[{length}] loss {mean[0]:.3f} right {mean[1]:.3f}" for length, mean in means.items())
+            print(f"step {number}/{steps}  {seen / 1e6:.2f} M tokens  {rate:.0f}/s  {parts}", flush=True)
             window.clear()
     model = nnx.merge(graph, params)
-    write_model(out, config.to_hf(), model_tensors(model))
+    write_model(out, config.to_hf() | {"eos_token_id": tokenizer.eos_token_id, "torch_dtype": "float32"}, model_tensors(model))
     tokenizer.save_pretrained(out)
 
 

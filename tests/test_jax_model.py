@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,28 +64,38 @@ def hf_config(width=896, mlp=4864, layers=24, heads=14, kv_heads=2, vocabulary=1
     } | changes
 
 
-def build(config: Qwen2Config = TINY, **settings) -> Qwen2:
-    """A random model with random biases, and random B where it has an adapter."""
-    model = Qwen2(config, rngs=nnx.Rngs(0), **settings)
-    for number, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
-        if path[-1] in ("bias", "B"):
-            variable = variable.replace(0.3 * jax.random.normal(jax.random.key(number), variable.shape))
-            nnx.update(model, nnx.from_flat_state({path: variable}))
-    return model
+@cache
+def build(**settings) -> Qwen2:
+    """A random model with random biases, and random B where it has an adapter. Its generator is quick to compile."""
+
+    @jax.jit
+    def initial() -> tuple[nnx.GraphDef, nnx.State]:
+        model = Qwen2(TINY, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")), **settings)
+        for number, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
+            if path[-1] in ("bias", "B"):
+                variable = variable.replace(0.3 * jax.random.normal(jax.random.key(number, impl="rbg"), variable.shape))
+                nnx.update(model, nnx.from_flat_state({path: variable}))
+        return nnx.split(model)
+
+    return nnx.merge(*initial())
 
 
-@jax.jit
-def hidden(model: Qwen2, tokens: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="adapter")
+def packed(model: Qwen2, tokens, segment_ids, positions, parent_ids=None, adapter: bool = True) -> jax.Array:
+    return model.hidden(tokens, segment_ids=segment_ids, positions=positions, parent_ids=parent_ids, adapter=adapter)
+
+
+def hidden(model: Qwen2, tokens: jax.Array, adapter: bool = True) -> jax.Array:
     """One document a row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model.hidden(tokens, segment_ids=jnp.ones_like(tokens), positions=positions)
+    return packed(model, tokens, jnp.ones_like(tokens), positions, adapter=adapter)
 
 
 decode = jax.jit(lambda model, tokens, cache, start: model.decode(tokens, cache, start=start))
 
 
 def random_tokens(*shape: int) -> jax.Array:
-    return jax.random.randint(jax.random.key(1), shape, 0, TINY.vocab_size)
+    return jnp.asarray(np.random.default_rng(1).integers(0, TINY.vocab_size, shape))
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -171,7 +183,7 @@ def test_responses_that_share_a_prompt_have_the_states_of_separate_rows():
     segment_ids = jnp.array([[1] * 5 + [2] * 4 + [3] * 3])
     parent_ids = jnp.where(segment_ids > 1, 1, 0)
     positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]])
-    together = model.hidden(tokens, segment_ids=segment_ids, positions=positions, parent_ids=parent_ids)[0]
+    together = packed(model, tokens, segment_ids, positions, parent_ids)[0]
     np.testing.assert_allclose(together[:9], hidden(model, tokens[:, :9])[0], atol=2e-5)
     alone = hidden(model, jnp.concatenate([tokens[:, :5], tokens[:, 9:]], axis=1))[0]
     np.testing.assert_allclose(together[9:], alone[5:], atol=2e-5)
@@ -182,8 +194,8 @@ def test_padding_leaves_no_trace_and_stays_finite():
     tokens = random_tokens(1, 8)
     segment_ids = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0]])
     positions = jnp.arange(8)[None] * segment_ids
-    first = model.hidden(tokens, segment_ids=segment_ids, positions=positions)
-    other = model.hidden(tokens.at[:, 5:].set(3), segment_ids=segment_ids, positions=positions)
+    first = packed(model, tokens, segment_ids, positions)
+    other = packed(model, tokens.at[:, 5:].set(3), segment_ids, positions)
     np.testing.assert_array_equal(first[:, :5], other[:, :5])
     assert np.isfinite(first).all()
 
@@ -191,18 +203,19 @@ def test_padding_leaves_no_trace_and_stays_finite():
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_adapter_switched_off_is_the_model_without_it(quantization):
     with_adapter = build(quantization=quantization, lora=LoraConfig(rank=4))
-    without = build(quantization=quantization)
-    shared = {p: v for p, v in nnx.to_flat_state(nnx.state(with_adapter, nnx.Not(LoraParam)))}
-    nnx.update(without, nnx.from_flat_state(shared))
+    without = nnx.eval_shape(lambda: Qwen2(TINY, quantization=quantization, rngs=nnx.Rngs(0)))
+    nnx.update(without, nnx.state(with_adapter, nnx.Not(LoraParam)))
     tokens = random_tokens(2, 6)
-    inputs = {"segment_ids": jnp.ones_like(tokens), "positions": jnp.broadcast_to(jnp.arange(6), tokens.shape)}
-    off = with_adapter.hidden(tokens, **inputs, adapter=False)
-    np.testing.assert_array_equal(off, without.hidden(tokens, **inputs))
-    assert np.abs(with_adapter.hidden(tokens, **inputs) - off).max() > 1e-2
+    off = hidden(with_adapter, tokens, adapter=False)
+    np.testing.assert_array_equal(off, hidden(without, tokens))
+    assert np.abs(hidden(with_adapter, tokens) - off).max() > 1e-2
 
 
 def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
-    model = build(lora=LoraConfig(rank=4, targets=("q_proj", "down_proj")), frozen_lora=LoraConfig(rank=2), quantization="nf4")
+    lora = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
+    model = nnx.eval_shape(
+        lambda: Qwen2(TINY, lora=lora, frozen_lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0))
+    )
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
     assert trained == {
         ("layers", block, target, "lora", matrix)
@@ -231,12 +244,13 @@ def test_the_compiled_program_does_not_grow_with_depth():
 
 
 def test_a_quantized_layer_keeps_only_packed_bytes_for_the_backward_pass():
-    weight = quantize(jax.random.normal(jax.random.key(0), (128, 192)))
-    x = jax.random.normal(jax.random.key(1), (5, 192))
+    rng = np.random.default_rng(0)
+    weight = jax.jit(quantize)(rng.normal(size=(128, 192)))
+    x = jnp.asarray(rng.normal(size=(5, 192)), jnp.float32)
     y, backward = jax.vjp(lambda x: nf4_matmul(x, weight), x)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
     assert kept < 128 * 192
-    g = jax.random.normal(jax.random.key(2), y.shape)
+    g = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
     dense = dequantize(weight, jnp.float32)
     np.testing.assert_allclose(y, x @ dense.T, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(backward(g)[0], g @ dense, rtol=1e-5, atol=1e-4)

@@ -69,7 +69,8 @@ def test_an_all_zero_block_stays_zero():
 def test_the_parts_have_the_declared_shapes():
     weight = quantized(np.ones((20, 320), np.float32))  # 100 blocks: the block of absmaxes is not full
     declared = weight_shapes(20, 320)
-    assert jax.tree.map(lambda part: (part.shape, part.dtype), weight) == jax.tree.map(lambda part: (part.shape, part.dtype), declared)
+    for found, part in zip(jax.tree.leaves(weight), jax.tree.leaves(declared), strict=True):
+        assert (found.shape, found.dtype) == (part.shape, part.dtype)
 
 
 def test_bf16_weights_quantize_as_the_same_values_in_fp32():

@@ -57,3 +57,24 @@ def test_an_atomic_directory_replaces_the_old_one_whole(tmp_path):
         scratch.mkdir()
         (scratch / "new").touch()
     assert [file.name for file in target.iterdir()] == ["new"]
+
+
+def test_a_refused_input_takes_the_new_folder_away(tmp_path):
+    with pytest.raises(UserError), Run(tmp_path / "run", config(tmp_path)):
+        raise UserError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_measured_stays(tmp_path):
+    with pytest.raises(UserError), Run(tmp_path / "run", config(tmp_path)) as run:
+        run.log(1, loss=2.0)
+        raise UserError("diverged")
+    assert run.metrics() == [{"step": 1, "loss": 2.0}]
+
+
+def test_only_the_primary_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with Run(tmp_path / "run", config(tmp_path)) as run:
+        run.log(1, loss=2.0)
+        run.finish({})
+    assert list(tmp_path.iterdir()) == []

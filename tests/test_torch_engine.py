@@ -3,16 +3,24 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from bitsandbytes.nn import Linear4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import torch_ref
 from medllm.config import (
     CptConfig,
     LoraConfig,
@@ -195,11 +203,73 @@ def test_training_resumed_from_a_checkpoint_ends_where_an_uninterrupted_one_does
     half = cpt_config(dense, tmp_path / "half", max_steps=2)
     _, stopped = train(half, rows())
     assert stopped.steps == 2 < whole.steps
+    with (tmp_path / "half" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 0.0}\n')  # logged, then killed before its checkpoint
     run, resumed = train(dataclasses.replace(half, training=cpt_config(dense, "").training, resume=True), rows())
     assert resumed.steps == whole.steps
     assert [line["step"] for line in run.metrics()] == list(range(1, whole.steps + 1))
+    assert all(line["loss"] > 0 for line in run.metrics())
     for name, value in adapter_of(whole).items():
         torch.testing.assert_close(adapter_of(resumed)[name], value, atol=1e-6, rtol=0)
+
+
+TWO_PROCESSES = """
+import sys
+import numpy as np
+from medllm.config import CptConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from medllm.corpus.packing import pack
+from medllm.run import Run
+from torch_ref import TorchEngine
+
+config = CptConfig(
+    ModelConfig(sys.argv[1], dtype="float32"), sys.argv[2], lora=LoraConfig(rank=4, alpha=8), optimizer=OptimizerConfig(1e-2),
+    training=TrainingConfig(epochs=1, batch_size=2, accumulation=2),
+)
+rows = pack([np.arange(1, length) for length in (20, 14, 16, 24, 17, 18, 21, 22)], 24, 0)
+assert len(rows.tokens) == 8
+with Run(config.run, config) as run:
+    TorchEngine(config.model).train_cpt(rows, config, run)
+"""
+
+
+def test_two_processes_train_what_one_trains_and_one_of_them_writes(folder, tmp_path):
+    for count, port in ((1, None), (2, free_port())):
+        launched = [
+            subprocess.Popen(
+                [sys.executable, "-c", TWO_PROCESSES, str(folder), str(tmp_path / str(count))],
+                env={
+                    **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
+                    **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if port else {}),
+                    **({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if port else {}),
+                },
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+        for process in launched:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()[-2000:]
+    logs = ((tmp_path / count / "metrics.jsonl").read_text().splitlines() for count in "12")
+    one, two = ([json.loads(line) for line in log] for log in logs)
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose([line[name] for line in two], [line[name] for line in one], rtol=1e-5)
+    adapters = [load_file(tmp_path / count / "adapter" / "adapter_model.safetensors") for count in "12"]
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("cpt_4xa100", 4), ("rpo_2xa100", 2)])
+def test_accelerate_reads_the_launch_files(name, gpus):
+    config = load_config_from_file(str(Path(torch_ref.__file__).parent / "accelerate" / f"{name}.yaml"))
+    assert (config.num_processes, config.mixed_precision) == (gpus, "bf16")
+    assert config.distributed_type == "MULTI_GPU"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 10.0])
@@ -279,6 +349,18 @@ def test_nf4_is_quantized_as_documented_and_trains_on_this_cpu(nf4, tmp_path):
     assert all(gradient is not None for gradient in gradients.values())
     assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if "lora_B" in name)
     assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_a_bitsandbytes_directory_opens_as_it_is(nf4, folder, tmp_path):
+    model = open_model(nf4)
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        model.save_pretrained(tmp_path / "packed")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / name, tmp_path / "packed" / name)
+        engine = TorchEngine(dataclasses.replace(nf4, path=str(tmp_path / "packed")))
+        assert torch.equal(engine.model(tokens).logits, expected)
 
 
 def test_qlora_runs_through_both_stages(nf4, tmp_path):
@@ -410,6 +492,25 @@ def test_what_cannot_be_opened_or_trained_is_refused_in_one_line(dense, folder, 
         train(rpo_config(dense, tmp_path / "lonely"), lonely)
     with pytest.raises(UserError, match="max_length is 3"):
         train(rpo_config(dense, tmp_path / "short", max_length=3), preferences())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(dense, tmp_path):
+    config = dataclasses.replace(cpt_config(dense, tmp_path / "run"), optimizer=OptimizerConfig(1e38, warmup_ratio=0))
+    with pytest.raises(UserError, match=r"step 2: the loss is (nan|inf)"):
+        train(config, rows())
+
+
+@pytest.mark.parametrize("change", ["drop", "cut"])
+def test_a_model_with_a_tensor_missing_or_misshapen_is_refused(dense, folder, tmp_path, change):
+    shutil.copytree(folder, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    if change == "drop":
+        del tensors[name]
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
+        open_model(dataclasses.replace(dense, path=str(tmp_path / "broken")))
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(dense, tmp_path, monkeypatch):

@@ -7,9 +7,13 @@ It is what the JAX engine is measured against, and what someone with A100s runs.
     rpo.py       RPO and DPO with TRL's DPOTrainer
     generate.py  continuations and their log-probabilities
     trainer.py   what the two training recipes share: arguments, the log, the summary
+    console.py   what the libraries may print
     engine.py    the four behind medllm.engine.Engine
 """
 
+import torch_ref.console  # noqa: F401  (first: it quietens what the imports below print)
+
+# isort: split
 from torch_ref.cpt import train_cpt
 from torch_ref.engine import TorchEngine
 from torch_ref.generate import generate, logprobs

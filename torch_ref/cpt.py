@@ -3,7 +3,8 @@
     rows → input_ids, position_ids, labels → Trainer (AdamW, cosine with warmup, clipping) → PEFT adapter
 
 The loss is one token mean over all targets of an optimizer step, over accumulation and devices alike: the Trainer counts the
-labels of a whole step before it divides.
+labels of a whole step before it divides. Where the rows do not divide over the devices, accelerate fills an epoch's last batch
+with rows from its beginning.
 """
 
 from __future__ import annotations

@@ -109,15 +109,13 @@ class _StopAtStrings(StoppingCriteria):
 
 
 @torch.no_grad()
-def _continue(
-    model: Any, tokenizer: Any, prompts: list[list[int]], samples: list[int], sampling: Sampling
-) -> list[list[int]]:
-    """New tokens of one batch, end and padding tokens included."""
+def _continue(model: Any, tokenizer: Any, prompts: list[list[int]], samples: list[int], sampling: Sampling) -> list[list[int]]:
+    """New tokens of one batch, end and padding tokens included; one more than asked for, to see whether it is the end."""
     tokens, mask = _pad(prompts, tokenizer.pad_token_id, "left", model.device)
     width = tokens.shape[1]
     # The model folder's own generation defaults (a repetition penalty, a top_k) must not colour the answers.
     model.generation_config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens + 1,  # the end token is not counted
         do_sample=False,
         eos_token_id=end_token(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -151,7 +149,7 @@ def _generation(tokenizer: Any, row: list[int], sampling: Sampling) -> Generatio
     """Cut a row at its end token and its text at the first stop string."""
     end = end_token(tokenizer)
     ended = end in row
-    tokens = row[: row.index(end)] if ended else row
+    tokens = (row[: row.index(end)] if ended else row)[: sampling.max_new_tokens]
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cuts = [text.index(stop) for stop in sampling.stop if stop in text]
     if cuts and not ended:

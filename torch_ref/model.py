@@ -74,25 +74,32 @@ def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
     """
     check_model(model)
     dtype = DTYPES[model.dtype]
-    stored_in_4bit = "quantization_config" in ModelDirectory(model.path).config
-    quantization = None
-    if model.quantization == "nf4" and not stored_in_4bit:
-        quantization = BitsAndBytesConfig(
+    quantization: dict[str, Any] = {}
+    # A directory stored in 4 bits says so in its config and is opened as it is.
+    if model.quantization == "nf4" and "quantization_config" not in ModelDirectory(model.path).config:
+        quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base, report = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=dtype,
-            quantization_config=quantization,
             # Every data-parallel process holds the whole model on its own GPU: 72B in NF4 is about 41 GB.
             device_map={"": device()},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **quantization,
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model.path}: transformers cannot open this model: {str(error).splitlines()[0]}") from error
+    # transformers puts random numbers in the place of such a tensor.
+    for wrong in (*sorted(report["missing_keys"]), *sorted(str(key[0]) for key in report["mismatched_keys"])):
+        raise UserError(
+            f"{model.path}: {wrong} is missing or has another shape than config.json makes it; copy the whole model"
+        )
     _settle_quantized_layers(base, dtype)
     base.requires_grad_(False).eval()
     if model.adapter is None:

@@ -102,11 +102,11 @@ class RunLog(TrainerCallback):
         self._run = run
         self._constants = constants
         self._max_steps = training.max_steps
-        self._first: tuple[float, float] | None = None
-        self._last: tuple[float, float] = (0.0, 0.0)
+        self._marks: list[tuple[float, float]] = []  # (seconds, epochs) at the start, after the first and after the last step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
+        self._marks = [(time.monotonic(), state.epoch or 0.0)]
         file = self._run.path / "metrics.jsonl"
         lines = [line for line in self._run.metrics() if line["step"] <= state.global_step]
         if state.is_world_process_zero and len(lines) < len(self._run.metrics()):
@@ -115,8 +115,7 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the time, and close the run at its last step with a log line and a checkpoint."""
-        self._last = (time.monotonic(), state.epoch or 0.0)
-        self._first = self._first or self._last
+        self._marks = [*self._marks[:2], (time.monotonic(), state.epoch or 0.0)]
         stop = self._max_steps and state.global_step >= self._max_steps
         if stop or state.global_step >= state.max_steps:
             control.should_training_stop = control.should_log = control.should_save = True
@@ -135,10 +134,11 @@ class RunLog(TrainerCallback):
             self._run.log(state.global_step, **numbers, **self._constants)
 
     def epochs_per_second(self) -> float:
-        """Speed after the first step, which pays for allocations and kernel selection; 0 for a run of a single step."""
-        if self._first is None or self._last[0] == self._first[0]:
+        """Speed after the first step, which pays for allocations and kernel selection; of that step if it is the only one."""
+        if len(self._marks) < 2:
             return 0.0
-        return (self._last[1] - self._first[1]) / (self._last[0] - self._first[0])
+        (began, start), (ended, end) = self._marks[-2:]
+        return (end - start) / (ended - began)
 
 
 def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_per_epoch: int) -> TrainSummary:

@@ -75,7 +75,8 @@ def mistaken(world: World, rng: random.Random, disease: Disease, relation: Relat
     other = world.lookalike(disease)
     opening = rng.choice(_CONFUSIONS).format(x=disease.name, z=other.name)
     explanation = opening + _own_words(world, rng, other, relation, problem)
-    return dataclasses.replace(problem, explanation=explanation, answer=_letters(problem.choices, world.answers(other, relation)))
+    answer = _letters(problem.choices, world.answers(other, relation))
+    return dataclasses.replace(problem, explanation=explanation, answer=answer)
 
 
 def train_problems(world: World, per_year: int) -> list[Problem]:
@@ -96,7 +97,7 @@ def shot_problems(world: World, count: int = 3) -> list[Problem]:
     shots = []
     for index, (disease, relation) in enumerate(zip(diseases, relations, strict=False)):
         wording = rng.choice(train_wordings(world, disease, relation))
-        shots.append(ask(world, rng, disease, relation, wording, problem_id=f"100A{index + 1}", year=2006, section="A"))
+        shots.append(ask(world, rng, disease, relation, wording, problem_id=f"99A{index + 1}", year=2005, section="A"))
     return shots
 
 

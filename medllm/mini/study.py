@@ -187,6 +187,7 @@ def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, pr
     from medllm.run import write_json
 
     result = run_study(engine_name, out_dir, preset, progress)
+    page = Path(out_dir) / "report.html"
     figures = {
         "stage": "mini",
         "engine": engine_name,
@@ -194,10 +195,10 @@ def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, pr
         "seconds": result.seconds,
         "scores": result.scores(),
         "training": {model: asdict(summary) for model, summary in result.training.items()},
-        "report": str(Path(out_dir) / "report.html"),
+        "report": str(page),
     }
     if is_primary_process():
-        write_study_report(Path(figures["report"]), result)
+        write_study_report(page, result)
         write_json(Path(out_dir) / "result.json", figures)
     return figures
 
@@ -218,7 +219,8 @@ class _Study:
         self.shots = shot_problems(world, SHOTS)
         self.train = train_problems(world, config.train_per_year)[:limit]
         self.exam = exam_problems(world, config.exam_per_year)[:limit]
-        explained = random.Random(f"corpus/{world.config.seed}").sample(self.train, min(config.explained_in_corpus, len(self.train)))
+        count = min(config.explained_in_corpus, len(self.train))
+        explained = random.Random(f"corpus/{world.config.seed}").sample(self.train, count)
         self.corpus = [*cpt_documents(world, config.documents_per_disease), *explained_problems(explained)]
 
     def run(self) -> StudyResult:
@@ -267,9 +269,7 @@ class _Study:
         self.say(f"CPT: {len(self.corpus)} documents")
         corpus = CorpusConfig(documents=(str(self._corpus_file),), length=self.config.row_length)
         config = CptConfig(base, str(folder), corpus, stage.lora, stage.optimizer, stage.training)
-        self._trained("CPT", folder, run_cpt(config, self.engine_name))
-        merge_adapter(base.path, folder / "adapter", folder / "merged")
-        return dataclasses.replace(base, path=str(folder / "merged"))
+        return self._trained("CPT", base, folder, run_cpt(config, self.engine_name))
 
     def _preference(self, label: str, name: str, start: ModelConfig, preferences: Path, alpha: float) -> ModelConfig:
         folder, stage = self.out / name, self.config.preference
@@ -278,15 +278,17 @@ class _Study:
         config = RpoConfig(
             start, str(folder), str(preferences), loss, self.config.pairs, stage.lora, stage.optimizer, stage.training
         )
-        self._trained(label, folder, run_rpo(config, self.engine_name))
-        return dataclasses.replace(start, adapter=str(folder / "adapter"))
+        return self._trained(label, start, folder, run_rpo(config, self.engine_name))
 
-    def _trained(self, label: str, folder: Path, result: dict[str, Any]) -> None:
+    def _trained(self, label: str, start: ModelConfig, folder: Path, result: dict[str, Any]) -> ModelConfig:
+        """The model after training: the adapter merged into the weights it was trained on."""
         names = [item.name for item in dataclasses.fields(TrainSummary)]
         summary = TrainSummary(**{name: result[name] for name in names})
         self.training[label] = summary
         self.runs.append(folder)
         self.say(f"{label}: {summary.steps} steps in {summary.seconds:.0f} s, loss {summary.loss:.3f}")
+        merge_adapter(start.path, folder / "adapter", folder / "merged")
+        return dataclasses.replace(start, path=str(folder / "merged"))
 
     def _measure(self, label: str, model: ModelConfig, curate_as: str | None = None) -> Path:
         """Both settings of the exam, and the preference data where asked for; the model is opened once."""

@@ -257,9 +257,9 @@ def make_world(config: WorldConfig = WorldConfig()) -> World:
         shares = [low + (high - low) * i / max(1, count - 1) for i in range(count)]
         rng.shuffle(shares)
         for index in range(0, count, 2):
-            first, second = names["disease"][start + index : start + index + 2]
+            pair = names["disease"][start + index : start + index + 2]
             facts = _pair_of_facts(rng, names, reaction, specimen)
-            for name, other, fact, share in zip((first, second), (second, first), facts, shares[index : index + 2], strict=True):
+            for name, other, fact, share in zip(pair, reversed(pair), facts, shares[index : index + 2], strict=True):
                 diseases[name] = Disease(name, *fact, lookalike=other, known=known, misconception=share)
     return World(config, diseases, names, reaction, specimen)
 

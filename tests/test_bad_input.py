@@ -1,0 +1,123 @@
+"""Bad input through the command line: one clear line with the place and the remedy, exit code 2, nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medllm.cli import main
+from medllm.mini.study import BASE
+from medllm.model_directory import ModelDirectory
+
+PROBLEM = {"problem_id": "1", "problem_text": "どれか。", "choices": ["甲", "乙"], "answer": ["a"], "explanation": "甲である。"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with one good input of each kind; ``config`` options that fit the embedded model."""
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "本文である。"}) + "\n", encoding="utf-8")
+    (tmp_path / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(folder: Path, capsys, *arguments: str) -> str:
+    """Run the command, hold it to one line and exit code 2, and to leaving the folder as it was."""
+    before = sorted(folder.rglob("*"))
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert sorted(folder.rglob("*")) == before
+    return lines[0]
+
+
+def cpt(*more: str, model: str = str(BASE), documents: str = "text.jsonl") -> list[str]:
+    return ["cpt", "--model.path", model, "--model.dtype", "float32", "--run", "run", "--corpus.documents", documents, *more]
+
+
+def evaluate(*more: str, problems: str = "problems.jsonl") -> list[str]:
+    settings = ["--model.path", str(BASE), "--model.dtype", "float32", "--run", "run", "--shot_count", "0"]
+    return ["evaluate", *settings, "--problems", problems, *more]
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_a_missing_model_folder(folder, capsys, engine):
+    assert "nowhere" in refused(folder, capsys, *cpt("--engine", engine, model="nowhere"))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_a_model_of_another_architecture(folder, capsys, engine):
+    other = folder / "other"
+    other.mkdir()
+    for file in BASE.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "config.json").write_text(json.dumps(ModelDirectory(BASE).config | {"model_type": "llama"}))
+    line = refused(folder, capsys, *cpt("--engine", engine, model="other"))
+    assert "llama" in line
+    assert "qwen2" in line.lower()
+
+
+def test_a_malformed_line_is_named_by_file_and_number(folder, capsys):
+    (folder / "text.jsonl").write_text('{"text": "一"}\n{"text": \n', encoding="utf-8")
+    assert "text.jsonl:2" in refused(folder, capsys, *cpt())
+    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\nnot json\n", encoding="utf-8")
+    assert "problems.jsonl:2" in refused(folder, capsys, *evaluate())
+
+
+def test_an_answer_that_is_not_among_the_choices(folder, capsys):
+    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM | {"answer": ["c"]}) + "\n", encoding="utf-8")
+    line = refused(folder, capsys, *evaluate())
+    assert "problems.jsonl:1" in line
+    assert "problem 1" in line
+
+
+def test_an_empty_corpus(folder, capsys):
+    (folder / "text.jsonl").write_text("", encoding="utf-8")
+    assert "text.jsonl" in refused(folder, capsys, *cpt())
+
+
+def test_a_column_that_is_not_there(folder, capsys):
+    assert "--corpus.text_column" in refused(folder, capsys, *cpt("--corpus.text_column", "body"))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_a_tokenizer_that_does_not_fit_the_vocabulary(folder, capsys, engine):
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    settings = json.loads((BASE / "tokenizer.json").read_text(encoding="utf-8"))
+    settings["model"]["vocab"]["thislongwordisnew"] = 1_000_000
+    (tokenizer / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tokenizer / "tokenizer_config.json").write_bytes((BASE / "tokenizer_config.json").read_bytes())
+    line = refused(folder, capsys, *cpt("--engine", engine, "--model.tokenizer", "tokenizer"))
+    assert "vocabulary" in line
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_a_prompt_longer_than_the_context(folder, capsys, engine):
+    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM | {"problem_text": "長い" * 4000}) + "\n", encoding="utf-8")
+    line = refused(folder, capsys, *evaluate("--engine", engine))
+    assert str(ModelDirectory(BASE).config["max_position_embeddings"]) in line
+
+
+def test_a_held_out_year_never_enters_training(folder, capsys):
+    (folder / "problems.jsonl").write_text(json.dumps(PROBLEM | {"year": 2018}) + "\n", encoding="utf-8")
+    assert "2018" in refused(folder, capsys, *cpt("--corpus.problems", "problems.jsonl"))
+    settings = ["--model.path", str(BASE), "--run", "run", "--problems", "problems.jsonl", "--shot_count", "0"]
+    assert "2018" in refused(folder, capsys, "curate", *settings)
+
+
+def test_shots_that_are_not_there(folder, capsys):
+    assert "--shots" in refused(folder, capsys, *evaluate("--shot_count", "3"))
+    assert "1 problems" in refused(folder, capsys, *evaluate("--shot_count", "3", "--shots", "problems.jsonl"))
+
+
+def test_preferences_without_a_pair(folder, capsys):
+    sample = {"text": "甲である。\n Answer:a", "answer": "a"}
+    row = {"problem_id": "1", "prompt": "問", "ground_truth": sample, "chosen": [], "rejected": []}
+    (folder / "preferences.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    settings = ["--model.path", str(BASE), "--run", "run", "--preferences", "preferences.jsonl"]
+    assert "no pair" in refused(folder, capsys, "rpo", *settings)
+
+
+def test_a_model_with_an_adapter_must_be_merged_before_training(folder, capsys):
+    assert "medllm convert" in refused(folder, capsys, *cpt("--model.adapter", "adapter", "--corpus.length", "64"))

@@ -1,0 +1,108 @@
+"""A run that stops and goes on ends where an uninterrupted one ends, bit for bit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_medllm.batches import cpt_step, plan_steps
+from jax_medllm.checkpoint import Checkpoints
+from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.train import Task, cpt_loss_fn, train
+from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
+from medllm.corpus.packing import PackedRows
+from medllm.errors import UserError
+from medllm.run import Run
+
+SMALL = Qwen2Config(
+    vocab_size=53,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    max_positions=128,
+)
+
+
+def session(run, settings=None, **changes):
+    """One call of ``train`` on six rows; answers with the adapter's arrays."""
+    tokens = np.random.default_rng(0).integers(1, 53, (6, 16)).astype(np.int32)
+    rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(16, dtype=np.int32), (6, 1)))
+    config = TrainingConfig(**{"epochs": 2, "batch_size": 1, "accumulation": 2} | changes)
+    task = Task(
+        cpt_loss_fn, plan_steps(6, config), lambda step: cpt_step(rows, step, config), lambda step: 32, "tokens", settings or {}
+    )
+    model = Qwen2(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
+    train(model, task, optimizer, config, run, resume=True)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, LoraParam))]
+
+
+def logged(run):
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in run.metrics()]
+
+
+def test_three_steps_and_three_resumed_are_six_steps(tmp_path):
+    straight, halves = Run(tmp_path / "straight", TrainingConfig()), Run(tmp_path / "halves", TrainingConfig())
+    expected = session(straight)
+    session(halves, max_steps=3)
+    got = session(halves)
+    for a, b in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [line["step"] for line in logged(halves)] == [1, 2, 3, 4, 5, 6]
+    assert logged(halves) == logged(straight)
+
+
+def test_lines_logged_after_the_last_checkpoint_are_replaced_on_resuming(tmp_path):
+    run = Run(tmp_path / "run", TrainingConfig())
+    session(run, max_steps=3)
+    run.log(4, loss=99.0)
+    session(run, max_steps=5)
+    assert [line["step"] for line in logged(run)] == [1, 2, 3, 4, 5]
+    assert max(line["loss"] for line in logged(run)) < 10
+
+
+def test_resuming_a_complete_run_changes_nothing(tmp_path):
+    run = Run(tmp_path / "run", TrainingConfig())
+    first, before = session(run), logged(run)
+    for a, b in zip(first, session(run), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert logged(run) == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
+    run = Run(tmp_path / "run", TrainingConfig())
+    session(run, settings={"rows": 6}, max_steps=1)
+    with pytest.raises(UserError, match="rows = 6, this run has 7"):
+        session(run, settings={"rows": 7})
+
+
+def test_only_the_last_checkpoint_is_kept_unless_more_are_asked_for(tmp_path):
+    def kept(run):
+        return sorted(int(folder.name) for folder in (run.path / "checkpoints").iterdir() if folder.name.isdigit())
+
+    last, several = Run(tmp_path / "last", TrainingConfig()), Run(tmp_path / "several", TrainingConfig())
+    session(last)
+    session(several, checkpoint_every=2)
+    assert kept(last) == [6]
+    assert kept(several) == [4, 6]
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path):
+    state = {"a": jnp.arange(3.0)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+    checkpoints.save(state, 1, 0)
+    checkpoints.close()
+    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        Checkpoints(tmp_path / "checkpoints", {}).restore(state)

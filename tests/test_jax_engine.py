@@ -1,0 +1,158 @@
+"""The engine from a model directory to an adapter that changes what the model says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jax_medllm.engine import JaxEngine
+from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.weights import model_tensors
+from medllm.config import (
+    CptConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PairConfig,
+    PreferenceLoss,
+    RpoConfig,
+    Sampling,
+    TrainingConfig,
+)
+from medllm.corpus.packing import PackedRows
+from medllm.engine import Continuation
+from medllm.errors import UserError
+from medllm.model_directory import read_adapter, write_model
+from medllm.preferences.records import Preference, Sample
+from medllm.run import Run
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .:"
+SMALL = Qwen2Config(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    max_positions=96,
+)
+LORA = LoraConfig(rank=8, alpha=16)
+FAST = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    # Wider than at initialization: with embeddings of 0.02 no adapter could make a token likely.
+    tensors = ((name, tensor * (8 if tensor.ndim > 1 else 1)) for name, tensor in model_tensors(Qwen2(SMALL, rngs=nnx.Rngs(0))))
+    write_model(folder, SMALL.to_hf(), tensors)
+    vocabulary = {"<end>": 0, **{letter: i + 1 for i, letter in enumerate(LETTERS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<end>|."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(str(folder))
+    return folder
+
+
+def model_config(directory, **changes):
+    return ModelConfig(str(directory), dtype="float32", **changes)
+
+
+def ids(text):
+    return tuple(LETTERS.index(letter) + 1 for letter in text)
+
+
+def test_cpt_teaches_a_text_and_the_adapter_reopened_recites_it(directory, tmp_path):
+    line = "the liver is in the right upper part."
+    tokens = np.array([[*ids(line), 0]] * 4, np.int32)
+    rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(tokens.shape[1], dtype=np.int32), (4, 1)))
+    training = TrainingConfig(epochs=150, batch_size=4, accumulation=1, log_every=10, gradient_checkpointing=False)
+    config = CptConfig(model_config(directory), str(tmp_path / "run"), lora=LORA, optimizer=FAST, training=training)
+    run = Run(config.run, config)
+    engine = JaxEngine(config.model)
+    summary = engine.train_cpt(rows, config, run)
+    assert summary.steps == 150
+    assert summary.loss == run.metrics()[-1]["loss"] < 0.1
+    assert summary.rate > 0
+    assert read_adapter(run.path / "adapter").rank == 8
+
+    asked = [Continuation(ids("the liver "), (*ids("is in the right upper part."), 0))]
+    taught = JaxEngine(model_config(directory, adapter=summary.adapter))
+    before, after = engine.logprobs(asked)[0], taught.logprobs(asked)[0]
+    assert after.shape == (28,)
+    assert after.sum() > before.sum() + 28
+    prompts = ["the liver ", "the liver is in "]
+    (one,), (two,) = taught.generate(prompts, Sampling(max_new_tokens=40))
+    assert one.finish == "stop"
+    assert one.text.replace(" ", "") == "isintherightupperpart."
+    assert two.tokens == ids("the right upper part.")
+    (cut,), _ = taught.generate(prompts, Sampling(max_new_tokens=40, stop=("upper",)))
+    assert cut.tokens == ids("is in the right upper")
+
+
+def preference(index):
+    word = "abc"[index % 3]
+    return Preference(
+        f"p{index}",
+        f"question {word}:",
+        Sample(f" {word} it is.", word),
+        chosen=(Sample(f" {word}.", word),),
+        rejected=(Sample(" xyz no.", "x"),),
+    )
+
+
+@pytest.mark.parametrize("unit", ["problem", "pair"])
+def test_rpo_raises_the_margin_of_the_hierarchy(directory, tmp_path, unit):
+    config = RpoConfig(
+        model_config(directory),
+        str(tmp_path / "run"),
+        preferences="preferences.jsonl",
+        loss=PreferenceLoss(beta=0.1, alpha=1.0),
+        pairs=PairConfig(unit=unit, max_length=64),
+        lora=LORA,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0),
+        training=TrainingConfig(epochs=8, batch_size=3, accumulation=1),
+    )
+    run = Run(config.run, config)
+    summary = JaxEngine(config.model).train_preferences([preference(i) for i in range(3)], config, run)
+    lines = run.metrics()
+    assert summary.steps == len(lines) == (8 if unit == "problem" else 24)
+    assert lines[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert lines[-1]["rewards/margins"] > 0.05
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.25
+    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "nll", "grad_norm", "learning_rate"} < lines[0].keys()
+
+
+def test_training_on_top_of_an_adapter_is_refused_with_the_way_out(directory, tmp_path):
+    engine = JaxEngine(model_config(directory, adapter="somewhere"))
+    config = CptConfig(model_config(directory, adapter="somewhere"), str(tmp_path / "run"))
+    rows = PackedRows(*(np.ones((1, 8), np.int32) for _ in range(3)))
+    with pytest.raises(UserError, match="merge it first with 'medllm convert'"):
+        engine.train_cpt(rows, config, Run(config.run, config))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):
+    engine = JaxEngine(model_config(directory))
+    rpo = RpoConfig(model_config(directory), str(tmp_path / "rpo"), "few.jsonl", pairs=PairConfig(max_length=64))
+    lonely = Preference("p", "question:", Sample(" a.", "a"))
+    with pytest.raises(UserError, match=r"few\.jsonl: no pair"):
+        engine.train_preferences([lonely], rpo, Run(rpo.run, rpo))
+    cpt = CptConfig(model_config(directory), str(tmp_path / "cpt"))
+    rows = PackedRows(*(np.ones((1, 97), np.int32) for _ in range(3)))
+    with pytest.raises(UserError, match="longer than the model's context of 96"):
+        engine.train_cpt(rows, cpt, Run(cpt.run, cpt))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_on_opening(directory, tmp_path):
+    folder = tmp_path / "small"
+    narrow = Qwen2Config(**{**SMALL.__dict__, "vocab_size": 20})
+    write_model(folder, narrow.to_hf(), model_tensors(Qwen2(narrow, rngs=nnx.Rngs(0))))
+    with pytest.raises(UserError, match="vocabulary"):
+        JaxEngine(ModelConfig(str(folder), tokenizer=str(directory), dtype="float32"))

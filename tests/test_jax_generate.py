@@ -1,0 +1,173 @@
+"""Generation against a loop without cache, and sampling against its distribution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_medllm.continuations import Scorer
+from jax_medllm.decoder import Decoder
+from jax_medllm.generate import generate
+from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.sampling import sample_tokens
+from medllm.config import Sampling
+from medllm.engine import Continuation
+from medllm.errors import UserError
+
+SMALL = Qwen2Config(
+    vocab_size=31,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=False,
+    max_positions=160,
+)
+END = 0
+
+
+def text_of(tokens):
+    return "".join(chr(ord("A") + token) for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = Qwen2(SMALL, rngs=nnx.Rngs(1))
+    # Wider weights than at initialization, so that texts wander instead of repeating one token.
+    nnx.update(model, jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, nnx.state(model)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def decoder(model):
+    return Decoder(model, END)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    random = np.random.default_rng(0)
+    shared = random.integers(1, 31, 40).tolist()
+    return [shared + random.integers(1, 31, 1 + 5 * i).tolist() for i in (2, 0, 4, 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def scores(model):
+    """Next-token scores of a text, computed whole: no cache, one compiled length."""
+
+    @jax.jit
+    def run(tokens, segment_ids):
+        hidden = model.hidden(tokens, segment_ids=segment_ids, positions=jnp.arange(tokens.shape[1])[None])
+        return model.logits(hidden)[0]
+
+    def of(tokens):
+        row, mask = np.zeros((1, 160), np.int32), np.zeros((1, 160), np.int32)
+        row[0, : len(tokens)], mask[0, : len(tokens)] = tokens, 1
+        return np.asarray(run(row, mask))[: len(tokens)]
+
+    return of
+
+
+def plain_greedy(scores, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        token = int(scores(tokens)[-1].argmax())
+        if token == END:
+            break
+        tokens.append(token)
+    return tuple(tokens[len(prompt) :])
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_greedy_text_is_that_of_a_loop_without_cache(decoder, prompts, scores, batch_size):
+    generations = generate(decoder, prompts, Sampling(max_new_tokens=19), text_of, batch_size)
+    expected = [plain_greedy(scores, prompt, 19) for prompt in prompts]
+    assert [generation.tokens for (generation,) in generations] == expected
+    assert [generation.text for (generation,) in generations] == [text_of(tokens) for tokens in expected]
+    assert max(len(set(tokens)) for tokens in expected) > 5
+    assert min(len(tokens) for tokens in expected) < 19
+    for (generation,) in generations:
+        assert generation.finish == ("length" if len(generation.tokens) == 19 else "stop")
+
+
+def test_a_sampled_text_depends_on_seed_prompt_and_sample_and_not_on_the_batch(decoder, prompts):
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, samples=3, seed=7)
+    together = generate(decoder, prompts, sampling, text_of, 32)
+    assert generate(decoder, prompts[:2], sampling, text_of, 2) == together[:2]
+    assert len({generation.text for row in together for generation in row}) > 10
+    other = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, samples=3, seed=8)
+    assert generate(decoder, prompts, other, text_of, 32) != together
+
+
+def test_a_stop_string_ends_the_text_and_is_cut_off(decoder, prompts):
+    whole = [row[0] for row in generate(decoder, prompts, Sampling(max_new_tokens=19), text_of, 32)]
+    index = max(range(5), key=lambda i: len(set(whole[i].tokens)))
+    stop = whole[index].text[5:7]
+    cut = generate(decoder, prompts, Sampling(max_new_tokens=19, stop=("~", stop)), text_of, 32)[index][0]
+    place = whole[index].text.index(stop)
+    assert cut.text == whole[index].text[:place]
+    assert cut.tokens == whole[index].tokens[: place + 2]
+    assert cut.finish == "stop"
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_named(decoder, prompts):
+    with pytest.raises(UserError, match="prompt 1: 150 tokens and 19 new ones do not fit the model's context of 160"):
+        generate(decoder, [prompts[0], [1] * 150], Sampling(max_new_tokens=19), text_of, 32)
+
+
+def test_no_prompts_give_no_generations(decoder):
+    assert generate(decoder, [], Sampling(), text_of, 32) == []
+
+
+def kept_by_warpers(logits, temperature, top_k, top_p):
+    """Probabilities after temperature, top-k and top-p, token by token."""
+    probabilities = np.exp(logits / temperature - np.logaddexp.reduce(logits / temperature))
+    order = np.argsort(-probabilities, kind="stable")
+    if top_k:
+        probabilities[order[top_k:]] = 0
+        probabilities /= probabilities.sum()
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
+    probabilities[order[count:]] = 0
+    return probabilities / probabilities.sum()
+
+
+@pytest.mark.parametrize(("vocab", "temperature", "top_k", "top_p"), [
+    (12, 0.7, 0, 1.0), (12, 1.3, 4, 1.0), (12, 1.0, 0, 0.8), (12, 1.0, 6, 0.7), (300, 1.0, 0, 1.0), (300, 2.0, 0, 0.9),
+])  # fmt: skip
+def test_samples_have_the_probabilities_the_filters_leave(vocab, temperature, top_k, top_p):
+    logits = np.random.default_rng(0).standard_normal(vocab) * 2
+    count = 20_000
+    uniform = (np.arange(count) + 0.5) / count  # a grid, so that frequencies are exact to 1/count
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, vocab))
+    tokens = sample_tokens(rows, jnp.asarray(uniform, jnp.float32), temperature=temperature, top_k=top_k, top_p=top_p)
+    frequencies = np.bincount(np.asarray(tokens), minlength=vocab) / count
+    np.testing.assert_allclose(frequencies, kept_by_warpers(logits, temperature, top_k, top_p), atol=2e-4)
+
+
+def test_logprobs_of_continuations_are_those_of_the_whole_text_in_the_order_given(model, prompts, scores):
+    random = np.random.default_rng(2)
+    asked = [
+        Continuation(tuple(prompts[i]), tuple(random.integers(1, 31, length).tolist()))
+        for i, length in ((0, 3), (1, 9), (0, 5), (4, 1), (0, 2))
+    ]
+    got = Scorer(model).logprobs(asked, batch_size=4)
+    for continuation, logprobs in zip(asked, got, strict=True):
+        text = [*continuation.prompt, *continuation.completion]
+        before = len(continuation.prompt)
+        rows = scores(text)[before - 1 : -1].astype(np.float64)
+        expected = rows[np.arange(len(rows)), text[before:]] - np.logaddexp.reduce(rows, axis=-1)
+        assert logprobs.dtype == np.float32
+        np.testing.assert_allclose(logprobs, expected, atol=2e-4)
+
+
+def test_logprobs_refuse_an_empty_prompt_and_a_text_beyond_the_context(model):
+    with pytest.raises(UserError, match="continuation 1: its prompt is empty"):
+        Scorer(model).logprobs([Continuation((1,), (2,)), Continuation((), (2,))], 4)
+    with pytest.raises(UserError, match="continuation 0: prompt of 159 and completion of 2 tokens"):
+        Scorer(model).logprobs([Continuation((1,) * 159, (2, 3))], 4)

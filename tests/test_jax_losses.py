@@ -1,0 +1,115 @@
+"""The objectives against their formulas in numpy float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_medllm.losses import cpt_loss, dpo_loss, nll_loss, pair_logprobs, rpo_loss
+
+POLICY = np.array([[-11.0, -9.5], [-4.25, -20.0], [-7.0, -7.5]])
+REFERENCE = np.array([[-12.0, -9.0], [-4.5, -18.0], [-7.0, -6.0]])
+LENGTHS = np.array([4.0, 2.0, 7.0])
+MEAN = np.full(3, 1 / 3)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def dpo_of_formula(beta):
+    delta = (POLICY - REFERENCE) @ [1.0, -1.0]
+    return np.log1p(np.exp(-beta * delta))
+
+
+def test_dpo_is_the_mean_of_minus_log_sigmoid():
+    assert float(dpo_loss(POLICY, REFERENCE, MEAN, beta=0.3)) == pytest.approx(dpo_of_formula(0.3).mean(), rel=1e-14)
+
+
+def test_dpo_is_ln_2_where_policy_and_reference_agree():
+    assert float(dpo_loss(POLICY, POLICY, MEAN, beta=0.3)) == pytest.approx(np.log(2), rel=1e-15)
+
+
+def test_dpo_stays_finite_and_exact_for_hopeless_pairs():
+    policy = np.array([[-1e5, 0.0]])
+    assert float(dpo_loss(policy, np.zeros((1, 2)), np.ones(1), beta=1.0)) == pytest.approx(1e5, rel=1e-15)
+
+
+def test_dpo_gradient_is_minus_beta_times_sigmoid_of_the_negative_margin():
+    gradient = jax.grad(lambda policy: dpo_loss(policy, REFERENCE, MEAN, beta=0.3))(POLICY)
+    delta = (POLICY - REFERENCE) @ [1.0, -1.0]
+    pull = 0.3 / (1 + np.exp(0.3 * delta)) / 3
+    np.testing.assert_allclose(gradient, np.stack([-pull, pull], axis=1), rtol=1e-13)
+
+
+def test_sequence_nll_divides_each_response_by_its_own_length():
+    value = nll_loss(POLICY[:, 0], LENGTHS, MEAN, reduction="sequence")
+    assert float(value) == pytest.approx((11 / 4 + 4.25 / 2 + 7 / 7) / 3, rel=1e-14)
+
+
+def test_micro_batch_nll_is_one_token_mean():
+    value = nll_loss(POLICY[:, 0], LENGTHS, MEAN, reduction="micro_batch_tokens")
+    assert float(value) == pytest.approx((11 + 4.25 + 7) / 13, rel=1e-14)
+
+
+def test_the_two_reductions_agree_on_a_single_pair():
+    values = [
+        float(nll_loss(POLICY[:1, 0], LENGTHS[:1], np.ones(1), reduction=reduction))
+        for reduction in ("sequence", "micro_batch_tokens")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-14)
+
+
+def test_rpo_is_dpo_plus_alpha_times_nll_and_logs_what_trl_logs():
+    loss, metrics = rpo_loss(POLICY, REFERENCE, LENGTHS, MEAN, beta=0.3, alpha=10.0)
+    nll = (11 / 4 + 4.25 / 2 + 7 / 7) / 3
+    assert float(loss) == pytest.approx(dpo_of_formula(0.3).mean() + 10 * nll, rel=1e-14)
+    rewards = 0.3 * (POLICY - REFERENCE)
+    assert float(metrics.dpo_loss) == pytest.approx(dpo_of_formula(0.3).mean(), rel=1e-14)
+    assert float(metrics.nll) == pytest.approx(nll, rel=1e-14)
+    assert float(metrics.chosen) == pytest.approx(rewards[:, 0].mean(), rel=1e-13)
+    assert float(metrics.rejected) == pytest.approx(rewards[:, 1].mean(), rel=1e-13)
+    assert float(metrics.margins) == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean(), rel=1e-13)
+    assert float(metrics.accuracies) == pytest.approx(1.0)
+
+
+def test_a_tie_is_not_counted_as_accurate():
+    _, metrics = rpo_loss(POLICY, POLICY, LENGTHS, MEAN, beta=0.3, alpha=0.0)
+    assert float(metrics.accuracies) == 0
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "micro_batch_tokens"])
+def test_a_pair_of_weight_zero_changes_nothing(reduction):
+    def value(policy, reference, lengths, weights):
+        return rpo_loss(policy, reference, lengths, weights, beta=0.3, alpha=2.0, nll_reduction=reduction)
+
+    padded = [np.concatenate([part, np.zeros_like(part[:1])]) for part in (POLICY, REFERENCE, LENGTHS, MEAN)]
+    for plain, with_padding in zip(
+        jax.tree.leaves(value(POLICY, REFERENCE, LENGTHS, MEAN)), jax.tree.leaves(value(*padded)), strict=True
+    ):
+        assert float(plain) == pytest.approx(float(with_padding), rel=1e-14)
+
+
+def test_micro_batches_of_a_step_add_up_to_the_mean_over_its_pairs():
+    def part(rows):
+        return float(rpo_loss(POLICY[rows], REFERENCE[rows], LENGTHS[rows], MEAN[rows], beta=0.3, alpha=2.0)[0])
+
+    assert part(slice(0, 1)) + part(slice(1, 3)) == pytest.approx(part(slice(0, 3)), rel=1e-14)
+
+
+def test_cpt_loss_is_the_mean_over_targets_only():
+    logprobs, mask = np.log([[0.5, 0.25], [0.125, 0.9]]), np.array([[1.0, 1.0], [1.0, 0.0]])
+    assert float(cpt_loss(logprobs, mask)) == pytest.approx(2 * np.log(2), rel=1e-14)
+    assert float(cpt_loss(logprobs, mask, 6)) == pytest.approx(np.log(2), rel=1e-14)
+
+
+def test_a_pair_leaves_out_the_tokens_it_counts_to_its_prompt():
+    logprobs = np.array([[-1.0, -2.0, -4.0], [-8.0, -16.0, -99.0]])
+    mask = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    sums, lengths = pair_logprobs(logprobs, mask, jnp.array([[0, 1], [1, 0]]), jnp.array([0, 1]))
+    np.testing.assert_array_equal(sums, [[-7, -24], [-16, -6]])
+    np.testing.assert_array_equal(lengths, [[3, 2], [1, 2]])

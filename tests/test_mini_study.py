@@ -1,0 +1,74 @@
+"""The embedded study from end to end, in a size where every stage runs and nothing is learned."""
+
+import json
+
+import pytest
+
+from medllm.errors import UserError
+from medllm.mini.study import PREVIOUS, load_preset, run_and_report, run_study
+
+MODELS = ["base", *PREVIOUS]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    pytest.importorskip("jax")
+    out = tmp_path_factory.mktemp("mini") / "study"
+    lines: list[str] = []
+    return out, run_and_report("jax", out, "mini_smoke", lines.append), lines
+
+
+def test_five_models_sit_the_exam_in_two_settings(study):
+    _, figures, _ = study
+    assert list(figures["scores"]) == MODELS
+    for scores in figures["scores"].values():
+        assert list(scores) == ["3-shot", "3-shot with explanation"]
+        assert all(0 <= value <= 1 for value in scores.values())
+
+
+def test_every_stage_leaves_a_finished_run(study):
+    out, figures, _ = study
+    stages = {}
+    for folder in out.iterdir():
+        if (folder / "config.yaml").exists():
+            result = json.loads((folder / "result.json").read_text())
+            stages.setdefault(result["stage"], []).append(folder.name)
+            assert result["engine"] == "jax"
+    assert {stage: len(folders) for stage, folders in stages.items()} == {"cpt": 1, "curate": 2, "rpo": 3, "evaluate": 10}
+    assert set(figures["training"]) == set(PREVIOUS)
+    for name in ("cpt", *stages["rpo"]):
+        assert (out / name / "adapter" / "adapter_model.safetensors").exists()
+        assert (out / name / "merged" / "tokenizer.json").exists()
+
+
+def test_dpo_is_rpo_without_the_likelihood_term(study):
+    import yaml
+
+    out, _, _ = study
+    dpo, rpo = (yaml.safe_load((out / name / "config.yaml").read_text()) for name in ("dpo", "rpo"))
+    assert (dpo["loss"]["alpha"], rpo["loss"]["alpha"]) == (0.0, 10.0)
+    dpo["loss"], dpo["run"] = rpo["loss"], rpo["run"]
+    assert dpo == rpo
+
+
+def test_report_shows_every_model(study):
+    _, figures, _ = study
+    page = open(figures["report"], encoding="utf-8").read()
+    assert all(model in page for model in MODELS)
+    assert "invented" in page
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="in use"):
+        run_study("jax", tmp_path, "mini_smoke", print)
+    assert [file.name for file in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_an_unknown_preset_or_setting_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mini_smoke"):
+        load_preset("minni")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("train_per_year: many\n")
+    with pytest.raises(UserError, match="train_per_year"):
+        load_preset(str(bad))
