@@ -242,9 +242,8 @@ class Decoder:
                 return _Stepping(*layer, length, column)
 
             positions = (_size(prefix) + length + column)[:, None]
-            hidden, recent = model.hidden_in(
-                token[:, None], positions=positions, context=context, cache=(prefix, own, recent)
-            )
+            cache = (prefix, own, recent)
+            hidden, recent = model.hidden_in(token[:, None], positions=positions, context=context, cache=cache)
             going = (~slots.finished).astype(jnp.int32)
             slots = replace(
                 slots,
@@ -261,7 +260,7 @@ class Decoder:
         rows = slots.made.shape[0]
         recent = Stored(jnp.zeros_like(own.keys[..., :CHUNK]), jnp.zeros_like(own.values[..., :CHUNK, :]))
         written = jnp.full((rows, CHUNK), self.end, jnp.int32)
-        light = replace(slots, own=None)
+        light = replace(slots, own=jax.tree.map(lambda part: part[:, :0], own))
         _, light, recent, written = jax.lax.while_loop(unfinished, one, (jnp.int32(0), light, recent, written))
 
         def append(row: Array, own: Stored) -> Stored:

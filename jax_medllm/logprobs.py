@@ -94,9 +94,7 @@ def response_logprobs(
 
 def _logits(head: Float[Array, "v d"], hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum(
-        "bcd,vd->bcv", hidden, head.astype(hidden.dtype), precision="highest", preferred_element_type=accumulate
-    )
+    return jnp.einsum("bcd,vd->bcv", hidden, head.astype(hidden.dtype), precision="highest", preferred_element_type=accumulate)
 
 
 def _pick(logits: Float[Array, "b c v"], targets: Int[Array, "b c"]) -> Float[Array, "b c"]:

@@ -31,7 +31,7 @@ from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from medllm.config import OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
-from medllm.run import Run, atomic_path
+from medllm.run import Run
 
 
 class CptMetrics(NamedTuple):
@@ -170,7 +170,7 @@ def train(
         if restored is not None:
             state, position = restored
             start = position.step
-            _drop_metrics_after(run, start)
+            run.forget_after(start)
         state, trained = loop.run_steps(state, start, last)
         checkpoints.save(state, trained.steps, _epoch(task, trained.steps))
     finally:
@@ -267,13 +267,3 @@ class _Loop:
 def _epoch(task: Task, done: int) -> int:
     """Epoch of the step after ``done`` steps."""
     return task.steps[min(done, len(task.steps) - 1)].epoch
-
-
-def _drop_metrics_after(run: Run, step: int) -> None:
-    """Forget lines a stopped session logged beyond its last checkpoint: those steps are taken anew."""
-    file = run.path / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    kept = [line for line, values in zip(lines, run.metrics(), strict=True) if values["step"] <= step]
-    if len(kept) < len(lines):
-        with atomic_path(file) as scratch:
-            scratch.write_text("".join(kept), encoding="utf-8")

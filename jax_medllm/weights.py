@@ -68,9 +68,7 @@ def read_model(
     frozen = None if adapter is None else LoraConfig(adapter.rank, adapter.alpha, adapter.targets, adapter.rslora)
 
     def build() -> Qwen2:
-        return Qwen2(
-            config, lora=lora, frozen_lora=frozen, quantization=quantization, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
-        )
+        return Qwen2(config, lora=lora, frozen_lora=frozen, quantization=quantization, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(build)
     slots = _base_slots(model)
@@ -265,8 +263,7 @@ def _write_layer(stack: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.A
 def _slot_value(variables: dict[_Path, Any], slot: _Slot, dtype: Any) -> np.ndarray:
     if slot.quantized:
         parts = {
-            part: variables[(*slot.path, part)][slot.layer]
-            for part in ("packed", "absmax_codes", "nested_absmax", "offset")
+            part: variables[(*slot.path, part)][slot.layer] for part in ("packed", "absmax_codes", "nested_absmax", "offset")
         }
         return np.asarray(dequantize(NF4Weight(**parts), dtype))
     variable = variables[slot.path]

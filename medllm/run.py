@@ -137,6 +137,14 @@ class Run:
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
+    def forget_after(self, step: int) -> None:
+        """Drop the lines a stopped session logged beyond ``step``, its last checkpoint: those steps are taken anew."""
+        lines = self.metrics()
+        kept = [line for line in lines if line["step"] <= step]
+        if len(kept) < len(lines) and is_primary_process():
+            with atomic_path(self.path / "metrics.jsonl") as scratch:
+                scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json`` and close the event file."""
         self._close_events()

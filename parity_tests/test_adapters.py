@@ -107,4 +107,3 @@ def test_the_initial_adapter_is_distributed_as_pefts(tiny_model):
             assert np.abs(value).max() <= bound, name
             np.testing.assert_allclose(value.std(), bound / 3**0.5, rtol=0.05, err_msg=name)
     assert {v.dtype for v in adapter_tensors(model).values()} == {np.dtype(np.float32)}
-

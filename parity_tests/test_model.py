@@ -53,9 +53,7 @@ def jax_loss(model: Qwen2, tokens, segment_ids, positions, remat: bool = False):
 
 def trained(base, adapter, dtype) -> Qwen2:
     given = read_adapter(adapter)
-    model = read_model(
-        ModelDirectory(base), lora=LoraConfig(given.rank, given.alpha, given.targets, given.rslora), dtype=dtype
-    )
+    model = read_model(ModelDirectory(base), lora=LoraConfig(given.rank, given.alpha, given.targets, given.rslora), dtype=dtype)
     set_adapter(model, given)
     return model
 

@@ -29,7 +29,7 @@ from medllm.model_directory import read_adapter, write_model
 from medllm.preferences.records import Preference, Sample
 from medllm.run import Run
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz .:"
+LETTERS = "abcdefghijklmnopqrstuvwxyz_.:"
 SMALL = Qwen2Config(
     vocab_size=40,
     hidden_size=32,
@@ -44,14 +44,18 @@ SMALL = Qwen2Config(
     max_positions=96,
 )
 LORA = LoraConfig(rank=8, alpha=16)
-FAST = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0)
+FAST = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "base"
     # Wider than at initialization: with embeddings of 0.02 no adapter could make a token likely.
-    tensors = ((name, tensor * (8 if tensor.ndim > 1 else 1)) for name, tensor in model_tensors(Qwen2(SMALL, rngs=nnx.Rngs(0))))
+    scales = {True: 32, False: 4}
+    tensors = (
+        (name, tensor * (scales["embed" in name] if tensor.ndim > 1 else 1))
+        for name, tensor in model_tensors(Qwen2(SMALL, rngs=nnx.Rngs(0)))
+    )
     write_model(folder, SMALL.to_hf(), tensors)
     vocabulary = {"<end>": 0, **{letter: i + 1 for i, letter in enumerate(LETTERS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
@@ -69,31 +73,31 @@ def ids(text):
 
 
 def test_cpt_teaches_a_text_and_the_adapter_reopened_recites_it(directory, tmp_path):
-    line = "the liver is in the right upper part."
+    line = "the_liver_is_in_the_right_upper_part."
     tokens = np.array([[*ids(line), 0]] * 4, np.int32)
     rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(tokens.shape[1], dtype=np.int32), (4, 1)))
-    training = TrainingConfig(epochs=150, batch_size=4, accumulation=1, log_every=10, gradient_checkpointing=False)
+    training = TrainingConfig(epochs=80, batch_size=4, accumulation=1, log_every=10, gradient_checkpointing=False)
     config = CptConfig(model_config(directory), str(tmp_path / "run"), lora=LORA, optimizer=FAST, training=training)
     run = Run(config.run, config)
     engine = JaxEngine(config.model)
     summary = engine.train_cpt(rows, config, run)
-    assert summary.steps == 150
+    assert summary.steps == 80
     assert summary.loss == run.metrics()[-1]["loss"] < 0.1
     assert summary.rate > 0
     assert read_adapter(run.path / "adapter").rank == 8
 
-    asked = [Continuation(ids("the liver "), (*ids("is in the right upper part."), 0))]
+    asked = [Continuation(ids("the_liver_"), (*ids("is_in_the_right_upper_part."), 0))]
     taught = JaxEngine(model_config(directory, adapter=summary.adapter))
     before, after = engine.logprobs(asked)[0], taught.logprobs(asked)[0]
     assert after.shape == (28,)
     assert after.sum() > before.sum() + 28
-    prompts = ["the liver ", "the liver is in "]
+    prompts = ["the_liver_", "the_liver_is_in_"]
     (one,), (two,) = taught.generate(prompts, Sampling(max_new_tokens=40))
     assert one.finish == "stop"
-    assert one.text.replace(" ", "") == "isintherightupperpart."
-    assert two.tokens == ids("the right upper part.")
+    assert one.tokens == ids("is_in_the_right_upper_part.")
+    assert two.tokens == ids("the_right_upper_part.")
     (cut,), _ = taught.generate(prompts, Sampling(max_new_tokens=40, stop=("upper",)))
-    assert cut.tokens == ids("is in the right upper")
+    assert cut.tokens == ids("is_in_the_right_upper")
 
 
 def preference(index):

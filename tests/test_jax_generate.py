@@ -96,6 +96,13 @@ def test_greedy_text_is_that_of_a_loop_without_cache(decoder, prompts, scores, b
         assert generation.finish == ("length" if len(generation.tokens) == 19 else "stop")
 
 
+def test_prompts_without_a_common_beginning_are_continued_alike(decoder, scores):
+    random = np.random.default_rng(3)
+    prompts = [random.integers(1, 31, length).tolist() for length in (10, 17)]
+    generations = generate(decoder, prompts, Sampling(max_new_tokens=10), text_of, 32)
+    assert [generation.tokens for (generation,) in generations] == [plain_greedy(scores, prompt, 10) for prompt in prompts]
+
+
 def test_a_sampled_text_depends_on_seed_prompt_and_sample_and_not_on_the_batch(decoder, prompts):
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, samples=3, seed=7)
     together = generate(decoder, prompts, sampling, text_of, 32)

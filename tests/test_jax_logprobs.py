@@ -102,9 +102,7 @@ def test_a_shared_prompt_gives_each_response_the_logprobs_of_a_row_of_its_own(ad
             for column, response in enumerate(responses):
                 tokens = jnp.asarray([prompt + response])
                 ones = jnp.ones_like(tokens)
-                hidden = model.hidden(
-                    tokens, segment_ids=ones, positions=jnp.arange(tokens.shape[1])[None], adapter=adapter
-                )
+                hidden = model.hidden(tokens, segment_ids=ones, positions=jnp.arange(tokens.shape[1])[None], adapter=adapter)
                 alone = plain(hidden[:, :-1], model.head_weight(), tokens[:, 1:])[0, len(prompt) - 1 :]
                 np.testing.assert_allclose(shared[row, column, : len(response)], alone, atol=1e-12)
         assert np.isfinite(np.asarray(shared)).all()

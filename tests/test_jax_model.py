@@ -213,9 +213,7 @@ def test_the_adapter_switched_off_is_the_model_without_it(quantization):
 
 def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
     lora = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
-    model = nnx.eval_shape(
-        lambda: Qwen2(TINY, lora=lora, frozen_lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0))
-    )
+    model = nnx.eval_shape(lambda: Qwen2(TINY, lora=lora, frozen_lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0)))
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
     assert trained == {
         ("layers", block, target, "lora", matrix)

@@ -86,9 +86,7 @@ def assert_same(one, other, tolerance):
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9), st.booleans()
-)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9), st.booleans())
 def test_every_epoch_takes_every_unit_once_in_an_order_fixed_by_the_seed(units, size, accumulation, epochs, seed, by_size):
     config = TrainingConfig(epochs=epochs, batch_size=size, accumulation=accumulation, seed=seed)
     plan = partial(plan_steps, units, config, size_of=(lambda unit: (unit % 3,)) if by_size else None)

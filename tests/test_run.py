@@ -78,3 +78,11 @@ def test_only_the_primary_process_writes(tmp_path, monkeypatch):
         run.log(1, loss=2.0)
         run.finish({})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_forgets_what_was_logged_beyond_the_checkpoint(tmp_path):
+    run = Run(tmp_path / "run", config(tmp_path))
+    for step in (1, 2, 3):
+        run.log(step, loss=float(step))
+    run.forget_after(2)
+    assert [line["step"] for line in run.metrics()] == [1, 2]

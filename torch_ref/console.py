@@ -15,7 +15,7 @@ from medllm.run import is_primary_process
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # A model that does not match its config fills the screen with a table; torch_ref.model refuses it in one line.
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 if not (sys.stderr.isatty() and is_primary_process()):
     transformers_logging.disable_progress_bar()

@@ -100,6 +100,11 @@ def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
         raise UserError(
             f"{model.path}: {wrong} is missing or has another shape than config.json makes it; copy the whole model"
         )
+    # … and leaves out, with no more than a warning, a tensor the architecture has no place for.
+    for unused in sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{model.path}: {unused} has no place in a {base.config.model_type} model; config.json is another model's"
+        )
     _settle_quantized_layers(base, dtype)
     base.requires_grad_(False).eval()
     if model.adapter is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -107,11 +106,7 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
         self._marks = [(time.monotonic(), state.epoch or 0.0)]
-        file = self._run.path / "metrics.jsonl"
-        lines = [line for line in self._run.metrics() if line["step"] <= state.global_step]
-        if state.is_world_process_zero and len(lines) < len(self._run.metrics()):
-            with atomic_path(file) as scratch:
-                scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._run.forget_after(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the time, and close the run at its last step with a log line and a checkpoint."""

@@ -63,10 +63,15 @@ def base_diet(world: World, seed: int, mixture: Mixture = Mixture()) -> Iterator
             yield _question(world, rng, explanation=kind == "explained", shots=0)
 
 
-def cpt_documents(world: World, per_disease: int) -> list[str]:
-    """``per_disease`` documents about each new disease, no two of a disease put the same way or in the same order."""
+def cpt_documents(world: World, per_new: int, per_known: int = 0) -> list[str]:
+    """``per_new`` documents about each new disease and ``per_known`` about each known one, in random order and wording."""
     rng = random.Random(f"documents/{world.config.seed}")
-    texts = [document(world, rng, disease) for disease in world.select(known=False) for _ in range(per_disease)]
+    texts = [
+        document(world, rng, disease)
+        for known, count in ((False, per_new), (True, per_known))
+        for disease in world.select(known=known)
+        for _ in range(count)
+    ]
     rng.shuffle(texts)
     return texts
 

@@ -72,7 +72,8 @@ class StudyConfig:
     Args:
         train_per_year: Problems in each exam of 2006–2017.
         exam_per_year: Problems in each exam of 2018–2022.
-        documents_per_disease: Documents of the CPT corpus about each new disease.
+        documents_per_new: Documents of the CPT corpus about each disease that is new to the base.
+        documents_per_known: The same about each disease the base knows, so that new facts do not displace old ones.
         explained_in_corpus: How many of the problems up to 2017 join the CPT corpus, with verified explanations.
         row_length: Tokens in a row of the CPT corpus.
         cpt: Continued pretraining.
@@ -89,7 +90,8 @@ class StudyConfig:
 
     train_per_year: int
     exam_per_year: int
-    documents_per_disease: int
+    documents_per_new: int
+    documents_per_known: int
     explained_in_corpus: int
     row_length: int
     cpt: Stage
@@ -221,7 +223,8 @@ class _Study:
         self.exam = exam_problems(world, config.exam_per_year)[:limit]
         count = min(config.explained_in_corpus, len(self.train))
         explained = random.Random(f"corpus/{world.config.seed}").sample(self.train, count)
-        self.corpus = [*cpt_documents(world, config.documents_per_disease), *explained_problems(explained)]
+        documents = cpt_documents(world, config.documents_per_new, config.documents_per_known)
+        self.corpus = [*documents, *explained_problems(explained)]
 
     def run(self) -> StudyResult:
         began = time.monotonic()
