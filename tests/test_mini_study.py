@@ -1,6 +1,7 @@
 """The embedded study from end to end, in a size where every stage runs and nothing is learned."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_dpo_is_rpo_without_the_likelihood_term(study):
 
 def test_report_shows_every_model(study):
     _, figures, _ = study
-    page = open(figures["report"], encoding="utf-8").read()
+    page = Path(figures["report"]).read_text(encoding="utf-8")
     assert all(model in page for model in MODELS)
     assert "invented" in page
 

@@ -185,10 +185,14 @@ def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyC
 
 def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
     """:func:`run_study`, its report as ``report.html`` and its figures as ``result.json``; returns the figures."""
-    from medllm.mini.report import write_study_report
+    from medllm.mini.report import study_report, study_table, table_text
+    from medllm.report.page import write_report
+    from medllm.report.tables import to_json
     from medllm.run import write_json
 
     result = run_study(engine_name, out_dir, preset, progress)
+    report = study_report(result)
+    table = study_table(report)
     page = Path(out_dir) / "report.html"
     figures = {
         "stage": "mini",
@@ -196,12 +200,15 @@ def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, pr
         "preset": preset,
         "seconds": result.seconds,
         "scores": result.scores(),
+        "table": to_json(table),
         "training": {model: asdict(summary) for model, summary in result.training.items()},
         "report": str(page),
     }
     if is_primary_process():
-        write_study_report(page, result)
+        write_report(page, report)
         write_json(Path(out_dir) / "result.json", figures)
+    progress(table_text(table))
+    progress(f"mini: {result.seconds:.0f} s on {engine_name}; report: {page}")
     return figures
 
 
