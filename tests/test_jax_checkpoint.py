@@ -10,26 +10,15 @@ from flax import nnx
 
 from jax_medllm.batches import cpt_step, plan_steps
 from jax_medllm.checkpoint import Checkpoints
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import Task, cpt_loss_fn, train
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.run import Run
+from tests.small_model import small_config
 
-SMALL = Qwen2Config(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    max_positions=128,
-)
+SMALL = small_config()
 
 
 def session(run, settings=None, **changes):

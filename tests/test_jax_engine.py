@@ -28,21 +28,10 @@ from medllm.errors import UserError
 from medllm.model_directory import read_adapter, write_model
 from medllm.preferences.records import Preference, Sample
 from medllm.run import Run
+from tests.small_model import small_config
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz_.:"
-SMALL = Qwen2Config(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    max_positions=96,
-)
+SMALL = small_config(vocab_size=40, max_positions=96)
 LORA = LoraConfig(rank=8, alpha=16)
 FAST = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
 

@@ -11,25 +11,14 @@ from flax import nnx
 from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.sampling import sample_tokens
 from medllm.config import Sampling
 from medllm.engine import Continuation
 from medllm.errors import UserError
+from tests.small_model import small_config
 
-SMALL = Qwen2Config(
-    vocab_size=31,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=False,
-    max_positions=160,
-)
+SMALL = small_config(vocab_size=31, tie_embeddings=False, max_positions=160)
 END = 0
 
 

@@ -10,22 +10,11 @@ from flax import nnx
 
 from jax_medllm.batches import pad_responses
 from jax_medllm.logprobs import response_logprobs, token_logprobs
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from medllm.config import LoraConfig
+from tests.small_model import small_config
 
-SMALL = Qwen2Config(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=False,
-    max_positions=64,
-)
+SMALL = small_config(tie_embeddings=False, max_positions=64)
 
 
 def arrays(dtype, batch=2, length=7, width=5, vocab=11):

@@ -13,27 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_medllm.batches import PreferenceData, buckets, cpt_step, plan_steps, single_pairs, target_mask
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
 from medllm.run import Run
+from tests.small_model import small_config
 
-SMALL = Qwen2Config(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    max_positions=128,
-)
+SMALL = small_config()
 RATE = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0)
 
 
