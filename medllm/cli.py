@@ -140,7 +140,11 @@ def _evaluate(values: Any) -> dict[str, Any]:
     config = _config(values, EvaluateConfig)
     with _progress("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
-    _say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
+    if config.method == "options":
+        shares = f"{result['accuracy']:.3f} right, {result['normalized_accuracy']:.3f} by likelihood per token"
+        _say(f"evaluate: {result['setting']}: {shares}, {result['questions']} questions; {config.run}")
+    else:
+        _say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
     return result
 
 

@@ -285,6 +285,8 @@ class EvaluateConfig:
         problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
         shots: Problem file with the examples; required when ``shot_count`` > 0.
         explanation: Ask for an explanation before the answer (the paper's second column).
+        method: ``generate`` answers in words and scores officially; ``options`` takes the option whose text is likeliest
+            after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
         template: ``igakuqa`` is the benchmark's own prompt, ``curation`` the paper's Question/Explanation/Answer.
         format: ``completion`` for base models, ``chat`` for models with a chat template.
         answer_as: The shots answer with option letters, or with the options' own text.
@@ -300,6 +302,7 @@ class EvaluateConfig:
     shots: str | None = None
     shot_count: int = 3
     explanation: bool = False
+    method: Literal["generate", "options"] = "generate"
     template: Literal["igakuqa", "curation"] = "igakuqa"
     format: Literal["completion", "chat"] = "completion"
     answer_as: Literal["letters", "text"] = "letters"

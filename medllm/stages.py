@@ -6,12 +6,12 @@ Every stage checks all of its input before it makes its run folder, and returns 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, RpoConfig
-from medllm.engine import EngineName, open_engine
+from medllm.engine import Engine, EngineName, open_engine
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.run import Run, is_primary_process
@@ -61,22 +61,39 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     Raises:
         UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
     """
-    from medllm.preferences.curation import check_problems, curate
-    from medllm.preferences.records import write_preferences
+    from medllm.preferences.curation import check_problems
 
     problems, skipped = _load(config.problems)
     shots = _load_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
-    model = open_engine(engine, config.model)
+    return build_preferences(open_engine(engine, config.model), problems, shots, config, progress, left_out=skipped)
+
+
+def build_preferences(
+    model: Engine,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: CurateConfig,
+    progress: Progress | None = None,
+    *,
+    left_out: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """:func:`run_curate` on a model that is already open, and problems that are already read.
+
+    ``left_out`` counts the rows of the problem files that could not be used, by reason.
+    """
+    from medllm.preferences.curation import curate
+    from medllm.preferences.records import write_preferences
+
     began = time.monotonic()
     with Run(config.run, config) as run:
         curation = curate(model, problems, shots, config, progress)
         result = {
             "stage": "curate",
-            "engine": engine,
+            "engine": model.name,
             "seconds": time.monotonic() - began,
             **asdict(curation.report),
-            "left_out": skipped,
+            "left_out": dict(left_out or {}),
         }
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)
@@ -111,28 +128,70 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
+    problems, skipped = _load(config.problems)
+    problems = problems[: config.limit] if config.limit else problems
+    if config.method == "options":
+        return _choose_options(open_engine(engine, config.model), problems, config, skipped)
+    shots = _load_shots(config.shots, config.shot_count)
+    return sit_exam(open_engine(engine, config.model), problems, shots, config, progress, left_out=skipped)
+
+
+def sit_exam(
+    model: Engine,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: EvaluateConfig,
+    progress: Progress | None = None,
+    *,
+    left_out: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """:func:`run_evaluate` with a model that is already open, and problems that are already read.
+
+    ``left_out`` counts the rows of the problem files that could not be used, by reason.
+    """
     from medllm.exam.evaluation import evaluate, write_predictions
     from medllm.exam.scoring import score
 
-    problems, skipped = _load(config.problems)
-    problems = problems[: config.limit] if config.limit else problems
-    shots = _load_shots(config.shots, config.shot_count)
-    model = open_engine(engine, config.model)
     began = time.monotonic()
     with Run(config.run, config) as run:
         predictions = evaluate(model, problems, shots, config, progress)
-        sheet = score(problems, predictions, lenient=config.lenient)
         result = {
             "stage": "evaluate",
-            "engine": engine,
+            "engine": model.name,
             "model": config.label or model_label(config.model),
             "setting": setting_label(config),
             "seconds": time.monotonic() - began,
-            "left_out": skipped,
-            "score": sheet.to_json(),
+            "left_out": dict(left_out or {}),
+            "score": score(problems, predictions, lenient=config.lenient).to_json(),
         }
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
+        run.finish(result)
+    return result
+
+
+def _choose_options(
+    model: Engine, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
+) -> dict[str, Any]:
+    from medllm.exam.evaluation import score_options
+    from medllm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    began = time.monotonic()
+    with Run(config.run, config) as run:
+        scores = score_options(model, tokenizer, problems, batch_size=config.batch_size)
+        result = {
+            "stage": "options",
+            "engine": model.name,
+            "model": config.label or model_label(config.model),
+            "setting": "zero-shot options",
+            "seconds": time.monotonic() - began,
+            "left_out": {**left_out, **scores.left_out},
+            "questions": len(scores.results),
+            "accuracy": scores.accuracy,
+            "normalized_accuracy": scores.normalized_accuracy,
+            "results": [asdict(one) for one in scores.results],
+        }
         run.finish(result)
     return result
 
