@@ -3,7 +3,7 @@
 
     JAX_PLATFORMS=cpu python scripts/pretrain_mini.py --out medllm/mini/data/base
 
-Takes 4.2 M tokens, some 16 minutes of one core (half an hour was measured on two cores with other work on them), 1 GB. World,
+Takes 4.2 M tokens, some 18 minutes of one core (half an hour was measured on two cores with other work on them), 1 GB. World,
 diet, tokenizer, initial weights and order follow from the seed. The last tokens' figures: 96 % of the taught tokens right in
 direct answers after three shots (59 % after 1 M tokens); explained ones stay near 86 %, since how a fact is put, and
 whether the teller is mistaken, is random.
