@@ -140,9 +140,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    pretrain(
-        make_world(), arguments.out, arguments.tokens, arguments.batch_tokens, arguments.learning_rate, arguments.seed
-    )
+    pretrain(make_world(), arguments.out, arguments.tokens, arguments.batch_tokens, arguments.learning_rate, arguments.seed)
 
 
 if __name__ == "__main__":

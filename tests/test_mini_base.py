@@ -85,9 +85,7 @@ def test_longest_exam_prompt_fits_the_preset(tokenizer, preset):
     config, world = load_preset(preset), make_world()
     shots = shot_problems(world, SHOTS)
     for problem in exam_problems(world, config.exam_per_year):
-        prompt = evaluation_prompt(
-            problem, shots, template="curation", explanation=True, format="completion", answer_as="text"
-        )
+        prompt = evaluation_prompt(problem, shots, template="curation", explanation=True, format="completion", answer_as="text")
         response = len(encode(tokenizer, curation_response(problem, answer_as="text")))
         assert response < min(config.max_new_tokens, config.sampling.max_new_tokens)
         assert len(encode(tokenizer, prompt)) + config.sampling.max_new_tokens <= config.pairs.max_length

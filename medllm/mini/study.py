@@ -33,19 +33,14 @@ from medllm.config import (
 )
 from medllm.engine import Engine, EngineName, TrainSummary, open_engine
 from medllm.errors import UserError
-from medllm.exam.evaluation import evaluate, write_predictions
 from medllm.exam.loaders import write_problems
-from medllm.exam.predictions import Prediction
 from medllm.exam.problem import Problem
-from medllm.exam.scoring import ScoreSheet, score
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
 from medllm.model_directory import merge_adapter
-from medllm.preferences.curation import curate
-from medllm.preferences.records import write_preferences
-from medllm.run import Run, atomic_path, is_primary_process
-from medllm.stages import PREDICTIONS, PREFERENCES, run_cpt, run_rpo, setting_label
+from medllm.run import atomic_path, is_primary_process, write_json
+from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
 
 BASE = Path(__file__).parent / "data" / "base"
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -112,8 +107,8 @@ class Sitting:
 
     model: str
     setting: str
-    sheet: ScoreSheet
-    predictions: tuple[Prediction, ...]
+    points: int
+    possible: int
     run: Path
 
 
@@ -139,7 +134,7 @@ class StudyResult:
         """Points earned over points possible, by model and setting."""
         table: dict[str, dict[str, float]] = {}
         for sitting in self.sittings:
-            table.setdefault(sitting.model, {})[sitting.setting] = sitting.sheet.points / sitting.sheet.possible
+            table.setdefault(sitting.model, {})[sitting.setting] = sitting.points / sitting.possible
         return table
 
 
@@ -188,7 +183,6 @@ def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, pr
     from medllm.mini.report import study_report, study_table, table_text
     from medllm.report.page import write_report
     from medllm.report.tables import to_json
-    from medllm.run import write_json
 
     result = run_study(engine_name, out_dir, preset, progress)
     report = study_report(result)
@@ -320,27 +314,13 @@ class _Study:
             answer_as=ANSWER_AS,
             sampling=Sampling(max_new_tokens=self.config.max_new_tokens),
             batch_size=self.config.batch_size,
+            label=label,
         )
-        began = time.monotonic()
-        with Run(folder, config) as run:
-            predictions = evaluate(engine, self.exam, self.shots, config)
-            sheet = score(self.exam, predictions)
-            setting = setting_label(config)
-            if is_primary_process():
-                write_predictions(run.path / PREDICTIONS, predictions)
-            run.finish(
-                {
-                    "stage": "evaluate",
-                    "engine": self.engine_name,
-                    "model": label,
-                    "setting": setting,
-                    "seconds": time.monotonic() - began,
-                    "score": sheet.to_json(),
-                }
-            )
+        result = sit_exam(engine, self.exam, self.shots, config)
         self.runs.append(folder)
-        self.say(f"{label}, {setting}: {sheet.points} of {sheet.possible} points ({sheet.points / sheet.possible:.3f})")
-        return Sitting(label, setting, sheet, tuple(predictions), folder)
+        points, possible = result["score"]["points"], result["score"]["possible"]
+        self.say(f"{label}, {result['setting']}: {points} of {possible} points ({points / possible:.3f})")
+        return Sitting(label, result["setting"], points, possible, folder)
 
     def _curate(self, engine: Engine, model: ModelConfig, name: str) -> Path:
         folder = self.out / name
@@ -355,12 +335,6 @@ class _Study:
             batch_size=self.config.batch_size,
         )
         self.say(f"{name}: {len(self.train)} problems, {self.config.sampling.samples} samples each")
-        began = time.monotonic()
-        with Run(folder, config) as run:
-            curation = curate(engine, self.train, self.shots, config)
-            if is_primary_process():
-                write_preferences(run.path / PREFERENCES, curation.preferences)
-            seconds = time.monotonic() - began
-            run.finish({"stage": "curate", "engine": self.engine_name, "seconds": seconds, **asdict(curation.report)})
+        build_preferences(engine, self.train, self.shots, config)
         self.runs.append(folder)
         return folder / PREFERENCES
