@@ -108,8 +108,11 @@ def plan_steps(units: int, config: TrainingConfig, *, size_of: Callable[[int], t
         if size_of is not None:
             chunks = []
             for window in _pieces(order, _WINDOW_STEPS * size * accumulation):
-                sorted_steps = list(_pieces(sorted(window, key=size_of), size * accumulation))
+                # The units left over make the last, short step; set aside before sorting, they are no larger than others.
+                whole = len(window) - len(window) % (size * accumulation)
+                sorted_steps = list(_pieces(sorted(window[:whole], key=size_of), size * accumulation))
                 chunks += [sorted_steps[i] for i in random.permutation(len(sorted_steps))]
+                chunks += [window[whole:]] if whole < len(window) else []
         steps += [Step(epoch, tuple(tuple(micro) for micro in _pieces(chunk, size))) for chunk in chunks]
     return steps
 
@@ -124,8 +127,8 @@ def target_mask(segment_ids: Int[Array, "b s"]) -> Int[Array, "b s-1"]:
 
 
 def cpt_step(rows: PackedRows, step: Step, config: TrainingConfig) -> CptBatch:
-    """Arrays ``[accumulation, batch_size, length]`` of one step; missing rows are all padding."""
-    shape = (config.accumulation, config.batch_size, rows.tokens.shape[1])
+    """Arrays ``[micro-batches, batch_size, length]`` of one step; missing rows are all padding."""
+    shape = (len(step.micro_batches), config.batch_size, rows.tokens.shape[1])
     tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
     for i, micro in enumerate(step.micro_batches):
         index = list(micro)
@@ -133,7 +136,7 @@ def cpt_step(rows: PackedRows, step: Step, config: TrainingConfig) -> CptBatch:
         segment_ids[i, : len(index)] = rows.segment_ids[index]
         positions[i, : len(index)] = rows.positions[index]
     targets = int(target_mask(segment_ids.reshape(-1, shape[-1])).sum())
-    share = np.full(config.accumulation, 1.0 / max(1, targets))
+    share = np.full(len(step.micro_batches), 1.0 / max(1, targets))
     return CptBatch(tokens, segment_ids, positions, share)
 
 
@@ -214,7 +217,7 @@ class PreferenceData:
 
         def size_of(unit: int) -> tuple[int, ...]:
             shape = self.shapes[unit]
-            return shape.responses, shape.prompt, shape.response, shape.pairs
+            return shape.prompt + shape.responses * shape.response, *shape
 
         return plan_steps(len(self.groups), self._config, size_of=size_of)
 
@@ -223,12 +226,11 @@ class PreferenceData:
         return sum(len(self.groups[unit].pairs) for micro in step.micro_batches for unit in micro)
 
     def step(self, step: Step) -> PreferenceBatch:
-        """Arrays of one step with a leading axis of ``accumulation`` micro-batches."""
+        """Arrays of one step with a leading axis of micro-batches."""
         used = [self.shapes[unit] for micro in step.micro_batches for unit in micro]
         shape = PreferenceShape(*(max(sizes) for sizes in zip(*used, strict=True)))
         weight = 1.0 / self.pairs(step)
-        micro_batches = [*step.micro_batches, *[()] * (self._config.accumulation - len(step.micro_batches))]
-        parts = [self._micro_batch(micro, shape, weight) for micro in micro_batches]
+        parts = [self._micro_batch(micro, shape, weight) for micro in step.micro_batches]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
     def _micro_batch(self, units: Sequence[int], shape: PreferenceShape, weight: float) -> PreferenceBatch:

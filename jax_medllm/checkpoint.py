@@ -18,10 +18,9 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done, the epoch of the next one, and the settings that fix the order of steps."""
+    """Where a run stands: optimizer steps done, and the settings that fix the order of steps."""
 
     step: int
-    epoch: int
     settings: dict[str, Any]
 
 
@@ -40,13 +39,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, state: Any, step: int, epoch: int) -> None:
+    def save(self, state: Any, step: int) -> None:
         """Write ``state`` after ``step`` optimizer steps; the writing itself goes on in the background."""
         if self._manager.latest_step() == step:
             return
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)),
-            position=ocp.args.JsonSave({"step": step, "epoch": epoch, "settings": self._settings}),
+            position=ocp.args.JsonSave({"step": step, "settings": self._settings}),
         )
         self._manager.save(step, args=arguments, force=True)
 

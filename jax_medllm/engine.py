@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ from medllm.engine import Continuation, Generation, Prompt, TrainSummary
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_adapter
 from medllm.preferences.records import Preference
-from medllm.preferences.tokenization import tokenize_group
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from medllm.tokenizer import check_vocabulary, encode_prompt, end_token, load_tokenizer
 
@@ -72,8 +74,12 @@ class JaxEngine:
         length = rows.tokens.shape[1]
         if length > self._context:
             raise UserError(f"corpus.length {length} is longer than the model's context of {self._context}; lower it")
+        if not rows.targets.any():
+            raise UserError("the corpus has no token to predict: every document is a single token, or empty")
         training = config.training
         steps = plan_steps(len(rows.tokens), training)
+
+        digest = _digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
 
         def tokens(step: Step) -> int:
             return int((rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
@@ -84,7 +90,7 @@ class JaxEngine:
             batch=lambda step: cpt_step(rows, step, training),
             units=tokens,
             unit="tokens",
-            settings=_settings(config, training, {"rows": len(rows.tokens), "length": length}),
+            settings=_settings(config, training, {"rows": len(rows.tokens), "length": length, "data": digest}),
         )
         return self._train(task, config, run)
 
@@ -92,19 +98,24 @@ class JaxEngine:
         """See :class:`medllm.engine.Engine`.
 
         Raises:
-            UserError: no pairs, a group longer than the context, or what :func:`jax_medllm.train.train` raises.
+            UserError: no pairs, a ``max_length`` beyond the context, or what :func:`jax_medllm.train.train` raises.
         """
         if config.pairs.max_length > self._context:
             raise UserError(
                 f"pairs.max_length {config.pairs.max_length} is longer than the model's context of {self._context}; lower it"
             )
-        tokenized = (tokenize_group(self.tokenizer, preference, config.pairs) for preference in preferences)
-        groups = [group for group in tokenized if group is not None]
+        tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs)
+        groups = tokenized.groups
         if not groups:
-            raise UserError(f"{config.preferences}: no pair to train on (every problem lacks chosen and rejected responses)")
+            raise UserError(
+                f"{config.preferences}: no pair to train on: {tokenized.unpaired} problems have none, and in "
+                f"{tokenized.dropped_pairs} pairs the prompt alone fills pairs.max_length {config.pairs.max_length}"
+            )
+        if (tokenized.dropped_pairs or tokenized.truncated) and not config.resume:
+            run.log(0, dropped_pairs=tokenized.dropped_pairs, truncated_responses=tokenized.truncated)
         training = config.training
         data = PreferenceData(single_pairs(groups) if config.pairs.unit == "pair" else groups, training)
-        facts = {"groups": len(data.groups), "pairs": sum(len(group.pairs) for group in groups)}
+        facts = {"groups": len(data.groups), "pairs": tokenized.pairs, "data": _digest(repr(groups).encode())}
         settings = _settings(config, training, facts)
         task = Task(
             loss_fn=partial(preference_loss_fn, loss_config=config.loss, remat=training.gradient_checkpointing),
@@ -140,6 +151,8 @@ class JaxEngine:
                 f"model.adapter {self._config.adapter}: training on top of an adapter is not supported; merge it first "
                 "with 'medllm convert' and train on the merged model"
             )
+        for opened in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
+            self.__dict__.pop(opened, None)
         model = load_model(self._config, lora=config.lora)
         trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
         folder = run.path / "adapter"
@@ -151,7 +164,15 @@ def _summary(trained: Trained, adapter: Path) -> TrainSummary:
     return TrainSummary(trained.steps, trained.loss, trained.seconds, trained.rate, str(adapter))
 
 
-def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: dict[str, int]) -> dict[str, object]:
+def _digest(*parts: bytes) -> str:
+    """Tells one training set from another."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: dict[str, Any]) -> dict[str, object]:
     """What a trajectory depends on, in JSON's types."""
     lora: LoraConfig = config.lora
     free = {"log_every", "checkpoint_every", "max_steps", "gradient_checkpointing"}
@@ -159,7 +180,8 @@ def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: di
     adapter = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(lora).items()}
     optimizer = dataclasses.asdict(config.optimizer)
     optimizer["betas"] = list(optimizer["betas"])
-    return {**facts, "training": loop, "lora": adapter, "optimizer": optimizer, "quantization": config.model.quantization}
+    weights = {"quantization": config.model.quantization, "dtype": config.model.dtype}
+    return {**facts, "training": loop, "lora": adapter, "optimizer": optimizer, **weights}
 
 
 def _keep_compilations() -> None:

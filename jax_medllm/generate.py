@@ -10,6 +10,7 @@ uniform number from it. The text therefore does not depend on what else is in th
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -60,6 +61,8 @@ def generate(
     total = len(prompts) * sampling.samples
     if not total:
         return [[] for _ in prompts]
+    # A continuation's random numbers follow from its own prompt, not from its place among the others.
+    identities = [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts]
     shared = _common_prefix(prompts)
     prefix = decoder.prefix(prompts[0][:shared])
     rest = [prompt[shared:] for prompt in prompts]
@@ -70,7 +73,8 @@ def generate(
         index = [i for i, tokens in enumerate(rest) if round_up(len(tokens), menu) == size]
         requests = [Request(i, sample) for i in index for sample in range(sampling.samples)]
         if requests:
-            queue = _Queue(decoder, rest, sampling, text_of, requests, min(batch_size, len(requests)))
+            keys = _request_keys(sampling.seed, [identities[request.prompt] for request in requests], requests)
+            queue = _Queue(decoder, rest, sampling, text_of, requests, keys, min(batch_size, len(requests)))
             for request, generation in queue.run(prefix, size):
                 done[request] = generation
                 if progress:
@@ -87,6 +91,7 @@ class _Queue:
     sampling: Sampling
     text_of: Callable[[Sequence[int]], str]
     requests: list[Request]
+    keys: Array
     batch: int
     active: dict[int, Request] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -94,14 +99,13 @@ class _Queue:
     def run(self, prefix: Stored | None, size: int) -> Iterator[tuple[Request, Generation]]:
         """Yield continuations as they finish; prompts are padded to ``size`` tokens."""
         requests, portion = self.requests, max(1, self.batch // 4)
-        keys = _request_keys(self.sampling.seed, requests)
         slots = self.decoder.empty(self.batch, size + -(-self.sampling.max_new_tokens // _MULTIPLE) * _MULTIPLE)
         waiting = 0
         while waiting < len(requests) or self.active:
             free = [row for row in range(self.batch) if row not in self.active]
             while waiting < len(requests) and len(free) >= portion:
                 chosen = range(waiting, min(waiting + portion, len(requests)))
-                slots = self.decoder.fill(slots, prefix, self._fill(chosen, free[:portion], size, keys))
+                slots = self.decoder.fill(slots, prefix, self._fill(chosen, free[:portion], size))
                 waiting, free = chosen.stop, free[portion:]
             slots, written = self.decoder.extend(slots, prefix, self.sampling)
             ended = list(self._read(np.asarray(written)))
@@ -109,7 +113,7 @@ class _Queue:
                 slots = _finish(slots, [row for row, _, _ in ended])
             yield from ((request, generation) for _, request, generation in ended)
 
-    def _fill(self, chosen: range, rows: list[int], size: int, keys: Array) -> Fill:
+    def _fill(self, chosen: range, rows: list[int], size: int) -> Fill:
         """The chosen requests for ``rows``, each distinct prompt once; padded by repeating the first."""
         requests = [self.requests[i] for i in chosen]
         distinct = sorted({request.prompt for request in requests})
@@ -124,7 +128,7 @@ class _Queue:
         which = [i if i < len(requests) else 0 for i in range(portion)]
         source = np.array([distinct.index(requests[i].prompt) for i in which], np.int32)
         target = np.array([rows[i] for i in which], np.int32)
-        return Fill(prompts, lengths, source, target, keys[np.array([chosen[i] for i in which])])
+        return Fill(prompts, lengths, source, target, self.keys[np.array([chosen[i] for i in which])])
 
     def _read(self, written: np.ndarray) -> Iterator[tuple[int, Request, Generation]]:
         """Take in what the slots wrote; yield (row, request, generation) of those that are done."""
@@ -167,12 +171,12 @@ def _finish(slots: Slots, rows: list[int]) -> Slots:
     return replace(slots, finished=jnp.asarray(finished))
 
 
-def _request_keys(seed: int, requests: Sequence[Request]) -> Array:
+def _request_keys(seed: int, identities: Sequence[int], requests: Sequence[Request]) -> Array:
     def key(prompt, sample):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
 
-    prompts, samples = (jnp.asarray(part, jnp.int32) for part in zip(*requests, strict=True))
-    return jax.vmap(key)(prompts, samples)
+    samples = jnp.asarray([request.sample for request in requests], jnp.uint32)
+    return jax.vmap(key)(jnp.asarray(identities, jnp.uint32), samples)
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -188,6 +192,8 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 def _check_lengths(prompts: Sequence[Sequence[int]], new: int, context: int) -> None:
     for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {index} is empty: generation needs at least one token")
         if len(prompt) + new > context:
             raise UserError(
                 f"prompt {index}: {len(prompt)} tokens and {new} new ones do not fit the model's context of {context}; "

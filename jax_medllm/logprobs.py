@@ -5,7 +5,7 @@ A token's log-probability depends on its own hidden state only, so its gradient 
 .. math:: \frac{\partial \log p_t}{\partial h} = W_t - \sum_v \mathrm{softmax}(W h)_v W_v
 
 The forward pass of a differentiated call therefore computes this direction together with the log-probability, chunk by
-chunk, and keeps it (as large as the hidden states) instead of the logits: two matrix products in all, none recomputed.
+chunk, and keeps it (as large as the hidden states, in fp32) instead of the logits: two matrix products in all, none recomputed.
 The head is frozen in LoRA training and gets no gradient.
 """
 
@@ -101,17 +101,24 @@ def _pick(logits: Float[Array, "b c v"], targets: Int[Array, "b c"]) -> Float[Ar
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
+def _softmax_parts(logits):
+    """Largest logit, exponentials relative to it, and their sum. Policy and reference both normalize this way, bit for bit,
+    so that a fresh adapter's rewards are zero."""
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    return largest[..., 0], exponentials, exponentials.sum(axis=-1)
+
+
 def _logprobs(head, hidden, targets):
     logits = _logits(head, hidden)
-    return _pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+    largest, _, total = _softmax_parts(logits)
+    return _pick(logits, targets) - largest - jnp.log(total)
 
 
 def _logprobs_and_direction(head, hidden, targets):
     logits = _logits(head, hidden)
-    largest = logits.max(axis=-1, keepdims=True)
-    exponentials = jnp.exp(logits - largest)
-    total = exponentials.sum(axis=-1)
-    logprobs = _pick(logits, targets) - largest[..., 0] - jnp.log(total)
+    largest, exponentials, total = _softmax_parts(logits)
+    logprobs = _pick(logits, targets) - largest - jnp.log(total)
     expected = jnp.einsum(
         "bcv,vd->bcd",
         exponentials.astype(hidden.dtype),

@@ -45,12 +45,10 @@ def learning_rate(config: OptimizerConfig, total_steps: int, step: Int[Array, ""
 
 
 def clip_by_trainer_norm(clip_norm: float) -> optax.GradientTransformation:
-    r"""Scale by :math:`\min(1, c/(\lVert g\rVert+10^{-6}))` (``torch.nn.utils.clip_grad_norm_``); c = 0 switches it off."""
+    r"""Scale by :math:`\min(1, c/(\lVert g\rVert+10^{-6}))` (``torch.nn.utils.clip_grad_norm_``)."""
 
     def update(updates, state, params=None):
         del params
-        if clip_norm <= 0:
-            return updates, state
         factor = jnp.minimum(1.0, clip_norm / (optax.global_norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 

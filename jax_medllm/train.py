@@ -161,6 +161,7 @@ def train(
     graph, trainable, *others = nnx.split(model, LoraParam, ...)
     optimizer = make_optimizer(optimizer_config, total)
     step_fn = make_step(graph, task.loss_fn, optimizer, partial(learning_rate, optimizer_config, total))
+    trainable = jax.tree.map(jnp.copy, trainable)  # the step takes its arguments' memory; the model keeps its own until the end
     state = (trainable, optimizer.init(trainable))
     checkpoints = Checkpoints(run.path / "checkpoints", {**task.settings, "steps": total})
     loop = _Loop(task, step_fn, others[0], config, run, checkpoints)
@@ -172,7 +173,7 @@ def train(
             start = position.step
             run.forget_after(start)
         state, trained = loop.run_steps(state, start, last)
-        checkpoints.save(state, trained.steps, _epoch(task, trained.steps))
+        checkpoints.save(state, trained.steps)
     finally:
         checkpoints.close()
     nnx.update(model, state[0])
@@ -219,7 +220,7 @@ class _Loop:
                     units, stepping = units + pending_units, stepping + seconds
                     pending_units, self._compile_seconds = 0, 0.0
                     if saving:
-                        self._checkpoints.save(state, done, _epoch(task, done))
+                        self._checkpoints.save(state, done)
                     mark = time.perf_counter()
                 bar.update(shown, completed=done)
         if start >= last:
@@ -248,7 +249,7 @@ class _Loop:
             if not (math.isfinite(metrics.loss.loss) and math.isfinite(metrics.grad_norm)):
                 raise UserError(
                     f"step {step}: the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}; "
-                    "lower optimizer.learning_rate or look at the data of that step; the last checkpoint is whole"
+                    "lower optimizer.learning_rate or look at the data of that step"
                 )
         mean = {
             _LOGGED_AS.get(name, name): sum(getattr(metrics.loss, name) for _, metrics in steps) / len(steps)
@@ -262,8 +263,3 @@ class _Loop:
         """The last loss of an earlier session, for a run that was already complete."""
         lines = [line for line in self._run.metrics() if "loss" in line]
         return lines[-1]["loss"] if lines else math.nan
-
-
-def _epoch(task: Task, done: int) -> int:
-    """Epoch of the step after ``done`` steps."""
-    return task.steps[min(done, len(task.steps) - 1)].epoch

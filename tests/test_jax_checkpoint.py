@@ -88,7 +88,7 @@ def test_only_the_last_checkpoint_is_kept_unless_more_are_asked_for(tmp_path):
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path):
     state = {"a": jnp.arange(3.0)}
     checkpoints = Checkpoints(tmp_path / "checkpoints", {})
-    checkpoints.save(state, 1, 0)
+    checkpoints.save(state, 1)
     checkpoints.close()
     for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():

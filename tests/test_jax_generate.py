@@ -96,6 +96,7 @@ def test_a_sampled_text_depends_on_seed_prompt_and_sample_and_not_on_the_batch(d
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, samples=3, seed=7)
     together = generate(decoder, prompts, sampling, text_of, 32)
     assert generate(decoder, prompts[:2], sampling, text_of, 2) == together[:2]
+    assert generate(decoder, prompts[2:], sampling, text_of, 32) == together[2:]
     assert len({generation.text for row in together for generation in row}) > 10
     other = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, samples=3, seed=8)
     assert generate(decoder, prompts, other, text_of, 32) != together

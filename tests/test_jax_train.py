@@ -117,7 +117,7 @@ def test_preference_batches_hold_every_pair_once_with_the_tokens_of_its_response
     for step in data.plan():
         batch = data.step(step)
         assert batch.weights.sum() == pytest.approx(1)
-        for micro in range(config.accumulation):
+        for micro in range(len(step.micro_batches)):
             part = jax.tree.map(lambda leaf, micro=micro: leaf[micro], batch)
             flat = part.responses.responses.reshape(-1, part.responses.responses.shape[-1])
             mask = part.responses.response_mask.reshape(flat.shape).astype(bool)
@@ -179,6 +179,7 @@ def test_dpo_starts_at_ln_2_and_only_the_adapter_moves(tmp_path):
     trained = train(model, task, RATE, config, run)
     lines = run.metrics()
     assert lines[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert lines[0]["rewards/accuracies"] == 0  # policy and reference are the same model, to the bit
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
     assert lines[-1]["rewards/accuracies"] > 0.5
