@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -44,9 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _run(argv)
-    except (UserError, ArgumentError) as error:
+    except (UserError, ArgumentError, UnicodeDecodeError) as error:
         if debug:
             raise
+        if isinstance(error, UnicodeDecodeError):
+            error = UserError("a file named on the command line is not UTF-8 text")
         print(f"medllm: {_one_line(error, argv)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -64,12 +67,19 @@ def _run(argv: list[str]) -> int:
     namespace = parser.parse_args(_gather_lists(_name_presets(argv)))
     name = namespace.subcommand
     values = parser.instantiate(namespace)[name]
+    target = values[values.action].json if name == "data" else values.json
+    if target is not None and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
+        raise UserError(f"--json {target}: no file can be written there; name a file in a folder that exists")
     result = COMMANDS[name].run(values)
-    if result is not None and getattr(values, "json", None):
+    if result is not None and target is not None:
         from medllm.run import write_json
 
-        write_json(Path(values.json), result)
+        write_json(Path(target), result)
     return 0
+
+
+def _add_json(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help="also write the result as JSON")
 
 
 def build_parser() -> ArgumentParser:
@@ -85,7 +95,8 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
-        sub.add_argument("--json", type=str | None, default=None, metavar="FILE", help="also write the result as JSON")
+        if name != "data":  # each of its actions has its own
+            _add_json(sub)
         commands.add_subcommand(name, sub, help=command.help)
         command.arguments(sub)
     return parser
@@ -197,7 +208,7 @@ def _convert(values: Any) -> dict[str, Any]:
 
 
 def _mini_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--engine", type=EngineName, default="jax", help="which engine does the work")
+    parser.add_argument("--engine", type=Literal["jax", "torch"], default="jax", help="which engine does the work")
     parser.add_argument("--preset", type=str, default="mini", help="name of a mini preset, or a YAML file")
     parser.add_argument("--out", type=str, default="runs/mini", help="folder of the study")
 
@@ -213,6 +224,7 @@ def _data_arguments(parser: ArgumentParser) -> None:
 
     def add(name: str, help: str) -> ArgumentParser:
         action = ArgumentParser(description=help, exit_on_error=False, allow_abbrev=False)
+        _add_json(action)
         actions.add_subcommand(name, action, help=help)
         return action
 
@@ -230,6 +242,7 @@ def _data_arguments(parser: ArgumentParser) -> None:
     leaks = add("leaks", "exam questions found in training text")
     leaks.add_argument("--documents", type=list[str], required=True, help="training files or folders")
     leaks.add_argument("--problems", type=str, required=True, help="problem file or folder")
+    leaks.add_argument("--text_column", type=str, default="text", help="column that holds a document's text")
     leaks.add_argument("--threshold", type=float, default=0.8, help="share of a question's 13-character pieces")
 
 
@@ -268,7 +281,9 @@ def _leaks(values: Any) -> dict[str, Any]:
     from medllm.corpus.documents import load_documents
     from medllm.exam.loaders import load_problems
 
-    corpus = load_documents(CorpusConfig(documents=tuple(values.documents)))
+    if not 0 < values.threshold <= 1:
+        raise UserError(f"--threshold is {values.threshold}; expected a share in (0, 1]")
+    corpus = load_documents(CorpusConfig(documents=tuple(values.documents), text_column=values.text_column))
     found = find_leaks(corpus.documents, load_problems(values.problems).problems, threshold=values.threshold)
     for leak in found:
         _say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}")
@@ -296,10 +311,13 @@ COMMANDS = {
 
 def _name_presets(argv: list[str]) -> list[str]:
     """``--config paper_cpt_72b`` → the preset's file."""
-    named = list(argv)
+    named = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for index, word in enumerate(named[:-1]):
         preset = PRESETS / f"{named[index + 1]}.yaml"
-        if word == "--config" and not Path(named[index + 1]).exists() and preset.exists():
+        if word == "--config" and not Path(named[index + 1]).exists():
+            if not preset.exists():
+                known = ", ".join(sorted(path.stem for path in PRESETS.glob("paper_*.yaml")))
+                raise UserError(f"--config {named[index + 1]}: neither a file nor a preset; there are {known}")
             named[index + 1] = str(preset)
     return named
 
@@ -343,12 +361,14 @@ def _gather_lists(argv: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception, argv: list[str]) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", " ".join(str(error).split()))
+    if text.startswith("the following arguments are required:") and argv:
+        text = text.replace(f" {argv[0]}.", " --")
     unknown = text.removeprefix("unrecognized arguments: ").split() if text.startswith("unrecognized arguments") else []
     word = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
     if word is None:
         return text
-    near = difflib.get_close_matches(word, _known_options(argv), n=1)
+    near = difflib.get_close_matches(word, _known_options(argv), n=1, cutoff=0.75)
     return f"{text} (did you mean {near[0]}?)" if near else f"{text} (see medllm {argv[0]} --help)"
 
 

@@ -19,6 +19,12 @@ def _require(holds: bool, setting: str, value: object, expected: str) -> None:
         raise UserError(f"{setting} is {value!r}; expected {expected}")
 
 
+def _require_counts(batch_size: int, shot_count: int, limit: int) -> None:
+    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    _require(shot_count >= 0, "shot_count", shot_count, "0 (zero-shot) or more")
+    _require(limit >= 0, "limit", limit, "0 (all) or more")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which weights an engine opens.
@@ -86,7 +92,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
-        _require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio", self.warmup_ratio, "a fraction in [0, 1]")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more")
+        _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a fraction in [0, 1)")
         _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a positive number")
 
 
@@ -218,6 +226,9 @@ class CurateConfig:
     batch_size: int = 32
     limit: int = 0
 
+    def __post_init__(self) -> None:
+        _require_counts(self.batch_size, self.shot_count, self.limit)
+
 
 @dataclass(frozen=True)
 class PreferenceLoss:
@@ -311,3 +322,6 @@ class EvaluateConfig:
     lenient: bool = False
     limit: int = 0
     label: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_counts(self.batch_size, self.shot_count, self.limit)

@@ -287,6 +287,9 @@ def _read_json(file: Path, expectation: str) -> dict[str, Any]:
 
 
 def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
+    missing = [key for key in ("peft_type", "r", "lora_alpha") if key not in config]
+    if missing:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: has no {missing[0]}; a PEFT LoRA adapter has it")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder}: a {config.get('peft_type')} adapter; only LORA adapters are read")
     for key in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "layers_to_transform", "fan_in_fan_out"):

@@ -30,13 +30,22 @@ _RECORDED_PACKAGES = (
 )
 
 
+_OPENING_FILES = {"config.yaml", "environment.json"}
+_FREE_ON_RESUME = {
+    *("run", "resume"),
+    *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "gradient_checkpointing")),
+}
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """A sibling path that takes ``target``'s place when the block ends well, and disappears when it does not."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     try:
         yield scratch
+        if target.is_dir() and not scratch.is_dir():
+            raise UserError(f"{target}: is a folder, and a file is to be written there; give another path")
         if scratch.is_dir() and target.exists():
             shutil.rmtree(target)
         os.replace(scratch, target)
@@ -82,19 +91,20 @@ def is_primary_process() -> bool:
 class Run:
     """A run folder that is being written. In a multi-process launch only the primary process writes.
 
-    As a context manager it takes a folder it has just made away again when the block ends in a :class:`UserError` before
-    anything was measured, so that a refused input leaves nothing behind.
+    As a context manager it takes a folder it has just made away again when the block fails before anything was written
+    there, so that a refused input leaves nothing behind.
 
     Args:
         path: The folder. A folder that already holds a run is refused unless ``resume`` is set.
         config: The resolved configuration (a dataclass), written as ``config.yaml``.
-        resume: Go on in an existing run folder.
+        engine: Which engine does the work, where one does; recorded beside the configuration.
+        resume: Go on in an existing run folder, with the settings it was begun with.
 
     Raises:
-        UserError: the folder holds a finished or another run.
+        UserError: the folder cannot be made, holds a run already, or was begun with other settings.
     """
 
-    def __init__(self, path: str | Path, config: DataclassInstance, *, resume: bool = False):
+    def __init__(self, path: str | Path, config: DataclassInstance, *, engine: str | None = None, resume: bool = False):
         self.path = Path(path)
         self._events: Any = None
         self._made_here = not self.path.exists()
@@ -102,11 +112,16 @@ class Run:
             return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a run folder is needed here, but this is a file; give another --run")
-        if (self.path / "config.yaml").exists() and not resume:
-            raise UserError(f"{self.path}: already holds a run; give another --run, remove it, or go on with --resume true")
-        self.path.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
-        (self.path / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        plain = {"engine": engine, **plain} if engine else plain
+        written = self.path / "config.yaml"
+        if written.exists():
+            if not resume:
+                remedy = "give another --run, remove it" + (", or go on with --resume true" if "resume" in plain else "")
+                raise UserError(f"{self.path}: already holds a run; {remedy}")
+            self._refuse_other_settings(plain)
+        _make_folder(self.path)
+        written.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(self.path / "environment.json", environment())
 
     def __enter__(self) -> Run:
@@ -114,9 +129,10 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close_events()
-        refused = kind is not None and issubclass(kind, UserError) and not (self.path / "metrics.jsonl").exists()
-        if refused and self._made_here and is_primary_process():
-            shutil.rmtree(self.path, ignore_errors=True)
+        if kind is not None and self._made_here and is_primary_process():
+            left = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
+            if left <= _OPENING_FILES:
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
@@ -151,10 +167,37 @@ class Run:
         if is_primary_process():
             write_json(self.path / "result.json", result)
 
+    def _refuse_other_settings(self, now: dict[str, Any]) -> None:
+        """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
+        then = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        before, after = dict(_flat(then)), dict(_flat(now))
+        for name in sorted((before.keys() | after.keys()) - _FREE_ON_RESUME):
+            if before.get(name) != after.get(name):
+                raise UserError(
+                    f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
+                    "resume with the same settings, or start a new --run"
+                )
+
     def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every setting."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _flat(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, settings
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: this folder cannot be made ({error.strerror}); give another path") from error
 
 
 def _processor() -> str:

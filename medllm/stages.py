@@ -39,7 +39,7 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     tokens = tokenize_documents(tokenizer, corpus.documents)
     rows = pack(tokens, config.corpus.length, tokenizer.pad_token_id, config.corpus.packing)
     model = open_engine(engine, config.model)
-    with Run(config.run, config, resume=config.resume) as run:
+    with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = {
             "stage": "cpt",
@@ -86,7 +86,7 @@ def build_preferences(
     from medllm.preferences.records import write_preferences
 
     began = time.monotonic()
-    with Run(config.run, config) as run:
+    with Run(config.run, config, engine=model.name) as run:
         curation = curate(model, problems, shots, config, progress)
         result = {
             "stage": "curate",
@@ -115,7 +115,7 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
     if not pairs:
         raise UserError(f"{config.preferences}: no pair to train on: every problem lacks both chosen and rejected responses")
     model = open_engine(engine, config.model)
-    with Run(config.run, config, resume=config.resume) as run:
+    with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_preferences(preferences, config, run)
         result = {"stage": "rpo", "engine": engine, **asdict(summary), "problems": len(preferences), "pairs": pairs}
         run.finish(result)
@@ -131,6 +131,8 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     problems, skipped = _load(config.problems)
     problems = problems[: config.limit] if config.limit else problems
     if config.method == "options":
+        if engine == "openai":
+            raise UserError("engine 'openai' gives no log-probabilities of given options; use --method generate")
         return _choose_options(open_engine(engine, config.model), problems, config, skipped)
     shots = _load_shots(config.shots, config.shot_count)
     return sit_exam(open_engine(engine, config.model), problems, shots, config, progress, left_out=skipped)
@@ -153,8 +155,10 @@ def sit_exam(
     from medllm.exam.scoring import score
 
     began = time.monotonic()
-    with Run(config.run, config) as run:
+    with Run(config.run, config, engine=model.name) as run:
         predictions = evaluate(model, problems, shots, config, progress)
+        if is_primary_process():
+            write_predictions(run.path / PREDICTIONS, predictions)
         result = {
             "stage": "evaluate",
             "engine": model.name,
@@ -164,8 +168,6 @@ def sit_exam(
             "left_out": dict(left_out or {}),
             "score": score(problems, predictions, lenient=config.lenient).to_json(),
         }
-        if is_primary_process():
-            write_predictions(run.path / PREDICTIONS, predictions)
         run.finish(result)
     return result
 
@@ -178,7 +180,7 @@ def _choose_options(
 
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     began = time.monotonic()
-    with Run(config.run, config) as run:
+    with Run(config.run, config, engine=model.name) as run:
         scores = score_options(model, tokenizer, problems, batch_size=config.batch_size)
         result = {
             "stage": "options",
@@ -219,6 +221,12 @@ def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
         problems += loaded.problems
         for reason, count in loaded.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
+    seen: dict[str, Problem] = {}
+    for problem in problems:
+        if problem.problem_id in seen:
+            first = seen[problem.problem_id].source
+            raise UserError(f"{problem.source}: problem {problem.problem_id} is also in {first}; give each problem once")
+        seen[problem.problem_id] = problem
     return tuple(problems), skipped
 
 

@@ -119,3 +119,41 @@ def test_preferences_without_a_pair(folder, capsys):
 
 def test_a_model_with_an_adapter_must_be_merged_before_training(folder, capsys):
     assert "medllm convert" in refused(folder, capsys, *cpt("--model.adapter", "adapter", "--corpus.length", "64"))
+
+
+def test_a_csv_row_of_another_width(folder, capsys):
+    (folder / "text.csv").write_text("text\n本文,続き\n", encoding="utf-8")
+    line = refused(folder, capsys, *cpt(documents="text.csv"))
+    assert "text.csv:2" in line
+    assert "quote" in line
+
+
+def test_half_a_character(folder, capsys):
+    (folder / "text.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
+    assert "text.jsonl:1" in refused(folder, capsys, *cpt())
+
+
+def test_the_same_problem_in_two_files(folder, capsys):
+    (folder / "again.jsonl").write_bytes((folder / "problems.jsonl").read_bytes())
+    assert "problem 1" in refused(folder, capsys, *evaluate("again.jsonl"))
+
+
+@pytest.mark.parametrize("setting", ["--limit", "--shot_count", "--batch_size"])
+def test_counts_below_zero(folder, capsys, setting):
+    assert setting.removeprefix("--") in refused(folder, capsys, *evaluate(setting, "-1"))
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(folder, capsys):
+    assert "--json" in refused(folder, capsys, *evaluate("--json", str(folder)))
+    assert "--json" in refused(folder, capsys, *evaluate("--json", "nowhere/result.json"))
+
+
+def test_an_adapter_config_without_rank(folder, capsys):
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')
+    assert "has no r" in refused(folder, capsys, "convert", "--model", str(BASE), "--adapter", "adapter", "--out", "merged")
+
+
+def test_a_preset_that_is_not_there_names_those_that_are(folder, capsys):
+    assert "paper_cpt_72b" in refused(folder, capsys, "cpt", "--config", "paper_cpt_72x")

@@ -51,12 +51,16 @@ def test_parquet_csv_json_arrow_and_saved_datasets_hold_the_same_documents(tmp_p
     dataset.save_to_disk(str(tmp_path / "saved"))
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     for place in (tmp_path / "a.parquet", tmp_path / "a.csv", tmp_path / "a.json", tmp_path / "saved", arrow):
-        assert found(place, text_column="body") == [Document("一つ目", f"{place}:1"), Document("二つ目", f"{place}:2")]
+        first = 2 if place.suffix == ".csv" else 1  # a line of the file, its header counted; elsewhere a row
+        assert found(place, text_column="body") == [
+            Document("一つ目", f"{place}:{first}"),
+            Document("二つ目", f"{place}:{first + 1}"),
+        ]
 
 
 def test_reading_a_table_leaves_the_screen_and_the_users_cache_alone(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    file = write(tmp_path / "a.csv", "text\nx\n")
+    file = write(tmp_path / "a.json", '{"text": "x"}\n')
     capfd.readouterr()
     assert found(file) == [Document("x", f"{file}:1")]
     assert capfd.readouterr() == ("", "")

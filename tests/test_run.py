@@ -1,11 +1,12 @@
 """The run folder: what it holds, and that nothing half-written stays behind."""
 
+import dataclasses
 import json
 
 import pytest
 import yaml
 
-from medllm.config import CptConfig, ModelConfig
+from medllm.config import CptConfig, EvaluateConfig, LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.run import Run, atomic_path
 
@@ -86,3 +87,25 @@ def test_resuming_forgets_what_was_logged_beyond_the_checkpoint(tmp_path):
         run.log(step, loss=float(step))
     run.forget_after(2)
     assert [line["step"] for line in run.metrics()] == [1, 2]
+
+
+def test_a_run_goes_on_only_with_the_engine_and_settings_it_was_begun_with(tmp_path):
+    begun = config(tmp_path)
+    Run(tmp_path / "run", begun, engine="jax").log(1, loss=1.0)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="engine = jax, now it is torch"):
+        Run(tmp_path / "run", begun, engine="torch", resume=True)
+    other = dataclasses.replace(begun, lora=LoraConfig(rank=4))
+    with pytest.raises(UserError, match=r"lora\.rank = 16, now it is 4"):
+        Run(tmp_path / "run", other, engine="jax", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    longer = dataclasses.replace(begun, training=dataclasses.replace(begun.training, max_steps=9))
+    assert Run(tmp_path / "run", longer, engine="jax", resume=True).metrics() == [{"step": 1, "loss": 1.0}]
+
+
+def test_only_a_stage_that_can_resume_is_advised_to(tmp_path):
+    exam = EvaluateConfig(ModelConfig("m"), "run", ("p",))
+    Run(tmp_path / "run", exam)
+    with pytest.raises(UserError) as refused:
+        Run(tmp_path / "run", exam)
+    assert "resume" not in str(refused.value)

@@ -213,6 +213,17 @@ def test_training_resumed_from_a_checkpoint_ends_where_an_uninterrupted_one_does
         torch.testing.assert_close(adapter_of(resumed)[name], value, atol=1e-6, rtol=0)
 
 
+def test_a_run_that_has_reached_its_last_step_takes_no_other_on_resuming(dense, tmp_path):
+    short = cpt_config(dense, tmp_path / "run", max_steps=2)
+    _, done = train(short, rows())
+    before = adapter_of(done)
+    run, again = train(dataclasses.replace(short, resume=True), rows())
+    assert (again.steps, again.loss) == (2, pytest.approx(done.loss))
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+    for name, value in adapter_of(again).items():
+        assert torch.equal(before[name], value)
+
+
 TWO_PROCESSES = """
 import sys
 import numpy as np

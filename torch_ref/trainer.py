@@ -55,8 +55,6 @@ def trainer_arguments(
     Raises:
         UserError: the warmup covers all steps and more.
     """
-    if not 0 <= optimizer.warmup_ratio < 1:
-        raise UserError(f"--optimizer.warmup_ratio is {optimizer.warmup_ratio}: a fraction from 0 up to, not including, 1")
     return {
         "output_dir": str(run.path / "checkpoints"),
         "per_device_train_batch_size": batch,
@@ -100,7 +98,7 @@ class RunLog(TrainerCallback):
     def __init__(self, run: Run, training: TrainingConfig, **constants: float):
         self._run = run
         self._constants = constants
-        self._max_steps = training.max_steps
+        self.max_steps = training.max_steps
         self._marks: list[tuple[float, float]] = []  # (seconds, epochs) at the start, after the first and after the last step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -111,7 +109,7 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the time, and close the run at its last step with a log line and a checkpoint."""
         self._marks = [*self._marks[:2], (time.monotonic(), state.epoch or 0.0)]
-        stop = self._max_steps and state.global_step >= self._max_steps
+        stop = self.max_steps and state.global_step >= self.max_steps
         if stop or state.global_step >= state.max_steps:
             control.should_training_stop = control.should_log = control.should_save = True
 
@@ -150,11 +148,15 @@ def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_
     trainer.add_callback(log)
     checkpoints = run.path / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    adapter = run.path / "adapter"
+    reached = TrainerState.load_from_json(str(Path(last) / "trainer_state.json")).global_step if last else 0
+    if log.max_steps and reached >= log.max_steps:  # the Trainer would take one more step before it asks whether to stop
+        losses = [line["loss"] for line in run.metrics() if "loss" in line]
+        return TrainSummary(reached, losses[-1] if losses else float("nan"), 0.0, 0.0, str(adapter))
     began = time.monotonic()
     # The optimizer's state is this run's own file; transformers reads it with torch's restricted loader (weights_only).
     trainer.train(resume_from_checkpoint=last)
     seconds = time.monotonic() - began
-    adapter = run.path / "adapter"
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, adapter)
     trainer.accelerator.wait_for_everyone()

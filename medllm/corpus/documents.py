@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -142,6 +143,22 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
+def _comma_separated(path: Path, column: str) -> Iterator[Row]:
+    """A header, then rows as wide as it: a cell that holds a comma unquoted would shift the text into another column."""
+    reader = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
+    try:
+        header = next(reader, [])
+        _check_column(str(path), column, header)
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if len(cells) != len(header) and cells:
+                raise UserError(f"{where}: {len(cells)} columns, the header has {len(header)}; quote a cell that holds a comma")
+            if cells:
+                yield cells[header.index(column)], where
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+
+
 def _table(path: Path, column: str) -> Iterator[Row]:
     """Any other single file that ``datasets`` opens; its cache goes with the call."""
     from datasets import Dataset
@@ -149,15 +166,15 @@ def _table(path: Path, column: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as cache, _without_progress_bars():
         try:
             match path.suffix.lower():
-                case ".csv":
-                    dataset = Dataset.from_csv(str(path), cache_dir=cache, keep_in_memory=True)
                 case ".json":
                     dataset = Dataset.from_json(str(path), cache_dir=cache, keep_in_memory=True)
                 case _:
                     dataset = Dataset.from_file(str(path))
         except Exception as error:  # its builders wrap every reader's own errors
             cause = error.__cause__ or error
-            raise UserError(f"{path}: `datasets` cannot read this file: {str(cause).splitlines()[0]}") from error
+            raise UserError(
+                f"{path}: `datasets` cannot read this file: {(str(cause) or repr(cause)).splitlines()[0]}"
+            ) from error
         yield from _dataset_rows(dataset, column, str(path))
 
 
@@ -196,14 +213,15 @@ def _dataset_rows(dataset: Any, column: str, where: str) -> Iterator[Row]:
 def _check_column(where: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         there = ", ".join(columns) or "none"
-        raise UserError(f"{where}: no column '{column}'; the columns are: {there}; choose one with --corpus.text_column")
+        remedy = "choose one with --text_column (cpt: --corpus.text_column)"
+        raise UserError(f"{where}: no column '{column}'; the columns are: {there}; {remedy}")
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".parquet": _parquet,
     ".txt": _text_file,
-    ".csv": _table,
+    ".csv": _comma_separated,
     ".json": _table,
     ".arrow": _table,
 }

@@ -158,8 +158,13 @@ def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a JSON object a line") from error
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield row, where

@@ -92,7 +92,7 @@ def read_run(path: str | Path) -> RunSummary:
         raise UserError(f"{folder}: no such run folder")
     config = _read_yaml(folder / "config.yaml")
     environment = _read_json(folder / "environment.json", "the folder is not a run of medllm")
-    result = _read_json(folder / "result.json", "the run has not finished; go on with --resume true or leave it out")
+    result = _read_json(folder / "result.json", "the run has not finished; finish it, or leave it out")
     stage = result.get("stage")
     if stage not in STAGES:
         raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
@@ -106,7 +106,7 @@ def read_cell(path: str | Path) -> Cell:
         UserError: a missing file, or a ``result.json`` without label, setting or per-problem rows.
     """
     file = Path(path) / "result.json"
-    result = _read_json(file, "the run has not finished; go on with --resume true or leave it out")
+    result = _read_json(file, "the run has not finished; finish it, or leave it out")
     for name in ("model", "setting"):
         if not isinstance(result.get(name), str):
             raise UserError(f"{file}: '{name}' is missing or no text; run 'medllm evaluate' again to write it")
