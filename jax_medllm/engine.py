@@ -98,12 +98,8 @@ class JaxEngine:
         """See :class:`medllm.engine.Engine`.
 
         Raises:
-            UserError: no pairs, a ``max_length`` beyond the context, or what :func:`jax_medllm.train.train` raises.
+            UserError: no pairs, a prompt and response beyond the context, or what :func:`jax_medllm.train.train` raises.
         """
-        if config.pairs.max_length > self._context:
-            raise UserError(
-                f"pairs.max_length {config.pairs.max_length} is longer than the model's context of {self._context}; lower it"
-            )
         tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs)
         groups = tokenized.groups
         if not groups:
@@ -111,6 +107,13 @@ class JaxEngine:
                 f"{config.preferences}: no pair to train on: {tokenized.unpaired} problems have none, and in "
                 f"{tokenized.dropped_pairs} pairs the prompt alone fills pairs.max_length {config.pairs.max_length}"
             )
+        for group in groups:
+            length = len(group.prompt) + max(len(response) for response in group.responses)
+            if length > self._context:
+                raise UserError(
+                    f"{config.preferences}: problem {group.problem_id}: prompt and response have {length} tokens, the model's "
+                    f"context is {self._context}; set --pairs.max_length {self._context}"
+                )
         if (tokenized.dropped_pairs or tokenized.truncated) and not config.resume:
             run.log(0, dropped_pairs=tokenized.dropped_pairs, truncated_responses=tokenized.truncated)
         training = config.training

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -137,6 +139,9 @@ def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):
     lonely = Preference("p", "question:", Sample(" a.", "a"))
     with pytest.raises(UserError, match=r"few\.jsonl: no pair"):
         engine.train_preferences([lonely], rpo, Run(rpo.run, rpo))
+    long = Preference("p7", "question:", Sample(" a.", "a"), (Sample(" b" * 120, "b"),))
+    with pytest.raises(UserError, match=r"problem p7: .* context is 96; set --pairs\.max_length 96"):
+        engine.train_preferences([long], dataclasses.replace(rpo, pairs=PairConfig()), Run(tmp_path / "long", rpo))
     cpt = CptConfig(model_config(directory), str(tmp_path / "cpt"))
     rows = PackedRows(*(np.ones((1, 97), np.int32) for _ in range(3)))
     with pytest.raises(UserError, match="longer than the model's context of 96"):
