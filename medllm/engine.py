@@ -109,5 +109,5 @@ def open_engine(name: EngineName, model: ModelConfig) -> Engine:
     """
     module, attribute, package, extra = _ENGINES[name]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"engine '{name}' needs the package '{package}': pip install 'medllm[{extra}]'")
+        raise UserError(f"engine '{name}' needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")
     return getattr(importlib.import_module(module), attribute)(model)

@@ -89,7 +89,8 @@ def test_nf4_packs_the_linears_and_leaves_the_rest_exact(write, tensors):
 
 
 def test_a_tied_model_that_stores_its_head_twice_is_read(write, tensors):
-    load_model(write({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    model = load_model(write({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    np.testing.assert_array_equal(model.head_weight(), tensors["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(
