@@ -24,7 +24,7 @@ from jax_medllm.batches import buckets, round_up
 from jax_medllm.decoder import CHUNK, Decoder, Fill, Slots, Stored
 from medllm.config import Sampling
 from medllm.engine import Generation
-from medllm.errors import UserError
+from medllm.errors import PromptError
 
 _MULTIPLE = 32
 
@@ -193,9 +193,10 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 def _check_lengths(prompts: Sequence[Sequence[int]], new: int, context: int) -> None:
     for index, prompt in enumerate(prompts):
         if not len(prompt):
-            raise UserError(f"prompt {index} is empty: generation needs at least one token")
+            raise PromptError(index, "it is empty: generation needs at least one token")
         if len(prompt) + new > context:
-            raise UserError(
-                f"prompt {index}: {len(prompt)} tokens and {new} new ones do not fit the model's context of {context}; "
-                "shorten the prompt (fewer shots) or lower sampling.max_new_tokens"
+            raise PromptError(
+                index,
+                f"{len(prompt)} tokens and {new} new ones do not fit the model's context of {context}; "
+                "shorten the prompt (fewer shots) or lower sampling.max_new_tokens",
             )

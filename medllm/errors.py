@@ -7,3 +7,12 @@ its traceback. A message says what was wrong, where (file:line, problem_id, tens
 
 class UserError(Exception):
     """What the user gave cannot be used: a missing file, a bad row, a setting that does not fit."""
+
+
+class PromptError(UserError):
+    """A prompt that cannot be continued. An engine knows only its ``index``; who made the prompts says whose it is."""
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"prompt {index}: {reason}")
+        self.index = index
+        self.reason = reason

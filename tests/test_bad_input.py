@@ -93,8 +93,12 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary(folder, capsys, engine):
 @pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_a_prompt_longer_than_the_context(folder, capsys, engine):
     (folder / "problems.jsonl").write_text(json.dumps(PROBLEM | {"problem_text": "長い" * 4000}) + "\n", encoding="utf-8")
-    line = refused(folder, capsys, *evaluate("--engine", engine))
-    assert str(ModelDirectory(BASE).config["max_position_embeddings"]) in line
+    settings = ["--model.path", str(BASE), "--model.dtype", "float32", "--run", "run", "--shot_count", "0"]
+    curate = ["curate", "--engine", engine, *settings, "--problems", "problems.jsonl"]
+    for command in (evaluate("--engine", engine), curate):
+        line = refused(folder, capsys, *command)
+        assert "problems.jsonl:1: problem 1: " in line
+        assert str(ModelDirectory(BASE).config["max_position_embeddings"]) in line
 
 
 def test_a_held_out_year_never_enters_training(folder, capsys):

@@ -494,7 +494,7 @@ def test_what_cannot_be_opened_or_trained_is_refused_in_one_line(dense, folder, 
     (foreign / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "x.Y"}}))
     with pytest.raises(UserError, match="never run"):
         TorchEngine(dataclasses.replace(dense, path=str(foreign)))
-    with pytest.raises(UserError, match=r"prompt 0 has \d+ tokens.*context of 256"):
+    with pytest.raises(UserError, match=r"prompt 0: \d+ tokens.*context of 256"):
         TorchEngine(dense).generate(["a"], Sampling(max_new_tokens=256))
     with pytest.raises(UserError, match="no token to predict"):
         train(cpt_config(dense, tmp_path / "empty"), pack([np.array([3])], 8, 0))

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from medllm.config import Sampling
 from medllm.engine import Continuation, Generation, Prompt
-from medllm.errors import UserError
+from medllm.errors import PromptError, UserError
 from medllm.tokenizer import encode_prompt, end_token
 
 
@@ -183,9 +183,10 @@ def _check_context(model: Any, rows: Sequence[Sequence[int]], new_tokens: int) -
     limit = model.config.max_position_embeddings
     for number, row in enumerate(rows):
         if len(row) + new_tokens > limit:
-            raise UserError(
-                f"prompt {number} has {len(row)} tokens; with {new_tokens} new ones it exceeds the model's context of {limit}: "
-                "shorten it, use fewer shots, or lower --sampling.max_new_tokens"
+            raise PromptError(
+                number,
+                f"{len(row)} tokens and {new_tokens} new ones exceed the model's context of {limit}: "
+                "shorten it, use fewer shots, or lower --sampling.max_new_tokens",
             )
 
 

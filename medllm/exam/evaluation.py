@@ -13,7 +13,7 @@ from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem
-from medllm.exam.prompts import evaluation_prompt, stop_strings
+from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
 from medllm.tokenizer import encode
 
 __all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
@@ -70,7 +70,8 @@ def evaluate(
     step = config.batch_size * _BATCHES_A_REPORT
     for start in range(0, len(problems), step):
         part = slice(start, start + step)
-        generated = engine.generate(prompts[part], sampling, config.batch_size)
+        with naming_problems(problems[part]):
+            generated = engine.generate(prompts[part], sampling, config.batch_size)
         for problem, (generation,) in zip(problems[part], generated, strict=True):
             answer = extract_answer(generation.text, problem, explanation=config.explanation)
             predictions.append(Prediction(problem.problem_id, ",".join(answer), generation.text))

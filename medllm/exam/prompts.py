@@ -14,11 +14,12 @@ As a completion, examples come before the question, separated by a blank line, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from medllm.engine import Message, Prompt
-from medllm.errors import UserError
+from medllm.errors import PromptError, UserError
 from medllm.exam.problem import LETTERS, Problem
 
 AnswerAs = Literal["letters", "text"]
@@ -177,3 +178,13 @@ _TEMPLATES: dict[tuple[str, bool], tuple[_Part, _Part]] = {
     ),
 }
 """(template, explanation) → the question as asked, and the response to it."""
+
+
+@contextmanager
+def naming_problems(problems: Sequence[Problem]) -> Iterator[None]:
+    """Inside, an engine's :class:`PromptError` becomes an error that names the problem the prompt was made for."""
+    try:
+        yield
+    except PromptError as error:
+        problem = problems[error.index]
+        raise UserError(f"{problem.source}: problem {problem.problem_id}: {error.reason}") from error

@@ -18,7 +18,7 @@ from medllm.engine import Engine, Generation
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem
-from medllm.exam.prompts import curation_prompt, curation_response, stop_strings
+from medllm.exam.prompts import curation_prompt, curation_response, naming_problems, stop_strings
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
 
@@ -93,9 +93,9 @@ def curate(
             curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as)
             for problem in some
         ]
-        for problem, prompt, generations in zip(
-            some, prompts, engine.generate(prompts, sampling, config.batch_size), strict=True
-        ):
+        with naming_problems(some):
+            generated = engine.generate(prompts, sampling, config.batch_size)
+        for problem, prompt, generations in zip(some, prompts, generated, strict=True):
             preferences.append(_rank(problem, prompt, generations, config, counts))
         if progress:
             progress(len(preferences), len(wanted))
