@@ -12,9 +12,9 @@ from transformers import Qwen2ForCausalLM
 from jax_medllm.weights import adapter_tensors, model_tensors, read_model, set_adapter
 from medllm.config import LoraConfig
 from medllm.model_directory import Adapter, ModelDirectory, merge_adapter, read_adapter, write_adapter, write_model
-from parity_tests.oracle import float64_model, row_logits
+from medllm_parity.oracle import float64_model, row_logits
+from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD
 from parity_tests.test_model import jax_loss, rows
-from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD
 
 TOKENS, SEGMENT_IDS, POSITIONS = rows()
 REAL = SEGMENT_IDS != 0

@@ -16,9 +16,9 @@ from jax_medllm.model import LoraParam, Qwen2, Qwen2Config, _Rotary
 from jax_medllm.weights import adapter_tensors, read_model, set_adapter
 from medllm.config import LoraConfig
 from medllm.model_directory import ModelDirectory, read_adapter
-from parity_tests.oracle import float64_model, lift, row_logits, row_loss
+from medllm_parity.oracle import float64_model, lift, row_logits, row_loss
+from medllm_parity.tolerances import BFLOAT16_EXCESS, FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
 from parity_tests.tiny_models import VOCAB
-from parity_tests.tolerances import BFLOAT16_EXCESS, FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
 
 SHAPES = [
     {"tied": False, "heads": 4, "kv_heads": 4},

@@ -13,9 +13,9 @@ from jax_medllm.nf4 import NF4Weight, dequantize, dynamic_map, quantize, quantiz
 from jax_medllm.weights import load_model, model_tensors, read_model
 from medllm.config import ModelConfig
 from medllm.model_directory import ModelDirectory
-from parity_tests.oracle import row_logits
+from medllm_parity.oracle import row_logits
+from medllm_parity.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from parity_tests.test_model import jax_loss, rows
-from parity_tests.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from torch_ref.model import open_model
 
 TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}

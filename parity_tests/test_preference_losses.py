@@ -29,9 +29,9 @@ from medllm.config import ALL_LINEAR, LoraConfig, PreferenceLoss, TrainingConfig
 from medllm.model_directory import ModelDirectory, read_adapter
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.tokenization import tokenize_group
-from parity_tests.oracle import float64_model
+from medllm_parity.oracle import float64_model
+from medllm_parity.tolerances import FLOAT64_FORWARD, FLOAT64_GRADIENT, TRL_FLOAT32_GRADIENT, TRL_FLOAT32_LOSS
 from parity_tests.preference_cases import PAIRS, letters, preferences
-from parity_tests.tolerances import FLOAT64_FORWARD, FLOAT64_GRADIENT, TRL_FLOAT32_GRADIENT, TRL_FLOAT32_LOSS
 
 LOSSES = [
     PreferenceLoss(beta=0.5, alpha=alpha, nll_reduction=reduction)

@@ -35,10 +35,10 @@ from medllm.corpus.packing import PackedRows, pack
 from medllm.model_directory import ModelDirectory, read_adapter
 from medllm.preferences.tokenization import tokenize_group
 from medllm.run import Run
-from parity_tests.oracle import float64_model
+from medllm_parity.oracle import float64_model
+from medllm_parity.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.tiny_models import VOCAB
-from parity_tests.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from torch_ref.cpt import RowFeatures, train_cpt
 from torch_ref.model import add_adapter, open_model
 from torch_ref.rpo import train_preferences

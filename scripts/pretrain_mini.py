@@ -38,13 +38,13 @@ UNTAUGHT_WEIGHT = 0.1  # questions and options are random: learn their shape, sp
 
 
 def architecture(vocab_size: int) -> Qwen2Config:
-    """A Qwen2.5 of a million parameters."""
+    """A Qwen2.5 of two million parameters."""
     return Qwen2Config(
         vocab_size=-(-vocab_size // 64) * 64,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=192,
+        intermediate_size=576,
         num_layers=4,
-        num_heads=4,
+        num_heads=6,
         num_kv_heads=2,
         head_dim=32,
         rope_theta=10_000.0,
