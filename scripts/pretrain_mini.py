@@ -3,10 +3,10 @@
 
     JAX_PLATFORMS=cpu python scripts/pretrain_mini.py --out medllm/mini/data/base
 
-Takes 4.2 M tokens, some 18 minutes of one core (half an hour was measured on two cores with other work on them), 1 GB. World,
-diet, tokenizer, initial weights and order follow from the seed. The last tokens' figures: 96 % of the taught tokens right in
-direct answers after three shots (59 % after 1 M tokens); explained ones stay near 86 %, since how a fact is put, and
-whether the teller is mistaken, is random.
+Takes 4.2 M tokens: eight minutes of two cores, 1 GB. World, diet, tokenizer, initial weights and order follow from the seed;
+on one machine the same command writes the same bytes. The log's last line: 0.79, 0.86, 0.93 and 0.85 of the taught tokens right
+in rows of up to 44, 68, 168 and 248 tokens; the rest is chance, since how a fact is put, and whether the teller is mistaken,
+is random.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--tokens", type=int, default=4_000_000)
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pretrain(make_world(), arguments.out, arguments.tokens, arguments.batch_tokens, arguments.learning_rate, arguments.seed)
