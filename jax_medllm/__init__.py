@@ -3,7 +3,8 @@
 The parts a notebook uses::
 
     from jax_medllm.model import Qwen2, Qwen2Config, LoraParam      # the model and what of it is trained
-    from jax_medllm.weights import load_model, adapter_tensors      # Hugging Face and PEFT directories in and out
+    from jax_medllm.weights import load_model                       # Hugging Face directories in
+    from jax_medllm.adapters import adapter_tensors                 # PEFT adapters out
     from jax_medllm.train import cpt_loss_fn, preference_loss_fn, make_step, train
     from jax_medllm.losses import cpt_loss, dpo_loss, nll_loss, rpo_loss
     from jax_medllm.logprobs import token_logprobs, response_logprobs
@@ -25,7 +26,7 @@ _HOME = {
     "LoraParam": "model",
     "Qwen2": "model",
     "Qwen2Config": "model",
-    "adapter_tensors": "weights",
+    "adapter_tensors": "adapters",
     "cpt_loss": "losses",
     "cpt_loss_fn": "train",
     "dpo_loss": "losses",

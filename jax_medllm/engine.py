@@ -13,18 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_medllm.adapters import adapter_tensors
 from jax_medllm.batches import PreferenceData, Step, cpt_step, plan_steps, single_pairs
 from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
-from jax_medllm.weights import adapter_tensors, load_model
+from jax_medllm.weights import load_model
+from medllm.adapter_directory import open_adapters, write_adapter
 from medllm.config import CptConfig, LoraConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation, Prompt, TrainSummary
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory, write_adapter
+from medllm.handover import continued_adapter
+from medllm.model_directory import ModelDirectory
 from medllm.preferences.records import Preference
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
@@ -38,7 +41,7 @@ class JaxEngine:
         model: Which weights.
 
     Raises:
-        UserError: the model is no Qwen2 directory, or its tokenizer does not fit its vocabulary.
+        UserError: the model is no Qwen2 directory, an adapter does not fit it, or its tokenizer does not fit its vocabulary.
     """
 
     name = "jax"
@@ -49,6 +52,7 @@ class JaxEngine:
         self._directory = ModelDirectory(model.path)
         sizes = Qwen2Config.from_hf(self._directory.config)
         self._context = sizes.max_positions
+        open_adapters(model.adapters, self._directory)
         self.tokenizer = load_tokenizer(model.tokenizer or model.path)
         check_vocabulary(self.tokenizer, sizes.vocab_size, model.tokenizer or model.path)
 
@@ -149,17 +153,18 @@ class JaxEngine:
         return self._scorer.logprobs(continuations, batch_size)
 
     def _train(self, task: Task, config: CptConfig | RpoConfig, run: Run) -> TrainSummary:
-        if self._config.adapter is not None:
-            raise UserError(
-                f"model.adapter {self._config.adapter}: training on top of an adapter is not supported; merge it first "
-                "with 'medllm convert' and train on the merged model"
-            )
-        for opened in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
-            self.__dict__.pop(opened, None)
-        model = load_model(self._config, lora=config.lora)
+        """Train a fresh adapter, on top of those the model has, or the last of these further (``handover: continue``)."""
+        continued = continued_adapter(config) if isinstance(config, RpoConfig) else None
+        opened = self._config
+        if continued is not None:
+            opened = dataclasses.replace(opened, adapter=opened.adapters[:-1])
+        for held in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
+            self.__dict__.pop(held, None)
+        model = load_model(opened, lora=continued or config.lora)
         trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
         folder = run.path / "adapter"
-        write_adapter(folder, config.lora, adapter_tensors(model), self._config.path)
+        assert model.lora is not None
+        write_adapter(folder, model.lora, adapter_tensors(model), self._config.path)
         return _summary(trained, folder)
 
 

@@ -19,11 +19,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_medllm.attention import matmul_precision
 from jax_medllm.nf4 import NF4Weight, dequantize, quantize, weight_shapes
+from medllm.adapter_directory import module_name
 from medllm.config import ALL_LINEAR, LoraConfig
 
 Quantization = Literal["none", "nf4"]
@@ -36,6 +38,10 @@ class LoraParam(nnx.Param):
 
 class FrozenLoraParam(nnx.Variable):
     """A matrix of an adapter that is part of the model and not trained."""
+
+
+class LoraScaling(nnx.Variable):
+    """What an adapter's update is multiplied by, in each layer. Not trained."""
 
 
 class PackedParam(nnx.Variable):
@@ -58,13 +64,12 @@ def declare(
     return kind(initializer(key, shape, dtype), axes=tuple(axis.name for axis in axes))
 
 
-def scaling(lora: LoraConfig) -> float:
-    """What an adapter's update is multiplied by: alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732)."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-
-
 class Lora(nnx.Module):
-    """The two matrices of a low-rank update, in PEFT's shapes."""
+    """The two matrices of a low-rank update, in PEFT's shapes, and its scaling.
+
+    Layers may differ in rank: the stack is as wide as the widest, and the rows of A and columns of B beyond a layer's rank are
+    zero. The product of the two has no gradient there, so they stay zero.
+    """
 
     def __init__(
         self,
@@ -76,26 +81,33 @@ class Lora(nnx.Module):
         in_axis: Axis,
         dtype: jnp.dtype,
     ):
-        rank = Axis("rank", config.rank)
+        modules = [module_name(layer, target) for layer in range(layers.size)]
+        ranks = np.array([config.rank_of(module) for module in modules])
+        rank = Axis("rank", int(ranks.max()))
         key = jax.random.fold_in(jax.random.key(config.seed), ALL_LINEAR.index(target))
         # fp32 masters whatever the computation's type; float64 only where everything is.
         master = jnp.promote_types(dtype, jnp.float32)
-        self.A = declare(kind, (layers, rank, in_axis), master, _uniform(1 / math.sqrt(in_axis.size)), key)
+        used = (np.arange(rank.size) < ranks[:, None])[:, :, None]
+        uniform = _uniform(1 / math.sqrt(in_axis.size))
+        self.A = declare(kind, (layers, rank, in_axis), master, lambda *given: jnp.where(used, uniform(*given), 0), key)
         self.B = declare(kind, (layers, out_axis, rank), master, nnx.initializers.zeros, key)
-        self.scaling = scaling(config)
+        scaling = np.array([config.scaling_of(module) for module in modules])
+        self.scaling = declare(LoraScaling, (layers,), master, lambda *_: jnp.asarray(scaling, master), key)
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         """scaling · (x Aᵀ) Bᵀ in the type of ``x``."""
-        return self.scaling * matmul(matmul(x, self.A[...].astype(x.dtype)), self.B[...].astype(x.dtype))
+        update = matmul(matmul(x, self.A[...].astype(x.dtype)), self.B[...].astype(x.dtype))
+        return (self.scaling[...] * update).astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """Base weight, optional bias, optional frozen adapter and optional trained adapter.
+    """Base weight, optional bias, frozen adapters and optional trained adapter.
 
     Args:
         target: PEFT's name of the module (``q_proj`` …).
         lora: The trained adapter, where it targets this module.
-        frozen_lora: An adapter that belongs to the model: it stays on when the trained one is switched off.
+        frozen_loras: Adapters that belong to the model: they stay on when the trained one is switched off.
+        reference: Beside the trained adapter stands a frozen one of its shape, which is on exactly when the trained one is off.
     """
 
     def __init__(
@@ -107,7 +119,8 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         lora: LoraConfig | None,
-        frozen_lora: LoraConfig | None,
+        frozen_loras: tuple[LoraConfig, ...],
+        reference: bool,
         quantization: Quantization,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -120,12 +133,13 @@ class Linear(nnx.Module):
         self.bias = declare(nnx.Param, (layers, out_axis), dtype, nnx.initializers.zeros, rngs.params()) if bias else None
 
         def adapter(kind: type[nnx.Variable], config: LoraConfig | None) -> Lora | None:
-            if config is None or target not in config.targets:
+            if config is None or not any(config.covers(module_name(layer, target)) for layer in range(layers.size)):
                 return None
             return Lora(kind, target, config, layers, out_axis, in_axis, dtype)
 
         self.lora = adapter(LoraParam, lora)
-        self.frozen_lora = adapter(FrozenLoraParam, frozen_lora)
+        self.reference_lora = adapter(FrozenLoraParam, lora) if reference else None
+        self.frozen_loras = nnx.List([adapter(FrozenLoraParam, config) for config in frozen_loras])
 
     def __call__(self, x: Float[Array, "*b in"], *, adapter: bool = True) -> Float[Array, "*b out"]:
         """Apply the layer; ``adapter=False`` leaves the trained adapter out, at trace time."""
@@ -136,10 +150,9 @@ class Linear(nnx.Module):
             y = matmul(x, self.weight[...])
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.frozen_lora is not None:
-            y = y + self.frozen_lora(x)
-        if self.lora is not None and adapter:
-            y = y + self.lora(x)
+        for lora in (*self.frozen_loras, self.lora if adapter else self.reference_lora):
+            if lora is not None:
+                y = y + lora(x)
         return y
 
 

@@ -3,19 +3,15 @@
 The layers are one module whose every array has a leading layer axis; ``lax.scan`` runs it, so compile time does not grow with
 depth. Attribute names are Hugging Face's, which makes the weight table of :mod:`jax_medllm.weights` a single rule.
 
-Axes: b batch, s sequence, t cache slots, d model width, f mlp width, h query heads, k key/value heads, x head dimension,
-v vocabulary, l layers.
+Axes: b batch, s sequence, d model width, f mlp width, h query heads, k key/value heads, x head dimension, v vocabulary,
+l layers.
 
 Training and scoring::
 
     hidden = model.hidden(tokens, segment_ids=segment_ids, positions=positions)      # [b, s, d]
     logits = model.logits(hidden)                                                    # [b, s, v]
 
-Generation, with rows of different lengths::
-
-    cache = model.init_cache(batch, length)
-    hidden, cache = model.decode(prompts, cache, start=zeros)      # padded on the right; a row ends at hidden[r, len[r] - 1]
-    hidden, cache = model.decode(token[:, None], cache, start=len) # then one token at a time; len grows by one
+Generation, with a key/value cache, is :mod:`jax_medllm.decoder`: it runs the same layers through :meth:`Qwen2.hidden_in`.
 
 Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraParam, ...)``.
 """
@@ -37,7 +33,7 @@ from jax_medllm.linear import Axis, FrozenLoraParam, Linear, LoraParam, PackedPa
 from medllm.config import LoraConfig
 from medllm.errors import UserError
 
-__all__ = ["Cache", "FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2", "Qwen2Config"]
+__all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2", "Qwen2Config"]
 
 
 @dataclass(frozen=True)
@@ -103,25 +99,14 @@ class Qwen2Config:
         }
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far; slot i of a row holds its token at position i.
-
-    A pytree: copy the rows of a prompt for several samples with ``jax.tree.map(lambda x: x[:, rows], cache)``.
-    """
-
-    keys: Float[Array, "l b t k x"]
-    values: Float[Array, "l b t k x"]
-
-
 @dataclass(frozen=True)
 class _Build:
     """What every module of the model is built with."""
 
     config: Qwen2Config
     lora: LoraConfig | None
-    frozen_lora: LoraConfig | None
+    frozen_loras: tuple[LoraConfig, ...]
+    reference: bool
     quantization: Quantization
     dtype: jnp.dtype
     rngs: nnx.Rngs
@@ -142,7 +127,8 @@ class _Build:
             in_axis,
             bias=bias,
             lora=self.lora,
-            frozen_lora=self.frozen_lora,
+            frozen_loras=self.frozen_loras,
+            reference=self.reference,
             quantization=self.quantization,
             dtype=self.dtype,
             rngs=self.rngs,
@@ -191,7 +177,7 @@ class Attention(nnx.Module):
         self.v_proj = build.linear("v_proj", kv_heads, build.embed, bias=True)
         self.o_proj = build.linear("o_proj", build.embed, heads)
 
-    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: _Context, adapter: bool) -> tuple[Array, Any]:
+    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
         b, s, _ = x.shape
         q = rotary(self.q_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
@@ -225,7 +211,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = build.norm(build.layers, build.embed)
         self.mlp = Mlp(build)
 
-    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: _Context, adapter: bool) -> tuple[Array, Any]:
+    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """The layer's output and what it leaves for the cache."""
         attended, kept = self.self_attn(self.input_layernorm(x), rotary, context, adapter)
         x = x + attended
@@ -238,7 +224,8 @@ class Qwen2(nnx.Module):
     Args:
         config: Its sizes.
         lora: Adapter to train (``LoraParam``): A random, B zero.
-        frozen_lora: Adapter that belongs to the model (``FrozenLoraParam``).
+        frozen_loras: Adapters that belong to the model (``FrozenLoraParam``), in the order they are added.
+        reference: The trained adapter has a frozen counterpart, which takes its place where it is switched off.
         quantization: ``nf4`` packs the seven linear kinds; embeddings, norms and biases stay in ``dtype``.
         dtype: Type of weights and computation; LoRA matrices are fp32.
         rngs: Keys of the random base weights. To load weights instead use :func:`jax_medllm.weights.load_model`.
@@ -249,15 +236,16 @@ class Qwen2(nnx.Module):
         config: Qwen2Config,
         *,
         lora: LoraConfig | None = None,
-        frozen_lora: LoraConfig | None = None,
+        frozen_loras: tuple[LoraConfig, ...] = (),
+        reference: bool = False,
         quantization: Quantization = "none",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        build = _Build(config, lora, frozen_lora, quantization, jnp.dtype(dtype), rngs)
+        build = _Build(config, lora, frozen_loras, reference, quantization, jnp.dtype(dtype), rngs)
         self.config = config
         self.lora = lora
-        self.frozen_lora = frozen_lora
+        self.frozen_loras = frozen_loras
         self.dtype = build.dtype
         self.embed_tokens = build.table()
         self.layers = Layer(build)
@@ -286,9 +274,24 @@ class Qwen2(nnx.Module):
             adapter: False switches the trained adapter off, at trace time; the frozen one stays.
             remat: Keep only each layer's input for the backward pass and compute the layer anew there.
         """
-        slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = _Context(Visibility(segment_ids, slots, segment_ids, parent_ids))
-        return self._run(tokens, positions, lambda _: context, adapter, remat)[0]
+        context = _Context.of(segment_ids, parent_ids)
+        return self.norm(self._run(tokens, positions, lambda _: context, adapter, remat=remat)[0])
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "b s"],
+        *,
+        segment_ids: Int[Array, "b s"],
+        positions: Int[Array, "b s"],
+        adapter: bool = True,
+    ) -> Float[Array, "l+1 b s d"]:
+        """The residual stream after the embedding and after every layer, before the final norm; for audits.
+
+        Arguments as for :meth:`hidden`.
+        """
+        context = _Context.of(segment_ids, None)
+        _, after = self._run(tokens, positions, lambda _: context, adapter, leave=lambda x, _: x)
+        return jnp.concatenate([self.embed_tokens.weight[...][tokens][None], after])
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores over the vocabulary, accumulated in fp32 (float64 for float64)."""
@@ -299,37 +302,6 @@ class Qwen2(nnx.Module):
     def head_weight(self) -> Float[Array, "v d"]:
         """The output matrix: the embedding where the two are tied."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
-
-    def init_cache(self, batch: int, length: int, *, prefix: Cache | None = None) -> Cache:
-        """An empty cache of ``length`` slots a row.
-
-        Args:
-            prefix: Cache of one row, full to its last slot, of a text that begins every row (the shots of an exam). It is
-                computed once and copied; decoding then starts at its length.
-        """
-        config = self.config
-        empty = jnp.zeros((config.num_layers, batch, length, config.num_kv_heads, config.head_dim), self.dtype)
-        if prefix is None:
-            return Cache(empty, empty)
-        return jax.tree.map(lambda part: empty.at[:, :, : part.shape[2]].set(part), prefix)
-
-    def decode(
-        self, tokens: Int[Array, "b s"], cache: Cache, *, start: Int[Array, " b"], adapter: bool = True
-    ) -> tuple[Float[Array, "b s d"], Cache]:
-        """Hidden states of ``tokens`` after what the cache holds, and the cache with them added.
-
-        Args:
-            tokens: The next tokens of each row. A row shorter than s is padded on the right with anything: what its padding
-                leaves in the cache lies after the row's end, is seen by no real token and is overwritten by the next call.
-            cache: Filled up to ``start``; later slots may hold anything. A slot past its length is not written.
-            start: How many tokens each row has in the cache: ``tokens[r, i]`` has position, and slot, ``start[r] + i``.
-            adapter: As for :meth:`hidden`.
-        """
-        positions = start[:, None] + jnp.arange(tokens.shape[1])
-        ones = jnp.ones(cache.keys.shape[1:3], jnp.int32)
-        visible = Visibility(jnp.ones_like(tokens), positions, ones)
-        hidden, kept = self._run(tokens, positions, lambda layer: _Context(visible, layer), adapter, False, cache)
-        return hidden, kept
 
     def hidden_in(
         self, tokens: Int[Array, "b s"], *, positions: Int[Array, "b s"], context: Callable[[Any], Any], cache: Any
@@ -346,7 +318,8 @@ class Qwen2(nnx.Module):
         Returns:
             The hidden states, and what the layers left, stacked.
         """
-        return self._run(tokens, positions, context, True, False, cache)
+        x, kept = self._run(tokens, positions, context, True, cache)
+        return self.norm(x), kept
 
     def _run(
         self,
@@ -354,45 +327,42 @@ class Qwen2(nnx.Module):
         positions: Int[Array, "b s"],
         context: Callable[[Any], Any],
         adapter: bool,
-        remat: bool,
         cache: Any = None,
+        *,
+        leave: Callable[[Array, Any], Any] = lambda _, kept: kept,
+        remat: bool = False,
     ) -> tuple[Float[Array, "b s d"], Any]:
-        """Embed, scan the layers with their slice of the cache, normalize."""
+        """Embed, and scan the layers with their slice of the cache: the residual stream, and what the layers leave, stacked.
+
+        ``leave`` makes that of a layer's output and of what its attention kept.
+        """
         rotary = _Rotary.at(positions, self.config, self.dtype)
         graph, stacked = nnx.split(self.layers)
 
-        def step(x: Array, layer: tuple[nnx.State, Cache | None]) -> tuple[Array, Cache | None]:
+        def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, past = layer
-            return nnx.merge(graph, state)(x, rotary, context(past), adapter)
+            x, kept = nnx.merge(graph, state)(x, rotary, context(past), adapter)
+            return x, leave(x, kept)
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        x, kept = jax.lax.scan(step, self.embed_tokens.weight[...][tokens], (stacked, cache))
-        return self.norm(x), kept
+        return jax.lax.scan(step, self.embed_tokens.weight[...][tokens], (stacked, cache))
 
 
 @dataclass(frozen=True)
 class _Context:
-    """What a layer attends to: its own keys and values, or those of a cache they are written into."""
+    """What a layer of a whole row attends to: its own keys and values."""
 
     visible: Visibility
-    past: Cache | None = None
 
-    def attend(self, q: Float[Array, "b s h x"], k: Array, v: Array) -> tuple[Float[Array, "b s h x"], Cache | None]:
-        """What the queries see, and the layer's new slice of the cache, where there is one."""
-        keys, values = self.extend(k, v)
-        return attend(q, keys, values, self.visible), None if self.past is None else Cache(keys, values)
+    @classmethod
+    def of(cls, segment_ids: Int[Array, "b s"], parent_ids: Int[Array, "b s"] | None) -> _Context:
+        slots = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+        return cls(Visibility(segment_ids, slots, segment_ids, parent_ids))
 
-    def extend(self, k: Float[Array, "b s k x"], v: Float[Array, "b s k x"]) -> tuple[Array, Array]:
-        """All keys and values there are to see, the new ones among them."""
-        if self.past is None:
-            return k, v
-        slots = self.visible.query_slots
-        rows = jnp.arange(slots.shape[0])[:, None]
-        return (
-            self.past.keys.at[rows, slots].set(k, mode="drop"),
-            self.past.values.at[rows, slots].set(v, mode="drop"),
-        )
+    def attend(self, q: Float[Array, "b s h x"], k: Array, v: Array) -> tuple[Float[Array, "b s h x"], None]:
+        """What the queries see; nothing is left behind."""
+        return attend(q, k, v, self.visible), None
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,12 @@ That makes 4.127 bits a weight.
 
 bitsandbytes blocks the flattened weight. With an input width that is a multiple of 64, as in every Qwen2.5, that is the same
 as blocking each row, and no block crosses a row; blocks of absmaxes do.
+
+Quantization follows the CUDA kernels (``kQuantizeBlockwise`` with ``dQuantizeNF4`` and ``dQuantize``); what bitsandbytes does
+on a CPU is :mod:`medllm_parity.bitsandbytes_cpu`. Two things in them are the hardware's own. The kernels are compiled with
+``--use_fast_math``: their reciprocal (``rcp.approx.ftz``) may be off in its last bit, which a code shows only where a value
+falls within that bit of a boundary: with bf16 weights never, with fp32 weights less than once in a million. And the mean of the
+absmaxes is summed in an order that depends on the GPU, so its last bits may differ, and with them a few 8-bit codes.
 """
 
 from __future__ import annotations
@@ -72,19 +78,52 @@ def weight_shapes(out_features: int, in_features: int) -> NF4Weight:
 
 
 def quantize(weight: Float[Array, "out in"]) -> NF4Weight:
-    """Quantize a weight. Equal values give equal codes whatever their type: all arithmetic is fp32.
+    """Quantize a weight of finite values as bitsandbytes does on CUDA.
+
+    Equal values give equal bytes whatever their type, and on every backend: all arithmetic is fp32, in a fixed order.
 
     Raises:
         UserError: the input width is not a multiple of 64.
     """
-    rows, width = weight_shapes(*weight.shape).absmax_codes.shape[0], weight.shape[1]
-    blocks = weight.astype(jnp.float32).reshape(rows, -1, BLOCK)
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    codes = _nearest(_normalized(blocks, absmax), CODES).reshape(rows, width)
-    # Two means of equal-sized groups: the same number as one mean, with less rounding over millions of blocks.
-    offset = jnp.mean(jnp.mean(absmax, axis=-1))
-    absmax_codes, nested_absmax = quantize_absmax(absmax.reshape(-1), offset)
-    return NF4Weight(codes[:, 0::2] << 4 | codes[:, 1::2], absmax_codes.reshape(absmax.shape), nested_absmax, offset)
+    return join_blocks(*quantize_blocks(weight), rows=weight.shape[0])
+
+
+def quantize_blocks(weight: Float[Array, "out in"]) -> tuple[UInt8[Array, "blocks half_block"], Float[Array, " blocks"]]:
+    """First quantization: packed codes and the scale of each block of 64. Blocks are independent of each other.
+
+    They are left unshaped: joined to rows in the same compiled function, XLA on a CPU takes seven times as long.
+
+    Raises:
+        UserError: the input width is not a multiple of 64.
+    """
+    weight_shapes(*weight.shape)
+    values, absmax = _normalized(weight.astype(jnp.float32).reshape(-1, BLOCK))
+    codes = _boundaries_below(values, _midpoints(CODES))
+    return codes[:, 0::2] << 4 | codes[:, 1::2], absmax
+
+
+def join_blocks(packed: UInt8[Array, "blocks half_block"], absmax: Float[Array, " blocks"], rows: int) -> NF4Weight:
+    """The weight of ``rows`` rows that all of its blocks make, in order: their scales are quantized together."""
+    offset = absmax_mean(absmax)
+    codes, nested_absmax = quantize_absmax(absmax, offset)
+    return NF4Weight(packed.reshape(rows, -1), codes.reshape(rows, -1), nested_absmax, offset)
+
+
+def absmax_mean(absmax: Float[Array, " n"]) -> Float[Array, ""]:
+    """What is taken off the scales before they are quantized: their sum, rounded once, times the reciprocal of their number.
+
+    bitsandbytes takes torch's mean, on CUDA that product too; but the sum's last bits depend on the machine there (how many
+    multiprocessors take part). Not so here: each addition keeps its rounding error (Knuth's TwoSum), in a fixed tree.
+    """
+    high = jnp.pad(absmax, (0, (1 << (absmax.size - 1).bit_length()) - absmax.size))
+    low = jnp.zeros_like(high)
+    while high.size > 1:
+        (a, b), (low_a, low_b) = high.reshape(2, -1), low.reshape(2, -1)
+        high = a + b
+        rounded = high - a
+        low = low_a + low_b + ((a - (high - rounded)) + (b - rounded))
+    # The magnitude changes nothing, but keeps compilers from fusing this product with the subtraction it goes into.
+    return jnp.abs((high + low)[0] * (np.float32(1) / np.float32(absmax.size)))
 
 
 def quantize_absmax(
@@ -93,9 +132,11 @@ def quantize_absmax(
     """Second quantization: codes into the dynamic map and the scale of each block of 256."""
     count = absmax.shape[0]
     blocks = jnp.pad(absmax - offset, (0, -count % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-    nested_absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    codes = _nearest(_normalized(blocks, nested_absmax), dynamic_map()).reshape(-1)[:count]
-    return codes, nested_absmax
+    values, nested_absmax = _normalized(blocks)
+    boundaries = _midpoints(dynamic_map())
+    # The kernel's binary search ends on an even code, which a tie goes to: above an odd code the midpoint itself counts.
+    boundaries[1::2] = np.nextafter(boundaries[1::2], np.float32(-1))
+    return _boundaries_below(values, boundaries).reshape(-1)[:count], nested_absmax
 
 
 def dequantize(weight: NF4Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
@@ -137,16 +178,32 @@ def _linspace(start: float, stop: float, count: int) -> np.ndarray:
     return np.where(index < count // 2, first + step * index, last - step * (count - 1 - index)).astype(np.float32)
 
 
-def _normalized(blocks: Float[Array, "*n block"], absmax: Float[Array, "*n"]) -> Float[Array, "*n block"]:
-    """Values over their block's absmax, by multiplication with the reciprocal; an all-zero block stays zero."""
-    reciprocal = 1 / jnp.where(absmax > 0, absmax, 1)
-    return jnp.clip(blocks * reciprocal[..., None], -1, 1)
+def _normalized(blocks: Float[Array, "*n block"]) -> tuple[Float[Array, "*n block"], Float[Array, "*n"]]:
+    """Values times the reciprocal of their block's absmax, and the absmax.
+
+    The kernels are compiled to flush subnormal numbers to zero, reciprocals among them. An all-zero block becomes 0 · ∞ = NaN.
+    """
+    # As integers magnitudes have the same order, with NaN on top; a compiler is free to lose a NaN in a maximum of floats.
+    # Halving, not a reduction: that one XLA does not vectorize on a CPU.
+    magnitude = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    while magnitude.shape[-1] > 1:
+        magnitude = jnp.maximum(*jnp.split(magnitude, 2, axis=-1))
+    absmax = _flushed(jax.lax.bitcast_convert_type(magnitude, jnp.float32))
+    return _flushed(blocks) * _flushed(1 / absmax), absmax[..., 0]
 
 
-def _nearest(values: Float[Array, "*n"], table: np.ndarray) -> UInt8[Array, "*n"]:
-    """Index of the nearest entry of an ascending table; a tie goes to the lower one."""
-    boundaries = jnp.asarray((table[:-1] + table[1:]) / np.float32(2))
-    # Counting the boundaries below, one at a time: a comparison with all at once would take 15 bytes a weight.
+def _flushed(values: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    return jnp.where(jnp.abs(values) < np.finfo(np.float32).tiny, 0, values)
+
+
+def _midpoints(table: np.ndarray) -> np.ndarray:
+    return (table[:-1] + table[1:]) / np.float32(2)
+
+
+def _boundaries_below(values: Float[Array, "*n"], boundaries: np.ndarray) -> UInt8[Array, "*n"]:
+    """How many boundaries each value is above: its code. A value on a boundary gets the lower one; NaN gets 0."""
+    ascending = jnp.asarray(boundaries)
+    # One boundary at a time: a comparison with all at once would take 15 bytes a weight.
     return jax.lax.fori_loop(
-        0, len(table) - 1, lambda i, below: below + (values > boundaries[i]), jnp.zeros(values.shape, jnp.uint8), unroll=15
+        0, len(boundaries), lambda i, below: below + (values > ascending[i]), jnp.zeros(values.shape, jnp.uint8), unroll=15
     )

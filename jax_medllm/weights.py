@@ -1,19 +1,20 @@
 """Weights in and out: Hugging Face models, PEFT adapters, bitsandbytes 4-bit directories.
 
 One rule maps an array of the model to its tensors on disk, in both directions: an attribute path is Hugging Face's module
-path, orientation included, and an array below ``layers`` is the stack of one tensor a layer. Tensors are read one at a time
-into their place in the stack, so the host holds one tensor, never the model.
+path, orientation included, and an array below ``layers`` is the stack of one tensor a layer. Tensors are read some rows at a
+time into their place in the stack, quantized on the way, so beside the model memory holds a piece of one tensor.
 
-A model's own adapter (``ModelConfig.adapter``) stays a frozen low-rank term beside the weight, as PEFT computes it; nothing
-is ever added to a quantized weight.
+A model's own adapters (``ModelConfig.adapter``) stay frozen low-rank terms beside the weight, as PEFT computes them; nothing is
+ever added to a quantized weight. Adapters' own arrays are :mod:`jax_medllm.adapters`'.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -21,20 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.linear import FrozenLoraParam, LoraParam, PackedParam, Quantization, scaling
+from jax_medllm.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
+from jax_medllm.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam, Quantization
 from jax_medllm.model import Qwen2, Qwen2Config
-from jax_medllm.nf4 import NF4Weight, dequantize, quantize, weight_shapes
+from jax_medllm.nf4 import NF4Weight, dequantize, join_blocks, quantize_blocks
+from jax_medllm.packed import PARTS, is_packed, packed_config, packed_parts, packed_shape, read_packed
+from medllm.adapter_directory import Adapter, read_adapter
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
-from medllm.model_directory import Adapter, ModelDirectory, read_adapter
+from medllm.model_directory import ModelDirectory, write_model
 
-_Path = tuple[Any, ...]
-_ADAPTER_PREFIX = "base_model.model."
-_PACKED_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4")
+_PIECE = 1 << 24  # numbers of a tensor that are read, and quantized, at a time
 
 
-def load_model(model: ModelConfig, *, lora: LoraConfig | None = None) -> Qwen2:
-    """Open a model directory, with the adapter the configuration names (frozen) and a fresh one to train where asked.
+def load_model(model: ModelConfig, *, lora: LoraConfig | Adapter | None = None) -> Qwen2:
+    """Open a model directory, with the adapters the configuration names (frozen) and one to train where asked.
 
     Raises:
         UserError: the directory is not a supported Qwen2, or a tensor is missing, superfluous or of another shape.
@@ -42,7 +44,7 @@ def load_model(model: ModelConfig, *, lora: LoraConfig | None = None) -> Qwen2:
     return read_model(
         ModelDirectory(model.path),
         lora=lora,
-        adapter=read_adapter(model.adapter) if model.adapter else None,
+        adapter=[read_adapter(path) for path in model.adapters],
         quantization=model.quantization,
         dtype=model.dtype,
     )
@@ -51,8 +53,8 @@ def load_model(model: ModelConfig, *, lora: LoraConfig | None = None) -> Qwen2:
 def read_model(
     directory: ModelDirectory,
     *,
-    lora: LoraConfig | None = None,
-    adapter: Adapter | None = None,
+    lora: LoraConfig | Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] = (),
     quantization: Quantization = "none",
     dtype: Any = jnp.float32,
 ) -> Qwen2:
@@ -61,80 +63,118 @@ def read_model(
     A bitsandbytes NF4 directory is read as it is, codes and scales, when ``quantization`` is ``nf4``. Dense weights are
     rounded to ``dtype`` before they are quantized, as bitsandbytes does.
 
+    Args:
+        directory: The weights.
+        lora: The adapter to train: the settings of a fresh one, or one that is trained further. Beside the latter its frozen
+            copy is loaded, which takes its place where the trained adapter is switched off.
+        adapter: One that belongs to the model and stays frozen, or several.
+        quantization: How the seven linear kinds are stored.
+        dtype: Type of the other weights and of the computation.
+
     Raises:
         UserError: as for :func:`load_model`.
     """
     config = Qwen2Config.from_hf(directory.config)
-    frozen = None if adapter is None else LoraConfig(adapter.rank, adapter.alpha, adapter.targets, adapter.rslora)
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    settings = lora.lora if isinstance(lora, Adapter) else lora
 
     def build() -> Qwen2:
-        return Qwen2(config, lora=lora, frozen_lora=frozen, quantization=quantization, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        return Qwen2(
+            config,
+            lora=settings,
+            frozen_loras=tuple(one.lora for one in adapters),
+            reference=isinstance(lora, Adapter),
+            quantization=quantization,
+            dtype=jnp.dtype(dtype),
+            rngs=nnx.Rngs(0),
+        )
 
     model = nnx.eval_shape(build)
     slots = _base_slots(model)
     _check_tensors(directory, slots, config)
-    arrays = {path: jnp.zeros(v.shape, v.dtype) for path, v in _variables(model, nnx.Not(LoraParam)).items()}
+    given = {frozen(index): one for index, one in enumerate(adapters)}
+    if isinstance(lora, Adapter):
+        given |= {TRAINED: lora, REFERENCE: lora}
+    arrays = {path: jnp.zeros(v.shape, v.dtype) for path, v in variables(model, nnx.Not(LoraParam)).items()}
+    for place, one in given.items():
+        arrays |= adapter_arrays(model, one, place)
     for name, slot in slots.items():
-        _place(arrays, slot, _read(directory, name, slot), model.dtype)
-    if adapter is not None:
-        arrays |= _adapter_arrays(model, FrozenLoraParam, adapter)
-    if lora is not None:
-        # Only the adapter leaves the compiled function, so the random base weights it is built with are never computed.
-        initial = jax.jit(lambda: nnx.state(build(), LoraParam))()
-        arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(initial)}
-    _assign(model, arrays)
+        _fill(arrays, directory, name, slot, model.dtype)
+    _check_scales(arrays, directory, slots)
+    if settings is not None or adapters:
+        # Only these leave the compiled function, so the random base weights the model is built with are never computed.
+        made = jax.jit(lambda: nnx.state(build(), nnx.Any(LoraScaling, LoraParam)))()
+        loaded = {path for path in arrays if path[-1] != "scaling"}
+        arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(made) if path not in loaded}
+    assign(model, arrays)
     return model
 
 
 def model_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
     """Base weights under Hugging Face's names, in the model's type, one tensor in host memory at a time.
 
-    Quantized weights come out dequantized. A frozen adapter is added in fp32; the trained one is not in it
-    (:func:`adapter_tensors`).
+    Quantized weights come out dequantized. Frozen adapters are added in fp32, with one rounding; the trained one is not in it
+    (:func:`jax_medllm.adapters.adapter_tensors`).
     """
-    variables = _variables(model, ...)
+    arrays = variables(model)
     for name, slot in _base_slots(model).items():
-        weight = _slot_value(variables, slot, model.dtype)
-        stem = slot.path[:-1]
-        down, up = variables.get((*stem, "frozen_lora", "A")), variables.get((*stem, "frozen_lora", "B"))
-        if down is not None and up is not None and slot.path[-1] != "bias":
-            assert model.frozen_lora is not None
-            update = scaling(model.frozen_lora) * (np.asarray(up[slot.layer]) @ np.asarray(down[slot.layer]))
-            weight = (weight.astype(update.dtype) + update).astype(weight.dtype)
+        parts = _parts(arrays, slot)
+        weight = np.asarray(dequantize(parts, model.dtype) if isinstance(parts, NF4Weight) else parts)
+        if slot.layer is not None and slot.path[-1] in ("weight", "quantized"):
+            update = frozen_update(model, arrays, slot.path[:-1], slot.layer)
+            if update is not None:
+                weight = (weight.astype(update.dtype) + update).astype(weight.dtype)
         yield name, weight
 
 
-def adapter_tensors(model: Qwen2) -> dict[str, np.ndarray]:
-    """The trained adapter under PEFT's names, fp32: A [rank, in] and B [out, rank] of each layer and target."""
-    return {
-        name: np.asarray(variable[layer])
-        for path, variable in _variables(model, LoraParam).items()
-        for layer, name in enumerate(_adapter_names(path, variable.shape[0]))
-    }
+def packed_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
+    """Base weights as bitsandbytes stores them, NF4 ones packed, one tensor in host memory at a time. Adapters are not in it.
+
+    With the configuration of :func:`jax_medllm.packed.packed_config` they make a directory that ``from_pretrained`` loads.
+    """
+    arrays = variables(model)
+    for name, slot in _base_slots(model).items():
+        parts = _parts(arrays, slot)
+        if isinstance(parts, NF4Weight):
+            yield from packed_parts(name, parts, model.dtype)
+        else:
+            yield name, np.asarray(parts)
 
 
-def set_adapter(model: Qwen2, adapter: Adapter) -> None:
-    """Load a PEFT adapter into the trainable one, to go on training it.
+def write_quantized(source: str | FilePath, out: str | FilePath, dtype: Any = jnp.bfloat16, shard_bytes: int = 1 << 30) -> None:
+    """Write a dense model directory anew with its linear layers in NF4, as ``save_pretrained`` writes a quantized model.
+
+    Memory holds one shard of the result and a piece of one tensor.
+
+    Args:
+        source: The dense model.
+        out: The folder; it appears only when complete.
+        dtype: Type to which weights are rounded before they are quantized, and of those that stay dense.
+        shard_bytes: Size from which a new shard is begun.
 
     Raises:
-        UserError: rank, scaling or targets differ from the model's adapter, or a tensor is missing, superfluous or misshapen.
+        UserError: ``out`` exists, or ``source`` is no dense Qwen2 directory, or holds numbers that are not finite.
     """
-    lora = model.lora
-    if lora is None:
-        raise UserError(f"{adapter.path}: the model was opened without an adapter to train; give a lora configuration")
-    given = LoraConfig(adapter.rank, adapter.alpha, adapter.targets, adapter.rslora, lora.seed)
-    for field in ("rank", "alpha", "rslora"):
-        if getattr(given, field) != getattr(lora, field):
-            raise UserError(
-                f"{adapter.path}: the adapter has {field} {getattr(given, field)}, the configuration {getattr(lora, field)}; "
-                f"set --lora.{field} {getattr(given, field)}"
-            )
-    if set(given.targets) != set(lora.targets):
-        raise UserError(
-            f"{adapter.path}: the adapter targets {', '.join(given.targets)}, the configuration {', '.join(lora.targets)}; "
-            "set --lora.targets to the adapter's"
-        )
-    _assign(model, _adapter_arrays(model, LoraParam, adapter))
+    if FilePath(out).exists():
+        raise UserError(f"{out}: already exists; give another --out, or remove it")
+    directory, dtype = ModelDirectory(source), jnp.dtype(dtype)
+    config = Qwen2Config.from_hf(directory.config)
+    slots = _base_slots(nnx.eval_shape(lambda: Qwen2(config, quantization="nf4", dtype=dtype, rngs=nnx.Rngs(0))))
+    _check_tensors(directory, slots, config)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, slot in slots.items():
+            if not slot.quantized:
+                yield name, directory.read(name).astype(dtype)
+                continue
+            if is_packed(directory, name):
+                raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")
+            weight = _quantized(directory, name, slot, dtype)
+            if not np.isfinite(weight.offset):
+                raise _not_finite(directory, name)
+            yield from packed_parts(name, weight, dtype)
+
+    write_model(out, packed_config(directory.config, dtype), tensors(), shard_bytes=shard_bytes, companions_from=source)
 
 
 @dataclass(frozen=True)
@@ -144,7 +184,7 @@ class _Slot:
     The path of a quantized weight ends in ``quantized`` and stands for all parts of it.
     """
 
-    path: _Path
+    path: Path
     layer: int | None
     shape: tuple[int, ...]
 
@@ -153,16 +193,12 @@ class _Slot:
         return self.path[-1] == "quantized"
 
 
-def _variables(model: Qwen2, kind: Any) -> dict[_Path, Any]:
-    return dict(nnx.to_flat_state(nnx.state(model) if kind is ... else nnx.state(model, kind)))
-
-
 def _base_slots(model: Qwen2) -> dict[str, _Slot]:
     """Hugging Face name → slot, for every base tensor of the model."""
     slots = {}
-    for path, variable in _variables(model, ...).items():
+    for path, variable in variables(model).items():
         shape = tuple(variable.shape)
-        if isinstance(variable, LoraParam | FrozenLoraParam):
+        if isinstance(variable, LoraParam | FrozenLoraParam | LoraScaling):
             continue
         if isinstance(variable, PackedParam):
             if path[-1] != "packed":
@@ -173,7 +209,7 @@ def _base_slots(model: Qwen2) -> dict[str, _Slot]:
     return slots
 
 
-def _tensor_name(path: _Path, layer: int | None) -> str:
+def _tensor_name(path: Path, layer: int | None) -> str:
     """The rule: ``layers/self_attn/q_proj/weight``, layer 3 → ``model.layers.3.self_attn.q_proj.weight``."""
     if path[0] == "lm_head":
         return "lm_head.weight"
@@ -185,24 +221,20 @@ def _tensor_name(path: _Path, layer: int | None) -> str:
     return ".".join(["model", *parts])
 
 
-def _adapter_names(path: _Path, layers: int) -> list[str]:
-    """The same for adapters: ``layers/self_attn/q_proj/lora/A`` → PEFT's name in each layer."""
-    module, matrix = path[:-2], path[-1]
-    return [f"{_ADAPTER_PREFIX}{_tensor_name((*module, f'lora_{matrix}', 'weight'), layer)}" for layer in range(layers)]
-
-
 def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Qwen2Config) -> None:
     """All names and shapes, before the first tensor is read."""
     for name, slot in slots.items():
         if name not in directory:
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
-        packed = _is_packed(directory, name)
+        packed = is_packed(directory, name)
         if packed and not slot.quantized:
             raise UserError(f"{directory.path}: {name} is stored in 4 bits; open this model with --model.quantization nf4")
-        shape = tuple(_packed_state(directory, name)["shape"]) if packed else directory.shape(name)
+        shape = packed_shape(directory, name) if packed else directory.shape(name)
         if shape != slot.shape:
             raise UserError(f"{directory.path}: {name} has shape {shape}; its config.json makes it {slot.shape}")
-    known = set(slots) | {f"{name}{part}" for name, slot in slots.items() if slot.quantized for part in _PACKED_PARTS}
+        if not packed and not jnp.issubdtype(directory.dtype(name), jnp.floating):
+            raise UserError(f"{directory.path}: {name} is stored as {directory.dtype(name)}; a dense or nf4 weight is needed")
+    known = set(slots) | {f"{name}{part}" for name, slot in slots.items() if slot.quantized for part in PARTS}
     if config.tie_embeddings:
         known.add("lm_head.weight")  # some savers write the tied matrix twice
     for name in directory.names():
@@ -210,87 +242,72 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Q
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
 
 
-def _is_packed(directory: ModelDirectory, name: str) -> bool:
-    return f"{name}{_PACKED_PARTS[-1]}" in directory
+def _fill(arrays: dict[Path, jax.Array], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> None:
+    """Read one tensor into its place, quantized where the model is."""
+    if not slot.quantized:
+        for row, piece in _pieces(directory, name, slot):
+            _put(arrays, slot.path, piece, slot.layer, row)
+        return
+    weight = read_packed(directory, name) if is_packed(directory, name) else _quantized(directory, name, slot, dtype)
+    for part in fields(weight):
+        _put(arrays, (*slot.path, part.name), getattr(weight, part.name), slot.layer)
 
 
-def _packed_state(directory: ModelDirectory, name: str) -> dict[str, Any]:
-    """bitsandbytes' description of a 4-bit tensor."""
-    state = json.loads(directory.read(f"{name}{_PACKED_PARTS[-1]}").tobytes())
-    expected = {"quant_type": "nf4", "blocksize": 64, "nested_blocksize": 256}
-    for key, value in expected.items():
-        if state.get(key) != value:
-            raise UserError(f"{directory.path}: {name} has {key} {state.get(key)}; only {value} (double-quantized nf4) is read")
-    return state
+def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple[int, np.ndarray]]:
+    """Consecutive rows of a dense tensor, each piece with the number of its first row."""
+    rows = max(1, _PIECE // math.prod(slot.shape[1:]))
+    for start in range(0, slot.shape[0], rows):
+        yield start, directory.read_slice(name, slice(start, min(start + rows, slot.shape[0])))
 
 
-def _read(directory: ModelDirectory, name: str, slot: _Slot) -> np.ndarray | NF4Weight:
-    """A tensor as it is on disk: dense, or the parts of a 4-bit one."""
-    if not _is_packed(directory, name):
-        return directory.read(name)
-    shapes = weight_shapes(*slot.shape)
-    return NF4Weight(
-        packed=directory.read(name).reshape(shapes.packed.shape),
-        absmax_codes=directory.read(f"{name}.absmax").reshape(shapes.absmax_codes.shape),
-        nested_absmax=directory.read(f"{name}.nested_absmax"),
-        offset=np.float32(_packed_state(directory, name)["nested_offset"]),
-    )
-
-
-def _place(arrays: dict[_Path, jax.Array], slot: _Slot, tensor: np.ndarray | NF4Weight, dtype: Any) -> None:
-    """Put one tensor into its stack, quantized where the model is."""
-    if slot.quantized:
-        packed = tensor if isinstance(tensor, NF4Weight) else _quantize_rounded(tensor, dtype)
-        for part in ("packed", "absmax_codes", "nested_absmax", "offset"):
-            path = (*slot.path, part)
-            arrays[path] = _write_layer(arrays[path], getattr(packed, part), slot.layer)
-    elif slot.layer is not None:
-        arrays[slot.path] = _write_layer(arrays[slot.path], tensor, slot.layer)
-    else:
-        arrays[slot.path] = jnp.asarray(tensor, dtype)
+def _quantized(directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> NF4Weight:
+    """A dense tensor, quantized as it is read."""
+    done: list[tuple[jax.Array, jax.Array]] = []
+    for _, piece in _pieces(directory, name, slot):
+        jax.block_until_ready(done[-1:])  # one piece is quantized while the next is read, no more
+        done.append(_quantize_rows(piece, dtype))
+    return _join(done, slot.shape[0])
 
 
 @partial(jax.jit, static_argnums=1)
-def _quantize_rounded(weight: jax.Array, dtype: Any) -> NF4Weight:
-    return quantize(weight.astype(dtype))
+def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return quantize_blocks(rows.astype(dtype))
+
+
+@partial(jax.jit, static_argnums=1)
+def _join(pieces: list[tuple[jax.Array, jax.Array]], rows: int) -> NF4Weight:
+    packed, absmax = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return join_blocks(packed, absmax, rows)
+
+
+def _put(arrays: dict[Path, jax.Array], path: Path, value: Any, layer: int | None, row: int = 0) -> None:
+    arrays[path] = _write(arrays[path].block_until_ready(), value, (row,) if layer is None else (layer, row))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_layer(stack: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
-    return stack.at[layer].set(tensor.astype(stack.dtype))
+def _write(array: jax.Array, value: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+    """``array`` with ``value`` written into it, in place."""
+    bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")  # XLA on a CPU copies 16-bit floats one by one
+    value = value.astype(array.dtype).reshape((1,) * (array.ndim - value.ndim) + value.shape)
+    held, given = (jax.lax.bitcast_convert_type(part, bits) for part in (array, value))
+    written = jax.lax.dynamic_update_slice(held, given, (*start, *[0] * array.ndim)[: array.ndim])
+    return jax.lax.bitcast_convert_type(written, array.dtype)
 
 
-def _slot_value(variables: dict[_Path, Any], slot: _Slot, dtype: Any) -> np.ndarray:
+def _check_scales(arrays: dict[Path, jax.Array], directory: ModelDirectory, slots: dict[str, _Slot]) -> None:
+    """A number that is not finite shows in the mean of its weight's absmaxes."""
+    offsets = {slot.path: np.asarray(arrays[(*slot.path, "offset")]) for slot in slots.values() if slot.quantized}
+    for name, slot in slots.items():
+        if slot.quantized and not np.isfinite(offsets[slot.path][slot.layer]):
+            raise _not_finite(directory, name)
+
+
+def _not_finite(directory: ModelDirectory, name: str) -> UserError:
+    return UserError(f"{directory.path}: {name} holds NaN or infinity, or numbers too large to average; nf4 cannot store them")
+
+
+def _parts(arrays: dict[Path, Any], slot: _Slot) -> NF4Weight | jax.Array:
+    """What the model holds in a place."""
     if slot.quantized:
-        parts = {
-            part: variables[(*slot.path, part)][slot.layer] for part in ("packed", "absmax_codes", "nested_absmax", "offset")
-        }
-        return np.asarray(dequantize(NF4Weight(**parts), dtype))
-    variable = variables[slot.path]
-    return np.asarray(variable[...] if slot.layer is None else variable[slot.layer])
-
-
-def _adapter_arrays(model: Qwen2, kind: type[nnx.Variable], adapter: Adapter) -> dict[_Path, jax.Array]:
-    """The stacked arrays of an adapter, each tensor checked against the model."""
-    unused = dict(adapter.tensors)
-    arrays = {}
-    for path, variable in _variables(model, kind).items():
-        layers, *shape = variable.shape
-        stack = np.empty(variable.shape, variable.dtype)
-        for layer, name in enumerate(_adapter_names(path, layers)):
-            tensor = unused.pop(name, None)
-            if tensor is None:
-                raise UserError(f"{adapter.path}: the adapter has no tensor {name}; was it trained on a smaller model?")
-            if tensor.shape != tuple(shape):
-                raise UserError(f"{adapter.path}: {name} has shape {tensor.shape}; this model needs {tuple(shape)}")
-            stack[layer] = tensor
-        arrays[path] = jnp.asarray(stack)
-    if unused:
-        raise UserError(f"{adapter.path}: the adapter holds {next(iter(unused))}, for which this model has no place")
-    return arrays
-
-
-def _assign(model: Qwen2, arrays: dict[_Path, jax.Array]) -> None:
-    """Set variables of the model, abstract or filled, to ``arrays``."""
-    variables = {path: variable.replace(arrays[path]) for path, variable in _variables(model, ...).items() if path in arrays}
-    nnx.update(model, nnx.from_flat_state(variables))
+        return NF4Weight(**{part.name: arrays[(*slot.path, part.name)][slot.layer] for part in fields(NF4Weight)})
+    return arrays[slot.path][...] if slot.layer is None else arrays[slot.path][slot.layer]

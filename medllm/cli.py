@@ -7,9 +7,11 @@ traceback. Nothing heavier than the configuration is imported before a command i
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,8 +23,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm import __version__
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
-from medllm.engine import EngineName
+from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
+from medllm.engine import EngineName, require
 from medllm.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -67,7 +69,7 @@ def _run(argv: list[str]) -> int:
     namespace = parser.parse_args(_gather_lists(_name_presets(argv)))
     name = namespace.subcommand
     values = parser.instantiate(namespace)[name]
-    target = values[values.action].json if name == "data" else values.json
+    target = values[values.action].json if name in _WITH_ACTIONS else values.json
     if target is not None and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
         raise UserError(f"--json {target}: no file can be written there; name a file in a folder that exists")
     result = COMMANDS[name].run(values)
@@ -75,7 +77,7 @@ def _run(argv: list[str]) -> int:
         from medllm.run import write_json
 
         write_json(Path(target), result)
-    return 0
+    return 1 if result is not None and result.get("ok") is False else 0
 
 
 def _add_json(parser: ArgumentParser) -> None:
@@ -95,7 +97,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
-        if name != "data":  # each of its actions has its own
+        if name not in _WITH_ACTIONS:  # each of their actions has its own
             _add_json(sub)
         commands.add_subcommand(name, sub, help=command.help)
         command.arguments(sub)
@@ -193,18 +195,90 @@ def _report(values: Any) -> dict[str, Any]:
 
 def _convert_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, required=True, help="base model folder (unquantized)")
-    parser.add_argument("--adapter", type=str, required=True, help="PEFT adapter folder")
-    parser.add_argument("--out", type=str, required=True, help="folder of the merged model")
+    parser.add_argument("--adapter", type=tuple[str, ...], default=(), help="PEFT adapter folder to merge, or several in order")
+    parser.add_argument("--out", type=str, required=True, help="folder of the model to write")
+    parser.add_argument("--quantization", type=Literal["none", "nf4"], default="none", help="nf4: as bitsandbytes stores it")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16"], default="bfloat16", help="with nf4: type of the weights that stay dense"
+    )
+    parser.add_argument(
+        "--held_text", type=str | None, default=None, help="also measure on this text what each hand-over of the adapter costs"
+    )
+    parser.add_argument("--text_column", type=str, default="text", help="column of held_text that holds a document's text")
 
 
 def _convert(values: Any) -> dict[str, Any]:
-    from medllm.model_directory import merge_adapter
+    from medllm.adapter_directory import merge_adapter
+    from medllm.handover import held_rows
+    from medllm.run import write_json
 
-    if Path(values.out).exists():
+    out = Path(values.out)
+    packed = values.quantization == "nf4"
+    if out.exists():
         raise UserError(f"{values.out}: already exists; give another --out, or remove it")
-    merge_adapter(values.model, values.adapter, values.out)
+    if not (values.adapter or packed):
+        raise UserError("convert: there is nothing to do; give --adapter to merge one, --quantization nf4 to quantize, or both")
+    if packed:
+        require("convert --quantization nf4", "jax", "jax")
+    if values.held_text is not None:
+        if not values.adapter:
+            raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
+        held_rows(
+            values.model, values.held_text, values.text_column
+        )  # a text that cannot be read is said before anything is written
+    result = {"model": values.out}
+    merged = out.with_name(f".{out.name}.{os.getpid()}.merged") if packed else out
+    try:
+        if values.adapter:
+            merge_adapter(values.model, values.adapter, merged)
+        if values.held_text is not None:
+            result |= _measure(values, merged)
+        if packed:
+            weights = importlib.import_module("jax_medllm.weights")
+            weights.write_quantized(merged if values.adapter else values.model, out, values.dtype)
+    finally:
+        if packed:
+            shutil.rmtree(merged, ignore_errors=True)
+    if values.held_text is not None:
+        write_json(Path(f"{values.out}.handover.json"), result)
     _say(f"convert: {values.out}")
-    return {"model": values.out}
+    return result
+
+
+def _measure(values: Any, merged: Path) -> dict[str, Any]:
+    """What each hand-over costs, said and returned."""
+    from medllm.handover import handover_table, measure_handovers
+
+    with _progress("measure") as progress:
+        settings = {"text_column": values.text_column, "progress": progress}
+        measured = measure_handovers(values.model, values.adapter, merged, values.held_text, values.quantization, **settings)
+    _say(handover_table(measured))
+    return measured
+
+
+def _parity_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="YAML file")
+    parser.add_class_arguments(AuditConfig, as_group=True, skip={"bisect"})
+    parser.add_argument("--bisect", action="store_true", help="stop at the first module where the two part, and name it")
+    parser.add_argument("--out", type=str, default="runs/parity", help="folder of result.json and audit.html")
+    parser.set_defaults({"model.dtype": "float32"})  # the sharper eye
+
+
+def _parity(values: Any) -> dict[str, Any]:
+    out = Path(values.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    require("medllm parity", "jax", "jax")
+    require("medllm parity", "torch", "torch")
+    audits = importlib.import_module("medllm_parity.audit")
+    pages = importlib.import_module("medllm_parity.page")
+    with _progress("parity") as progress:
+        audit = audits.run_audit(_config(values, AuditConfig), progress)
+    result = pages.write_audit(out, audit)
+    for line in pages.summary(audit):
+        _say(line)
+    _say(f"parity: {out / pages.PAGE}")
+    return result
 
 
 def _mini_arguments(parser: ArgumentParser) -> None:
@@ -219,7 +293,8 @@ def _mini(values: Any) -> dict[str, Any]:
     return run_and_report(values.engine, Path(values.out), values.preset, _say)
 
 
-def _data_arguments(parser: ArgumentParser) -> None:
+def _actions(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:
+    """How the actions of a command with several (``medllm data ACTION``) are added, with their help lines."""
     actions = parser.add_subcommands(required=True, dest="action", metavar="ACTION")
 
     def add(name: str, help: str) -> ArgumentParser:
@@ -228,6 +303,31 @@ def _data_arguments(parser: ArgumentParser) -> None:
         actions.add_subcommand(name, action, help=help)
         return action
 
+    return add
+
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    load = _actions(parser)("load", "open a generated checkpoint: seconds, and memory beyond the model itself")
+    load.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
+    load.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
+    load.add_argument("--quantization", type=Literal["none", "nf4"], default="nf4", help="how its weights are held")
+
+
+def _bench(values: Any) -> dict[str, Any]:
+    from medllm.bench.load import bench_load
+
+    load = values.load
+    found = bench_load(load.gigabytes, load.engine, load.quantization, _say)
+    _say(
+        f"bench load: {found['gigabytes']:.2f} GB in {found['seconds']:.1f} s ({found['gigabytes_per_second']:.2f} GB/s); "
+        f"peak {found['peak_rss_gib']:.2f} GiB for a model of {found['result_gib']:.2f} GiB, "
+        f"{'within' if found['within'] else 'beyond'} its size + 1.2 GB"
+    )
+    return found
+
+
+def _data_arguments(parser: ArgumentParser) -> None:
+    add = _actions(parser)
     export = add("export-trl", "preferences → TRL's prompt/chosen/rejected rows")
     export.add_argument("--preferences", type=str, required=True, help="preference file")
     export.add_argument("--out", type=str, required=True, help="JSONL file to write")
@@ -291,6 +391,7 @@ def _leaks(values: Any) -> dict[str, Any]:
     return {"leaks": [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]}
 
 
+_WITH_ACTIONS = ("data", "bench")
 _DATA_ACTIONS = {"export-trl": _export_trl, "random-model": _random_model, "leaks": _leaks}
 
 COMMANDS = {
@@ -301,7 +402,9 @@ COMMANDS = {
     "evaluate": Command("sit an exam", _stage_arguments(EvaluateConfig), _evaluate),
     "score": Command("score predictions officially", _score_arguments, _score),
     "report": Command("one HTML page from run folders", _report_arguments, _report),
-    "convert": Command("merge an adapter into its base model", _convert_arguments, _convert),
+    "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
+    "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
+    "bench": Command("what opening a checkpoint costs on this machine", _bench_arguments, _bench),
     "data": Command("export preferences, find leaks, make a random model", _data_arguments, _data),
 }
 
@@ -329,11 +432,11 @@ def _list_options() -> set[str]:
         for name, kind in get_type_hints(config_class).items():
             if hasattr(kind, "__dataclass_fields__"):
                 yield from walk(kind, f"{prefix}{name}.")
-            elif get_origin(kind) is tuple and get_args(kind)[0] is str:
+            elif any(get_origin(part) is tuple and get_args(part)[0] is str for part in (kind, *get_args(kind))):
                 yield f"--{prefix}{name}"
 
     stages = (CptConfig, CurateConfig, RpoConfig, EvaluateConfig)
-    return {option for stage in stages for option in walk(stage, "")} | {"--documents"}
+    return {option for stage in stages for option in walk(stage, "")} | {"--documents", "--adapter"}
 
 
 def _gather_lists(argv: list[str]) -> list[str]:
@@ -353,7 +456,8 @@ def _gather_lists(argv: list[str]) -> list[str]:
         while index < len(argv) and not argv[index].startswith("--"):
             values.append(argv[index])
             index += 1
-        if len(values) == 1 and values[0].startswith("["):
+        # One adapter is a plain string, as it is in a preset.
+        if len(values) == 1 and (values[0].startswith("[") or word == "--model.adapter"):
             gathered.append(values[0])
         elif values:
             gathered.append(json.dumps(values, ensure_ascii=False))

@@ -6,8 +6,11 @@ reason or the source of every number. The paper publishes almost none of its hyp
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from medllm.errors import UserError
 
@@ -31,29 +34,37 @@ class ModelConfig:
 
     Args:
         path: A Hugging Face model directory (Qwen2 architecture, safetensors).
-        adapter: A PEFT LoRA directory applied on top of the weights, frozen.
+        adapter: A PEFT LoRA directory applied on top of the weights, frozen; or several, one on top of the other.
         tokenizer: Directory of the tokenizer; the model directory itself when unset.
         quantization: ``nf4`` stores the seven linear kinds as 4-bit NormalFloat with double quantization (QLoRA).
         dtype: Type of the unquantized weights and of the computation; adapters, moments and losses stay fp32.
     """
 
     path: str
-    adapter: str | None = None
+    adapter: tuple[str, ...] | str | None = None
     tokenizer: str | None = None
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapter folders in the order they are applied."""
+        return (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter or ())
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapter that is trained, in PEFT's terms. Scaling is ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora).
+    """An adapter in PEFT's terms. Scaling is ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora, arXiv 2312.03732).
 
     Args:
         rank: Width r of the low-rank update.
         alpha: Numerator of the scaling.
-        targets: Which of the seven linear kinds carry an adapter.
+        targets: Which of the seven linear kinds carry an adapter. The end of a module's name, from a dot on, names one
+            module: ``layers.3.mlp.up_proj``.
         rslora: Scale by ``alpha / sqrt(rank)``.
         seed: Seed of A ~ U(±1/sqrt(in)); B starts at zero.
+        rank_pattern: Other ranks, by a regular expression for the end of a module's name.
+        alpha_pattern: The same for alpha.
     """
 
     rank: int = 16
@@ -61,12 +72,47 @@ class LoraConfig:
     targets: tuple[str, ...] = ALL_LINEAR
     rslora: bool = False
     seed: int = 0
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
         _require(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
-        fits = bool(self.targets) and set(self.targets) <= set(ALL_LINEAR)
+        fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
         _require(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            _require(all(map(_is_regex, pattern)), f"lora.{name}", pattern, "regular expressions for module names")
+        positive = all(rank >= 1 for rank in self.rank_pattern.values())
+        _require(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
+        positive = all(alpha > 0 for alpha in self.alpha_pattern.values())
+        _require(positive, "lora.alpha_pattern", self.alpha_pattern, "positive numbers")
+
+    def covers(self, module: str) -> bool:
+        """Whether ``module`` (``model.layers.0.self_attn.q_proj``) carries an adapter, by PEFT's rule for lists."""
+        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+
+    def rank_of(self, module: str) -> int:
+        """The rank at ``module``; 0 where it carries no adapter."""
+        return _by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
+
+    def scaling_of(self, module: str) -> float:
+        """What the update of ``module`` is multiplied by; 0 where it carries no adapter."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
+
+
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first expression that matches the end of ``module``, from a dot on (``peft.utils.get_pattern_key``)."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _is_regex(expression: str) -> bool:
+    try:
+        re.compile(expression)
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -275,7 +321,22 @@ class PairConfig:
 
 @dataclass(frozen=True)
 class RpoConfig:
-    """Stage 2: preference training. One epoch over all pairs is the paper's figure."""
+    """Stage 2: preference training. One epoch over all pairs is the paper's figure.
+
+    Args:
+        model: The model that is trained on. Its adapter, where it has one, is that of stage 1.
+        run: Run folder.
+        preferences: The preference file.
+        loss: RPO or DPO.
+        pairs: Which pairs.
+        lora: The adapter; under ``continue`` it is stage 1's own.
+        handover: What becomes of ``model.adapter``. ``merge`` (the paper's way) adds it to the unquantized weights, into
+            ``<run>/merged``, and trains on those. ``stack`` leaves it as it is and trains a second one on top. ``continue``
+            trains it further; the reference is a frozen copy of it.
+        optimizer: AdamW and its schedule.
+        training: The loop.
+        resume: Go on from the run's last checkpoint.
+    """
 
     model: ModelConfig
     run: str
@@ -286,6 +347,7 @@ class RpoConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=1))
     resume: bool = False
+    handover: Literal["merge", "stack", "continue"] = "merge"
 
 
 @dataclass(frozen=True)
@@ -325,3 +387,33 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """The parity audit: one checkpoint in both stacks and in float64.
+
+    Args:
+        model: The checkpoint, its adapters, its quantization, and the type both stacks compute in.
+        reference: Model folder that the torch stack and the truth read in place of ``model.path``.
+        reference_adapter: Adapter folder, or several, that they put on in place of ``model.adapter``.
+        text: A UTF-8 text file to take the tokens from; random tokens without it.
+        tokens: Length of a row.
+        rows: How many rows: a whole, a packed, a padded one, and more whole ones.
+        seed: Seed of the random tokens.
+        bisect: Stop at the first divergence.
+    """
+
+    model: ModelConfig
+    reference: str | None = None
+    reference_adapter: tuple[str, ...] | str | None = None
+    text: str | None = None
+    tokens: int = 128
+    rows: int = 4
+    seed: int = 0
+    bisect: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 8, "tokens", self.tokens, "at least 8")
+        _require(self.rows >= 3, "rows", self.rows, "at least 3: a whole, a packed and a padded one")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")

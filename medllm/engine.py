@@ -108,6 +108,15 @@ def open_engine(name: EngineName, model: ModelConfig) -> Engine:
         UserError: the engine's packages are not installed (the message has the install command).
     """
     module, attribute, package, extra = _ENGINES[name]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"engine '{name}' needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")
+    require(f"engine '{name}'", package, extra)
     return getattr(importlib.import_module(module), attribute)(model)
+
+
+def require(what: str, package: str, extra: str) -> None:
+    """Refuse, with the install command, where ``package`` is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what} needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")

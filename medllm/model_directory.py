@@ -1,16 +1,14 @@
-"""Models and adapters on disk: Hugging Face and PEFT directories, read tensor by tensor and written whole or not at all.
+"""Models on disk: Hugging Face directories, read tensor by tensor and written whole or not at all.
 
 Only safetensors is read; a file is opened by slice, never held in memory as a whole. Everything here is numpy, so that both
-engines, and a machine with neither, can check, merge and write models.
+engines, and a machine with neither, can check and write models. Adapters are :mod:`medllm.adapter_directory`'s.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
 from medllm.run import atomic_path, write_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -63,14 +57,14 @@ class ModelDirectory:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder; give a Hugging Face directory (--model.path)")
-        self.config: dict[str, Any] = _read_json(self.path / "config.json", "a Hugging Face model folder has one")
+        self.config: dict[str, Any] = read_json(self.path / "config.json", "a Hugging Face model folder has one")
 
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Tensor name → the file that holds it."""
         index = self.path / INDEX
         if index.exists():
-            weight_map = _read_json(index, "the index of a sharded model").get("weight_map", {})
+            weight_map = read_json(index, "the index of a sharded model").get("weight_map", {})
             missing = sorted({name for name in weight_map.values() if not (self.path / name).exists()})
             if missing:
                 raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); copy all shards")
@@ -78,7 +72,7 @@ class ModelDirectory:
         single = self.path / WEIGHTS
         if not single.exists():
             raise UserError(f"{self.path}: no {WEIGHTS} and no {INDEX}; only safetensors weights are read")
-        with _open(single) as stream:
+        with open_safetensors(single) as stream:
             return dict.fromkeys(stream.keys(), single)
 
     def names(self) -> list[str]:
@@ -93,10 +87,18 @@ class ModelDirectory:
         with self._opened(name) as stream:
             return tuple(stream.get_slice(name).get_shape())
 
+    def logical_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight, also where bitsandbytes stored it packed: its description keeps the shape."""
+        state = f"{name}.quant_state.bitsandbytes__nf4"
+        return tuple(json.loads(self.read(state).tobytes())["shape"]) if state in self else self.shape(name)
+
     def dtype(self, name: str) -> np.dtype:
         """Stored type of a tensor, read from the header alone."""
         with self._opened(name) as stream:
-            return _DTYPES[stream.get_slice(name).get_dtype()]
+            stored = stream.get_slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise UserError(f"{self.path}: {name} is stored as {stored}; the types read are {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored type (bf16 as ``ml_dtypes.bfloat16``)."""
@@ -111,87 +113,10 @@ class ModelDirectory:
     def _opened(self, name: str) -> Any:
         if name not in self._files:
             raise UserError(f"{self.path}: has no tensor {name}; the model does not match its config.json or is incomplete")
-        stream = _open(self._files[name])
+        stream = open_safetensors(self._files[name])
         if name not in stream.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
             raise UserError(f"{self._files[name]}: the index places {name} here, but the file has no such tensor")
         return stream
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter in PEFT's format. ``tensors`` has PEFT's keys; A is [rank, in], B is [out, rank]."""
-
-    rank: int
-    alpha: float
-    rslora: bool
-    targets: tuple[str, ...]
-    tensors: Mapping[str, np.ndarray]
-    path: str = ""
-
-    @property
-    def scaling(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) with rslora."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    def modules(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Base module name (``model.layers.0.self_attn.q_proj``) → (A, B)."""
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for key, a in self.tensors.items():
-            if not key.endswith(".lora_A.weight"):
-                continue
-            stem = key.removesuffix(".lora_A.weight")
-            b = self.tensors.get(f"{stem}.lora_B.weight")
-            if b is None:
-                raise UserError(f"{self.path}: {key} has no matching lora_B; the adapter is incomplete")
-            if a.shape[0] != self.rank or b.shape[1] != self.rank:
-                raise UserError(f"{self.path}: {stem} is {a.shape} and {b.shape}, but {ADAPTER_CONFIG} says rank {self.rank}")
-            found[stem.removeprefix(_ADAPTER_PREFIX)] = (a, b)
-        if not found:
-            raise UserError(f"{self.path}: the adapter holds no lora_A tensors (an empty save); train or export it again")
-        return found
-
-
-def read_adapter(path: str | Path) -> Adapter:
-    """Read a PEFT LoRA directory.
-
-    Raises:
-        UserError: no adapter there, or one of a kind that is not supported (DoRA, biases, saved modules, rank patterns …).
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such adapter folder; give a PEFT directory (with {ADAPTER_CONFIG})")
-    config = _read_json(folder / ADAPTER_CONFIG, "a PEFT folder has one")
-    _refuse_unsupported(folder, config)
-    file = folder / ADAPTER_WEIGHTS
-    if not file.exists():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; only safetensors adapters are read")
-    with _open(file) as stream:
-        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    targets = config.get("target_modules") or ()
-    return Adapter(
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        rslora=bool(config.get("use_rslora", False)),
-        targets=ALL_LINEAR if targets == "all-linear" else tuple(sorted(targets, key=_target_order)),
-        tensors=tensors,
-        path=str(folder),
-    )
-
-
-def write_adapter(path: str | Path, lora: LoraConfig, tensors: Mapping[str, np.ndarray], base_model: str) -> None:
-    """Write a directory that ``peft.PeftModel.from_pretrained`` loads. ``tensors`` has PEFT's keys.
-
-    Raises:
-        UserError: there is nothing to write.
-    """
-    if not tensors:
-        raise UserError(f"{path}: no adapter tensors to write")
-    with atomic_path(Path(path)) as scratch:
-        scratch.mkdir()
-        save_file(
-            {name: np.ascontiguousarray(value) for name, value in tensors.items()}, scratch / ADAPTER_WEIGHTS, {"format": "pt"}
-        )
-        write_json(scratch / ADAPTER_CONFIG, _peft_config(lora, base_model))
 
 
 def write_model(
@@ -237,44 +162,24 @@ def write_model(
             _copy_companions(Path(companions_from), scratch)
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Write ``base`` with ``adapter`` added to its weights: W + scaling · B A, in fp32, rounded once to the stored type.
-
-    This is the hand-over between the two training stages: the merged weights are quantized anew by whoever opens them,
-    so nothing is ever added to an already quantized weight. One tensor is in memory at a time.
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file, read lazily by tensor and slice.
 
     Raises:
-        UserError: the adapter targets a module the base does not have, or its shapes do not fit.
+        UserError: it is not there, is truncated or of another format.
     """
-    model = ModelDirectory(base)
-    lora = read_adapter(adapter)
-    updates = {f"{module}.weight": pair for module, pair in lora.modules().items()}
-    for name, (a, b) in updates.items():
-        if name not in model:
-            raise UserError(f"{adapter}: has an update for {name}, which {base} does not have; is it for another model?")
-        expected = (b.shape[0], a.shape[1])
-        if model.shape(name) != expected:
-            raise UserError(f"{adapter}: the update of {name} is {expected}, the weight in {base} is {model.shape(name)}")
-
-    def merged() -> Iterable[tuple[str, np.ndarray]]:
-        for name in model.names():
-            weight = model.read(name)
-            if name in updates:
-                a, b = (part.astype(np.float32) for part in updates[name])
-                weight = (weight.astype(np.float32) + np.float32(lora.scaling) * (b @ a)).astype(weight.dtype)
-            yield name, weight
-
-    write_model(out, model.config, merged(), companions_from=base)
-
-
-def _open(file: Path) -> Any:
     try:
         return safe_open(str(file), framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error}); it may be truncated: copy it again") from error
 
 
-def _read_json(file: Path, expectation: str) -> dict[str, Any]:
+def read_json(file: Path, expectation: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: the file is missing (``expectation`` says what it is for), or is no JSON object.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -284,48 +189,6 @@ def _read_json(file: Path, expectation: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: a JSON object was expected, found {type(value).__name__}")
     return value
-
-
-def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
-    missing = [key for key in ("peft_type", "r", "lora_alpha") if key not in config]
-    if missing:
-        raise UserError(f"{folder / ADAPTER_CONFIG}: has no {missing[0]}; a PEFT LoRA adapter has it")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: a {config.get('peft_type')} adapter; only LORA adapters are read")
-    for key in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "layers_to_transform", "fan_in_fan_out"):
-        if config.get(key):
-            raise UserError(f"{folder}: the adapter uses {key}, which is not supported; export a plain LoRA adapter")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{folder}: the adapter trains biases ({config['bias']}); only bias='none' is supported")
-    targets = config.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear":
-        raise UserError(f"{folder}: target_modules is a pattern ({targets!r}); only a list of module names is supported")
-    unknown = [] if isinstance(targets, str) else sorted(set(targets or ()) - set(ALL_LINEAR))
-    if unknown:
-        raise UserError(f"{folder}: the adapter targets {unknown[0]}; supported targets are {', '.join(ALL_LINEAR)}")
-
-
-def _target_order(target: str) -> int:
-    return ALL_LINEAR.index(target)
-
-
-def _peft_config(lora: LoraConfig, base_model: str) -> dict[str, Any]:
-    settings = asdict(lora)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": settings["rank"],
-        "lora_alpha": settings["alpha"],
-        "use_rslora": settings["rslora"],
-        "target_modules": list(settings["targets"]),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:

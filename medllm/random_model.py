@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def write_random_model(
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, vocab_size, tokenizer)
     heads = hidden_size // _HEAD
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": vocab_size,
@@ -48,32 +49,38 @@ def write_random_model(
         "eos_token_id": loaded.eos_token_id,
         "pad_token_id": loaded.pad_token_id,
     }
-    write_model(out, config, _tensors(vocab_size, hidden_size, layers, seed), companions_from=tokenizer)
-
-
-def _tensors(vocab_size: int, width: int, layers: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return (0.02 * rng.standard_normal(shape)).astype(np.float32)
 
-    ones = np.ones(width, np.float32)
+    write_model(out, config, random_tensors(config, normal), companions_from=tokenizer)
+
+
+def random_tensors(config: Mapping[str, Any], draw: Callable[..., np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a Qwen2 with this ``config.json``, one at a time: matrices and biases from ``draw(*shape)``, norms one."""
+    vocabulary, width, mlp = config["vocab_size"], config["hidden_size"], config["intermediate_size"]
+    kv_width = width * config["num_key_value_heads"] // config["num_attention_heads"]
     shapes = {
         "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (width // 2, width),
-        "self_attn.v_proj": (width // 2, width),
+        "self_attn.k_proj": (kv_width, width),
+        "self_attn.v_proj": (kv_width, width),
         "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (3 * width, width),
-        "mlp.up_proj": (3 * width, width),
-        "mlp.down_proj": (width, 3 * width),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
     }
-    yield "model.embed_tokens.weight", normal(vocab_size, width)
-    for layer in range(layers):
+    embedding = draw(vocabulary, width)
+    ones = np.ones(width, embedding.dtype)
+    yield "model.embed_tokens.weight", embedding
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for name, shape in shapes.items():
-            yield f"{prefix}.{name}.weight", normal(*shape)
+            yield f"{prefix}.{name}.weight", draw(*shape)
             if name.endswith(("q_proj", "k_proj", "v_proj")):
-                yield f"{prefix}.{name}.bias", normal(shape[0])
+                yield f"{prefix}.{name}.bias", draw(shape[0])
         yield f"{prefix}.input_layernorm.weight", ones
         yield f"{prefix}.post_attention_layernorm.weight", ones
     yield "model.norm.weight", ones
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", draw(vocabulary, width)

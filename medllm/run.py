@@ -30,6 +30,9 @@ _RECORDED_PACKAGES = (
 )
 
 
+MERGED = "merged"
+"""Folder of a run for the weights it is trained on, where stage 1's adapter was merged into them."""
+
 _OPENING_FILES = {"config.yaml", "environment.json"}
 _FREE_ON_RESUME = {
     *("run", "resume"),
@@ -131,7 +134,7 @@ class Run:
         self._close_events()
         if kind is not None and self._made_here and is_primary_process():
             left = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
-            if left <= _OPENING_FILES:
+            if {name for name in left if not name.startswith(f"{MERGED}/")} <= _OPENING_FILES:
                 shutil.rmtree(self.path, ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:

@@ -5,6 +5,7 @@ Every stage checks all of its input before it makes its run folder, and returns 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -104,9 +105,14 @@ def build_preferences(
 def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
     """Stage 2, preference training: pairs of the hierarchy → a PEFT adapter in the run folder.
 
+    ``opened_as`` of the result says how the trained model is opened: under ``handover: merge`` on the merged weights in the run
+    folder, else on the base, with its adapters in order.
+
     Raises:
-        UserError: the model or the preference file cannot be used, or there is no pair to train on.
+        UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
+            train on.
     """
+    from medllm.handover import check_handover, opened_as, training_model
     from medllm.preferences.pairs import training_pairs
     from medllm.preferences.records import read_preferences
 
@@ -114,10 +120,22 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
     pairs = len(training_pairs(preferences, config.pairs))
     if not pairs:
         raise UserError(f"{config.preferences}: no pair to train on: every problem lacks both chosen and rejected responses")
-    model = open_engine(engine, config.model)
+    check_handover(config)
+    open_engine(engine, config.model)  # a folder that cannot be opened is said before anything is written
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
-        summary = model.train_preferences(preferences, config, run)
-        result = {"stage": "rpo", "engine": engine, **asdict(summary), "problems": len(preferences), "pairs": pairs}
+        trained_on = training_model(config, run)
+        model = open_engine(engine, trained_on)
+        summary = model.train_preferences(preferences, dataclasses.replace(config, model=trained_on), run)
+        opened = opened_as(config, run.path, summary.adapter)
+        result = {
+            "stage": "rpo",
+            "engine": engine,
+            **asdict(summary),
+            "problems": len(preferences),
+            "pairs": pairs,
+            **({"handover": config.handover} if config.model.adapters else {}),
+            "opened_as": {"path": opened.path, "adapters": list(opened.adapters)},
+        }
         run.finish(result)
     return result
 
@@ -199,8 +217,8 @@ def _choose_options(
 
 
 def model_label(model: ModelConfig) -> str:
-    """How a model is called in tables: its folder, and its adapter's."""
-    return f"{model.path} + {model.adapter}" if model.adapter else model.path
+    """How a model is called in tables: its folder, and its adapters'."""
+    return " + ".join((model.path, *model.adapters))
 
 
 def setting_label(config: EvaluateConfig) -> str:

@@ -121,8 +121,10 @@ def test_preferences_without_a_pair(folder, capsys):
     assert "no pair" in refused(folder, capsys, "rpo", *settings)
 
 
-def test_a_model_with_an_adapter_must_be_merged_before_training(folder, capsys):
-    assert "medllm convert" in refused(folder, capsys, *cpt("--model.adapter", "adapter", "--corpus.length", "64"))
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_an_adapter_that_is_not_there(folder, capsys, engine):
+    arguments = cpt("--engine", engine, "--model.adapter", "nowhere", "--corpus.length", "64")
+    assert "nowhere: no such adapter folder" in refused(folder, capsys, *arguments)
 
 
 def test_a_csv_row_of_another_width(folder, capsys):

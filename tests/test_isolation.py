@@ -50,3 +50,11 @@ def test_an_engine_that_is_not_installed_is_named_with_its_install_command(engin
     assert done.returncode == 2
     assert "pip install" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+def test_the_audit_names_the_stack_that_is_not_installed(package, tmp_path):
+    done = run_without(package, "parity", "--model.path", "m", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert f"'{package}': pip install" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from jax_medllm.engine import JaxEngine
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.weights import model_tensors
+from medllm.adapter_directory import read_adapter
 from medllm.config import (
     CptConfig,
     LoraConfig,
@@ -27,7 +28,7 @@ from medllm.config import (
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation
 from medllm.errors import UserError
-from medllm.model_directory import read_adapter, write_model
+from medllm.model_directory import write_model
 from medllm.preferences.records import Preference, Sample
 from medllm.run import Run
 from tests.small_model import small_config
@@ -75,7 +76,7 @@ def test_cpt_teaches_a_text_and_the_adapter_reopened_recites_it(directory, tmp_p
     assert summary.steps == 80
     assert summary.loss == run.metrics()[-1]["loss"] < 0.1
     assert summary.rate > 0
-    assert read_adapter(run.path / "adapter").rank == 8
+    assert read_adapter(run.path / "adapter").lora.rank == 8
 
     asked = [Continuation(ids("the_liver_"), (*ids("is_in_the_right_upper_part."), 0))]
     taught = JaxEngine(model_config(directory, adapter=summary.adapter))
@@ -122,15 +123,6 @@ def test_rpo_raises_the_margin_of_the_hierarchy(directory, tmp_path, unit):
     assert lines[-1]["rewards/margins"] > 0.05
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.25
     assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "nll", "grad_norm", "learning_rate"} < lines[0].keys()
-
-
-def test_training_on_top_of_an_adapter_is_refused_with_the_way_out(directory, tmp_path):
-    engine = JaxEngine(model_config(directory, adapter="somewhere"))
-    config = CptConfig(model_config(directory, adapter="somewhere"), str(tmp_path / "run"))
-    rows = PackedRows(*(np.ones((1, 8), np.int32) for _ in range(3)))
-    with pytest.raises(UserError, match="merge it first with 'medllm convert'"):
-        engine.train_cpt(rows, config, Run(config.run, config))
-    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.linear import nf4_matmul
+from jax_medllm.decoder import CHUNK, Decoder, Fill
+from jax_medllm.linear import LoraScaling, nf4_matmul
 from jax_medllm.model import LoraParam, PackedParam, Qwen2, Qwen2Config
 from jax_medllm.nf4 import dequantize, quantize
-from medllm.config import LoraConfig
+from medllm.config import LoraConfig, Sampling
 from medllm.errors import UserError
 
 TINY = Qwen2Config(
@@ -91,7 +93,11 @@ def hidden(model: Qwen2, tokens: jax.Array, adapter: bool = True) -> jax.Array:
     return packed(model, tokens, jnp.ones_like(tokens), positions, adapter=adapter)
 
 
-decode = jax.jit(lambda model, tokens, cache, start: model.decode(tokens, cache, start=start))
+def fill(prompts: jax.Array, lengths: list[int], target: list[int]) -> Fill:
+    """Every row of ``prompts`` into the slot ``target`` names."""
+    rows = len(lengths)
+    keys = jax.random.split(jax.random.key(0), rows)
+    return Fill(np.asarray(prompts), np.asarray(lengths, np.int32), np.arange(rows), np.asarray(target), keys)
 
 
 def random_tokens(*shape: int) -> jax.Array:
@@ -147,33 +153,45 @@ def test_a_config_survives_being_written_and_read():
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_decoding_rows_of_different_lengths_equals_one_pass_over_each(quantization):
     model = build(quantization=quantization, lora=LoraConfig(rank=4))
-    tokens, lengths = random_tokens(3, 12), jnp.array([7, 3, 5])
-    expected = hidden(model, tokens)
-    states, cache = decode(model, tokens[:, :7], model.init_cache(3, 12), jnp.zeros(3, jnp.int32))
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(states[row, :length], expected[row, :length], atol=2e-5)
-    for step in range(4):
-        at = lengths + step
-        states, cache = decode(model, jnp.take_along_axis(tokens, at[:, None], axis=1), cache, at)
-        for row in range(3):
-            np.testing.assert_allclose(states[row, 0], expected[row, at[row]], atol=2e-5)
+    decoder = Decoder(model, end=-1)
+    tokens, lengths, target = random_tokens(3, 7), [7, 3, 5], [2, 0, 1]
+    slots = decoder.fill(decoder.empty(3, 16), None, fill(tokens, lengths, target))
+    prompts_read = hidden(model, tokens)
+    for row, (length, slot) in enumerate(zip(lengths, target, strict=True)):
+        np.testing.assert_allclose(slots.hidden[slot], prompts_read[row, length - 1], atol=2e-5)
+    slots, written = decoder.extend(slots, None, Sampling())
+    for row, (length, slot) in enumerate(zip(lengths, target, strict=True)):
+        text = jnp.concatenate([tokens[row, :length], written[slot], jnp.zeros(7 - length, int)])
+        np.testing.assert_allclose(slots.hidden[slot], hidden(model, text[None])[0, length + CHUNK - 1], atol=2e-5)
 
 
 def test_a_prefix_computed_once_serves_every_row():
     model = build()
+    decoder = Decoder(model, end=-1)
     tokens = random_tokens(3, 10).at[:, :6].set(random_tokens(6))
-    _, prefix = decode(model, tokens[:1, :6], model.init_cache(1, 6), jnp.zeros(1, jnp.int32))
-    cache = model.init_cache(3, 12, prefix=prefix)
-    states, _ = decode(model, tokens[:, 6:], cache, jnp.full(3, 6))
-    np.testing.assert_allclose(states, hidden(model, tokens)[:, 6:], atol=2e-5)
+    slots = decoder.fill(decoder.empty(3, 4), decoder.prefix(tokens[0, :6].tolist()), fill(tokens[:, 6:], [4, 2, 3], [0, 1, 2]))
+    expected = hidden(model, tokens)
+    for row, last in enumerate([9, 7, 8]):
+        np.testing.assert_allclose(slots.hidden[row], expected[row, last], atol=2e-5)
 
 
-def test_a_token_past_the_end_of_the_cache_overwrites_nothing():
+def test_a_full_row_that_has_ended_is_not_overwritten_while_others_go_on():
+    decoder = Decoder(build(), end=-1)
+    slots = decoder.fill(decoder.empty(2, 4), None, fill(random_tokens(2, 4), [4, 2], [0, 1]))
+    before = jax.tree.map(np.array, slots.own)
+    slots, _ = decoder.extend(replace(slots, finished=jnp.array([True, False])), None, Sampling())
+    np.testing.assert_array_equal(slots.length, [4, 2 + CHUNK])
+    np.testing.assert_array_equal(slots.own.keys[:, 0, :, :, :4], before.keys[:, 0, :, :, :4])
+    np.testing.assert_array_equal(slots.own.values[:, 0, :, :4], before.values[:, 0, :, :4])
+
+
+def test_the_states_after_the_layers_begin_with_the_embedding_and_end_before_the_final_norm():
     model = build()
-    tokens = random_tokens(1, 4)
-    _, cache = decode(model, tokens, model.init_cache(1, 4), jnp.zeros(1, jnp.int32))
-    _, after = decode(model, tokens[:, :1], cache, jnp.array([4]))
-    jax.tree.map(np.testing.assert_array_equal, after, cache)
+    tokens, positions = random_tokens(2, 6), jnp.broadcast_to(jnp.arange(6), (2, 6))
+    states = model.hidden_states(tokens, segment_ids=jnp.ones_like(tokens), positions=positions)
+    assert states.shape == (TINY.num_layers + 1, 2, 6, TINY.hidden_size)
+    np.testing.assert_array_equal(states[0], model.embed_tokens.weight[...][tokens])
+    np.testing.assert_allclose(model.norm(states[-1]), hidden(model, tokens), atol=2e-5)
 
 
 def test_responses_that_share_a_prompt_have_the_states_of_separate_rows():
@@ -204,7 +222,7 @@ def test_padding_leaves_no_trace_and_stays_finite():
 def test_the_adapter_switched_off_is_the_model_without_it(quantization):
     with_adapter = build(quantization=quantization, lora=LoraConfig(rank=4))
     without = nnx.eval_shape(lambda: Qwen2(TINY, quantization=quantization, rngs=nnx.Rngs(0)))
-    nnx.update(without, nnx.state(with_adapter, nnx.Not(LoraParam)))
+    nnx.update(without, nnx.state(with_adapter, nnx.Not(nnx.Any(LoraParam, LoraScaling))))
     tokens = random_tokens(2, 6)
     off = hidden(with_adapter, tokens, adapter=False)
     np.testing.assert_array_equal(off, hidden(without, tokens))
@@ -213,7 +231,9 @@ def test_the_adapter_switched_off_is_the_model_without_it(quantization):
 
 def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
     lora = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
-    model = nnx.eval_shape(lambda: Qwen2(TINY, lora=lora, frozen_lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: Qwen2(TINY, lora=lora, frozen_loras=(LoraConfig(rank=2),), quantization="nf4", rngs=nnx.Rngs(0))
+    )
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
     assert trained == {
         ("layers", block, target, "lora", matrix)

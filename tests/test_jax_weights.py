@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_medllm.adapters import adapter_tensors, set_adapter
 from jax_medllm.model import Qwen2, Qwen2Config
-from jax_medllm.weights import adapter_tensors, load_model, model_tensors, set_adapter
+from jax_medllm.weights import load_model, model_tensors
+from medllm.adapter_directory import Adapter, write_adapter
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
-from medllm.model_directory import Adapter, ModelDirectory, write_adapter, write_model
+from medllm.model_directory import ModelDirectory, write_model
 
 CONFIG = Qwen2Config(
     vocab_size=50,
@@ -49,17 +52,16 @@ def write(tmp_path, tensors):
     return written
 
 
-def adapter(**changes) -> Adapter:
+def adapter(tensors: dict[str, np.ndarray] | None = None, **changes) -> Adapter:
     shapes = {"q_proj": ("self_attn", 64, 64), "down_proj": ("mlp", 128, 64)}
     rng = np.random.default_rng(0)
-    tensors = {}
+    made = {}
     for layer in range(2):
         for target, (block, width, out) in shapes.items():
             stem = f"base_model.model.model.layers.{layer}.{block}.{target}"
-            tensors[f"{stem}.lora_A.weight"] = rng.normal(size=(2, width)).astype(np.float32)
-            tensors[f"{stem}.lora_B.weight"] = rng.normal(size=(out, 2)).astype(np.float32)
-    fields = {"rank": 2, "alpha": 4.0, "rslora": False, "targets": LORA.targets, "tensors": tensors, "path": "given"} | changes
-    return Adapter(**fields)
+            made[f"{stem}.lora_A.weight"] = rng.normal(size=(2, width)).astype(np.float32)
+            made[f"{stem}.lora_B.weight"] = rng.normal(size=(out, 2)).astype(np.float32)
+    return Adapter(dataclasses.replace(LORA, **changes), made if tensors is None else tensors, "given")
 
 
 def test_a_sharded_model_is_read_back_as_it_was_written(write, tensors):

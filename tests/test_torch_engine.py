@@ -97,12 +97,12 @@ def cpt_config(model, run, **training):
     )  # fmt: skip
 
 
-def rpo_config(model, run, *, alpha=10.0, nll="micro_batch_tokens", unit="pair", max_length=200, **training):
+def rpo_config(model, run, *, alpha=10.0, nll="micro_batch_tokens", unit="pair", max_length=200, handover="merge", **training):
     settings = {"epochs": 1, "batch_size": 4, "accumulation": 1, **training}
     return RpoConfig(
         model=model, run=str(run), preferences="memory", loss=PreferenceLoss(alpha=alpha, nll_reduction=nll),
         pairs=PairConfig(unit=unit, max_length=max_length), lora=LoraConfig(rank=4, alpha=8),
-        optimizer=OptimizerConfig(3e-3, warmup_ratio=0), training=TrainingConfig(**settings),
+        optimizer=OptimizerConfig(3e-3, warmup_ratio=0), training=TrainingConfig(**settings), handover=handover,
     )  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def test_an_earlier_adapter_stays_in_the_reference_of_preference_training(dense,
     expected = loaded(tokens).logits
     assert not torch.allclose(expected, open_model(dense)(tokens).logits)
     torch.testing.assert_close(trainable_base(loaded)(tokens).logits, expected, atol=0, rtol=0)
-    run, summary = train(rpo_config(stacked, tmp_path / "rpo", alpha=0.0), preferences())
+    run, summary = train(rpo_config(stacked, tmp_path / "rpo", alpha=0.0, handover="stack"), preferences())
     assert run.metrics()[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert run.metrics()[0]["rewards/chosen"] == 0
     assert len(adapter_of(summary)) == 2 * 2 * 7
@@ -377,7 +377,8 @@ def test_a_bitsandbytes_directory_opens_as_it_is(nf4, folder, tmp_path):
 def test_qlora_runs_through_both_stages(nf4, tmp_path):
     run, first = train(cpt_config(nf4, tmp_path / "cpt", epochs=3, batch_size=4), rows())
     assert first.loss < run.metrics()[0]["loss"]
-    run, _ = train(rpo_config(dataclasses.replace(nf4, adapter=first.adapter), tmp_path / "rpo", epochs=2), preferences(2))
+    stacked = dataclasses.replace(nf4, adapter=first.adapter)
+    run, _ = train(rpo_config(stacked, tmp_path / "rpo", epochs=2, handover="stack"), preferences(2))
     assert run.metrics()[-1]["loss"] < run.metrics()[0]["loss"]
     assert run.metrics()[0]["rewards/chosen"] == 0
 

@@ -1,12 +1,14 @@
 """Opening a model the way the QLoRA papers and libraries document it: transformers + bitsandbytes + PEFT.
 
-    base (NF4 or dense, frozen) ── optional earlier adapter (frozen) ── new adapter (fp32, trained)
+    base (NF4 or dense, frozen) ── earlier adapters (frozen) ── new adapter (fp32, trained)
 
-The reference of preference training is the same weights with only the new adapter switched off.
+The reference of preference training is the same weights with only the new adapter switched off; where an earlier adapter is
+itself trained further, its frozen copy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -17,9 +19,10 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from medllm.adapter_directory import open_adapters
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory, read_adapter
+from medllm.model_directory import ModelDirectory
 from medllm.tokenizer import check_vocabulary, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,20 +57,13 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(f"{model.path}: config.json asks for code of its own (auto_map); code in model folders is never run")
     if "vocab_size" not in folder.config:
         raise UserError(f"{model.path}/config.json: no vocab_size; a causal language model was expected")
-    if model.adapter is not None:
-        for module, (a, b) in read_adapter(model.adapter).modules().items():
-            if f"{module}.weight" not in folder:
-                raise UserError(f"{model.adapter}: adapts {module}, which {model.path} does not have; is it for another model?")
-            # A packed 4-bit weight no longer shows its shape; those are left to PEFT.
-            shape = folder.shape(f"{module}.weight")
-            if shape[-1] != 1 and shape != (b.shape[0], a.shape[1]):
-                raise UserError(f"{model.adapter}: the update of {module} is {(b.shape[0], a.shape[1])}, the weight is {shape}")
+    open_adapters(model.adapters, folder)
 
 
 def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
     """The weights of ``model``, frozen, in evaluation mode, on this process's device.
 
-    With ``model.adapter`` the result is a ``PeftModel`` whose adapter is frozen too.
+    With ``model.adapter`` the result is a ``PeftModel`` whose adapters are frozen too, and all on.
 
     Raises:
         UserError: the folder cannot be opened as a causal language model.
@@ -107,9 +103,27 @@ def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
         )
     _settle_quantized_layers(base, dtype)
     base.requires_grad_(False).eval()
-    if model.adapter is None:
+    if not model.adapters:
         return base
-    return peft.PeftModel.from_pretrained(base, model.adapter, is_trainable=False).eval()
+    first, *others = model.adapters
+    adapted = peft.PeftModel.from_pretrained(base, first, is_trainable=False)
+    names = [f"adapter_{index}" for index in range(2, 2 + len(others))]
+    for name, path in zip(names, others, strict=True):
+        adapted.load_adapter(path, name, is_trainable=False)
+    if names:
+        adapted.base_model.set_adapter(["default", *names], inference_mode=True)
+    return adapted.eval()
+
+
+def open_continued(model: ModelConfig) -> peft.PeftModel:
+    """``model`` with its last adapter trainable; earlier ones stay on underneath, frozen.
+
+    Raises:
+        UserError: as for :func:`open_model`.
+    """
+    *earlier, last = model.adapters
+    base = trainable_base(open_model(dataclasses.replace(model, adapter=tuple(earlier) or None)))
+    return peft.PeftModel.from_pretrained(base, last, is_trainable=True)
 
 
 def peft_config(lora: LoraConfig) -> peft.LoraConfig:
@@ -119,6 +133,8 @@ def peft_config(lora: LoraConfig) -> peft.LoraConfig:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it; a fraction is fine
         target_modules=list(lora.targets),
         use_rslora=lora.rslora,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -145,9 +161,9 @@ def initialize_adapter(model: peft.PeftModel, seed: int) -> None:
 
 
 def trainable_base(model: PreTrainedModel | peft.PeftModel) -> PreTrainedModel:
-    """What a new adapter is put on: ``model`` itself, with a loaded adapter turned into forward hooks.
+    """What a new adapter is put on: ``model`` itself, with its loaded adapters turned into forward hooks.
 
-    PEFT switches all adapters of a layer off together. As a hook of the linear below, the earlier adapter (CPT) stays on
+    PEFT switches all adapters of a layer off together. As hooks of the linear below, the earlier adapters (CPT) stay on
     where the new one (RPO) is off, which is what the reference of preference training must be. Nothing is merged into
     quantized weights.
     """
@@ -155,7 +171,7 @@ def trainable_base(model: PreTrainedModel | peft.PeftModel) -> PreTrainedModel:
         return model
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            for name in layer.active_adapters:
+            for name in (name for name in layer.active_adapters if name in layer.lora_A):
                 layer.get_base_layer().register_forward_hook(_update(layer, name))
     return model.unload()
 

@@ -3,13 +3,15 @@
     pairs (prompt, chosen, rejected) → DPOTrainer(loss_type=["sigmoid", "sft"], loss_weights=[1, alpha]) → PEFT adapter
 
 TRL removed ``rpo_alpha``; the two weighted terms are its documented successor. The reference is the policy with the adapter
-switched off, so no second model is held.
+switched off, so no second model is held. Where stage 1's adapter is itself trained further (``handover: continue``), TRL is
+given the model with it and keeps a frozen copy beside it as the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import peft
 from datasets import Dataset
 from huggingface_hub import constants
 from trl import DPOConfig, DPOTrainer
@@ -17,10 +19,11 @@ from trl import DPOConfig, DPOTrainer
 from medllm.config import RpoConfig
 from medllm.engine import TrainSummary
 from medllm.errors import UserError
+from medllm.handover import continued_adapter
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference
 from medllm.run import Run
-from torch_ref.model import initialize_adapter, open_model, open_tokenizer, peft_config, trainable_base
+from torch_ref.model import initialize_adapter, open_continued, open_model, open_tokenizer, peft_config, trainable_base
 from torch_ref.trainer import RunLog, per_process, processes, run_trainer, trainer_arguments
 
 # TRL reports every trainer it constructs to the Hub; training here contacts nobody.
@@ -65,18 +68,29 @@ def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batc
         beta=loss.beta,
         max_length=config.pairs.max_length,
     )
+    continued = continued_adapter(config) is not None
     trainer = DPOTrainer(
-        model=trainable_base(open_model(config.model)),
+        model=open_continued(config.model) if continued else trainable_base(open_model(config.model)),
         ref_model=None,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=open_tokenizer(config.model),
-        peft_config=peft_config(config.lora),
+        peft_config=None if continued else peft_config(config.lora),
     )
     # Over a quantized base TRL casts the adapter to bf16, as the QLoRA paper trains it, and AdamW's moments follow. It is left
     # so: this is what a reader of TRL's documentation gets. Over a dense base the adapter is fp32, as in the JAX engine.
-    initialize_adapter(trainer.model, config.lora.seed)
+    if continued:
+        _round_reference(trainer.model)
+    else:
+        initialize_adapter(trainer.model, config.lora.seed)
     return trainer
+
+
+def _round_reference(model: peft.PeftModel) -> None:
+    """Give TRL's frozen copy ``ref`` the trained adapter's type: where only the latter is cast, the two differ at step 0."""
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data = parameter.data.to(model.get_parameter(name.replace(".ref.", ".default.")).dtype)
 
 
 def _micro_batches(config: RpoConfig, pairs_per_problem: float) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from medllm.adapter_directory import merge_adapter
 from medllm.config import (
     CorpusConfig,
     CptConfig,
@@ -38,7 +39,6 @@ from medllm.exam.problem import Problem
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
-from medllm.model_directory import merge_adapter
 from medllm.run import atomic_path, is_primary_process, write_json
 from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
 

@@ -27,7 +27,7 @@ from medllm.report.study import Composition, RunSummary
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_WIDTH = 8.4  # inches; the page scales the figure to its column
+WIDTH = 8.4  # inches; the page scales the figure to its column
 _CURVES = ("loss", "dpo_loss", "nll", "margins", "accuracies", "chosen", "rejected", "learning_rate", "grad_norm")
 _PANELS = 6
 _LABEL = 30  # characters; a model is often called by its path
@@ -71,7 +71,7 @@ def scores(table: StudyTable) -> Figure:
     def draw(theme: Theme) -> Canvas:
         settings, rows = table.settings, table.rows
         thick = 0.76 / len(settings)
-        canvas, axes = _canvas(_WIDTH, 0.9 + len(rows) * (0.2 + 0.3 * len(settings)))
+        canvas, axes = new_canvas(WIDTH, 0.9 + len(rows) * (0.2 + 0.3 * len(settings)))
         for place, setting in enumerate(settings):
             here = [(index, row.scores[setting].score) for index, row in enumerate(rows) if setting in row.scores]
             heights = [index + (place - (len(settings) - 1) / 2) * thick for index, _ in here]
@@ -101,7 +101,7 @@ def scores(table: StudyTable) -> Figure:
         return canvas
 
     caption = f"Bars are scores, whiskers {table.draw.confidence:.0%} bootstrap intervals over problems."
-    return _figure("Score in each setting", caption, draw)
+    return render_figure("Score in each setting", caption, draw)
 
 
 def slopes(table: StudyTable) -> Figure | None:
@@ -113,7 +113,7 @@ def slopes(table: StudyTable) -> Figure | None:
     plain, explained = pair
 
     def draw(theme: Theme) -> Canvas:
-        canvas, axes = _canvas(_WIDTH, 4.4)
+        canvas, axes = new_canvas(WIDTH, 4.4)
         ends = [(row.scores[plain].score, row.scores[explained].score) for row in rows]
         values = [score.value for end in ends for score in end]
         low, high = min(values), max(values)
@@ -138,7 +138,7 @@ def slopes(table: StudyTable) -> Figure | None:
         return canvas
 
     caption = "A level line keeps its score when the model has to explain itself first; a falling one loses points."
-    return _figure("Does explaining cost points?", caption, draw)
+    return render_figure("Does explaining cost points?", caption, draw)
 
 
 def stabilities(table: StudyTable) -> Figure | None:
@@ -148,7 +148,7 @@ def stabilities(table: StudyTable) -> Figure | None:
         return None
 
     def draw(theme: Theme) -> Canvas:
-        canvas, axes = _canvas(_WIDTH, 0.9 + 0.42 * len(rows))
+        canvas, axes = new_canvas(WIDTH, 0.9 + 0.42 * len(rows))
         for index, row in enumerate(rows):
             estimate = row.stability
             assert estimate is not None
@@ -171,7 +171,7 @@ def stabilities(table: StudyTable) -> Figure | None:
         return canvas
 
     caption = f"Whiskers are {table.draw.confidence:.0%} paired bootstrap intervals. Left of zero, explaining costs points."
-    return _figure("Stability", caption, draw)
+    return render_figure("Stability", caption, draw)
 
 
 def training_curves(run: RunSummary) -> Figure | None:
@@ -183,7 +183,7 @@ def training_curves(run: RunSummary) -> Figure | None:
     def draw(theme: Theme) -> Canvas:
         columns = min(3, len(names))
         lines = -(-len(names) // columns)
-        canvas, grid = plt.subplots(lines, columns, figsize=(_WIDTH, 2.3 * lines + 0.2), squeeze=False, layout="constrained")
+        canvas, grid = plt.subplots(lines, columns, figsize=(WIDTH, 2.3 * lines + 0.2), squeeze=False, layout="constrained")
         for axes, name in zip(grid.flat, names, strict=False):
             points = [(line["step"], line[name]) for line in run.metrics if name in line]
             axes.plot(
@@ -203,7 +203,7 @@ def training_curves(run: RunSummary) -> Figure | None:
             axes.set_visible(False)
         return canvas
 
-    return _figure(f"Training: {run.name}", f"What the {run.stage} stage logged, by optimizer step.", draw)
+    return render_figure(f"Training: {run.name}", f"What the {run.stage} stage logged, by optimizer step.", draw)
 
 
 def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: str, counts: Mapping[str, int]) -> Figure | None:
@@ -217,7 +217,7 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
 
     def draw(theme: Theme) -> Canvas:
         canvas, grid = plt.subplots(
-            1, len(settings), figsize=(_WIDTH, 1.4 + 0.3 * len(breakdown)), squeeze=False, sharey=True, layout="constrained"
+            1, len(settings), figsize=(WIDTH, 1.4 + 0.3 * len(breakdown)), squeeze=False, sharey=True, layout="constrained"
         )
         for axes, setting in zip(grid[0], settings, strict=True):
             for index, model in enumerate(models):
@@ -238,14 +238,16 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
         canvas.legend(handles, names, loc="outside upper center", ncols=min(3, len(models)), frameon=False)
         return canvas
 
-    return _figure(f"Score by {kind_name}", f"Number of problems in brackets. A {kind_name} of few problems says little.", draw)
+    return render_figure(
+        f"Score by {kind_name}", f"Number of problems in brackets. A {kind_name} of few problems says little.", draw
+    )
 
 
 def preferences(composition: Composition, name: str) -> Figure:
     """How many problems give which pairs, and how often the sampled answers were right."""
 
     def draw(theme: Theme) -> Canvas:
-        canvas, (left, right) = plt.subplots(1, 2, figsize=(_WIDTH, 2.9), layout="constrained", width_ratios=(1.15, 1))
+        canvas, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.9), layout="constrained", width_ratios=(1.15, 1))
         names = ("chosen and rejected", "chosen only", "rejected only", "ground truth only")
         counts = (composition.both, composition.only_chosen, composition.only_rejected, composition.neither)
         bars = left.barh(names, counts, color=[_colour(index) for index in (2, 0, 1, 6)])
@@ -267,7 +269,7 @@ def preferences(composition: Composition, name: str) -> Figure:
         f"{composition.problems} problems, {composition.chosen} chosen and {composition.rejected} rejected responses. "
         "Only a problem with both gives all three pairs of the hierarchy ground truth > chosen > rejected."
     )
-    return _figure(f"Preference data: {name}", caption, draw)
+    return render_figure(f"Preference data: {name}", caption, draw)
 
 
 def _curve_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:
@@ -276,7 +278,8 @@ def _curve_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     return [*known, *(name for name in logged if name not in known)][:_PANELS]
 
 
-def _figure(title: str, caption: str, draw: Callable[[Theme], Canvas]) -> Figure:
+def render_figure(title: str, caption: str, draw: Callable[[Theme], Canvas]) -> Figure:
+    """Draw once for a light and once for a dark page, in the report's style."""
     return Figure(title, caption, *(_svg(draw, theme) for theme in (LIGHT, DARK)))
 
 
@@ -317,7 +320,8 @@ def _style(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
+def new_canvas(width: float, height: float) -> tuple[Canvas, Axes]:
+    """An empty figure of so many inches, with one pair of axes."""
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
