@@ -1,15 +1,32 @@
-"""Tiny models shared by the parity tests, and the switch to float64."""
+"""Tiny models shared by the parity tests, the switch to float64, and one compilation of each program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
 import torch
 
+from medllm.config import ModelConfig
 from parity_tests.tiny_models import TinyModel, write_tiny_adapter, write_tiny_model
+from torch_ref.model import open_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep compiled programs for the session: every model that is opened would compile the same ones again."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """On matrices this small, torch's threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -30,6 +47,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in written:
             written[key] = write_tiny_model(folder, *key)
         return written[key]
+
+    return model
+
+
+class Packed(NamedTuple):
+    """A model bitsandbytes quantized, and the dense one it was made of."""
+
+    path: Path
+    dense: Path
+
+
+@pytest.fixture(scope="session")
+def nf4_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Packed]:
+    """As ``tiny_model``, quantized and saved by bitsandbytes, so that both stacks hold the same codes and scales."""
+    folder = tmp_path_factory.mktemp("packed")
+
+    def model(dtype: torch.dtype = torch.float32, **shape: int | bool) -> Packed:
+        dense = tiny_model(dtype, **shape)
+        packed = Packed(folder / dense.name, dense)
+        if not packed.path.exists():
+            config = ModelConfig(str(dense), quantization="nf4", dtype=str(dtype).removeprefix("torch."))
+            open_model(config).save_pretrained(packed.path)
+        return packed
 
     return model
 

@@ -1,4 +1,4 @@
-"""The JAX model against transformers' Qwen2: logits, loss and every LoRA gradient, in float64 and in fp32."""
+"""Hidden state after every layer, logits, loss and every LoRA gradient: the JAX model against the float64 truth and Qwen2."""
 
 from __future__ import annotations
 
@@ -7,63 +7,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from transformers import Qwen2Config as HfConfig
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config, _Rotary
-from jax_medllm.weights import adapter_tensors, read_model, set_adapter
-from medllm.config import LoraConfig
-from medllm.model_directory import ModelDirectory, read_adapter
-from medllm_parity.oracle import float64_model, lift, row_logits, row_loss
-from medllm_parity.tolerances import BFLOAT16_EXCESS, FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
-from parity_tests.tiny_models import VOCAB
+from jax_medllm.model import Qwen2Config, _Rotary
+from jax_medllm.weights import read_model
+from medllm.config import ModelConfig
+from medllm.model_directory import ModelDirectory
+from medllm_parity.oracle import float64_copy, float64_model, lift, row_logits, row_states_and_logits
+from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
+from parity_tests import torch_results
+from parity_tests.jax_results import Results, forward_and_backward, jax_loss, open_trainable
+from parity_tests.packed_rows import rows, target_mask
+from torch_ref.model import open_model
 
 SHAPES = [
     {"tied": False, "heads": 4, "kv_heads": 4},
     {"tied": True, "heads": 4, "kv_heads": 2},
     {"tied": False, "heads": 4, "kv_heads": 1},
 ]
+LONG = 32_768
+DOCUMENTS_OF_ROWS = [(1, 1), (1, 2), (1, 3), (2, 1)]
 
 
-def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Three rows: one document, three packed documents with padding after them, and a short one with padding."""
-    lengths = [[14], [5, 3, 4], [6]]
-    tokens = np.random.default_rng(seed).integers(0, VOCAB, (3, 14))
-    segment_ids, positions = np.zeros((3, 14), np.int64), np.zeros((3, 14), np.int64)
-    for row, documents in enumerate(lengths):
-        start = 0
-        for number, length in enumerate(documents):
-            segment_ids[row, start : start + length] = number + 1
-            positions[row, start : start + length] = np.arange(length)
-            start += length
-    return tokens, segment_ids, positions
+def check_against_truth(found: Results, truth: Results, segment_ids: np.ndarray) -> None:
+    """Every quantity of a float64 model; padding means nothing and is left out."""
+    real = segment_ids != 0
+    assert found.states.shape == truth.states.shape
+    for layer, (state, expected) in enumerate(zip(found.states, truth.states, strict=True)):
+        FLOAT64_FORWARD.check(state[real], expected[real], f"residual stream after {layer} layers")
+    FLOAT64_FORWARD.check(found.logits[real], truth.logits[real], "logits")
+    targets = target_mask(segment_ids)
+    FLOAT64_FORWARD.check(found.logprobs[targets], truth.logprobs[targets], "log-probabilities")
+    FLOAT64_FORWARD.check(found.loss, truth.loss, "loss")
+    assert found.gradients.keys() == truth.gradients.keys()
+    assert len(found.gradients) == 2 * 7 * (len(found.states) - 1)
+    for name, gradient in found.gradients.items():
+        FLOAT64_GRADIENT.check(gradient, truth.gradients[name], name)
 
 
-def jax_loss(model: Qwen2, tokens, segment_ids, positions, remat: bool = False):
-    """Loss and logits as the oracle defines them."""
-    inputs = {"segment_ids": jnp.asarray(segment_ids), "positions": jnp.asarray(positions)}
-    hidden = model.hidden(jnp.asarray(tokens), **inputs, remat=remat)
-    logits = model.logits(hidden)
-    counted = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
-    return -(picked * counted).sum() / counted.sum(), logits
-
-
-def trained(base, adapter, dtype) -> Qwen2:
-    given = read_adapter(adapter)
-    model = read_model(ModelDirectory(base), lora=LoraConfig(given.rank, given.alpha, given.targets, given.rslora), dtype=dtype)
-    set_adapter(model, given)
-    return model
-
-
-def test_lifting_the_oracle_changes_nothing_in_fp32(tiny_model):
-    model = Qwen2ForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32, attn_implementation="eager")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lifting_the_oracle_changes_nothing_in_fp32(tiny_model, shape):
+    model = Qwen2ForCausalLM.from_pretrained(tiny_model(**shape), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        stock = row_logits(model, *rows())
-        lifted = row_logits(lift(model), *rows())
-    assert torch.equal(stock, lifted)
+        stock = row_states_and_logits(model, *rows())
+        lifted = row_states_and_logits(lift(model), *rows())
+    for before, after in zip(stock, lifted, strict=True):
+        assert torch.equal(before, after)
 
 
 def test_a_doubled_model_without_lifting_is_not_the_truth(tiny_model):
@@ -74,63 +65,51 @@ def test_a_doubled_model_without_lifting_is_not_the_truth(tiny_model):
 
 
 @pytest.mark.parametrize(("shape", "remat"), [*((shape, False) for shape in SHAPES), (SHAPES[1], True)], ids=str)
-def test_logits_loss_and_every_lora_gradient_equal_the_float64_truth(float64, tiny_model, tiny_adapter, shape, remat):
+def test_every_layer_logits_loss_and_gradient_equal_the_float64_truth(float64, tiny_model, tiny_adapter, shape, remat):
     base = tiny_model(**shape)
     adapter = tiny_adapter(base)
-    tokens, segment_ids, positions = rows()
-    oracle = float64_model(base, adapter, trainable=True)
-    expected = row_logits(oracle, tokens, segment_ids, positions)
-    expected_loss = row_loss(expected, tokens, segment_ids)
-    expected_loss.backward()
-
-    graph, lora, rest = nnx.split(trained(base, adapter, jnp.float64), LoraParam, ...)
-
-    @jax.jit
-    def step(lora):
-        def loss(lora):
-            return jax_loss(nnx.merge(graph, lora, rest), tokens, segment_ids, positions, remat)
-
-        return jax.value_and_grad(loss, has_aux=True)(lora)
-
-    (loss, logits), gradients = step(lora)
-    real = segment_ids != 0
-    FLOAT64_FORWARD.check(logits[real], expected.detach()[torch.from_numpy(real)], "logits")
-    FLOAT64_FORWARD.check(loss, expected_loss.detach(), "loss")
-    found = adapter_tensors(nnx.merge(graph, gradients, rest))
-    wanted = {name.replace(".default", ""): p.grad for name, p in oracle.named_parameters() if p.requires_grad}
-    assert found.keys() == wanted.keys()
-    assert len(found) == 2 * 7 * 2
-    for name, gradient in found.items():
-        FLOAT64_GRADIENT.check(gradient, wanted[name], name)
+    truth = torch_results.forward_and_backward(float64_model(base, adapter, trainable=True), rows())
+    found = forward_and_backward(open_trainable(base, adapter, jnp.float64), rows(), remat=remat)
+    check_against_truth(found, truth, rows()[1])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fp32_logits_equal_hugging_face(tiny_model, shape):
-    base = tiny_model(**shape)
-    tokens, segment_ids, positions = rows()
-    stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+def test_positions_up_to_32k_give_the_float64_truth(float64, tiny_model, tiny_adapter):
+    base = tiny_model(context=LONG)
+    adapter = tiny_adapter(base)
+    far = rows(until=LONG)
+    assert far[2].max() > 4 * 4096
+    truth = torch_results.forward_and_backward(float64_model(base, adapter, trainable=True), far)
+    check_against_truth(forward_and_backward(open_trainable(base, adapter, jnp.float64), far), truth, far[1])
+
+
+def test_a_row_of_more_than_4096_tokens_has_the_true_logits(float64, tiny_model):
+    base = tiny_model(heads=2, kv_heads=1, layers=1, context=LONG)
+    row = rows(documents=((4200,),))
     with torch.no_grad():
-        expected = row_logits(stock, tokens, segment_ids, positions).numpy()
-    _, logits = jax_loss(read_model(ModelDirectory(base)), tokens, segment_ids, positions)
-    real = segment_ids != 0
-    FLOAT32_FORWARD.check(logits[real], expected[real], "logits")
+        expected = row_logits(float64_model(base), *row).numpy()
+    FLOAT64_FORWARD.check(jax.jit(jax_loss)(read_model(ModelDirectory(base), dtype=jnp.float64), *row)[1], expected, "logits")
 
 
-def test_bf16_logits_are_no_further_from_the_truth_than_hugging_faces(tiny_model):
-    errors: dict[str, list[np.ndarray]] = {"ours": [], "theirs": []}
-    for seed in range(4):
-        base = tiny_model(torch.bfloat16, seed=seed)
-        inputs = rows(seed)
-        real = inputs[1] != 0
-        stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="eager")
-        with torch.no_grad():
-            truth = row_logits(float64_model(base), *inputs).numpy()[real]
-            theirs = row_logits(stock, *inputs).double().numpy()[real]
-        _, logits = jax_loss(read_model(ModelDirectory(base), dtype=jnp.bfloat16), *inputs)
-        errors["ours"].append(np.asarray(logits, np.float64)[real] - truth)
-        errors["theirs"].append(theirs - truth)
-    ours, theirs = (np.sqrt(np.mean(np.square(errors[side]))) for side in ("ours", "theirs"))
-    assert ours <= BFLOAT16_EXCESS.relative * theirs, f"{ours:.3g} against {theirs:.3g} ({BFLOAT16_EXCESS.reason})"
+def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(float64, nf4_model, tiny_adapter):
+    packed = nf4_model(kv_heads=1)
+    adapter = tiny_adapter(packed.dense)
+    stock = open_model(ModelConfig(str(packed.path), quantization="nf4", dtype="float32"))
+    truth = torch_results.forward_and_backward(float64_copy(stock, adapter, trainable=True), rows())
+    found = forward_and_backward(open_trainable(packed.path, adapter, jnp.float64, "nf4"), rows())
+    check_against_truth(found, truth, rows()[1])
+
+
+def test_fp32_states_and_logits_equal_hugging_face(tiny_model, tiny_adapter):
+    base = tiny_model(**SHAPES[1])
+    real = rows()[1] != 0
+    adapter = tiny_adapter(base)
+    found = forward_and_backward(open_trainable(base, adapter, jnp.float32), rows())
+    model = open_model(ModelConfig(str(base), adapter=str(adapter), dtype="float32"))
+    with torch.no_grad():
+        states, logits = row_states_and_logits(model, *rows())
+    for layer, (state, expected) in enumerate(zip(found.states, states.numpy(), strict=True)):
+        FLOAT32_FORWARD.check(state[real], expected[real], f"residual stream after {layer} layers")
+    FLOAT32_FORWARD.check(found.logits[real], logits.numpy()[real], "logits")
 
 
 def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_72b():
@@ -151,9 +130,11 @@ def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_
 def test_a_packed_document_has_the_logits_it_has_alone(float64, tiny_model):
     model = read_model(ModelDirectory(tiny_model()), dtype=jnp.float64)
     tokens, segment_ids, positions = rows()
-    _, packed = jax_loss(model, tokens, segment_ids, positions)
-    for row, segment in [(1, 1), (1, 2), (1, 3), (2, 1)]:
-        here = segment_ids[row] == segment
-        alone = tokens[row, here][None]
-        _, expected = jax_loss(model, alone, np.ones_like(alone), np.arange(alone.shape[1])[None])
-        FLOAT64_FORWARD.check(packed[row, here], expected[0], f"row {row}, document {segment}")
+    here = [segment_ids[row] == segment for row, segment in DOCUMENTS_OF_ROWS]
+    alone = [np.zeros((len(here), tokens.shape[1]), np.int64) for _ in range(3)]
+    for number, ((row, _), place) in enumerate(zip(DOCUMENTS_OF_ROWS, here, strict=True)):
+        for array, value in zip(alone, (tokens[row, place], 1, np.arange(place.sum())), strict=True):
+            array[number, : place.sum()] = value
+    packed, apart = (jax_loss(model, *arrays)[1] for arrays in ((tokens, segment_ids, positions), alone))
+    for number, ((row, segment), place) in enumerate(zip(DOCUMENTS_OF_ROWS, here, strict=True)):
+        FLOAT64_FORWARD.check(packed[row, place], apart[number, : place.sum()], f"row {row}, document {segment}")

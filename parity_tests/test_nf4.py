@@ -1,4 +1,8 @@
-"""NF4 against bitsandbytes on the CPU: codes, scales, dequantized weights, and whole models."""
+"""NF4 against bitsandbytes on the CPU: codes, scales, dequantized weights. Directories are in ``test_nf4_directories.py``.
+
+The JAX engine follows the CUDA kernels, :mod:`medllm_parity.bitsandbytes_cpu` what runs here; where the two differ, the second
+accounts for every byte.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,20 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from jax_medllm.nf4 import NF4Weight, dequantize, dynamic_map, quantize, quantize_absmax
-from jax_medllm.weights import load_model, model_tensors, read_model
-from medllm.config import ModelConfig
-from medllm.model_directory import ModelDirectory
-from medllm_parity.oracle import row_logits
-from medllm_parity.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
-from parity_tests.test_model import jax_loss, rows
-from torch_ref.model import open_model
+from jax_medllm.nf4 import NF4Weight, dequantize, dynamic_map, quantize, quantize_absmax, quantize_blocks
+from medllm_parity import bitsandbytes_cpu
 
-TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16}
-# The widths of Qwen2.5's layers as blocks a row: even, odd, and with a last block of absmaxes that is not full.
-SHAPES = [(128, 896), (96, 320), (512, 1024)]
+TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}
+# Blocks a row even and odd, a number of rows that is odd, and a last block of absmaxes that is not full.
+SHAPES = [(128, 896), (97, 320), (512, 1024)]
+
+
+@pytest.fixture
+def threads():
+    """``threads(n)`` sets torch's number of threads for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def weight(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, jax.Array]:
@@ -37,24 +43,17 @@ def quantized_by_bitsandbytes(value: torch.Tensor) -> tuple[NF4Weight, np.ndarra
     _, single = bnb.quantize_4bit(value, blocksize=64, quant_type="nf4", compress_statistics=False)
     packed, state = bnb.quantize_4bit(value, blocksize=64, quant_type="nf4", compress_statistics=True)
     parts = (packed, state.absmax, state.state2.absmax, state.offset)
-    arrays = [jnp.asarray(part.numpy()) for part in parts]
+    arrays = [part.numpy() for part in parts]
     rows = value.shape[0]
-    ours = NF4Weight(arrays[0].reshape(rows, -1), arrays[1].reshape(rows, -1), arrays[2], arrays[3])
-    return ours, single.absmax.numpy(), packed, state
+    theirs = NF4Weight(arrays[0].reshape(rows, -1), arrays[1].reshape(rows, -1), arrays[2], arrays[3])
+    return theirs, single.absmax.numpy(), packed, state
 
 
-def nearest_by_table(absmax: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """What bitsandbytes does on a CPU instead of searching: a table of 65,536 codes over [-1, 1]."""
-    blocks = np.pad(absmax - offset, (0, -len(absmax) % 256)).reshape(-1, 256)
-    normal = np.clip(blocks * (1 / np.abs(blocks).max(axis=1, keepdims=True)), -1, 1).reshape(-1)[: len(absmax)]
-    entries = np.searchsorted(boundaries(), np.linspace(-1, 1, 65536).astype(np.float32))
-    half, last = np.float32(0.5), np.float32(65535)
-    return entries[((normal + np.float32(1)) * half * last + half).astype(np.int64)]
-
-
-def boundaries() -> np.ndarray:
-    """Midpoints of the dynamic map."""
-    return (dynamic_map()[:-1] + dynamic_map()[1:]) / np.float32(2)
+def check_bytes(found: NF4Weight, expected: NF4Weight) -> None:
+    for name in ("packed", "absmax_codes", "nested_absmax", "offset"):
+        ours, theirs = (np.asarray(getattr(parts, name)) for parts in (found, expected))
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
 def test_the_dynamic_map_is_bitsandbytes_own():
@@ -67,18 +66,22 @@ def test_codes_and_scales_equal_bitsandbytes(shape, dtype):
     theirs, given = weight(shape, dtype)
     expected, absmax, _, state = quantized_by_bitsandbytes(theirs)
     found = jax.jit(quantize)(given)
-    np.testing.assert_array_equal(found.packed, expected.packed)
+    zero = np.repeat(absmax.reshape(shape[0], -1) == 0, 32, axis=1)
+    assert zero.sum() == 32
+    np.testing.assert_array_equal(np.asarray(found.packed)[~zero], expected.packed[~zero])
+    np.testing.assert_array_equal(np.asarray(found.packed)[zero], 0x00)
+    np.testing.assert_array_equal(expected.packed[zero], 0x77)
+    np.testing.assert_array_equal(jax.jit(quantize_blocks)(given)[1].ravel(), absmax)
     # The mean of the absmaxes is the one figure whose last bit depends on the order of a sum.
     np.testing.assert_allclose(found.offset, expected.offset, rtol=3e-7)
-    codes, nested_absmax = quantize_absmax(jnp.asarray(absmax), expected.offset)
+    codes, nested_absmax = quantize_absmax(jnp.asarray(absmax), jnp.asarray(expected.offset))
     np.testing.assert_array_equal(nested_absmax, expected.nested_absmax)
-    differ = np.asarray(codes) != np.asarray(expected.absmax_codes).ravel()
-    np.testing.assert_array_equal(nearest_by_table(absmax, state.offset.numpy()), np.asarray(expected.absmax_codes).ravel())
+    differ = np.asarray(codes) != expected.absmax_codes.ravel()
     # Exact search against the CPU's table: the distance to the absmax is never larger than with bitsandbytes' code.
     spread = np.repeat(np.asarray(nested_absmax), 256)[: len(absmax)]
     centred = absmax - state.offset.numpy()
     ours = np.abs(dynamic_map()[np.asarray(codes)] * spread - centred)
-    table = np.abs(dynamic_map()[np.asarray(expected.absmax_codes).ravel()] * spread - centred)
+    table = np.abs(dynamic_map()[expected.absmax_codes.ravel()] * spread - centred)
     assert (ours[differ] <= table[differ] * (1 + 1e-5)).all()
     assert differ.mean() < 0.01
 
@@ -88,9 +91,55 @@ def test_scales_take_the_nearest_code_and_the_cpu_table_accounts_for_every_diffe
     values[:, 0] = 1  # so that nothing is rescaled
     found, _ = quantize_absmax(jnp.asarray(values.ravel()), jnp.float32(0))
     theirs, _ = bnb.quantize_blockwise(torch.from_numpy(values).ravel(), blocksize=256)
-    np.testing.assert_array_equal(found, np.searchsorted(boundaries(), values.ravel(), side="left"))
-    np.testing.assert_array_equal(nearest_by_table(values.ravel(), np.float32(0)), theirs.numpy())
+    boundaries = (dynamic_map()[:-1] + dynamic_map()[1:]) / np.float32(2)
+    np.testing.assert_array_equal(found, np.searchsorted(boundaries, values.ravel()))
+    table, _ = bitsandbytes_cpu.quantize_absmax(values.ravel(), np.float32(0))
+    np.testing.assert_array_equal(table, theirs.numpy())
     assert 0 < np.count_nonzero(np.asarray(found) != theirs.numpy()) < 256
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (333, 64)], ids=str)
+def test_the_cpu_variant_stores_bitsandbytes_bytes_offset_included(threads, shape, dtype):
+    threads(1)
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, shape[0])[:, None]
+    value[shape[0] // 2, :64] = 0
+    value = value.to(dtype)
+    given = np.asarray(jnp.asarray(value.float().numpy(), TYPES[dtype]))
+    check_bytes(bitsandbytes_cpu.quantize(given), quantized_by_bitsandbytes(value)[0])
+
+
+def extreme_weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    normal = rng.normal(size=(520, 64))
+    largest, zeros = normal * 1e30, normal.copy()
+    largest[0, 0], zeros[:256] = 1e38, 0  # a block of 256 absmaxes that are all the same
+    sizes = np.logspace(-45, 36, 520)[:, None]
+    weights = {
+        "zeros": 0 * normal,
+        "zero blocks": zeros,
+        "equal scales": np.ones((520, 64)),
+        "1e38": largest,
+        "subnormal": normal * 1e-40,
+        "all sizes": normal * sizes,
+    }
+    return {name: value.astype(np.float32) for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("name", extreme_weights())
+def test_the_cpu_variant_stores_bitsandbytes_bytes_of_extreme_values(threads, name):
+    threads(1)
+    value = extreme_weights()[name]
+    check_bytes(bitsandbytes_cpu.quantize(value), quantized_by_bitsandbytes(torch.from_numpy(value))[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_cpu_variant_sums_in_torchs_order_with_any_number_of_threads(threads, count):
+    threads(count)
+    rng = np.random.default_rng(count)
+    for size in (*range(1, 300, 13), 1023, 1024, 4100, 32767, 32768, 32769, 65537, 100_003, 1_000_003):
+        values = np.exp(rng.normal(size=size)).astype(np.float32)
+        assert bitsandbytes_cpu.torch_mean(values, count) == torch.from_numpy(values).mean().item(), size
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -101,35 +150,3 @@ def test_dequantized_weights_equal_bitsandbytes_bit_for_bit(shape, dtype):
     expected = bnb.dequantize_4bit(packed, state).float().numpy()
     for compute in (dequantize, jax.jit(dequantize, static_argnums=1)):
         np.testing.assert_array_equal(np.asarray(compute(parts, TYPES[dtype]), np.float32), expected)
-
-
-def test_a_bitsandbytes_directory_loads_bit_for_bit_and_has_pefts_logits(tiny_model, tiny_adapter, tmp_path):
-    base = tiny_model(kv_heads=4)
-    adapter = tiny_adapter(base)
-    stock = open_model(ModelConfig(path=str(base), quantization="nf4", dtype="float32"))
-    stock.save_pretrained(tmp_path / "packed")
-    reference = open_model(ModelConfig(str(base), adapter=str(adapter), quantization="nf4", dtype="float32"))
-    model = load_model(ModelConfig(str(tmp_path / "packed"), adapter=str(adapter), quantization="nf4", dtype="float32"))
-
-    dense = dict(model_tensors(read_model(ModelDirectory(tmp_path / "packed"), quantization="nf4")))
-    for name, module in stock.named_modules():
-        if f"{name}.weight" in dense and hasattr(module.weight, "quant_state"):
-            expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            np.testing.assert_array_equal(dense[f"{name}.weight"], expected.numpy())
-
-    tokens, segment_ids, positions = rows()
-    real = segment_ids != 0
-    with torch.no_grad():
-        expected = row_logits(reference, tokens, segment_ids, positions).numpy()
-    _, logits = jax_loss(model, tokens, segment_ids, positions)
-    FLOAT32_FORWARD.check(logits[real], expected[real], "logits")
-
-
-def test_a_model_quantized_here_has_the_logits_of_one_quantized_by_bitsandbytes(tiny_model):
-    config = ModelConfig(str(tiny_model(layers=3)), quantization="nf4", dtype="float32")
-    tokens, segment_ids, positions = rows()
-    real = segment_ids != 0
-    with torch.no_grad():
-        expected = row_logits(open_model(config), tokens, segment_ids, positions).numpy()
-    _, logits = jax_loss(load_model(config), tokens, segment_ids, positions)
-    NF4_OWN_SCALES.check(logits[real], expected[real], "logits")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,12 +29,14 @@ class TinyModel:
     layers: int = 2
     hidden: int = 64
     mlp: int = 128
+    context: int = 512
     seed: int = 0
 
     @property
     def name(self) -> str:
         """A folder name that says what is in it."""
-        return f"{'tied' if self.tied else 'untied'}-{self.heads}q{self.kv_heads}kv-{self.layers}x{self.hidden}-{self.seed}"
+        sizes = f"{self.heads}q{self.kv_heads}kv-{self.layers}x{self.hidden}-{self.context}"
+        return f"{'tied' if self.tied else 'untied'}-{sizes}-{self.seed}"
 
 
 def write_tiny_model(folder: Path, shape: TinyModel, dtype: torch.dtype = torch.float32) -> Path:
@@ -45,7 +48,7 @@ def write_tiny_model(folder: Path, shape: TinyModel, dtype: torch.dtype = torch.
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=shape.context,
         tie_word_embeddings=shape.tied,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
@@ -71,14 +74,16 @@ def write_tiny_adapter(
     *,
     rank: int = 4,
     alpha: float = 6.0,
-    targets: tuple[str, ...] = ALL_LINEAR,
+    targets: tuple[str, ...] | str = ALL_LINEAR,
     rslora: bool = False,
     seed: int = 7,
+    **more: Any,
 ) -> Path:
-    """Write a PEFT adapter for the model in ``base`` whose A and B are both random."""
+    """Write a PEFT adapter for the model in ``base`` whose A and B are both random; ``more`` are PEFT's own settings."""
+    modules = targets if isinstance(targets, str) else list(targets)
     model = get_peft_model(
         Qwen2ForCausalLM.from_pretrained(base),
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), use_rslora=rslora, task_type="CAUSAL_LM"),
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, use_rslora=rslora, task_type="CAUSAL_LM", **more),
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,0 +1,145 @@
+"""One decoder layer of the JAX stack: read, run and differentiated by the code of :mod:`jax_medllm` itself.
+
+Nothing of the layer is written anew here. Its submodules and its attention context are wrapped so that what passes through them
+is kept; all layers of one shape share one compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_medllm.linear import FrozenLoraParam
+from jax_medllm.model import Layer, Qwen2Config, _Context, _Rotary
+from jax_medllm.weights import read_model
+from medllm.adapter_directory import Adapter
+from medllm.config import ALL_LINEAR
+from medllm_parity.layer_view import LayerView, adapter_view
+from medllm_parity.quantities import LAYER, MODULES, TAPS, linear_path
+from medllm_parity.rows import Rows
+
+
+class JaxLayer:
+    """A decoder layer, loaded alone.
+
+    Args:
+        view: The layer as a directory.
+        index: Which layer it is.
+        dtype: Type of weights and computation.
+        nf4: Whether the linear kinds are 4-bit.
+        adapters: The adapters on top, in order.
+    """
+
+    def __init__(self, view: LayerView, index: int, dtype: Any, *, nf4: bool = False, adapters: Sequence[Adapter] = ()):
+        here = {number: part for number, adapter in enumerate(adapters) if (part := adapter_view(adapter, index))}
+        self._numbers = list(here)
+        model = read_model(view, adapter=list(here.values()), quantization="nf4" if nf4 else "none", dtype=dtype)
+        self.config = model.config
+        self.dtype = model.dtype
+        parts: Any = nnx.split(model.layers, FrozenLoraParam, ...)
+        self.graph, self.adapters, self.weights = parts
+
+    def run(self, hidden: Float[Array, "c*b s d"], rows: Rows, *, adapter: bool = True) -> dict[str, Array]:
+        """Every quantity of the layer, [c·b, s, n], for hidden states of c copies of the rows."""
+        segment_ids, positions = _tiled(rows, hidden.shape[0])
+        return _record(self.graph, self.adapters, self.weights, hidden, segment_ids, positions, self.config, adapter)
+
+    def backward(self, hidden: Float[Array, "b s d"], cotangent: Float[Array, "b s d"], rows: Rows) -> dict[str, np.ndarray]:
+        """Gradients of the adapters' matrices: ``mlp.up_proj.lora_A.0`` is A of the first adapter."""
+        segment_ids, positions = _tiled(rows, hidden.shape[0])
+        found = _backward(self.graph, self.adapters, self.weights, hidden, segment_ids, positions, cotangent, self.config)
+        gradients = {}
+        for path, variable in nnx.to_flat_state(found):
+            block, kind, _, number, matrix = (str(part) for part in path)
+            gradients[f"{block}.{kind}.lora_{matrix}.{self._numbers[int(number)]}"] = np.asarray(variable[...][0], np.float64)
+        return gradients
+
+
+def _tiled(rows: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
+    copies = (count // rows.tokens.shape[0], 1)
+    return np.tile(rows.segment_ids, copies), np.tile(rows.positions, copies)
+
+
+def _merged(graph: Any, *states: Any) -> Layer:
+    """The layer of a model of one layer, without the layer axis."""
+    return nnx.merge(graph, *(jax.tree.map(lambda array: array[0], state) for state in states))
+
+
+@partial(jax.jit, static_argnames=("graph", "config", "adapter"))
+def _record(
+    graph: Any,
+    adapters: Any,
+    weights: Any,
+    hidden: Array,
+    segment_ids: Array,
+    positions: Array,
+    config: Qwen2Config,
+    adapter: bool,
+) -> dict[str, Array]:
+    layer = _merged(graph, adapters, weights)
+    if not adapter:
+        for kind in ALL_LINEAR:
+            _at(layer, linear_path(kind)).frozen_loras = nnx.List([])
+    record: dict[str, Array] = {}
+    for name in MODULES:
+        parent, _, leaf = name.rpartition(".")
+        setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), name, record))
+    context = _OverheardContext(_Context.of(segment_ids, None), record)
+    record["layer output"], _ = layer(hidden, _Rotary.at(positions, config, hidden.dtype), context, True)
+    return {quantity.name: record[quantity.name].reshape(*hidden.shape[:2], -1) for quantity in LAYER}
+
+
+@partial(jax.jit, static_argnames=("graph", "config"))
+def _backward(
+    graph: Any,
+    adapters: Any,
+    weights: Any,
+    hidden: Array,
+    segment_ids: Array,
+    positions: Array,
+    cotangent: Array,
+    config: Qwen2Config,
+) -> Any:
+    def output(adapters: Any) -> Array:
+        rotary = _Rotary.at(positions, config, hidden.dtype)
+        return _merged(graph, adapters, weights)(hidden, rotary, _Context.of(segment_ids, None), True)[0]
+
+    _, pull = jax.vjp(output, adapters)
+    return pull(cotangent)[0]
+
+
+class _Tap:
+    """A submodule that keeps what goes into it and comes out, where the table of quantities asks for it."""
+
+    def __init__(self, module: Any, name: str, record: dict[str, Array]):
+        self._module, self._name, self._record = module, name, record
+
+    def __call__(self, x: Array, **settings: Any) -> Array:
+        y = self._module(x, **settings)
+        for place, value in (((self._name, "in"), x), ((self._name, "out"), y)):
+            if place in TAPS:
+                self._record[TAPS[place]] = value
+        return y
+
+
+class _OverheardContext:
+    """An attention context that keeps the rotated heads it is handed."""
+
+    def __init__(self, context: Any, record: dict[str, Array]):
+        self._context, self._record = context, record
+
+    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        self._record |= {"q after rotary": q, "k after rotary": k}
+        return self._context.attend(q, k, v)
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module

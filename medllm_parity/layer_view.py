@@ -1,0 +1,125 @@
+"""One layer of a model directory, presented as a directory of its own, so that the JAX loader reads it and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from bitsandbytes import functional as bnb
+
+from medllm.adapter_directory import Adapter, module_name
+from medllm.config import ALL_LINEAR, LoraConfig
+from medllm.model_directory import ModelDirectory
+from medllm_parity.torch_layer import PACKED_PARTS, to_torch
+
+_AROUND = ("model.embed_tokens.weight", "model.norm.weight")
+
+
+class LayerView(ModelDirectory):
+    """Layer ``index`` of a directory as layer 0 of a model of one layer and one token.
+
+    Args:
+        directory: The whole model.
+        index: The layer that is shown.
+        quantize_as: Quantize the linear kinds of a dense directory with bitsandbytes, from weights rounded to this type, and
+            show them as a 4-bit directory would. On a CPU bitsandbytes looks scales up in a table and misses the nearest one
+            in a few of a thousand; both stacks must have the same codes for their arithmetic to be compared.
+    """
+
+    def __init__(self, directory: ModelDirectory, index: int, quantize_as: torch.dtype | None = None):
+        self.path = directory.path
+        self.config = {**directory.config, "num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": True}
+        self._directory = directory
+        self._prefix = f"model.layers.{index}."
+        self._dtype = quantize_as
+        self._made: dict[str, np.ndarray] = {}
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        shown = [self._shown(name) for name in self._directory.names() if name.startswith(self._prefix)]
+        return [*_AROUND, *shown, *(f"{name}.{part}" for name in shown if self._quantizes(name) for part in PACKED_PARTS)]
+
+    def __contains__(self, name: str) -> bool:
+        stem, part = _split(name)
+        return name in _AROUND or self._name(name) in self._directory or (bool(part) and self._quantizes(stem))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        if name in _AROUND or self._quantizes(_split(name)[0]):
+            return self.read(name).shape
+        return self._directory.shape(self._name(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored type of a tensor."""
+        if name in _AROUND or self._quantizes(_split(name)[0]):
+            return self.read(name).dtype
+        return self._directory.dtype(self._name(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        if name in _AROUND:
+            width = int(self.config["hidden_size"])
+            return np.zeros((1, width) if name == _AROUND[0] else (width,), np.float32)
+        stem, _ = _split(name)
+        if self._quantizes(stem):
+            if name not in self._made:
+                self._made |= self._quantized(stem)
+            return self._made[name]
+        return self._directory.read(self._name(name))
+
+    def read_slice(self, name: str, index: Any) -> np.ndarray:
+        """Part of a tensor."""
+        if name in _AROUND or self._quantizes(_split(name)[0]):
+            return self.read(name)[index]
+        return self._directory.read_slice(self._name(name), index)
+
+    def dense(self, name: str) -> torch.Tensor | None:
+        """The weight that is quantized to show ``name``, in the type it is quantized from; None where it is not."""
+        return to_torch(self._directory.read(self._name(name)), self._dtype) if self._quantizes(name) else None
+
+    def _shown(self, name: str) -> str:
+        return f"model.layers.0.{name.removeprefix(self._prefix)}"
+
+    def _name(self, shown: str) -> str:
+        return f"{self._prefix}{shown.removeprefix('model.layers.0.')}"
+
+    def _quantizes(self, shown: str) -> bool:
+        """Whether a weight is dense on disk and shown in 4 bits."""
+        if self._dtype is None or not shown.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR)):
+            return False
+        name = self._name(shown)
+        return name in self._directory and f"{name}.{PACKED_PARTS[-1]}" not in self._directory
+
+    def _quantized(self, shown: str) -> dict[str, np.ndarray]:
+        packed, state = bnb.quantize_4bit(self.dense(shown), blocksize=64, quant_type="nf4", compress_statistics=True)
+        parts = {part: tensor.numpy() for part, tensor in state.as_dict(packed=True).items()}
+        return {shown: packed.numpy(), **{f"{shown}.{part}": value for part, value in parts.items()}}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A tensor's name without the 4-bit part it is of, and that part."""
+    for part in PACKED_PARTS:
+        if name.endswith(f".weight.{part}"):
+            return name.removesuffix(f".{part}"), part
+    return name, ""
+
+
+def adapter_view(adapter: Adapter, index: int) -> Adapter | None:
+    """The part of an adapter that is on layer ``index``, as an adapter of a model of one layer; None where there is none."""
+    prefix, shown = (f"base_model.model.model.layers.{layer}." for layer in (index, 0))
+    tensors = {shown + name.removeprefix(prefix): tensor for name, tensor in adapter.tensors.items() if name.startswith(prefix)}
+    if not tensors:
+        return None
+    lora = adapter.lora
+    covered = {kind: module for kind in ALL_LINEAR if lora.covers(module := module_name(index, kind))}
+    ranks = {kind: lora.rank_of(module) for kind, module in covered.items()}
+    alphas = {kind: lora.scaling_of(module) * _divisor(lora, ranks[kind]) for kind, module in covered.items()}
+    first = next(iter(covered))
+    return Adapter(
+        LoraConfig(ranks[first], alphas[first], tuple(covered), lora.rslora, lora.seed, ranks, alphas), tensors, adapter.path
+    )
+
+
+def _divisor(lora: LoraConfig, rank: int) -> float:
+    return rank**0.5 if lora.rslora else float(rank)

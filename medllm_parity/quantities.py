@@ -1,0 +1,63 @@
+"""What an audit compares inside a decoder layer, in the order in which it is computed.
+
+One table for all stacks: a quantity is the input or the output of a submodule that has the same name in transformers and in
+:mod:`jax_medllm.model`, or what the attention is handed after the rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from medllm.adapter_directory import module_name
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A value inside a layer.
+
+    Attributes:
+        name: What it is.
+        module: The module that is at fault where it is wrong and everything before it is right; "" is the layer itself.
+        tap: The submodule it is read at; None for what the attention is handed.
+        side: Whether it goes into that submodule or comes out.
+    """
+
+    name: str
+    module: str
+    tap: str | None
+    side: Literal["in", "out"] = "out"
+
+    def module_of(self, layer: int) -> str:
+        """The module's full name in layer ``layer``."""
+        return f"model.layers.{layer}" + (f".{self.module}" if self.module else "")
+
+
+LAYER = (
+    Quantity("input norm", "input_layernorm", "input_layernorm"),
+    Quantity("q before rotary", "self_attn.q_proj", "self_attn.q_proj"),
+    Quantity("k before rotary", "self_attn.k_proj", "self_attn.k_proj"),
+    Quantity("v", "self_attn.v_proj", "self_attn.v_proj"),
+    Quantity("q after rotary", "self_attn", None),
+    Quantity("k after rotary", "self_attn", None),
+    Quantity("attention output", "self_attn", "self_attn.o_proj", "in"),
+    Quantity("o_proj output", "self_attn.o_proj", "self_attn.o_proj"),
+    Quantity("residual after attention", "", "post_attention_layernorm", "in"),
+    Quantity("post-attention norm", "post_attention_layernorm", "post_attention_layernorm"),
+    Quantity("gate", "mlp.gate_proj", "mlp.gate_proj"),
+    Quantity("up", "mlp.up_proj", "mlp.up_proj"),
+    Quantity("activation product", "mlp", "mlp.down_proj", "in"),
+    Quantity("down", "mlp.down_proj", "mlp.down_proj"),
+    Quantity("layer output", "", ""),
+)
+AROUND = ("embedding", "final norm", "logits", "log-probs")
+"""What is compared before the first layer and after the last."""
+
+TAPS: dict[tuple[str, str], str] = {(quantity.tap, quantity.side): quantity.name for quantity in LAYER if quantity.tap}
+MODULES = tuple(dict.fromkeys(quantity.tap for quantity in LAYER if quantity.tap))
+"""The submodules that are listened to."""
+
+
+def linear_path(kind: str) -> str:
+    """``q_proj`` → ``self_attn.q_proj``: where a linear kind is inside a layer."""
+    return module_name(0, kind).removeprefix("model.layers.0.")

@@ -1,0 +1,144 @@
+"""Greedy generation and the log-probabilities of answer options, against transformers on each sequence alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from jax_medllm.continuations import Scorer
+from jax_medllm.decoder import Decoder
+from jax_medllm.engine import JaxEngine
+from jax_medllm.generate import generate
+from jax_medllm.weights import read_model
+from medllm.adapter_directory import read_adapter
+from medllm.config import ModelConfig, Sampling
+from medllm.engine import Continuation
+from medllm.model_directory import ModelDirectory
+from medllm_parity.oracle import float64_model
+from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_HANDED_OUT
+from parity_tests import preference_oracle
+from parity_tests.tiny_models import VOCAB
+from torch_ref.engine import TorchEngine
+
+NEW = 21
+RANDOM = np.random.default_rng(5)
+SHOTS = RANDOM.integers(0, VOCAB, 40).tolist()
+# Beginning with the same shots, which are computed once, and with nothing in common; of unequal length.
+PROMPTS = {
+    "shared": [SHOTS + RANDOM.integers(0, VOCAB, length).tolist() for length in (1, 12, 4, 31, 7, 20)],
+    "apart": [RANDOM.integers(0, VOCAB, length).tolist() for length in (3, 33, 1, 18, 40)],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def stock(base):
+    return Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+def continuation(stock: Qwen2ForCausalLM, prompt: list[int], end: int) -> tuple[int, ...]:
+    """What transformers generates, up to the end token."""
+    ids = torch.tensor([prompt])
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+    new = stock.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+    return tuple(new[: new.index(end)] if end in new else new)
+
+
+@pytest.mark.parametrize(("which", "end", "batch_size"), [("shared", 74, 2), ("apart", 2, 8)])
+def test_greedy_text_is_transformers_token_for_token(base, stock, which, end, batch_size):
+    prompts = PROMPTS[which]
+    decoder = Decoder(read_model(ModelDirectory(base)), end)
+    found = generate(decoder, prompts, Sampling(max_new_tokens=NEW), lambda tokens: str(list(tokens)), batch_size)
+    expected = [continuation(stock, prompt, end) for prompt in prompts]
+    assert [generation.tokens for (generation,) in found] == expected
+    assert min(map(len, expected)) < NEW == max(map(len, expected)), "some end by themselves and some do not"
+    assert max(len(set(tokens)) for tokens in expected) > 5, "texts that wander"
+
+
+def test_option_logprobs_are_transformers_on_each_option_alone(base, stock):
+    prompts = PROMPTS["apart"]
+    options = [tuple(RANDOM.integers(0, VOCAB, length).tolist()) for length in (3, 1, 9, 5)]
+    work = [Continuation(tuple(prompt), option) for option in options for prompt in prompts]
+    found = Scorer(read_model(ModelDirectory(base))).logprobs(work, 8)
+    for (prompt, completion), values in zip(((one.prompt, one.completion) for one in work), found, strict=True):
+        with torch.no_grad():
+            logits = stock(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
+        places = torch.arange(len(prompt) - 1, len(logits) - 1)
+        FLOAT32_FORWARD.check(values, logits.log_softmax(-1)[places, list(completion)], f"{len(completion)} tokens")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A letter for every id but the last, which ends a text; and its folder."""
+    core = Tokenizer(BPE(vocab={chr(32 + index): index for index in range(VOCAB - 1)}, merges=[]))
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    whole = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+    folder = tmp_path_factory.mktemp("letters")
+    whole.save_pretrained(folder)
+    assert whole.eos_token_id == VOCAB - 1
+    return whole, folder
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_engines_end_at_the_end_token_at_a_stop_string_and_at_the_length_as_transformers(
+    nf4_model, tiny_adapter, tokenizer, quantization
+):
+    """Unequal prompts in one left-padded batch there, in refilled slots here; an adapter on the model."""
+    whole, folder = tokenizer
+    packed = nf4_model()
+    path = packed.path if quantization == "nf4" else packed.dense
+    config = ModelConfig(str(path), str(tiny_adapter(packed.dense)), str(folder), quantization, "float32")
+    lengths = np.random.default_rng(1).integers(1, 40, 48)
+    texts = ["".join(chr(32 + token) for token in np.random.default_rng(n).integers(0, VOCAB - 1, n)) for n in lengths]
+    reference = TorchEngine(config)
+    whole.padding_side = "left"
+    batch = whole(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 1}
+    width = batch["input_ids"].shape[1]
+    unstopped = reference.model.generate(**batch, **settings)[:, width:]
+    stop = whole.decode(unstopped[0, 4:6])
+    stopped = reference.model.generate(**batch, **settings, stop_strings=[stop], tokenizer=whole)[:, width:]
+
+    engine = JaxEngine(config)
+    finishes = set()
+    for theirs, stops in ((unstopped, ()), (stopped, (stop,))):
+        found = [row for (row,) in engine.generate(texts, Sampling(max_new_tokens=NEW, stop=stops), batch_size=5)]
+        for text, row, given in zip(texts, found, theirs.tolist(), strict=True):
+            ids = given[: given.index(VOCAB - 1)] if VOCAB - 1 in given else given
+            assert list(row.tokens) == ids, f"after a prompt of {len(text)}"
+            cut = [index for index in (whole.decode(ids).find(one) for one in stops) if index >= 0]
+            assert row.text == whole.decode(ids)[: min(cut, default=None)]
+            finishes.add("stop string" if cut else row.finish)
+        assert found == [row for (row,) in reference.generate(texts, Sampling(max_new_tokens=NEW, stop=stops), batch_size=5)]
+    assert finishes == {"stop string", "stop", "length"}
+
+
+def test_option_logprobs_are_those_of_torch_ref_and_of_the_formula_in_float64(tiny_model, tiny_adapter, tokenizer):
+    base = tiny_model()
+    adapter = tiny_adapter(base)
+    config = ModelConfig(str(base), str(adapter), str(tokenizer[1]), dtype="float32")
+    rng = np.random.default_rng(2)
+    prompts = [tuple(rng.integers(0, VOCAB, length).tolist()) for length in (12, 3, 25)]
+    work = [
+        Continuation(prompt, tuple(rng.integers(0, VOCAB, length).tolist())) for prompt in prompts for length in (2, 7, 1, 4, 4)
+    ]
+    for ours, theirs in zip(JaxEngine(config).logprobs(work, 4), TorchEngine(config).logprobs(work, 4), strict=True):
+        FLOAT32_FORWARD.check(ours, theirs, "an option's log-probabilities")
+    oracle = float64_model(base, adapter)
+    with jax.enable_x64(True):
+        model = read_model(ModelDirectory(base), adapter=read_adapter(adapter), dtype=jnp.float64)
+        for option, values in zip(work, Scorer(model).logprobs(work, 4), strict=True):
+            with torch.no_grad():
+                expected = preference_oracle.response_logprobs(oracle, option.prompt, option.completion)
+            FLOAT64_HANDED_OUT.check(values, expected, "an option's log-probabilities")

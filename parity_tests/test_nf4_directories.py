@@ -1,0 +1,156 @@
+"""4-bit directories, in and out: what ``save_pretrained`` writes is read as it is, what we write ``from_pretrained`` opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from jax_medllm.packed import packed_config
+from jax_medllm.weights import load_model, model_tensors, packed_tensors, read_model, write_quantized
+from medllm.config import ModelConfig
+from medllm.errors import UserError
+from medllm.model_directory import ModelDirectory, write_model
+from medllm_parity.oracle import row_logits
+from medllm_parity.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
+from parity_tests.jax_results import jax_loss
+from parity_tests.packed_rows import rows
+from torch_ref.model import open_model
+
+
+def opened(path: Path, dtype: torch.dtype, **settings) -> torch.nn.Module:
+    """A model as transformers and bitsandbytes open it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="cpu", **settings)
+
+
+def quantized(path: Path, dtype: torch.dtype, **settings) -> torch.nn.Module:
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | settings
+    return opened(path, dtype, quantization_config=BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype))
+
+
+def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Type, shape and bytes of every tensor in a directory."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(str(file), framework="np") as stream:
+            for name in stream.keys():  # noqa: SIM118
+                part = stream.get_slice(name)
+                tensors[name] = part.get_dtype(), tuple(part.get_shape()), stream.get_tensor(name).tobytes()
+    return tensors
+
+
+def check_stored(found: Path, expected: Path) -> None:
+    ours, theirs = stored(found), stored(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+
+
+def logits_of(model) -> np.ndarray:
+    with torch.no_grad():
+        return row_logits(model, *rows()).numpy()
+
+
+def real_tokens() -> np.ndarray:
+    return rows()[1] != 0
+
+
+def test_a_bitsandbytes_directory_loads_bit_for_bit_and_has_pefts_logits(tiny_model, tiny_adapter, tmp_path):
+    base = tiny_model(kv_heads=4)
+    adapter = tiny_adapter(base)
+    stock = open_model(ModelConfig(path=str(base), quantization="nf4", dtype="float32"))
+    stock.save_pretrained(tmp_path / "packed")
+    reference = open_model(ModelConfig(str(base), adapter=str(adapter), quantization="nf4", dtype="float32"))
+    model = load_model(ModelConfig(str(tmp_path / "packed"), adapter=str(adapter), quantization="nf4", dtype="float32"))
+
+    dense = dict(model_tensors(read_model(ModelDirectory(tmp_path / "packed"), quantization="nf4")))
+    for name, module in stock.named_modules():
+        if f"{name}.weight" in dense and hasattr(module.weight, "quant_state"):
+            expected = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            np.testing.assert_array_equal(dense[f"{name}.weight"], expected.numpy())
+
+    _, logits = jax_loss(model, *rows())
+    FLOAT32_FORWARD.check(logits[real_tokens()], logits_of(reference)[real_tokens()], "logits")
+
+
+def test_a_model_quantized_here_has_the_logits_of_one_quantized_by_bitsandbytes(tiny_model):
+    config = ModelConfig(str(tiny_model(layers=3)), quantization="nf4", dtype="float32")
+    _, logits = jax_loss(load_model(config), *rows())
+    NF4_OWN_SCALES.check(logits[real_tokens()], logits_of(open_model(config))[real_tokens()], "logits")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_sharded_4bit_directory_of_any_type_comes_back_byte_for_byte(tiny_model, tmp_path, dtype, tied):
+    quantized(tiny_model(dtype, tied=tied), dtype).save_pretrained(tmp_path / "theirs", max_shard_size="12kB")
+    directory = ModelDirectory(tmp_path / "theirs")
+    assert len(list(directory.path.glob("*.safetensors"))) > 3
+    type_name = str(dtype).removeprefix("torch.")
+    model = read_model(directory, quantization="nf4", dtype=jnp.dtype(type_name))
+    write_model(tmp_path / "ours", packed_config(directory.config, type_name), packed_tensors(model))
+    check_stored(tmp_path / "ours", tmp_path / "theirs")
+    assert ModelDirectory(tmp_path / "ours").config == directory.config
+
+
+def test_bytes_stored_as_another_type_are_the_same_bytes(tiny_model, tmp_path):
+    base = tiny_model()
+    for name, storage in (("bytes", torch.uint8), ("floats", torch.bfloat16)):
+        quantized(base, torch.float32, bnb_4bit_quant_storage=storage).save_pretrained(tmp_path / name)
+    assert ModelDirectory(tmp_path / "floats").dtype("model.layers.0.mlp.up_proj.weight") == jnp.bfloat16
+    models = [read_model(ModelDirectory(tmp_path / name), quantization="nf4") for name in ("bytes", "floats")]
+    for (name, value), (_, other) in zip(*(packed_tensors(model) for model in models), strict=True):
+        np.testing.assert_array_equal(value, other, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_opens_what_we_write_and_holds_our_bytes(tiny_model, tmp_path, dtype, tied):
+    base = tiny_model(tied=tied, layers=3)
+    type_name = str(dtype).removeprefix("torch.")
+    write_quantized(base, tmp_path / "ours", type_name, shard_bytes=20_000)
+    ours = dict(packed_tensors(load_model(ModelConfig(str(base), quantization="nf4", dtype=type_name))))
+
+    model = opened(tmp_path / "ours", dtype)
+    packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(packed) == 3 * 7
+    for name, module in packed.items():
+        state = module.weight.quant_state
+        assert (state.dtype, state.quant_type, state.blocksize, state.state2.blocksize) == (dtype, "nf4", 64, 256)
+        held = (module.weight.data, state.absmax, state.state2.absmax, state.code, state.state2.code)
+        parts = ("", ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
+        for part, tensor in zip(parts, held, strict=True):
+            np.testing.assert_array_equal(tensor.numpy(), ours[name + part], err_msg=name + part)
+        described = json.loads(ours[f"{name}.quant_state.bitsandbytes__nf4"].tobytes())
+        assert state.offset.item() == described["nested_offset"]
+        assert list(state.shape) == described["shape"]
+    # What bitsandbytes writes of it is, byte for byte, what it was opened from: ours → theirs → ours. In its
+    # "original format" transformers 5.23 cannot save a model that was opened in 4 bits.
+    model.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    check_stored(tmp_path / "theirs", tmp_path / "ours")
+    assert ModelDirectory(tmp_path / "theirs").config["quantization_config"] == json.loads(
+        json.dumps(packed_config({}, type_name)["quantization_config"])
+    )
+
+
+def test_a_directory_we_write_has_the_logits_it_has_in_transformers(tiny_model, tmp_path):
+    write_quantized(tiny_model(), tmp_path / "ours", "float32")
+    config = ModelConfig(str(tmp_path / "ours"), quantization="nf4", dtype="float32")
+    _, logits = jax_loss(load_model(config), *rows())
+    FLOAT32_FORWARD.check(logits[real_tokens()], logits_of(open_model(config))[real_tokens()], "logits")
+
+
+def test_single_quantization_fp4_and_int8_are_refused_by_name(tiny_model, tmp_path):
+    base = tiny_model()
+    quantized(base, torch.float32, bnb_4bit_use_double_quant=False).save_pretrained(tmp_path / "single")
+    quantized(base, torch.float32, bnb_4bit_quant_type="fp4").save_pretrained(tmp_path / "fp4")
+    opened(base, torch.float32, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).save_pretrained(tmp_path / "int8")
+    for name, message in {"single": "without double quantization", "fp4": "fp4", "int8": "int8"}.items():
+        with pytest.raises(UserError, match=message):
+            read_model(ModelDirectory(tmp_path / name), quantization="nf4")
