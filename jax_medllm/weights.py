@@ -32,7 +32,7 @@ from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_model
 
-_PIECE = 1 << 24  # numbers of a tensor that are read, and quantized, at a time
+_PIECE = 1 << 22  # numbers of a tensor that are read, and quantized, at a time
 
 
 def load_model(model: ModelConfig, *, lora: LoraConfig | Adapter | None = None) -> Qwen2:
