@@ -177,7 +177,7 @@ class Attention(nnx.Module):
         self.v_proj = build.linear("v_proj", kv_heads, build.embed, bias=True)
         self.o_proj = build.linear("o_proj", build.embed, heads)
 
-    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
+    def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
         b, s, _ = x.shape
         q = rotary(self.q_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
@@ -211,7 +211,7 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = build.norm(build.layers, build.embed)
         self.mlp = Mlp(build)
 
-    def __call__(self, x: Float[Array, "b s d"], rotary: _Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
+    def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """The layer's output and what it leaves for the cache."""
         attended, kept = self.self_attn(self.input_layernorm(x), rotary, context, adapter)
         x = x + attended
@@ -274,7 +274,7 @@ class Qwen2(nnx.Module):
             adapter: False switches the trained adapter off, at trace time; the frozen one stays.
             remat: Keep only each layer's input for the backward pass and compute the layer anew there.
         """
-        context = _Context.of(segment_ids, parent_ids)
+        context = RowContext.of(segment_ids, parent_ids)
         return self.norm(self._run(tokens, positions, lambda _: context, adapter, remat=remat)[0])
 
     def hidden_states(
@@ -289,7 +289,7 @@ class Qwen2(nnx.Module):
 
         Arguments as for :meth:`hidden`.
         """
-        context = _Context.of(segment_ids, None)
+        context = RowContext.of(segment_ids, None)
         _, after = self._run(tokens, positions, lambda _: context, adapter, leave=lambda x, _: x)
         return jnp.concatenate([self.embed_tokens.weight[...][tokens][None], after])
 
@@ -336,7 +336,7 @@ class Qwen2(nnx.Module):
 
         ``leave`` makes that of a layer's output and of what its attention kept.
         """
-        rotary = _Rotary.at(positions, self.config, self.dtype)
+        rotary = Rotary.at(positions, self.config, self.dtype)
         graph, stacked = nnx.split(self.layers)
 
         def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, Any]:
@@ -350,13 +350,13 @@ class Qwen2(nnx.Module):
 
 
 @dataclass(frozen=True)
-class _Context:
+class RowContext:
     """What a layer of a whole row attends to: its own keys and values."""
 
     visible: Visibility
 
     @classmethod
-    def of(cls, segment_ids: Int[Array, "b s"], parent_ids: Int[Array, "b s"] | None) -> _Context:
+    def of(cls, segment_ids: Int[Array, "b s"], parent_ids: Int[Array, "b s"] | None) -> RowContext:
         slots = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
         return cls(Visibility(segment_ids, slots, segment_ids, parent_ids))
 
@@ -367,14 +367,14 @@ class _Context:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Rotary:
+class Rotary:
     """Rotation of heads by position (RoFormer, arXiv 2104.09864), in Hugging Face's half-split layout."""
 
     cos: Float[Array, "b s x"]
     sin: Float[Array, "b s x"]
 
     @classmethod
-    def at(cls, positions: Int[Array, "b s"], config: Qwen2Config, dtype: jnp.dtype) -> _Rotary:
+    def at(cls, positions: Int[Array, "b s"], config: Qwen2Config, dtype: jnp.dtype) -> Rotary:
         wide = jnp.promote_types(dtype, jnp.float32)
         # The power rounded to fp32, then its reciprocal: the last bits decide the angle at position 30,000.
         periods = (config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)).astype(wide)

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -208,52 +207,24 @@ def _convert_arguments(parser: ArgumentParser) -> None:
 
 
 def _convert(values: Any) -> dict[str, Any]:
-    from medllm.adapter_directory import merge_adapter
-    from medllm.handover import held_rows
-    from medllm.run import write_json
+    from medllm.conversion import convert_model
+    from medllm.handover import handover_table
 
-    out = Path(values.out)
-    packed = values.quantization == "nf4"
-    if out.exists():
-        raise UserError(f"{values.out}: already exists; give another --out, or remove it")
-    if not (values.adapter or packed):
-        raise UserError("convert: there is nothing to do; give --adapter to merge one, --quantization nf4 to quantize, or both")
-    if packed:
-        require("convert --quantization nf4", "jax", "jax")
-    if values.held_text is not None:
-        if not values.adapter:
-            raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
-        held_rows(
-            values.model, values.held_text, values.text_column
-        )  # a text that cannot be read is said before anything is written
-    result = {"model": values.out}
-    merged = out.with_name(f".{out.name}.{os.getpid()}.merged") if packed else out
-    try:
-        if values.adapter:
-            merge_adapter(values.model, values.adapter, merged)
-        if values.held_text is not None:
-            result |= _measure(values, merged)
-        if packed:
-            weights = importlib.import_module("jax_medllm.weights")
-            weights.write_quantized(merged if values.adapter else values.model, out, values.dtype)
-    finally:
-        if packed:
-            shutil.rmtree(merged, ignore_errors=True)
-    if values.held_text is not None:
-        write_json(Path(f"{values.out}.handover.json"), result)
+    with _progress("convert") as progress:
+        result = convert_model(
+            values.model,
+            values.out,
+            values.adapter,
+            quantization=values.quantization,
+            dtype=values.dtype,
+            held_text=values.held_text,
+            text_column=values.text_column,
+            progress=progress,
+        )
+    if "handovers" in result:
+        _say(handover_table(result))
     _say(f"convert: {values.out}")
     return result
-
-
-def _measure(values: Any, merged: Path) -> dict[str, Any]:
-    """What each hand-over costs, said and returned."""
-    from medllm.handover import handover_table, measure_handovers
-
-    with _progress("measure") as progress:
-        settings = {"text_column": values.text_column, "progress": progress}
-        measured = measure_handovers(values.model, values.adapter, merged, values.held_text, values.quantization, **settings)
-    _say(handover_table(measured))
-    return measured
 
 
 def _parity_arguments(parser: ArgumentParser) -> None:

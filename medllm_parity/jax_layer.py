@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_medllm.linear import FrozenLoraParam
-from jax_medllm.model import Layer, Qwen2Config, _Context, _Rotary
+from jax_medllm.model import Layer, Qwen2Config, Rotary, RowContext
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import Adapter
 from medllm.config import ALL_LINEAR
@@ -90,8 +90,8 @@ def _record(
     for name in MODULES:
         parent, _, leaf = name.rpartition(".")
         setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), name, record))
-    context = _OverheardContext(_Context.of(segment_ids, None), record)
-    record["layer output"], _ = layer(hidden, _Rotary.at(positions, config, hidden.dtype), context, True)
+    context = _OverheardContext(RowContext.of(segment_ids, None), record)
+    record["layer output"], _ = layer(hidden, Rotary.at(positions, config, hidden.dtype), context, True)
     return {quantity.name: record[quantity.name].reshape(*hidden.shape[:2], -1) for quantity in LAYER}
 
 
@@ -107,8 +107,8 @@ def _backward(
     config: Qwen2Config,
 ) -> Any:
     def output(adapters: Any) -> Array:
-        rotary = _Rotary.at(positions, config, hidden.dtype)
-        return _merged(graph, adapters, weights)(hidden, rotary, _Context.of(segment_ids, None), True)[0]
+        rotary = Rotary.at(positions, config, hidden.dtype)
+        return _merged(graph, adapters, weights)(hidden, rotary, RowContext.of(segment_ids, None), True)[0]
 
     _, pull = jax.vjp(output, adapters)
     return pull(cotangent)[0]

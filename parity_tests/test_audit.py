@@ -313,7 +313,7 @@ def low_nibble_first(weight: nf4.NF4Weight, dtype: Any) -> jax.Array:
 IN_JAX = [
     (attention.Visibility, "mask", mask_off_by_one, {}, "self_attn", "attention output"),
     (model, "attend", heads_in_turn, {}, "self_attn", "attention output"),
-    (model._Rotary, "__call__", interleaved, {}, "self_attn", "q after rotary"),
+    (model.Rotary, "__call__", interleaved, {}, "self_attn", "q after rotary"),
     (linear.Lora, "__call__", unscaled, {"adapter": True}, "self_attn.q_proj", "q before rotary"),
     (model.Mlp, "__call__", gelu, {}, "mlp", "activation product"),
     (linear, "dequantize", low_nibble_first, {"quantization": "nf4"}, "self_attn.q_proj", "q before rotary"),

@@ -11,7 +11,7 @@ from transformers import Qwen2Config as HfConfig
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import Qwen2Config, _Rotary
+from jax_medllm.model import Qwen2Config, Rotary
 from jax_medllm.weights import read_model
 from medllm.config import ModelConfig
 from medllm.model_directory import ModelDirectory
@@ -118,7 +118,7 @@ def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_
     config = HfConfig(**sizes, num_key_value_heads=8, rope_parameters=rope, max_position_embeddings=32768)
     positions = np.arange(0, 32768, 37)[None]
     theirs = np.stack(Qwen2RotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions)))[..., :64].astype(np.float64)
-    rotary = _Rotary.at(jnp.asarray(positions), Qwen2Config.from_hf(config.to_dict()), jnp.dtype(jnp.float32))
+    rotary = Rotary.at(jnp.asarray(positions), Qwen2Config.from_hf(config.to_dict()), jnp.dtype(jnp.float32))
     ours = np.stack([rotary.cos, rotary.sin])[..., :64].astype(np.float64)
     angles = positions[..., None] / 1e6 ** (np.arange(0, 128, 2) / 128)
     truth = np.stack([np.cos(angles), np.sin(angles)])
