@@ -1,15 +1,25 @@
 """The order of the data, and the arrays of each optimizer step.
 
-A plan says which units make up which step: it depends on the seed, the epoch and the units' lengths alone, so that a
-resumed run goes on at step n without replaying the first n. A step's arrays carry a leading axis of micro-batches, all of
-one shape. Shapes come from a short list of buckets, because every new shape is a new compilation.
+A plan says which units make up which step: it depends on the seed, the epoch and the units' sizes alone, so that a resumed
+run goes on at step n without replaying the first n. A step is a list of micro-batches, each of a shape of its own. Lengths
+come from a short menu, because every new shape is a new compilation.
+
+A problem is one row, its responses laid end to end behind the prompt they share, and only the row as a whole is padded::
+
+    prompt p q r, responses a b · and c ·          · · p q   r a b   r c
+                                        segments   0 0 1 1   2 2 2   3 3
+                                        positions  0 0 0 1   2 3 4   2 3
+                                        targets              a b ·   c ·
+
+Every response starts from a copy of the prompt's last token, in place of its own last token, which predicts nothing: each
+position of a response then has the target beside it, and the row is no longer than the tokens it holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,8 +29,11 @@ from medllm.config import TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.preferences.tokenization import TokenizedGroup
 
-_MULTIPLE = 64
-_WINDOW_STEPS = 16
+T = TypeVar("T")
+
+_MULTIPLE = 32
+_WINDOW = 64
+"""Micro-batches whose units are sorted by size together."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,38 +50,49 @@ class CptBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ResponseBatch:
-    """n prompts with c responses each, padded.
+    """n prompts with their responses, one row each, padded on the left.
 
     Attributes:
-        prompts: Prompt tokens, padded on the left: the last prompt token, which predicts the first response token, is in
-            the last column.
-        prompt_mask: 1 for prompt tokens.
-        responses: Response tokens, padded on the right.
-        response_mask: 1 for response tokens.
+        tokens: The prompt but for its last token, then each response behind a copy of that one, without its own last token.
+        segment_ids: 1 for the prompt; 2, 3, … for the responses, which see it too; 0 for padding.
+        positions: Rotary positions; every response goes on from the prompt.
+        targets: The response token that each position of a response predicts; 0 elsewhere.
     """
 
-    prompts: Int[Array, "n p"]
-    prompt_mask: Int[Array, "n p"]
-    responses: Int[Array, "n c t"]
-    response_mask: Int[Array, "n c t"]
+    tokens: Int[Array, "n s"]
+    segment_ids: Int[Array, "n s"]
+    positions: Int[Array, "n s"]
+    targets: Int[Array, "n s"]
+
+    @property
+    def responses(self) -> Int[Array, "n s"]:
+        """Which response of its row a target belongs to, from 0; negative where there is no target."""
+        return self.segment_ids - 2
+
+    @property
+    def offsets(self) -> Int[Array, "n s"]:
+        """Place of a target in its response, from 0."""
+        return self.positions - (self.segment_ids == 1).sum(-1, keepdims=True)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Responses, and the pairs among them.
+    """Responses, and the pairs among those of each problem.
 
     Attributes:
         responses: The problems of the batch with all their responses.
-        pairs: (chosen, rejected) as indices into the n·c responses of the batch.
+        pairs: (chosen, rejected) as numbers of the row's responses.
         starts: Leading response tokens that a pair counts to its prompt.
         weights: One over the pairs of the whole optimizer step; 0 for padding.
+        reference: Summed log-probabilities of both responses under the reference, where they are known beforehand.
     """
 
     responses: ResponseBatch
-    pairs: Int[Array, "k 2"]
-    starts: Int[Array, "k"]
-    weights: Float[Array, "k"]
+    pairs: Int[Array, "n k 2"]
+    starts: Int[Array, "n k"]
+    weights: Float[Array, "n k"]
+    reference: Float[Array, "n k 2"] | None = None
 
 
 class Step(NamedTuple):
@@ -78,21 +102,13 @@ class Step(NamedTuple):
     micro_batches: tuple[tuple[int, ...], ...]
 
 
-class PreferenceShape(NamedTuple):
-    """Padded sizes of a unit: prompt, responses, response, pairs."""
-
-    prompt: int
-    responses: int
-    response: int
-    pairs: int
-
-
-def plan_steps(units: int, config: TrainingConfig, *, size_of: Callable[[int], tuple[int, ...]] | None = None) -> list[Step]:
+def plan_steps(units: int, config: TrainingConfig, *, size_of: Callable[[int], int] | None = None) -> list[Step]:
     """Every optimizer step of a run.
 
     Each epoch is a fresh permutation seeded by ``seed + epoch``. With ``size_of``, units are sorted by size inside windows
-    of that permutation and the micro-batches of a window shuffled back, so that neighbours need little padding. The last
-    step of an epoch may hold fewer micro-batches, and the last of those fewer units; no step spans two epochs.
+    of that permutation, cut into micro-batches, and these shuffled: the units of a micro-batch are alike and need little
+    padding, those of a step are not. The last step of an epoch may hold fewer micro-batches, and the last of those fewer
+    units; no step spans two epochs.
 
     Args:
         units: Number of units (rows, or problems).
@@ -100,24 +116,25 @@ def plan_steps(units: int, config: TrainingConfig, *, size_of: Callable[[int], t
         size_of: Sort key of a unit.
     """
     size, accumulation = config.batch_size, config.accumulation
+    window_size = size * accumulation * -(-_WINDOW // accumulation)
     steps = []
     for epoch in range(config.epochs):
         random = np.random.default_rng(config.seed + epoch)
         order = random.permutation(units).tolist()
-        chunks = list(_pieces(order, size * accumulation))
+        micro_batches = list(_pieces(order, size))
         if size_of is not None:
-            chunks = []
-            for window in _pieces(order, _WINDOW_STEPS * size * accumulation):
-                # The units left over make the last, short step; set aside before sorting, they are no larger than others.
-                whole = len(window) - len(window) % (size * accumulation)
-                sorted_steps = list(_pieces(sorted(window[:whole], key=size_of), size * accumulation))
-                chunks += [sorted_steps[i] for i in random.permutation(len(sorted_steps))]
-                chunks += [window[whole:]] if whole < len(window) else []
-        steps += [Step(epoch, tuple(tuple(micro) for micro in _pieces(chunk, size))) for chunk in chunks]
+            micro_batches = []
+            for window in _pieces(order, window_size):
+                # The units left over make the last, short micro-batch; set aside before sorting, they are of any size.
+                whole = len(window) - len(window) % size
+                alike = list(_pieces(sorted(window[:whole], key=size_of), size))
+                micro_batches += [alike[i] for i in random.permutation(len(alike))]
+                micro_batches += [window[whole:]] if whole < len(window) else []
+        steps += [Step(epoch, tuple(tuple(micro) for micro in some)) for some in _pieces(micro_batches, accumulation)]
     return steps
 
 
-def _pieces(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
@@ -126,26 +143,42 @@ def target_mask(segment_ids: Int[Array, "b s"]) -> Int[Array, "b s-1"]:
     return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
 
 
-def cpt_step(rows: PackedRows, step: Step, config: TrainingConfig) -> CptBatch:
-    """Arrays ``[micro-batches, batch_size, length]`` of one step; missing rows are all padding."""
-    shape = (len(step.micro_batches), config.batch_size, rows.tokens.shape[1])
-    tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    for i, micro in enumerate(step.micro_batches):
-        index = list(micro)
-        tokens[i, : len(index)] = rows.tokens[index]
-        segment_ids[i, : len(index)] = rows.segment_ids[index]
-        positions[i, : len(index)] = rows.positions[index]
-    targets = int(target_mask(segment_ids.reshape(-1, shape[-1])).sum())
-    share = np.full(len(step.micro_batches), 1.0 / max(1, targets))
-    return CptBatch(tokens, segment_ids, positions, share)
+def cpt_step(rows: PackedRows, step: Step) -> list[CptBatch]:
+    """Arrays ``[rows, length]`` of the micro-batches of one step."""
+    indices = [list(micro) for micro in step.micro_batches]
+    targets = sum(int(target_mask(rows.segment_ids[index]).sum()) for index in indices)
+    share = np.asarray(1.0 / max(1, targets))
+    return [CptBatch(rows.tokens[index], rows.segment_ids[index], rows.positions[index], share) for index in indices]
 
 
-def buckets(sizes: Sequence[int], *, multiple: int = _MULTIPLE, at_most: int = 4) -> tuple[int, ...]:
-    """Padded sizes that cover ``sizes``: their quantiles, rounded up to ``multiple``, no more than ``at_most`` of them."""
-    ordered = np.sort(np.asarray(sizes))
-    last = len(ordered) - 1
-    quantiles = [int(ordered[-(-last * (i + 1) // at_most)]) for i in range(at_most)]
-    return tuple(sorted({max(multiple, -(-size // multiple) * multiple) for size in quantiles}))
+def buckets(sizes: Sequence[int], *, multiple: int = _MULTIPLE, at_most: int = 16, padding: float = 0.0) -> tuple[int, ...]:
+    """The fewest padded sizes that cover ``sizes`` with at most this share of padding.
+
+    Where ``at_most`` sizes do not reach it, those with the least padding: the best partition of the ascending sizes into
+    runs, each padded to its largest, by dynamic programming over the number of runs.
+
+    Args:
+        sizes: At least one.
+        multiple: Every padded size is a multiple of this.
+        at_most: Bound on the number of padded sizes, each of which is a compilation.
+        padding: Share of padding at which another size is not worth its compilation.
+    """
+    rounded = -(-np.maximum(1, np.asarray(sizes)) // multiple) * multiple
+    menu, counts = np.unique(rounded, return_counts=True)
+    before = np.r_[0, np.cumsum(counts)]
+    enough = max(int(rounded.sum()), sum(sizes) / (1 - padding))
+    least = np.r_[0, np.full(len(menu), np.inf)]  # padded tokens of the first e sizes, in as many runs as choices has rows
+    choices: list[list[int]] = []
+    while len(choices) < at_most and least[-1] > enough:
+        totals = [least[:end] + menu[end - 1] * (before[end] - before[:end]) for end in range(1, len(menu) + 1)]
+        choices.append([0, *(int(total.argmin()) for total in totals)])
+        least = np.r_[0, [total.min() for total in totals]]
+    kept, end = [], len(menu)
+    for starts in reversed(choices):
+        if end:
+            kept.append(int(menu[end - 1]))
+            end = starts[end]
+    return tuple(reversed(kept))
 
 
 def round_up(size: int, choices: Sequence[int]) -> int:
@@ -169,79 +202,93 @@ def single_pairs(groups: Sequence[TokenizedGroup]) -> list[TokenizedGroup]:
     ]
 
 
-def pad_responses(
-    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], rows: int, prompt: int, count: int, response: int
-) -> ResponseBatch:
-    """Groups (prompt, responses) as arrays of ``rows`` prompts with ``count`` responses, padded to so many tokens."""
-    prompts, responses = np.zeros((rows, prompt), np.int32), np.zeros((rows, count, response), np.int32)
-    prompt_mask, response_mask = np.zeros_like(prompts), np.zeros_like(responses)
-    for row, (prompt_ids, response_ids) in enumerate(groups):
-        prompts[row, prompt - len(prompt_ids) :] = prompt_ids
-        prompt_mask[row, prompt - len(prompt_ids) :] = 1
-        for column, ids in enumerate(response_ids):
-            responses[row, column, : len(ids)] = ids
-            response_mask[row, column, : len(ids)] = 1
-    return ResponseBatch(prompts, prompt_mask, responses, response_mask)
+def row_size(prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+    """Tokens in the row of a prompt and its responses."""
+    return len(prompt) - 1 + sum(map(len, responses))
+
+
+def response_rows(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], rows: int, length: int) -> ResponseBatch:
+    """Groups (prompt, responses) as ``rows`` rows of ``length`` tokens; those without a group are all padding."""
+    tokens, segment_ids, positions, targets = (np.zeros((rows, length), np.int32) for _ in range(4))
+    for row, (prompt, responses) in enumerate(groups):
+        end = length - sum(map(len, responses))
+        known = len(prompt) - 1
+        tokens[row, end - known : end] = prompt[:-1]
+        segment_ids[row, end - known : end] = 1
+        positions[row, end - known : end] = np.arange(known)
+        for number, response in enumerate(responses):
+            start, end = end, end + len(response)
+            tokens[row, start:end] = (prompt[-1], *response)[:-1]
+            segment_ids[row, start:end] = 2 + number
+            positions[row, start:end] = np.arange(known, known + len(response))
+            targets[row, start:end] = response
+    return ResponseBatch(tokens, segment_ids, positions, targets)
 
 
 class PreferenceData:
-    """Tokenized groups and the shapes they are padded to.
+    """Tokenized groups, the plan over them, and the lengths their rows are padded to.
 
     Args:
         groups: The units.
-        config: Batch size and accumulation.
+        config: Batch size, accumulation, epochs and seed.
+        reference: For each group, summed log-probabilities ``[pairs, 2]`` under the reference, where they are known.
     """
 
-    def __init__(self, groups: Sequence[TokenizedGroup], config: TrainingConfig):
-        self.groups = list(groups)
-        self._config = config
-        exact = [self._exact(group) for group in self.groups]
-        prompt, count, response, pairs = zip(*exact, strict=True)
-        menus = (
-            buckets(prompt, at_most=3),
-            buckets(count, multiple=1, at_most=3),
-            buckets(response, at_most=3),
-            buckets(pairs, multiple=1, at_most=3),
-        )
-        self.shapes = [
-            PreferenceShape(*(round_up(size, menu) for size, menu in zip(sizes, menus, strict=True))) for sizes in exact
-        ]
+    _PADDING = 0.08
+    """Share of padding aimed at: the rows of a micro-batch are not of one length, which adds one or two hundredths to it."""
 
-    @staticmethod
-    def _exact(group: TokenizedGroup) -> PreferenceShape:
-        longest = max(len(response) for response in group.responses)
-        return PreferenceShape(len(group.prompt), len(group.responses), longest, len(group.pairs))
+    def __init__(
+        self,
+        groups: Sequence[TokenizedGroup],
+        config: TrainingConfig,
+        reference: Sequence[Float[np.ndarray, "pairs 2"]] | None = None,
+    ):
+        self.groups = list(groups)
+        self._reference = reference
+        self._sizes = [row_size(group.prompt, group.responses) for group in self.groups]
+        self._pairs = max(len(group.pairs) for group in self.groups)
+        self._plan = plan_steps(len(self.groups), config, size_of=self._sizes.__getitem__)
+        self._lengths = buckets(list(map(self._longest, self._micro_batches())), padding=self._PADDING)
 
     def plan(self) -> list[Step]:
-        """Every optimizer step; groups of like shape stand together."""
+        """Every optimizer step."""
+        return self._plan
 
-        def size_of(unit: int) -> tuple[int, ...]:
-            shape = self.shapes[unit]
-            return shape.prompt + shape.responses * shape.response, *shape
-
-        return plan_steps(len(self.groups), self._config, size_of=size_of)
+    @property
+    def padding(self) -> float:
+        """Fraction of all positions of the run that hold padding."""
+        tokens = sum(self._sizes[unit] for micro in self._micro_batches() for unit in micro)
+        return 1 - tokens / sum(len(micro) * self._length(micro) for micro in self._micro_batches())
 
     def pairs(self, step: Step) -> int:
         """Pairs in a step."""
         return sum(len(self.groups[unit].pairs) for micro in step.micro_batches for unit in micro)
 
-    def step(self, step: Step) -> PreferenceBatch:
-        """Arrays of one step with a leading axis of micro-batches."""
-        used = [self.shapes[unit] for micro in step.micro_batches for unit in micro]
-        shape = PreferenceShape(*(max(sizes) for sizes in zip(*used, strict=True)))
+    def step(self, step: Step) -> list[PreferenceBatch]:
+        """Arrays of the micro-batches of one step."""
         weight = 1.0 / self.pairs(step)
-        parts = [self._micro_batch(micro, shape, weight) for micro in step.micro_batches]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+        return [self._micro_batch(micro, weight) for micro in step.micro_batches]
 
-    def _micro_batch(self, units: Sequence[int], shape: PreferenceShape, weight: float) -> PreferenceBatch:
-        n = self._config.batch_size
+    def _micro_batches(self) -> Iterator[tuple[int, ...]]:
+        return (micro for step in self._plan for micro in step.micro_batches)
+
+    def _longest(self, units: Sequence[int]) -> int:
+        return max(self._sizes[unit] for unit in units)
+
+    def _length(self, units: Sequence[int]) -> int:
+        return round_up(self._longest(units), self._lengths)
+
+    def _micro_batch(self, units: Sequence[int], weight: float) -> PreferenceBatch:
+        n, k = len(units), self._pairs
         groups = [self.groups[unit] for unit in units]
-        pairs, starts = np.zeros((n, shape.pairs, 2), np.int32), np.zeros((n, shape.pairs), np.int32)
-        weights = np.zeros((n, shape.pairs))
-        for row, group in enumerate(groups):
+        pairs, starts = np.zeros((n, k, 2), np.int32), np.zeros((n, k), np.int32)
+        weights, reference = np.zeros((n, k)), np.zeros((n, k, 2))
+        for row, (unit, group) in enumerate(zip(units, groups, strict=True)):
             count = len(group.pairs)
-            pairs[row, :count] = np.asarray(group.pairs) + row * shape.responses
+            pairs[row, :count] = group.pairs
             starts[row, :count] = group.pair_starts
             weights[row, :count] = weight
-        responses = pad_responses([(group.prompt, group.responses) for group in groups], n, *shape[:3])
-        return PreferenceBatch(responses, pairs.reshape(-1, 2), starts.reshape(-1), weights.reshape(-1))
+            if self._reference is not None:
+                reference[row, :count] = self._reference[unit]
+        responses = response_rows([(group.prompt, group.responses) for group in groups], n, self._length(units))
+        return PreferenceBatch(responses, pairs, starts, weights, reference if self._reference is not None else None)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_medllm import linear
+from jax_medllm.batches import CptBatch
+from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.optimizer import learning_rate, make_optimizer
+from jax_medllm.train import cpt_loss_fn, make_step
 from jax_medllm.weights import load_model
 from medllm.bench.child import serve
 from medllm.bench.memory import peak_resident_bytes, resident_bytes
-from medllm.config import ModelConfig
+from medllm.bench.shapes import ModelShape
+from medllm.bench.work import measurements
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig
 
 
 def load(**model: Any) -> dict[str, Any]:
@@ -32,5 +42,61 @@ def load(**model: Any) -> dict[str, Any]:
     }
 
 
+def matmul(rows: int, inner: int, columns: int, repeats: int = 20) -> dict[str, Any]:
+    """The rate of an fp32 product [rows, inner] x [columns, inner]ᵀ as the model takes it: a yardstick for the rest."""
+    keys = jax.random.split(jax.random.key(0))
+    x, weight = (jax.random.normal(key, shape) for key, shape in zip(keys, [(rows, inner), (columns, inner)], strict=True))
+    product = jax.jit(linear.matmul)
+    product(x, weight).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, weight).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return {"gflops": 2 * rows * inner * columns / statistics.median(times) / 1e9}
+
+
+def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dict[str, Any]:
+    """Seconds to compile a CPT step, traced already; of the model there are shapes alone."""
+    shape = ModelShape(**model)
+    lora = LoraConfig(rank=shape.rank)
+
+    def build() -> Qwen2:
+        config = Qwen2Config.from_hf(shape.config())
+        return Qwen2(config, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
+
+    graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, 100)
+    step = make_step(graph, cpt_loss_fn, optimizer, partial(learning_rate, config, 100))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = CptBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((), jnp.float32))
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = step.lower(trainable, jax.eval_shape(optimizer.init, trainable), index, others[0], batch)
+    start = time.perf_counter()
+    for part in lowered:
+        part.compile()
+    return {"seconds": time.perf_counter() - start}
+
+
+def profiler(folder: str) -> AbstractContextManager[Any]:
+    """Writes a trace for TensorBoard and Perfetto into ``folder``."""
+    return jax.profiler.trace(folder, create_perfetto_trace=True)
+
+
+class _Compilations:
+    """Listens to JAX and adds up the seconds XLA compiles."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **details: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+
+
 if __name__ == "__main__":
-    sys.exit(serve({"load": load}, sys.argv[1:]))
+    compilations = _Compilations()
+    stages = measurements("jax", profiler, lambda: compilations.seconds)
+    sys.exit(serve({"load": load, "matmul": matmul, "compile_step": compile_step, **stages}, sys.argv[1:]))

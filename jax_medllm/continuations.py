@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_medllm.batches import ResponseBatch, buckets, pad_responses, round_up
+from jax_medllm.batches import ResponseBatch, buckets, response_rows, round_up, row_size
 from jax_medllm.logprobs import response_logprobs
 from jax_medllm.model import Qwen2
 from medllm.engine import Continuation
@@ -41,29 +41,28 @@ class Scorer:
         Raises:
             UserError: an empty prompt, or one that does not fit the context with its completion.
         """
-        groups = self._groups(continuations, batch_size)
+        groups = [
+            (continuations[group[0]].prompt, [continuations[i].completion for i in group], group)
+            for group in self._groups(continuations, batch_size)
+        ]
         if not groups:
             return []
-        prompts = buckets([len(continuations[group[0]].prompt) for group in groups], multiple=_MULTIPLE, at_most=3)
-        counts = buckets([len(group) for group in groups], multiple=1, at_most=3)
-        longest = [max(len(continuations[i].completion) for i in group) for group in groups]
-        lengths = buckets(longest, multiple=_MULTIPLE // 2, at_most=3)
-
-        by_shape = defaultdict(list)
-        for group, completion in zip(groups, longest, strict=True):
-            prompt = round_up(len(continuations[group[0]].prompt), prompts)
-            by_shape[prompt, round_up(len(group), counts), round_up(completion, lengths)].append(group)
+        sizes = [row_size(prompt, completions) for prompt, completions, _ in groups]
+        menu = buckets(sizes, multiple=_MULTIPLE, at_most=6, padding=0.1)
+        by_length = defaultdict(list)
+        for group, size in zip(groups, sizes, strict=True):
+            by_length[round_up(size, menu)].append(group)
         results: dict[int, np.ndarray] = {}
-        for shape, members in by_shape.items():
-            rows = min(max(1, batch_size // shape[1]), len(members))
+        for length, members in by_length.items():
+            most = max(len(completions) for _, completions, _ in members)
+            rows = min(max(1, batch_size // most), len(members))
             for start in range(0, len(members), rows):
                 part = members[start : start + rows]
-                arrays = [(continuations[g[0]].prompt, [continuations[i].completion for i in g]) for g in part]
-                scores = np.asarray(self._score(self._state, pad_responses(arrays, rows, *shape)))
-                for row, group in enumerate(part):
-                    for column, i in enumerate(group):
-                        score = scores[row * shape[1] + column, : len(continuations[i].completion)]
-                        results[i] = score.astype(np.float32)
+                batch = response_rows([(prompt, completions) for prompt, completions, _ in part], rows, length)
+                scores = np.asarray(self._score(self._state, batch))
+                for row, (_, _, indices) in enumerate(part):
+                    for number, i in enumerate(indices):
+                        results[i] = scores[row][batch.responses[row] == number].astype(np.float32)
         return [results[i] for i in range(len(continuations))]
 
     def _groups(self, continuations: Sequence[Continuation], batch_size: int) -> list[list[int]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +24,13 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_medllm.attention import matmul_precision
+from jax_medllm.cached_attention import Prefilling, Stepping, Stored
 from jax_medllm.model import Qwen2
 from jax_medllm.sampling import sample_tokens
 from medllm.config import Sampling
 
 CHUNK = 8
 """Tokens generated between two looks of the host."""
-
-
-class Stored(NamedTuple):
-    """Keys and values of some tokens, the token axis where the products want it; ``prefix`` has no row axis."""
-
-    keys: Float[Array, "*l_b k x t"]
-    values: Float[Array, "*l_b k t x"]
 
 
 @struct.dataclass
@@ -79,72 +71,6 @@ class Fill:
 jax.tree_util.register_dataclass(Fill)
 
 
-def attend_parts(
-    q: Float[Array, "b s h x"], parts: Sequence[tuple[Stored, Bool[Array, "..."] | None]]
-) -> Float[Array, "b s h x"]:
-    """Scaled dot-product attention over keys that lie in several places; softmax in fp32 (float64 for float64).
-
-    Args:
-        q: Queries.
-        parts: Keys and values, with a row axis or shared by all rows, and which of them ``[b or 1, s, t]`` a query sees
-            (None: all). Every query sees at least one.
-    """
-    b, s, h, x = q.shape
-    kv_heads = parts[0][0].keys.shape[-3]
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    precision = matmul_precision(q.dtype)
-    grouped = q.reshape(b, s, kv_heads, h // kv_heads, x)
-    scores = []
-    for stored, mask in parts:
-        rows = "" if stored.keys.ndim == 3 else "b"
-        score = x**-0.5 * jnp.einsum(
-            f"bskgx,{rows}kxt->bkgst", grouped, stored.keys, precision=precision, preferred_element_type=accumulate
-        )
-        scores.append(score if mask is None else jnp.where(mask[:, None, None], score, jnp.finfo(accumulate).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    out, begin = jnp.zeros((), q.dtype), 0
-    for stored, _ in parts:
-        end = begin + stored.keys.shape[-1]
-        rows = "" if stored.keys.ndim == 3 else "b"
-        out += jnp.einsum(f"bkgst,{rows}ktx->bskgx", weights[..., begin:end], stored.values, precision=precision)
-        begin = end
-    return out.reshape(b, s, h, x)
-
-
-@dataclass(frozen=True)
-class _Prefilling:
-    """A layer's attention for prompts: the prefix, and the prompt itself causally."""
-
-    prefix: Stored | None
-
-    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Stored]:
-        own = Stored(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
-        causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))[None]
-        before = [] if self.prefix is None else [(self.prefix, None)]
-        return attend_parts(q, [*before, (own, causal)]), own
-
-
-@dataclass(frozen=True)
-class _Stepping:
-    """A layer's attention for one new token a row, the ``column``-th of its chunk."""
-
-    prefix: Stored | None
-    own: Stored
-    recent: Stored
-    length: Array
-    column: Array
-
-    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Stored]:
-        recent = Stored(
-            jax.lax.dynamic_update_slice_in_dim(self.recent.keys, k.transpose(0, 2, 3, 1), self.column, axis=-1),
-            jax.lax.dynamic_update_slice_in_dim(self.recent.values, v.transpose(0, 2, 1, 3), self.column, axis=-2),
-        )
-        stored = (jnp.arange(self.own.keys.shape[-1]) < self.length[:, None])[:, None]
-        written = (jnp.arange(CHUNK) <= self.column)[None, None]
-        before = [] if self.prefix is None else [(self.prefix, None)]
-        return attend_parts(q, [*before, (self.own, stored), (recent, written)]), recent
-
-
 class Decoder:
     """Generation for one model, compiled once for each shape.
 
@@ -161,6 +87,7 @@ class Decoder:
         self._prefix = jax.jit(self._prefix_stored)
         self._fill = jax.jit(self._filled, donate_argnums=(1,))
         self._extend = jax.jit(self._extended, static_argnums=(3,), donate_argnums=(1,))
+        self._keep = jax.jit(_kept)
 
     def prefix(self, tokens: Sequence[int]) -> Stored | None:
         """Keys and values of ``tokens``, to stand before every row; None for no tokens."""
@@ -187,24 +114,29 @@ class Decoder:
         """Start new continuations in rows of ``slots`` (donated)."""
         return self._fill(self._state, slots, prefix, fill)
 
+    def keep(self, slots: Slots, rows: Sequence[int]) -> Slots:
+        """Some rows of ``slots``, in the order given."""
+        return self._keep(slots, jnp.asarray(rows, jnp.int32))
+
     def extend(self, slots: Slots, prefix: Stored | None, sampling: Sampling) -> tuple[Slots, Int[Array, "b chunk"]]:
         """Up to a chunk of tokens more for each unfinished row of ``slots`` (donated), and those tokens.
 
-        The end token stands where nothing was generated.
+        A row finishes at the end token, or one token beyond ``max_new_tokens``, which says that it is not the end. The end
+        token stands where nothing was generated.
         """
         static = Sampling(1, sampling.temperature, sampling.top_p, sampling.top_k)
-        return self._extend(self._state, slots, prefix, static)
+        return self._extend(self._state, slots, prefix, static, sampling.max_new_tokens + 1)
 
     def _prefix_stored(self, state: nnx.State, tokens: Int[Array, "1 s"]) -> Stored:
         model = nnx.merge(self._graph, state)
         positions = jnp.arange(tokens.shape[1])[None]
-        _, kept = model.hidden_in(tokens, positions=positions, context=lambda _: _Prefilling(None), cache=None)
+        _, kept = model.hidden_in(tokens, positions=positions, context=lambda _: Prefilling(None), cache=None)
         return jax.tree.map(lambda part: part[:, 0], kept)
 
     def _filled(self, state: nnx.State, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
         model = nnx.merge(self._graph, state)
         positions = jnp.broadcast_to(_size(prefix) + jnp.arange(fill.prompts.shape[1]), fill.prompts.shape)
-        hidden, new = model.hidden_in(fill.prompts, positions=positions, context=_Prefilling, cache=prefix)
+        hidden, new = model.hidden_in(fill.prompts, positions=positions, context=Prefilling, cache=prefix)
         last = jnp.take_along_axis(hidden, (fill.lengths - 1)[:, None, None], axis=1)[:, 0]
 
         def put(old: Array, value: Array | bool | int) -> Array:
@@ -227,7 +159,7 @@ class Decoder:
         )
 
     def _extended(
-        self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling
+        self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling, most: Int[Array, ""]
     ) -> tuple[Slots, Int[Array, "b chunk"]]:
         model = nnx.merge(self._graph, state)
         own, length = slots.own, slots.length
@@ -238,8 +170,8 @@ class Decoder:
             uniform = jax.vmap(lambda key, made: jax.random.uniform(jax.random.fold_in(key, made)))(slots.keys, slots.made)
             token = jnp.where(slots.finished, self.end, choose(model.logits(slots.hidden), uniform).astype(jnp.int32))
 
-            def context(layer: tuple[Stored | None, Stored, Stored]) -> _Stepping:
-                return _Stepping(*layer, length, column)
+            def context(layer: tuple[Stored | None, Stored, Stored]) -> Stepping:
+                return Stepping(*layer, length, column)
 
             positions = (_size(prefix) + length + column)[:, None]
             cache = (prefix, own, recent)
@@ -250,7 +182,7 @@ class Decoder:
                 hidden=hidden[:, 0],
                 length=slots.length + going,
                 made=slots.made + going,
-                finished=slots.finished | (token == self.end),
+                finished=slots.finished | (token == self.end) | (slots.made + 1 >= most),
             )
             return column + 1, slots, recent, written.at[:, column].set(token)
 
@@ -273,5 +205,12 @@ class Decoder:
         return replace(light, own=jax.lax.fori_loop(0, rows, append, own)), written
 
 
+def _kept(slots: Slots, rows: Int[Array, " n"]) -> Slots:
+    """These rows alone."""
+    own = jax.tree.map(lambda part: part[:, rows], slots.own)
+    rest = (slots.hidden, slots.length, slots.made, slots.finished, slots.keys)
+    return Slots(own, *(part[rows] for part in rest))
+
+
 def _size(prefix: Stored | None) -> int:
-    return 0 if prefix is None else prefix.keys.shape[-1]
+    return 0 if prefix is None else prefix.length

@@ -19,6 +19,7 @@ from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
 from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.reference import ReferenceFile, compute_reference
 from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import open_adapters, write_adapter
@@ -89,14 +90,14 @@ class JaxEngine:
             return int((rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
 
         task = Task(
-            loss_fn=partial(cpt_loss_fn, remat=training.gradient_checkpointing),
+            loss_fn=partial(cpt_loss_fn, remat=training.remat),
             steps=steps,
-            batch=lambda step: cpt_step(rows, step, training),
+            batches=partial(cpt_step, rows),
             units=tokens,
             unit="tokens",
             settings=_settings(config, training, {"rows": len(rows.tokens), "length": length, "data": digest}),
         )
-        return self._train(task, config, run)
+        return self._train(self._trainable(config), task, config, run, rows.padding)
 
     def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
         """See :class:`medllm.engine.Engine`.
@@ -124,15 +125,24 @@ class JaxEngine:
         data = PreferenceData(single_pairs(groups) if config.pairs.unit == "pair" else groups, training)
         facts = {"groups": len(data.groups), "pairs": tokenized.pairs, "data": _digest(repr(groups).encode())}
         settings = _settings(config, training, facts)
+        model = self._trainable(config)
+        folder = _reference_folder(config, data, run)
+        if folder is not None:
+            kept = ReferenceFile(folder, self._config, data.groups)
+            sums = kept.read()
+            if sums is None:
+                sums = compute_reference(model, data)
+                kept.write(sums)
+            data = PreferenceData(data.groups, training, sums)
         task = Task(
-            loss_fn=partial(preference_loss_fn, loss_config=config.loss, remat=training.gradient_checkpointing),
+            loss_fn=partial(preference_loss_fn, loss_config=config.loss, remat=training.remat),
             steps=data.plan(),
-            batch=data.step,
+            batches=data.step,
             units=data.pairs,
             unit="pairs",
             settings={**settings, "loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)},
         )
-        return self._train(task, config, run)
+        return self._train(model, task, config, run, data.padding)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
         """See :class:`medllm.engine.Engine`.
@@ -152,24 +162,36 @@ class JaxEngine:
         """
         return self._scorer.logprobs(continuations, batch_size)
 
-    def _train(self, task: Task, config: CptConfig | RpoConfig, run: Run) -> TrainSummary:
-        """Train a fresh adapter, on top of those the model has, or the last of these further (``handover: continue``)."""
+    def _trainable(self, config: CptConfig | RpoConfig) -> Qwen2:
+        """The model with a fresh adapter on top of those it has, or to train the last of these (``handover: continue``)."""
         continued = continued_adapter(config) if isinstance(config, RpoConfig) else None
         opened = self._config
         if continued is not None:
             opened = dataclasses.replace(opened, adapter=opened.adapters[:-1])
         for held in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
             self.__dict__.pop(held, None)
-        model = load_model(opened, lora=continued or config.lora)
+        return load_model(opened, lora=continued or config.lora)
+
+    def _train(self, model: Qwen2, task: Task, config: CptConfig | RpoConfig, run: Run, padding: float) -> TrainSummary:
         trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
         write_adapter(folder, model.lora, adapter_tensors(model), self._config.path)
-        return _summary(trained, folder)
+        return _summary(trained, folder, padding)
 
 
-def _summary(trained: Trained, adapter: Path) -> TrainSummary:
-    return TrainSummary(trained.steps, trained.loss, trained.seconds, trained.rate, str(adapter))
+def _summary(trained: Trained, adapter: Path, padding: float) -> TrainSummary:
+    return TrainSummary(
+        trained.steps, trained.loss, trained.seconds, trained.rate, str(adapter), trained.compile_seconds, padding
+    )
+
+
+def _reference_folder(config: RpoConfig, data: PreferenceData, run: Run) -> Path | None:
+    """Where the reference's log-probabilities are kept: where asked for, or in the run where a second epoch reads them."""
+    if config.reference_cache is not None:
+        return Path(config.reference_cache)
+    steps = data.plan()[: config.training.max_steps or None]
+    return run.path if steps[-1].epoch > 0 else None
 
 
 def _digest(*parts: bytes) -> str:
@@ -183,7 +205,7 @@ def _digest(*parts: bytes) -> str:
 def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: dict[str, Any]) -> dict[str, object]:
     """What a trajectory depends on, in JSON's types."""
     lora: LoraConfig = config.lora
-    free = {"log_every", "checkpoint_every", "max_steps", "gradient_checkpointing"}
+    free = {"log_every", "checkpoint_every", "max_steps", "remat"}
     loop = {name: value for name, value in dataclasses.asdict(training).items() if name not in free}
     adapter = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(lora).items()}
     optimizer = dataclasses.asdict(config.optimizer)

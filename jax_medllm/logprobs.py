@@ -6,95 +6,129 @@ A token's log-probability depends on its own hidden state only, so its gradient 
 
 The forward pass of a differentiated call therefore computes this direction together with the log-probability, chunk by
 chunk, and keeps it (as large as the hidden states, in fp32) instead of the logits: two matrix products in all, none recomputed.
-The head is frozen in LoRA training and gets no gradient.
+A chunk is some positions with the whole vocabulary, because the direction needs the softmax's normalizer.
+
+Every reduction over the vocabulary is a sum or a maximum, so a head whose rows are spread over a mesh axis stays where it is:
+only arrays of a value, or of a hidden state, per token cross that axis.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jax_medllm.attention import matmul_precision
 from jax_medllm.batches import ResponseBatch
 from jax_medllm.model import Qwen2
+from medllm.config import RematPolicy
 
-_LOGITS_IN_FLIGHT = 2**24
-"""Logits held at a time (64 MiB in fp32): large enough to keep a matrix unit busy, small against the activations."""
+_POSITIONS_IN_FLIGHT = 256
+"""Positions whose logits are held at a time: enough rows to keep a matrix unit busy, few enough for a CPU's cache."""
+_LOGITS_IN_FLIGHT = 2**26
+"""Bound on the logits held at a time (256 MiB in fp32), whatever the vocabulary."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@dataclass(frozen=True)
+class _Static:
+    """Rows of the head that are tokens, and positions of each row of the batch in a chunk."""
+
+    vocab_size: int
+    chunk: int
+
+
 def token_logprobs(
     hidden: Float[Array, "b s d"],
     head: Float[Array, "v d"],
     targets: Int[Array, "b s"],
-    logits_in_flight: int = _LOGITS_IN_FLIGHT,
+    counted: Int[Array, "b s"] | Bool[Array, "b s"] | None = None,
+    *,
+    vocab_size: int | None = None,
+    in_flight: int = _POSITIONS_IN_FLIGHT,
 ) -> Float[Array, "b s"]:
     """Log-probability of ``targets[i, j]`` under ``softmax(head @ hidden[i, j])``.
 
     Args:
         hidden: Final hidden states; position j already predicts ``targets[:, j]``.
-        head: Output embedding. Frozen: its gradient is zero by construction, not computed.
+        head: Output embedding, frozen; its rows may be sharded.
         targets: Token ids.
-        logits_in_flight: Bound on the logits held at a time; positions are walked in chunks of that size.
+        counted: Nonzero where a position's value is used. Other positions are 0 without gradient, and what lies beyond the
+            last one that counts in any row is not computed. (A position here and there, as at the ends of packed documents,
+            costs less than moving the others together.)
+        vocab_size: Rows of the head that are tokens; further rows are padding, of probability 0. All when unset.
+        in_flight: Positions whose logits are held at a time, over all rows and devices; at least one of each row, and fewer
+            where the vocabulary is so large that their logits would take more than 256 MiB.
 
     Returns:
         fp32 log-probabilities (float64 for float64 hidden states), natural log.
+
+    Raises:
+        TypeError: the head is differentiated; only the hidden states have a gradient.
     """
-    return _over_chunks(partial(_logprobs, head), hidden, targets, head.shape[0], logits_in_flight)
+    batch, length, _ = hidden.shape
+    positions = min(in_flight, _LOGITS_IN_FLIGHT // head.shape[0])
+    chunks = -(-length // max(1, positions // max(1, batch)))
+    static = _Static(vocab_size or head.shape[0], -(-length // max(1, chunks)))
+    return _token_logprobs(static, hidden, head, targets, counted)
 
 
-def _forward(hidden, head, targets, logits_in_flight):
-    chunk = partial(_logprobs_and_direction, head)
-    logprobs, direction = _over_chunks(chunk, hidden, targets, head.shape[0], logits_in_flight)
-    return logprobs, (direction, hidden[:0], head)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logprobs(static, hidden, head, targets, counted):
+    return _over_chunks(partial(_logprobs, static, head), static.chunk, hidden, targets, counted)
 
 
-def _backward(logits_in_flight, residuals, cotangent):
-    direction, like, head = residuals
-    return (cotangent[..., None] * direction).astype(like.dtype), jnp.zeros_like(head), None
+def _forward(static, hidden, head, targets, counted):
+    if head.perturbed:
+        raise TypeError("token_logprobs has no gradient for the head: differentiate with respect to the hidden states alone")
+    values = hidden.value, targets.value, None if counted is None else counted.value
+    chunk = partial(_logprobs_and_direction, static, head.value)
+    logprobs, direction = _over_chunks(chunk, static.chunk, *values)
+    return logprobs, (direction, hidden.value[:0])
 
 
-token_logprobs.defvjp(_forward, _backward)
+def _backward(static, residuals, cotangent):
+    direction, like = residuals
+    return (cotangent[..., None] * direction).astype(like.dtype), None, None, None
+
+
+_token_logprobs.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def response_logprobs(
-    model: Qwen2, batch: ResponseBatch, *, adapter: bool = True, remat: bool = False
-) -> Float[Array, "n*c t"]:
-    """Per-token log-probabilities of every response, its prompt computed once for all responses of the problem.
+    model: Qwen2, batch: ResponseBatch, *, adapter: bool = True, remat: RematPolicy = "none"
+) -> Float[Array, "n s"]:
+    """Log-probability of every target of ``batch``, each prompt computed once for all its responses; 0 elsewhere.
 
-    A problem is one row ``prompt | response | response …``. The prompt is segment 1, the responses are segments 2, 3, …
-    that also see segment 1 and whose positions go on from the prompt's end. What a response sees is therefore what it
-    would see in a row of its own.
+    The prompt is segment 1, the responses are segments 2, 3, … that also see segment 1 and whose positions go on from the
+    prompt's end. What a response sees is therefore what it would see in a row of its own.
     """
-    n, p = batch.prompts.shape
-    _, c, t = batch.responses.shape
-    segments = batch.response_mask * (2 + jnp.arange(c))[:, None]
-    lengths = batch.prompt_mask.sum(-1)
-    prompt_positions = jnp.maximum(jnp.cumsum(batch.prompt_mask, axis=-1) - 1, 0)
-    response_positions = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(t), (n, c, t))
-
-    def row(prompt: Array, responses: Array) -> Array:
-        return jnp.concatenate([prompt, responses.reshape(n, c * t)], axis=1)
-
+    counted = batch.responses >= 0
     hidden = model.hidden(
-        row(batch.prompts, batch.responses),
-        segment_ids=row(batch.prompt_mask, segments),
-        positions=row(prompt_positions, response_positions),
-        parent_ids=row(jnp.zeros_like(batch.prompts), batch.response_mask),
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        parent_ids=counted.astype(batch.segment_ids.dtype),
         adapter=adapter,
         remat=remat,
     )
-    last_of_prompt = jnp.broadcast_to(hidden[:, None, p - 1 : p], (n, c, 1, hidden.shape[-1]))
-    inside = hidden[:, p:].reshape(n, c, t, -1)[:, :, :-1]
-    predicting = jnp.concatenate([last_of_prompt, inside], axis=2).reshape(n * c, t, -1)
-    return token_logprobs(predicting, model.head_weight(), batch.responses.reshape(n * c, t))
+    # Targets stand at the end of their row; from there on, nothing beyond the last one in any row is computed.
+    from_the_end = (array[:, ::-1] for array in (batch.targets, counted))
+    return token_logprobs(hidden[:, ::-1], model.head_weight(), *from_the_end)[:, ::-1]
 
 
-def _logits(head: Float[Array, "v d"], hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
-    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("bcd,vd->bcv", hidden, head.astype(hidden.dtype), precision="highest", preferred_element_type=accumulate)
+def _product(equation: str, x: Array, head: Float[Array, "v d"], dtype: jnp.dtype) -> Array:
+    """A product with the head at the precision of ``x``, accumulated in ``dtype``."""
+    return jnp.einsum(equation, x, head.astype(x.dtype), precision=matmul_precision(x.dtype), preferred_element_type=dtype)
+
+
+def _logits(static: _Static, head: Float[Array, "v d"], hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
+    logits = _product("bcd,vd->bcv", hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
+    if static.vocab_size == head.shape[0]:
+        return logits
+    return jnp.where(jnp.arange(head.shape[0]) < static.vocab_size, logits, -jnp.inf)
 
 
 def _pick(logits: Float[Array, "b c v"], targets: Int[Array, "b c"]) -> Float[Array, "b c"]:
@@ -109,40 +143,39 @@ def _softmax_parts(logits):
     return largest[..., 0], exponentials, exponentials.sum(axis=-1)
 
 
-def _logprobs(head, hidden, targets):
-    logits = _logits(head, hidden)
+def _logprobs(static, head, hidden, targets):
+    logits = _logits(static, head, hidden)
     largest, _, total = _softmax_parts(logits)
     return _pick(logits, targets) - largest - jnp.log(total)
 
 
-def _logprobs_and_direction(head, hidden, targets):
-    logits = _logits(head, hidden)
+def _logprobs_and_direction(static, head, hidden, targets):
+    logits = _logits(static, head, hidden)
     largest, exponentials, total = _softmax_parts(logits)
     logprobs = _pick(logits, targets) - largest - jnp.log(total)
-    expected = jnp.einsum(
-        "bcv,vd->bcd",
-        exponentials.astype(hidden.dtype),
-        head.astype(hidden.dtype),
-        precision="highest",
-        preferred_element_type=logits.dtype,
-    )
+    expected = _product("bcv,vd->bcd", exponentials.astype(hidden.dtype), head, logits.dtype)
     return logprobs, head[targets].astype(logits.dtype) - expected / total[..., None]
 
 
-def _over_chunks(function, hidden, targets, vocab_size, logits_in_flight):
-    """``function(hidden, targets)`` over chunks of positions; the batch axis stays whole, so that it can be sharded."""
-    batch, length, width = hidden.shape
-    chunk = max(1, logits_in_flight // max(1, batch * vocab_size))
-    if chunk >= length:
-        return function(hidden, targets)
+def _over_chunks(function, chunk, hidden, targets, counted):
+    """``function(hidden, targets)`` over chunks of positions; the batch axis stays whole, so that it can be sharded.
+
+    A chunk that would reach beyond the row begins earlier instead and repeats what the one before computed.
+    """
+    batch, length, _ = hidden.shape
     chunks = -(-length // chunk)
-    chunk = -(-length // chunks)
-    padding = chunks * chunk - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, chunks, chunk, width)
-    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, chunks, chunk)
-    parts = jax.lax.map(lambda part: function(*part), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    if counted is not None:
+        used = jnp.max(jnp.where(counted, jnp.arange(1, length + 1), 0), initial=0)
+        chunks = -(-used // chunk)
 
-    def join(part):
-        return jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :length]
+    def add(index, results):
+        start = jnp.minimum(index * chunk, length - chunk)
+        parts = function(*(jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets)))
+        return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 1), results, parts)
 
-    return jax.tree.map(join, parts)
+    shapes = jax.eval_shape(function, hidden[:, :chunk], targets[:, :chunk])
+    empty = jax.tree.map(lambda part: jnp.zeros((batch, length, *part.shape[2:]), part.dtype), shapes)
+    results = jax.lax.fori_loop(0, chunks, add, empty)
+    if counted is None:
+        return results
+    return jax.tree.map(lambda part: jnp.where(counted.reshape(batch, length, *(1,) * (part.ndim - 2)), part, 0), results)

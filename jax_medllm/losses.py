@@ -53,21 +53,23 @@ def cpt_loss(
 
 
 def pair_logprobs(
-    logprobs: Float[Array, "n t"],
-    mask: Float[Array, "n t"],
-    pairs: Int[Array, "k 2"],
-    starts: Int[Array, "k"],
-) -> tuple[Float[Array, "k 2"], Float[Array, "k 2"]]:
+    logprobs: Float[Array, "n s"],
+    responses: Int[Array, "n s"],
+    offsets: Int[Array, "n s"],
+    pairs: Int[Array, "n k 2"],
+    starts: Int[Array, "n k"],
+) -> tuple[Float[Array, "n k 2"], Float[Array, "n k 2"]]:
     """Summed log-probability, and number of tokens, of both responses of each pair.
 
     Args:
-        logprobs: Per-token log-probabilities of the n distinct responses.
-        mask: 1 for a response's tokens, 0 for padding.
-        pairs: Indices (chosen, rejected) into the responses.
+        logprobs: Per-token log-probabilities of the responses of n problems, a row each.
+        responses: Which response of its row a token belongs to; negative where it belongs to none.
+        offsets: Place of a token in its response.
+        pairs: Numbers (chosen, rejected) of the row's responses.
         starts: Leading tokens of both responses that this pair counts to its prompt.
     """
-    inside = mask[pairs] * (jnp.arange(mask.shape[1]) >= starts[:, None, None])
-    return (logprobs[pairs] * inside).sum(-1), inside.sum(-1)
+    inside = (responses[:, None, None] == pairs[..., None]) & (offsets[:, None, None] >= starts[..., None, None])
+    return jnp.where(inside, logprobs[:, None, None], 0).sum(-1), inside.sum(-1).astype(logprobs.dtype)
 
 
 def dpo_loss(

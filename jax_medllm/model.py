@@ -26,14 +26,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jax_medllm.attention import Visibility, attend, matmul_precision
+from jax_medllm.attention import KERNEL_OUTPUT, Visibility, attend, matmul_precision
 from jax_medllm.linear import Axis, FrozenLoraParam, Linear, LoraParam, PackedParam, Quantization, declare
-from medllm.config import LoraConfig
+from medllm.config import LoraConfig, RematPolicy
 from medllm.errors import UserError
 
 __all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2", "Qwen2Config"]
+
+_NARROW, _WIDE = "attention projections", "mlp projections"
+_KEPT: dict[RematPolicy, tuple[str, ...]] = {
+    "layer": (),
+    "attention": (_NARROW, KERNEL_OUTPUT),
+    "projections": (_NARROW, KERNEL_OUTPUT, _WIDE),
+}
+"""Beside each layer's input: the results a policy keeps, by the names they have in :class:`Attention`, in the TPU's attention
+kernel and in :class:`Mlp`."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +190,13 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
         b, s, _ = x.shape
-        q = rotary(self.q_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
-        k = rotary(self.k_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim))
-        v = self.v_proj(x, adapter=adapter).reshape(b, s, -1, self.config.head_dim)
-        out, kept = context.attend(q, k, v)
-        return self.o_proj(out.reshape(b, s, -1), adapter=adapter), kept
+        projected = (
+            checkpoint_name(project(x, adapter=adapter), _NARROW).reshape(b, s, -1, self.config.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k, v = projected
+        out, kept = context.attend(rotary(q), rotary(k), v)
+        return checkpoint_name(self.o_proj(out.reshape(b, s, -1), adapter=adapter), _NARROW), kept
 
 
 class Mlp(nnx.Module):
@@ -198,8 +210,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], adapter: bool) -> Float[Array, "b s d"]:
         """Apply the block."""
-        gated = jax.nn.silu(self.gate_proj(x, adapter=adapter)) * self.up_proj(x, adapter=adapter)
-        return self.down_proj(gated, adapter=adapter)
+        gate, up = (checkpoint_name(project(x, adapter=adapter), _WIDE) for project in (self.gate_proj, self.up_proj))
+        return self.down_proj(jax.nn.silu(gate) * up, adapter=adapter)
 
 
 class Layer(nnx.Module):
@@ -260,7 +272,7 @@ class Qwen2(nnx.Module):
         positions: Int[Array, "b s"],
         parent_ids: Int[Array, "b s"] | None = None,
         adapter: bool = True,
-        remat: bool = False,
+        remat: RematPolicy = "none",
     ) -> Float[Array, "b s d"]:
         """Hidden states after the final norm.
 
@@ -272,7 +284,7 @@ class Qwen2(nnx.Module):
             parent_ids: A second segment that a token sees (0: none). A prompt of segment 1 followed by responses of segments
                 2, 3, … with parent 1 and positions that go on from the prompt's end is computed once for all of them.
             adapter: False switches the trained adapter off, at trace time; the frozen one stays.
-            remat: Keep only each layer's input for the backward pass and compute the layer anew there.
+            remat: What is kept of each layer for the backward pass, see :data:`medllm.config.RematPolicy`.
         """
         context = RowContext.of(segment_ids, parent_ids)
         return self.norm(self._run(tokens, positions, lambda _: context, adapter, remat=remat)[0])
@@ -330,7 +342,7 @@ class Qwen2(nnx.Module):
         cache: Any = None,
         *,
         leave: Callable[[Array, Any], Any] = lambda _, kept: kept,
-        remat: bool = False,
+        remat: RematPolicy = "none",
     ) -> tuple[Float[Array, "b s d"], Any]:
         """Embed, and scan the layers with their slice of the cache: the residual stream, and what the layers leave, stacked.
 
@@ -344,8 +356,9 @@ class Qwen2(nnx.Module):
             x, kept = nnx.merge(graph, state)(x, rotary, context(past), adapter)
             return x, leave(x, kept)
 
-        if remat:
-            step = jax.checkpoint(step, prevent_cse=False)
+        if remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, self.embed_tokens.weight[...][tokens], (stacked, cache))
 
 
@@ -357,8 +370,7 @@ class RowContext:
 
     @classmethod
     def of(cls, segment_ids: Int[Array, "b s"], parent_ids: Int[Array, "b s"] | None) -> RowContext:
-        slots = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-        return cls(Visibility(segment_ids, slots, segment_ids, parent_ids))
+        return cls(jax.tree.map(jnp.asarray, Visibility(segment_ids, parent_ids)))
 
     def attend(self, q: Float[Array, "b s h x"], k: Array, v: Array) -> tuple[Float[Array, "b s h x"], None]:
         """What the queries see; nothing is left behind."""

@@ -3,6 +3,9 @@
 ``cpt_loss_fn`` and ``preference_loss_fn`` take a model and a batch and return the loss with what is logged; they are what a
 parity test differentiates. ``train`` steps an optimizer over them. Only ``LoraParam`` arrays are trained: the base weights
 enter the compiled step as an argument, are never copied and have no gradient.
+
+The device never waits for the host: batches are laid out by threads ahead of time and put on the device a step early, and a
+step's metrics are fetched when the next one is under way.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,11 +30,12 @@ from rich.progress import Progress
 
 from jax_medllm.batches import CptBatch, PreferenceBatch, Step, target_mask
 from jax_medllm.checkpoint import Checkpoints
+from jax_medllm.host_memory import release_free_memory
 from jax_medllm.logprobs import response_logprobs, token_logprobs
 from jax_medllm.losses import PreferenceMetrics, cpt_loss, pair_logprobs, rpo_loss
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import learning_rate, make_optimizer
-from medllm.config import OptimizerConfig, PreferenceLoss, TrainingConfig
+from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.errors import UserError
 from medllm.run import Run
 
@@ -48,6 +54,11 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
+_AHEAD = 2
+"""Steps given to the device whose results are not there yet: one at work and one waiting."""
+_LAID_OUT = 4
+"""Steps whose arrays are laid out ahead of time."""
+
 _LOGGED_AS = {name: f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
 
 
@@ -58,7 +69,7 @@ class Task:
     Attributes:
         loss_fn: Loss and metrics of one micro-batch; both add up over the micro-batches of a step.
         steps: The plan of the whole run.
-        batch: Arrays of a step, with a leading axis of micro-batches.
+        batches: Arrays of each micro-batch of a step. Called from several threads.
         units: Tokens or pairs in a step, for the rate.
         unit: Their name.
         settings: What the trajectory depends on, for the check on resuming.
@@ -66,7 +77,7 @@ class Task:
 
     loss_fn: Callable[[Qwen2, Any], tuple[Array, Any]]
     steps: Sequence[Step]
-    batch: Callable[[Step], Any]
+    batches: Callable[[Step], Sequence[Any]]
     units: Callable[[Step], int]
     unit: str
     settings: dict[str, Any]
@@ -74,42 +85,84 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run went: steps done, last logged loss, seconds in all, units a second without compilation."""
+    """How a run went: steps done, last logged loss, seconds in all, units a second without compilation, seconds of that."""
 
     steps: int
     loss: float
     seconds: float
     rate: float
+    compile_seconds: float
 
 
-def cpt_loss_fn(model: Qwen2, batch: CptBatch, *, remat: bool = False) -> tuple[Float[Array, ""], CptMetrics]:
+def cpt_loss_fn(model: Qwen2, batch: CptBatch, *, remat: RematPolicy = "none") -> tuple[Float[Array, ""], CptMetrics]:
     """Negative log-likelihood of packed rows, as a share of the token mean of the whole optimizer step."""
     hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, remat=remat)
-    logprobs = token_logprobs(hidden[:, :-1], model.head_weight(), batch.tokens[:, 1:])
-    mask = target_mask(batch.segment_ids).astype(logprobs.dtype)
-    loss = cpt_loss(logprobs, mask, 1.0) * batch.share
+    mask = target_mask(batch.segment_ids)
+    logprobs = token_logprobs(hidden[:, :-1], model.head_weight(), batch.tokens[:, 1:], mask)
+    loss = cpt_loss(logprobs, mask.astype(logprobs.dtype), 1.0) * batch.share
     return loss, CptMetrics(loss)
 
 
 def preference_loss_fn(
-    model: Qwen2, batch: PreferenceBatch, loss_config: PreferenceLoss, *, remat: bool = False
+    model: Qwen2, batch: PreferenceBatch, loss_config: PreferenceLoss, *, remat: RematPolicy = "none"
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
     """DPO or RPO of a batch of problems. The reference is the same model with its trained adapter off."""
     responses = batch.responses
     policy = response_logprobs(model, responses, remat=remat)
-    reference = jax.lax.stop_gradient(response_logprobs(model, responses, adapter=False))
-    mask = responses.response_mask.reshape(policy.shape).astype(policy.dtype)
-    policy_sums, lengths = pair_logprobs(policy, mask, batch.pairs, batch.starts)
-    reference_sums, _ = pair_logprobs(reference, mask, batch.pairs, batch.starts)
+    policy_sums, lengths = _sums(policy, batch)
+    reference_sums = batch.reference
+    if reference_sums is None:
+        reference_sums = reference_logprobs(model, batch)
+    policy_sums, reference_sums = (sums.reshape(-1, 2) for sums in (policy_sums, reference_sums))
     return rpo_loss(
         policy_sums,
         reference_sums,
-        lengths[:, 0],
-        batch.weights,
+        lengths[..., 0].reshape(-1),
+        batch.weights.reshape(-1),
         beta=loss_config.beta,
         alpha=loss_config.alpha,
         nll_reduction=loss_config.nll_reduction,
     )
+
+
+def reference_logprobs(model: Qwen2, batch: PreferenceBatch) -> Float[Array, "n k 2"]:
+    """Summed log-probabilities of both responses of each pair with the trained adapter off; no gradient flows."""
+    return jax.lax.stop_gradient(_sums(response_logprobs(model, batch.responses, adapter=False), batch)[0])
+
+
+def _sums(logprobs: Float[Array, "n s"], batch: PreferenceBatch) -> tuple[Float[Array, "n k 2"], Float[Array, "n k 2"]]:
+    return pair_logprobs(logprobs, batch.responses.responses, batch.responses.offsets, batch.pairs, batch.starts)
+
+
+class TrainingStep(NamedTuple):
+    """The optimizer step, as jitted parts: micro-batches of different shapes compile ``gradients`` alone anew.
+
+    Attributes:
+        gradients: ``(trainable, frozen, batch) -> (gradients, metrics)`` of one micro-batch.
+        add: ``(total, part) -> total``, into the memory of the first.
+        update: ``(trainable, optimizer state, step, total) -> (trainable, state, metrics)``; the first two are donated.
+    """
+
+    gradients: jax.stages.Wrapped
+    add: jax.stages.Wrapped
+    update: jax.stages.Wrapped
+
+    def __call__(
+        self, trainable: nnx.State, optimizer_state: Any, index: Array, frozen: Any, batches: Sequence[Any]
+    ) -> tuple[nnx.State, Any, StepMetrics]:
+        """One optimizer step over the summed gradients of its micro-batches; the first two arguments are donated."""
+        total = None
+        for batch in batches:
+            part = self.gradients(trainable, frozen, batch)
+            total = part if total is None else self.add(total, part)
+        return self.update(trainable, optimizer_state, index, total)
+
+    def lower(
+        self, trainable: nnx.State, optimizer_state: Any, index: Any, frozen: Any, batch: Any
+    ) -> tuple[jax.stages.Lowered, ...]:
+        """The parts of a step over one micro-batch, traced and ready to compile; of all arguments the shapes suffice."""
+        total = jax.eval_shape(self.gradients, trainable, frozen, batch)
+        return self.gradients.lower(trainable, frozen, batch), self.update.lower(trainable, optimizer_state, index, total)
 
 
 def make_step(
@@ -117,33 +170,29 @@ def make_step(
     loss_fn: Callable[[Qwen2, Any], tuple[Array, Any]],
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
-) -> Callable[..., tuple[nnx.State, Any, StepMetrics]]:
-    """The jitted optimizer step ``(trainable, optimizer state, step, frozen, batches) -> (trainable, state, metrics)``.
+) -> TrainingStep:
+    """The optimizer step ``(trainable, optimizer state, step, frozen, batches) -> (trainable, state, metrics)``."""
 
-    Gradients of the micro-batches along the leading axis of ``batches`` are added up; the first two arguments are donated.
-    """
+    @jax.jit
+    def gradients(trainable, frozen, batch):
+        def loss_of(trainable):
+            return loss_fn(nnx.merge(graph, trainable, frozen), batch)
 
-    def loss_of(trainable, frozen, batch):
-        return loss_fn(nnx.merge(graph, trainable, frozen), batch)
+        (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        return gradients, metrics
+
+    @partial(jax.jit, donate_argnums=0)
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, part)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(trainable, optimizer_state, index, frozen, batches):
-        def one(batch):
-            (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable, frozen, batch)
-            return gradients, metrics
-
-        first = jax.tree.map(lambda leaf: leaf[0], batches)
-        if jax.tree.leaves(batches)[0].shape[0] == 1:
-            gradients, metrics = one(first)
-        else:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, first))
-            add = lambda total, batch: (jax.tree.map(jnp.add, total, one(batch)), None)  # noqa: E731
-            (gradients, metrics), _ = jax.lax.scan(add, zeros, batches)
+    def update(trainable, optimizer_state, index, total):
+        gradients, metrics = total
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable)
         logged = StepMetrics(metrics, optax.global_norm(gradients), schedule(index))
         return optax.apply_updates(trainable, updates), optimizer_state, logged
 
-    return step
+    return TrainingStep(gradients, add, update)
 
 
 def train(
@@ -180,86 +229,156 @@ def train(
     return trained
 
 
-class _Loop:
-    """Steps, compiled once a shape, and their metrics, fetched only when they are logged."""
+class _Compiled:
+    """A jitted function, compiled once for each shape of its last argument; how long that took is no part of the rate."""
 
-    def __init__(self, task: Task, step_fn: Any, frozen: Any, config: TrainingConfig, run: Run, checkpoints: Checkpoints):
+    def __init__(self, function: Any):
+        self._function = function
+        self._programs: dict[Any, Any] = {}
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-1]))
+        if shapes not in self._programs:
+            jax.block_until_ready(arguments)
+            started = time.perf_counter()
+            self._programs[shapes] = self._function.lower(*arguments).compile()
+            release_free_memory()
+            self.seconds += time.perf_counter() - started
+        return self._programs[shapes](*arguments)
+
+
+class _Loop:
+    """Steps and their metrics. The host runs ahead of the device by :data:`_AHEAD` steps at most."""
+
+    def __init__(
+        self, task: Task, step_fn: TrainingStep, frozen: Any, config: TrainingConfig, run: Run, checkpoints: Checkpoints
+    ):
         self._task = task
-        self._step_fn = step_fn
+        self._parts = [_Compiled(part) for part in step_fn]
+        self._step_fn = TrainingStep(*self._parts)
         self._frozen = frozen
         self._config = config
-        self._run = run
         self._checkpoints = checkpoints
-        self._compiled: dict[Any, Any] = {}
-        self._compile_seconds = 0.0
-        self._pending: list[tuple[int, StepMetrics]] = []
-        self._loss = math.nan
+        self._log = _Log(run, task.unit)
 
     def run_steps(self, state: tuple[Any, Any], start: int, last: int) -> tuple[tuple[Any, Any], Trained]:
         """Steps ``start`` … ``last - 1``; answers with the new state."""
-        task, config = self._task, self._config
-        started = mark = time.perf_counter()
-        stepping = 0.0
-        units = pending_units = 0
-        batch = self._arrays(start) if start < last else None
+        config, log = self._config, self._log
+        log.start()
+        started = time.perf_counter()
+        under_way: deque[StepMetrics] = deque()
+        batches = self._batches(start, last)
+        batch = next(batches, ())
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
             shown = bar.add_task(f"training, {last} steps", total=last, completed=start)
-            for index in range(start, last):
-                *new, metrics = self._call(*state, jnp.int32(index), self._frozen, batch)
+            for done in range(start + 1, last + 1):
+                *new, metrics = self._step_fn(*state, jnp.int32(done - 1), self._frozen, batch)
                 state = (new[0], new[1])
-                self._pending.append((index + 1, metrics))
-                pending_units += task.units(task.steps[index])
-                # The next batch is laid out while the device still works on this one.
-                batch = self._arrays(index + 1) if index + 1 < last else None
-                done = index + 1
-                saving = config.checkpoint_every and done % config.checkpoint_every == 0
-                if done % config.log_every == 0 or done == last or saving:
-                    fetched = self._fetch()
-                    seconds = time.perf_counter() - mark - self._compile_seconds
-                    self._run.log(done, **fetched, **{f"{task.unit}_per_second": pending_units / max(seconds, 1e-9)})
-                    units, stepping = units + pending_units, stepping + seconds
-                    pending_units, self._compile_seconds = 0, 0.0
-                    if saving:
-                        self._checkpoints.save(state, done)
-                    mark = time.perf_counter()
+                batch = next(batches, ())
+                log.write(self._compile_seconds)  # of earlier steps, with this one under way
+                log.add(done, metrics, self._task.units(self._task.steps[done - 1]))
+                if done % config.log_every == 0:
+                    log.close()
+                if done == last or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                    log.close()
+                    log.write(self._compile_seconds)
+                    self._checkpoints.save(state, done)
+                under_way.append(metrics)
+                if len(under_way) > _AHEAD:
+                    jax.block_until_ready(under_way.popleft())
                 bar.update(shown, completed=done)
-        if start >= last:
-            self._loss = self._logged_loss()
-        elapsed = time.perf_counter() - started
-        return state, Trained(steps=max(start, last), loss=self._loss, seconds=elapsed, rate=units / max(stepping, 1e-9))
+        return state, Trained(
+            steps=max(start, last),
+            loss=log.last_loss(),
+            seconds=time.perf_counter() - started,
+            rate=log.rate,
+            compile_seconds=self._compile_seconds,
+        )
 
-    def _arrays(self, index: int) -> Any:
-        return jax.tree.map(jnp.asarray, self._task.batch(self._task.steps[index]))
+    def _batches(self, start: int, last: int) -> Iterator[Sequence[Any]]:
+        """Each step's micro-batches on the device, laid out ahead of time, in the order of the plan."""
+        steps = grain.MapDataset.source(list(self._task.steps[start:last])).map(self._task.batches)
+        read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_LAID_OUT)
+        return (jax.tree.map(jnp.asarray, batches) for batches in steps.to_iter_dataset(read))
 
-    def _call(self, *arguments: Any) -> Any:
-        """The step compiled for these shapes; the time that takes is no part of the rate."""
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-1]))
-        if shapes not in self._compiled:
-            jax.block_until_ready(arguments[0])
-            started = time.perf_counter()
-            self._compiled[shapes] = self._step_fn.lower(*arguments).compile()
-            self._compile_seconds += time.perf_counter() - started
-        return self._compiled[shapes](*arguments)
+    @property
+    def _compile_seconds(self) -> float:
+        return sum(part.seconds for part in self._parts)
 
-    def _fetch(self) -> dict[str, float]:
-        """Mean over the pending steps of the loss metrics and of the gradient norm, and the last learning rate."""
-        steps = [(step, jax.tree.map(float, jax.device_get(metrics))) for step, metrics in self._pending]
-        self._pending = []
-        for step, metrics in steps:
-            if not (math.isfinite(metrics.loss.loss) and math.isfinite(metrics.grad_norm)):
-                raise UserError(
-                    f"step {step}: the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}; "
-                    "lower optimizer.learning_rate or look at the data of that step"
-                )
-        mean = {
-            _LOGGED_AS.get(name, name): sum(getattr(metrics.loss, name) for _, metrics in steps) / len(steps)
-            for name in steps[0][1].loss._fields
-        }
-        self._loss = mean["loss"]
-        norm = sum(metrics.grad_norm for _, metrics in steps) / len(steps)
-        return {**mean, "learning_rate": steps[-1][1].learning_rate, "grad_norm": norm}
 
-    def _logged_loss(self) -> float:
-        """The last loss of an earlier session, for a run that was already complete."""
+@dataclass
+class _Window:
+    """Steps that share a line of the log, and the tokens or pairs in them."""
+
+    steps: list[tuple[int, StepMetrics]]
+    units: int = 0
+
+
+class _Log:
+    """Lines of ``metrics.jsonl``: means over windows of steps, fetched from the device when they are written."""
+
+    def __init__(self, run: Run, unit: str):
+        self._run = run
+        self._unit = unit
+        self._open, self._closed = _Window([]), _Window([])
+        self._units = 0
+        self._seconds = self._compiled = 0.0
+        self._mark = time.perf_counter()
+
+    def start(self) -> None:
+        """Time runs from here."""
+        self._mark = time.perf_counter()
+
+    def add(self, step: int, metrics: StepMetrics, units: int) -> None:
+        """A step that was started."""
+        self._open.steps.append((step, metrics))
+        self._open.units += units
+
+    def close(self) -> None:
+        """What was added since the last line makes the next."""
+        if self._open.steps:
+            self._closed, self._open = self._open, _Window([])
+
+    def write(self, compile_seconds: float) -> None:
+        """Write the closed window's line, where there is one: waits until its steps are done.
+
+        Raises:
+            UserError: a loss or a gradient is not finite.
+        """
+        if not self._closed.steps:
+            return
+        window, self._closed = self._closed, _Window([])
+        steps = [(step, jax.tree.map(float, jax.device_get(metrics))) for step, metrics in window.steps]
+        now = time.perf_counter()
+        seconds = max(now - self._mark - (compile_seconds - self._compiled), 1e-9)
+        self._mark, self._compiled = now, compile_seconds
+        self._units, self._seconds = self._units + window.units, self._seconds + seconds
+        self._run.log(steps[-1][0], **_means(steps), **{f"{self._unit}_per_second": window.units / seconds})
+
+    @property
+    def rate(self) -> float:
+        """Units a second over all lines, without compilation."""
+        return self._units / max(self._seconds, 1e-9)
+
+    def last_loss(self) -> float:
+        """The last loss of this session, or of an earlier one that completed the run."""
         lines = [line for line in self._run.metrics() if "loss" in line]
         return lines[-1]["loss"] if lines else math.nan
+
+
+def _means(steps: Sequence[tuple[int, StepMetrics]]) -> dict[str, float]:
+    """Means over steps of the loss metrics and of the gradient norm, and the last learning rate."""
+    for step, metrics in steps:
+        if not (math.isfinite(metrics.loss.loss) and math.isfinite(metrics.grad_norm)):
+            raise UserError(
+                f"step {step}: the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}; "
+                "lower optimizer.learning_rate or look at the data of that step"
+            )
+    found = [metrics for _, metrics in steps]
+    means = {
+        _LOGGED_AS.get(name, name): sum(getattr(metrics.loss, name) for metrics in found) / len(found)
+        for name in found[0].loss._fields
+    }
+    norm = sum(metrics.grad_norm for metrics in found) / len(found)
+    return {**means, "learning_rate": found[-1].learning_rate, "grad_norm": norm}

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
+from jax_medllm.host_memory import release_free_memory
 from jax_medllm.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam, Quantization
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.nf4 import NF4Weight, dequantize, join_blocks, quantize_blocks
@@ -107,6 +108,7 @@ def read_model(
         loaded = {path for path in arrays if path[-1] != "scaling"}
         arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(made) if path not in loaded}
     assign(model, arrays)
+    release_free_memory()
     return model
 
 

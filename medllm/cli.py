@@ -278,23 +278,11 @@ def _actions(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:
 
 
 def _bench_arguments(parser: ArgumentParser) -> None:
-    load = _actions(parser)("load", "open a generated checkpoint: seconds, and memory beyond the model itself")
-    load.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
-    load.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
-    load.add_argument("--quantization", type=Literal["none", "nf4"], default="nf4", help="how its weights are held")
+    importlib.import_module("medllm.bench.command").add_actions(_actions(parser))
 
 
 def _bench(values: Any) -> dict[str, Any]:
-    from medllm.bench.load import bench_load
-
-    load = values.load
-    found = bench_load(load.gigabytes, load.engine, load.quantization, _say)
-    _say(
-        f"bench load: {found['gigabytes']:.2f} GB in {found['seconds']:.1f} s ({found['gigabytes_per_second']:.2f} GB/s); "
-        f"peak {found['peak_rss_gib']:.2f} GiB for a model of {found['result_gib']:.2f} GiB, "
-        f"{'within' if found['within'] else 'beyond'} its size + 1.2 GB"
-    )
-    return found
+    return importlib.import_module("medllm.bench.command").run(values.action, values[values.action], _say)
 
 
 def _data_arguments(parser: ArgumentParser) -> None:
@@ -375,7 +363,7 @@ COMMANDS = {
     "report": Command("one HTML page from run folders", _report_arguments, _report),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
-    "bench": Command("what opening a checkpoint costs on this machine", _bench_arguments, _bench),
+    "bench": Command("what training, evaluation and opening a checkpoint cost on this machine", _bench_arguments, _bench),
     "data": Command("export preferences, find leaks, make a random model", _data_arguments, _data),
 }
 
@@ -407,14 +395,14 @@ def _list_options() -> set[str]:
                 yield f"--{prefix}{name}"
 
     stages = (CptConfig, CurateConfig, RpoConfig, EvaluateConfig)
-    return {option for stage in stages for option in walk(stage, "")} | {"--documents", "--adapter"}
+    return {option for stage in stages for option in walk(stage, "")} | {"--documents", "--adapter", "--engines", "--depths"}
 
 
 def _gather_lists(argv: list[str]) -> list[str]:
     """``--problems A B`` → ``--problems ["A", "B"]``, for settings that hold several values (not those of ``score``)."""
     if not argv or argv[0] == "score" or argv[:2] == ["data", "export-trl"]:
         return argv
-    lists = _list_options() - ({"--problems"} if argv[0] == "data" else set())
+    lists = _list_options() - ({"--problems"} if argv[0] in _WITH_ACTIONS else set())
     gathered: list[str] = []
     index = 0
     while index < len(argv):

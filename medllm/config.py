@@ -14,6 +14,17 @@ from typing import Any, Literal
 
 from medllm.errors import UserError
 
+RematPolicy = Literal["none", "projections", "attention", "layer"]
+"""What the forward pass keeps of a layer for the backward pass, most first; the rest is computed anew there.
+
+- ``none``: everything. Fastest, where it fits: short rows, small models.
+- ``projections``: what the layer's matrices give (but ``down_proj``, which only the next layer reads). The matrices are not
+  multiplied again, norms, rotation, attention weights and SiLU are: most of the memory for little time.
+- ``attention``: only the results as wide as the model or narrower, those of q, k, v and o. The MLP's two wide ones, about three
+  quarters of them in Qwen2.5, are computed again.
+- ``layer``: each layer's input alone, one more forward pass. The least memory: 72B on long rows.
+"""
+
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -180,7 +191,9 @@ class TrainingConfig:
         log_every: Optimizer steps between two lines of metrics.
         checkpoint_every: Optimizer steps between two checkpoints; 0 keeps only the last.
         max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
-        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+        remat: What is kept for the backward pass: ``none`` of it is computed anew, or what is not ``projections``, not
+            ``attention`` projections, or not a ``layer``'s input; see :data:`RematPolicy`. The reference engine knows
+            ``none`` and ``layer``, transformers' gradient checkpointing.
     """
 
     epochs: int = 2
@@ -190,7 +203,7 @@ class TrainingConfig:
     log_every: int = 1
     checkpoint_every: int = 0
     max_steps: int = 0
-    gradient_checkpointing: bool = True
+    remat: RematPolicy = "layer"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
@@ -336,6 +349,9 @@ class RpoConfig:
         optimizer: AdamW and its schedule.
         training: The loop.
         resume: Go on from the run's last checkpoint.
+        reference_cache: Folder for the reference's log-probabilities, which later runs over the same model and data then read.
+            Unset, they are kept in the run folder where more than one epoch reads them, and computed in each step where not.
+            The JAX engine's.
     """
 
     model: ModelConfig
@@ -348,6 +364,7 @@ class RpoConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=1))
     resume: bool = False
     handover: Literal["merge", "stack", "continue"] = "merge"
+    reference_cache: str | None = None
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class Continuation:
 class TrainSummary:
     """Result of a training run.
 
-    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second without compilation.
+    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second without compilation, which took
+    ``compile_seconds`` of all ``seconds``. ``padding`` is the share of all positions computed that hold padding, where known.
     """
 
     steps: int
@@ -66,6 +67,8 @@ class TrainSummary:
     seconds: float
     rate: float
     adapter: str
+    compile_seconds: float = 0.0
+    padding: float | None = None
 
 
 class Engine(Protocol):

@@ -30,31 +30,52 @@ def write_random_model(
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, vocab_size, tokenizer)
     heads = hidden_size // _HEAD
-    config: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": 3 * hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "torch_dtype": "float32",
-        "eos_token_id": loaded.eos_token_id,
-        "pad_token_id": loaded.pad_token_id,
-    }
+    config = qwen2_config(
+        width=hidden_size,
+        mlp=3 * hidden_size,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads // 2,
+        vocabulary=vocab_size,
+        tied=True,
+    ) | {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return (0.02 * rng.standard_normal(shape)).astype(np.float32)
 
     write_model(out, config, random_tensors(config, normal), companions_from=tokenizer)
+
+
+def qwen2_config(
+    *,
+    width: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    tied: bool = False,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Contents of a ``config.json``: a Qwen2.5 of these sizes, everything else as published."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "torch_dtype": dtype,
+    }
 
 
 def random_tensors(config: Mapping[str, Any], draw: Callable[..., np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

@@ -36,7 +36,7 @@ MERGED = "merged"
 _OPENING_FILES = {"config.yaml", "environment.json"}
 _FREE_ON_RESUME = {
     *("run", "resume"),
-    *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "gradient_checkpointing")),
+    *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
 }
 
 
@@ -145,9 +145,7 @@ class Run:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
         if self._events is None:
-            from tensorboardX import SummaryWriter  # slow to import; only runs that log need it
-
-            self._events = SummaryWriter(str(self.path / "events"))
+            self._events = _summary_writer(self.path / "events")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -185,6 +183,19 @@ class Run:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def _summary_writer(folder: Path) -> Any:
+    """tensorboardX's writer. Where torch is installed it imports it for a type's name alone, 190 MB."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, and tensorboardX does without
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder))
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -70,10 +70,11 @@ def row_mask(segment_ids: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 def row_logits(model: Any, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
     """Logits [b, s, v] of packed rows."""
+    embedding = _decoder(model).embed_tokens.weight
     return model(
-        input_ids=torch.from_numpy(np.asarray(tokens)).long(),
-        attention_mask=row_mask(segment_ids, _decoder(model).embed_tokens.weight.dtype),
-        position_ids=torch.from_numpy(np.asarray(positions)).long(),
+        input_ids=torch.from_numpy(np.asarray(tokens)).long().to(embedding.device),
+        attention_mask=row_mask(segment_ids, embedding.dtype).to(embedding.device),
+        position_ids=torch.from_numpy(np.asarray(positions)).long().to(embedding.device),
         use_cache=False,
     ).logits
 
@@ -95,13 +96,13 @@ def row_states_and_logits(
 
 def row_logprobs(logits: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
     """Log-probability [b, s-1] of each token but the first of a row, given what is before it."""
-    targets = torch.from_numpy(np.asarray(tokens)).long()[:, 1:]
+    targets = torch.from_numpy(np.asarray(tokens)).long()[:, 1:].to(logits.device)
     return torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, targets[..., None])[..., 0]
 
 
 def row_loss(logits: torch.Tensor, tokens: np.ndarray, segment_ids: np.ndarray) -> torch.Tensor:
     """Mean negative log-likelihood of the tokens that follow one of their own document."""
-    segments = torch.from_numpy(np.asarray(segment_ids))
+    segments = torch.from_numpy(np.asarray(segment_ids)).to(logits.device)
     counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
     return -row_logprobs(logits, tokens)[counted].mean()
 

@@ -19,6 +19,7 @@ from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import cpt_loss_fn
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import read_adapter
+from medllm.config import RematPolicy
 from medllm.model_directory import ModelDirectory
 from parity_tests.packed_rows import Rows, target_mask
 
@@ -41,7 +42,7 @@ def open_trainable(base: Path, adapter: Path, dtype: Any, quantization: Quantiza
     return model
 
 
-def forward_and_backward(model: Qwen2, rows: Rows, *, remat: bool = False) -> Results:
+def forward_and_backward(model: Qwen2, rows: Rows, *, remat: RematPolicy = "none") -> Results:
     """Everything that is compared, of one batch."""
     graph, trainable, rest = nnx.split(model, LoraParam, ...)
     tokens, segment_ids, positions = (jnp.asarray(array) for array in rows)
@@ -52,7 +53,7 @@ def forward_and_backward(model: Qwen2, rows: Rows, *, remat: bool = False) -> Re
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _forward_and_backward(graph: Any, trainable: Any, rest: Any, batch: CptBatch, remat: bool) -> tuple[Any, ...]:
+def _forward_and_backward(graph: Any, trainable: Any, rest: Any, batch: CptBatch, remat: RematPolicy) -> tuple[Any, ...]:
     def loss(trainable):
         return cpt_loss_fn(nnx.merge(graph, trainable, rest), batch, remat=remat)[0]
 

@@ -282,9 +282,8 @@ def jax_engine(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     jax.clear_caches()
 
 
-def mask_off_by_one(self: attention.Visibility) -> jax.Array:
-    keys = self.key_segments[:, None, :]
-    return (self.query_segments[:, :, None] == keys) & (jnp.arange(keys.shape[-1]) <= self.query_slots[:, :, None] + 1)
+def mask_off_by_one(self: attention.Visibility, queries: jax.Array, keys: int) -> jax.Array:
+    return (self.segments[:, queries, None] == self.segments[:, None, :keys]) & (jnp.arange(keys) <= queries[:, None] + 1)
 
 
 def heads_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, visible: attention.Visibility) -> jax.Array:

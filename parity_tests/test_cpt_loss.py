@@ -51,13 +51,13 @@ def test_micro_batches_and_their_gradients_add_up_as_in_the_trainer(tiny_model, 
 
     with jax.enable_x64(dtype == "float64"):
         graph, trainable, rest = nnx.split(open_trainable(base, adapter, jnp.dtype(dtype)), LoraParam, ...)
-        arrays = jax.tree.map(jnp.asarray, cpt_step(documents(), STEP, TRAINING))
+        arrays = jax.tree.map(jnp.asarray, cpt_step(documents(), STEP))
 
         @jax.jit
         def one(trainable, batch):
             return jax.value_and_grad(lambda lora: cpt_loss_fn(nnx.merge(graph, lora, rest), batch)[0])(trainable)
 
-        parts = [one(trainable, jax.tree.map(lambda array, i=i: array[i], arrays)) for i in range(len(losses))]
+        parts = [one(trainable, batch) for batch in arrays]
         for number, ((found, _), expected) in enumerate(zip(parts, losses, strict=True)):
             forward.check(found, expected.detach(), f"micro-batch {number}")
         gradients = jax.tree.map(lambda *leaves: sum(leaves), *(gradient for _, gradient in parts))

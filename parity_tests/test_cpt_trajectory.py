@@ -35,9 +35,9 @@ def task_of(record: TrainerRecord) -> Task:
     units = {tuple(tokens): index for index, tokens in enumerate(rows.tokens.tolist())}
     steps = record.order(units, lambda micro_batch: [tuple(tokens) for tokens in micro_batch["input_ids"].tolist()])
     return Task(
-        loss_fn=partial(cpt_loss_fn, remat=TRAINING.gradient_checkpointing),
+        loss_fn=partial(cpt_loss_fn, remat=TRAINING.remat),
         steps=steps,
-        batch=lambda step: cpt_step(rows, step, TRAINING),
+        batches=partial(cpt_step, rows),
         units=lambda step: 1,
         unit="tokens",
         settings={},

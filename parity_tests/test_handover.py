@@ -75,7 +75,7 @@ def rpo_config(base: Path, cpt: Path, preference_file: Path, run: Path, handover
         PairConfig(unit="pair", max_length=40),
         LoraConfig() if handover == "continue" else LoraConfig(rank=3, alpha=6.0),
         OptimizerConfig(1e-2, weight_decay=0.1, warmup_ratio=0.0),
-        TrainingConfig(epochs=4, batch_size=8, accumulation=1, gradient_checkpointing=False),
+        TrainingConfig(epochs=4, batch_size=8, accumulation=1, remat="none"),
         handover=handover,
     )
 
@@ -178,7 +178,7 @@ def test_continued_pretraining_goes_on_top_of_an_adapter_on_both_engines(base, c
                 str(tmp_path / f"{engine}-{adapter is None}"),
                 lora=LoraConfig(rank=2, alpha=4.0),
                 optimizer=OptimizerConfig(1e-2, warmup_ratio=0.0),
-                training=TrainingConfig(epochs=4, batch_size=2, accumulation=1, gradient_checkpointing=False),
+                training=TrainingConfig(epochs=4, batch_size=2, accumulation=1, remat="none"),
             )
             run = Run(config.run, config)
             summary = open_engine(engine, config.model).train_cpt(rows, config, run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from jax_medllm.model import Qwen2Config, Rotary
 from jax_medllm.weights import read_model
-from medllm.config import ModelConfig
+from medllm.config import ModelConfig, RematPolicy
 from medllm.model_directory import ModelDirectory
 from medllm_parity.oracle import float64_copy, float64_model, lift, row_logits, row_states_and_logits
 from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
@@ -27,6 +29,7 @@ SHAPES = [
     {"tied": True, "heads": 4, "kv_heads": 2},
     {"tied": False, "heads": 4, "kv_heads": 1},
 ]
+CASES = [*((shape, "none") for shape in SHAPES), *((SHAPES[1], remat) for remat in get_args(RematPolicy) if remat != "none")]
 LONG = 32_768
 DOCUMENTS_OF_ROWS = [(1, 1), (1, 2), (1, 3), (2, 1)]
 
@@ -64,7 +67,7 @@ def test_a_doubled_model_without_lifting_is_not_the_truth(tiny_model):
     assert difference > 1e-9
 
 
-@pytest.mark.parametrize(("shape", "remat"), [*((shape, False) for shape in SHAPES), (SHAPES[1], True)], ids=str)
+@pytest.mark.parametrize(("shape", "remat"), CASES, ids=str)
 def test_every_layer_logits_loss_and_gradient_equal_the_float64_truth(float64, tiny_model, tiny_adapter, shape, remat):
     base = tiny_model(**shape)
     adapter = tiny_adapter(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from jax_medllm.batches import Step, cpt_step
 from jax_medllm.train import cpt_loss_fn
 from jax_medllm.weights import read_model
-from medllm.config import TrainingConfig
 from medllm.corpus.packing import PackedRows, pack
 from medllm.model_directory import ModelDirectory
 from medllm_parity.tolerances import FLOAT32_FORWARD
@@ -102,7 +102,6 @@ def test_a_padding_free_batch_of_transformers_has_our_logits_and_loss(tiny_model
     real = rows.segment_ids > 0
     _, logits = jax_loss(model, rows.tokens, rows.segment_ids, rows.positions)
     FLOAT32_FORWARD.check(logits[real], expected.logits[0], "logits")
-    arrays = cpt_step(rows, Step(0, (tuple(range(count)),)), TrainingConfig(batch_size=count, accumulation=1))
-    micro_batch = type(arrays)(*(jnp.asarray(array[0]) for array in vars(arrays).values()))
+    (micro_batch,) = jax.tree.map(jnp.asarray, cpt_step(rows, Step(0, (tuple(range(count)),))))
     loss, _ = cpt_loss_fn(model, micro_batch)
     FLOAT32_FORWARD.check(loss, expected.loss, "loss")

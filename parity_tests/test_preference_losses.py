@@ -106,7 +106,7 @@ def jax_result(model, loss: PreferenceLoss, dtype: Any) -> tuple[Any, dict[str, 
 
 def jax_batch() -> PreferenceBatch:
     data = PreferenceData(groups(), TrainingConfig(batch_size=3, accumulation=1))
-    return jax.tree.map(lambda array: jnp.asarray(array[0]), data.step(Step(0, ((0, 1, 2),))))
+    return jax.tree.map(jnp.asarray, data.step(Step(0, ((0, 1, 2),)))[0])
 
 
 def test_the_pairs_hold_every_case_that_has_gone_wrong_in_trl():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -176,31 +175,30 @@ def test_the_qwen_tokenizer_gives_what_trl_makes_of_it():
 
 
 def test_batches_and_masks_are_those_of_trls_collator(tokenizer):
-    """All pairs in one batch: padded on the right there; here on both sides of the boundary, each prompt and response once."""
+    """All pairs in one batch: a padded row each there; here a row a problem, each prompt and response once."""
     given = [PLAIN, MERGED, preference("Q\n Explanation:", "次", ["because"], ["三"])]
     config = PairConfig(max_chosen=0, max_rejected=0, max_length=75)
     collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=config.max_length)
     theirs = collate(list(trl_dataset(tokenizer, given, config)))
     groups = tokenize_preferences(tokenizer, given, config).groups
     data = PreferenceData(groups, TrainingConfig(batch_size=len(groups), accumulation=1))
-    batch = jax.tree.map(lambda array: array[0], data.step(Step(0, (tuple(range(len(groups))),))))
-    responses, mask = (
-        array.reshape(-1, array.shape[-1]) for array in (batch.responses.responses, batch.responses.response_mask)
-    )
-    used = np.flatnonzero(batch.weights)
+    (batch,) = data.step(Step(0, (tuple(range(len(groups))),)))
+    rows = batch.responses
+    used = np.argwhere(batch.weights)
     count = len(used)
     assert len(groups) == len(given)
-    assert count < len(batch.weights), "some pairs are padding"
+    assert count < batch.weights.size, "some pairs are padding"
     assert sum(len(group.pairs) for group in groups) == count == len(theirs["input_ids"]) // 2
-    np.testing.assert_allclose(batch.weights[used], 1 / count)
+    np.testing.assert_allclose(batch.weights[batch.weights > 0], 1 / count)
     assert batch.starts.any()
-    for number, pair in enumerate(used):
-        for half, response in enumerate(batch.pairs[pair]):
-            row = response // batch.responses.responses.shape[1]
+    for number, (row, pair) in enumerate(used):
+        for half, response in enumerate(batch.pairs[row, pair]):
             ids, seen, completion = (
                 theirs[name][number + half * count].numpy() for name in ("input_ids", "attention_mask", "completion_mask")
             )
-            prompt = batch.responses.prompts[row][batch.responses.prompt_mask[row] > 0]
-            own = responses[response][mask[response] > 0]
-            assert np.concatenate([prompt, own]).tolist() == ids[seen > 0].tolist()
-            assert own[batch.starts[pair] :].tolist() == ids[completion > 0].tolist()
+            # What the response's positions read, from the prompt's first token on, and what they predict.
+            inputs = rows.tokens[row][(rows.segment_ids[row] == 1) | (rows.responses[row] == response)]
+            own = rows.targets[row][rows.responses[row] == response]
+            assert inputs.tolist() == ids[seen > 0][:-1].tolist()
+            assert own.tolist() == ids[seen > 0][-len(own) :].tolist()
+            assert own[batch.starts[row, pair] :].tolist() == ids[completion > 0].tolist()

@@ -36,13 +36,13 @@ BETA = 0.5
 def of_responses(model: Any) -> dict[bool, list[list[np.ndarray]]]:
     """adapter on? → problem → response → log-probability of each token; three problems in one batch, prompts shared."""
     data = PreferenceData(groups(), TrainingConfig(batch_size=3, accumulation=1))
-    batch = jax.tree.map(lambda array: jnp.asarray(array[0]), data.step(Step(0, ((0, 1, 2),)))).responses
-    columns = batch.responses.shape[1]
+    batch = jax.tree.map(jnp.asarray, data.step(Step(0, ((0, 1, 2),)))[0]).responses
+    numbers = np.asarray(batch.responses)
     found = {}
     for adapter in (True, False):
         values = np.asarray(response_logprobs(model, batch, adapter=adapter))
         found[adapter] = [
-            [values[row * columns + column, : len(response)] for column, response in enumerate(group.responses)]
+            [values[row][numbers[row] == number] for number in range(len(group.responses))]
             for row, group in enumerate(groups())
         ]
     return found

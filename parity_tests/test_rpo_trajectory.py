@@ -35,9 +35,9 @@ from torch_ref.rpo import train_preferences
 
 def task_of(data: PreferenceData, steps: list[Step], loss: PreferenceLoss) -> Task:
     return Task(
-        loss_fn=partial(preference_loss_fn, loss_config=loss, remat=True),
+        loss_fn=partial(preference_loss_fn, loss_config=loss, remat="layer"),
         steps=steps,
-        batch=data.step,
+        batches=data.step,
         units=data.pairs,
         unit="pairs",
         settings={},

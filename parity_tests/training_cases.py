@@ -55,8 +55,8 @@ def jax_steps(model: Qwen2, task: Task) -> Iterator[tuple[StepMetrics, dict[str,
         return adapter_tensors(nnx.merge(graph, tree, rest))
 
     for index, planned in enumerate(task.steps):
-        batch = jax.tree.map(jnp.asarray, task.batch(planned))
-        trainable, state, metrics = step(trainable, state, jnp.int32(index), rest, batch)
+        batches = jax.tree.map(jnp.asarray, task.batches(planned))
+        trainable, state, metrics = step(trainable, state, jnp.int32(index), rest, batches)
         (adam,) = (part for part in state if isinstance(part, AdamState))
         yield metrics, named(trainable), AdamState(int(adam.count), named(adam.mu), named(adam.nu))
 

@@ -58,9 +58,9 @@ def test_padding_stays_exactly_zero_under_adam_with_weight_decay(model):
     optimizer = make_optimizer(config, 10)
     graph, trainable, frozen = nnx.split(model, LoraParam, ...)
     step = make_step(graph, cpt_loss_fn, optimizer, lambda index: learning_rate(config, 10, index))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 53, (1, 2, 12)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 53, (2, 12)))
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-    batches = CptBatch(tokens, jnp.ones_like(tokens), positions, jnp.ones(1))
+    batches = [CptBatch(tokens, jnp.ones_like(tokens), positions, jnp.ones(()))]
     before = stacks(model)
     state = optimizer.init(trainable)
     for index in range(5):

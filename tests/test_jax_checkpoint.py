@@ -27,7 +27,7 @@ def session(run, settings=None, **changes):
     rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(16, dtype=np.int32), (6, 1)))
     config = TrainingConfig(**{"epochs": 2, "batch_size": 1, "accumulation": 2} | changes)
     task = Task(
-        cpt_loss_fn, plan_steps(6, config), lambda step: cpt_step(rows, step, config), lambda step: 32, "tokens", settings or {}
+        cpt_loss_fn, plan_steps(6, config), lambda step: cpt_step(rows, step), lambda step: 32, "tokens", settings or {}
     )
     model = Qwen2(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)

@@ -10,8 +10,10 @@ from flax import nnx
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jax_medllm import engine as engine_module
 from jax_medllm.engine import JaxEngine
 from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.reference import compute_reference
 from jax_medllm.weights import model_tensors
 from medllm.adapter_directory import read_adapter
 from medllm.config import (
@@ -68,7 +70,7 @@ def test_cpt_teaches_a_text_and_the_adapter_reopened_recites_it(directory, tmp_p
     line = "the_liver_is_in_the_right_upper_part."
     tokens = np.array([[*ids(line), 0]] * 4, np.int32)
     rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(tokens.shape[1], dtype=np.int32), (4, 1)))
-    training = TrainingConfig(epochs=80, batch_size=4, accumulation=1, log_every=10, gradient_checkpointing=False)
+    training = TrainingConfig(epochs=80, batch_size=4, accumulation=1, log_every=10, remat="none")
     config = CptConfig(model_config(directory), str(tmp_path / "run"), lora=LORA, optimizer=FAST, training=training)
     run = Run(config.run, config)
     engine = JaxEngine(config.model)
@@ -122,7 +124,37 @@ def test_rpo_raises_the_margin_of_the_hierarchy(directory, tmp_path, unit):
     assert lines[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert lines[-1]["rewards/margins"] > 0.05
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.25
+    assert len(list(run.path.glob("reference-*.safetensors"))) == 1
+    assert 0 < summary.padding < 1
     assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "nll", "grad_norm", "learning_rate"} < lines[0].keys()
+
+
+def test_a_later_run_over_the_same_data_reads_the_reference_from_the_folder_that_was_named(directory, tmp_path, monkeypatch):
+    computed = []
+
+    def counted(model, data):
+        computed.append(len(data.groups))
+        return compute_reference(model, data)
+
+    monkeypatch.setattr(engine_module, "compute_reference", counted)
+    losses = []
+    for name, cache, count in (("one", "kept", 3), ("two", "kept", 3), ("other", "kept", 2), ("without", None, 3)):
+        config = RpoConfig(
+            model_config(directory),
+            str(tmp_path / name),
+            preferences="preferences.jsonl",
+            pairs=PairConfig(max_length=64),
+            lora=LORA,
+            training=TrainingConfig(epochs=1, batch_size=3, accumulation=1),
+            reference_cache=cache and str(tmp_path / cache),
+        )
+        run = Run(config.run, config)
+        summary = JaxEngine(config.model).train_preferences([preference(i) for i in range(count)], config, run)
+        losses.append(summary.loss)
+    assert computed == [3, 2]
+    assert losses[0] == losses[1] == pytest.approx(losses[3], abs=1e-6)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert {file.parent.name for file in tmp_path.glob("*/reference-*")} == {"kept"}
 
 
 def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):

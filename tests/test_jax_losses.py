@@ -108,8 +108,10 @@ def test_cpt_loss_is_the_mean_over_targets_only():
 
 
 def test_a_pair_leaves_out_the_tokens_it_counts_to_its_prompt():
-    logprobs = np.array([[-1.0, -2.0, -4.0], [-8.0, -16.0, -99.0]])
-    mask = np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    sums, lengths = pair_logprobs(logprobs, mask, jnp.array([[0, 1], [1, 0]]), jnp.array([0, 1]))
-    np.testing.assert_array_equal(sums, [[-7, -24], [-16, -6]])
-    np.testing.assert_array_equal(lengths, [[3, 2], [1, 2]])
+    logprobs = jnp.array([[-99.0, -1.0, -2.0, -4.0, -8.0, -16.0], [-99.0, -99.0, -99.0, -3.0, -5.0, -7.0]])
+    responses = jnp.array([[-1, 0, 0, 0, 1, 1], [-2, -1, -1, 0, 1, 1]])
+    offsets = jnp.array([[0, 0, 1, 2, 0, 1], [0, 0, 1, 0, 0, 1]])
+    pairs, starts = jnp.array([[[0, 1], [1, 0]], [[1, 0], [0, 0]]]), jnp.array([[0, 1], [0, 0]])
+    sums, lengths = pair_logprobs(logprobs, responses, offsets, pairs, starts)
+    np.testing.assert_array_equal(sums, [[[-7, -24], [-16, -6]], [[-12, -3], [-3, -3]]])
+    np.testing.assert_array_equal(lengths, [[[3, 2], [1, 2]], [[2, 1], [1, 1]]])

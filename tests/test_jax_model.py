@@ -254,7 +254,7 @@ def test_the_compiled_program_does_not_grow_with_depth():
 
         def loss(lora, rest):
             merged = nnx.merge(graph, lora, rest)
-            return merged.hidden(tokens, segment_ids=tokens, positions=tokens, remat=True).sum()
+            return merged.hidden(tokens, segment_ids=tokens, positions=tokens, remat="layer").sum()
 
         return len(jax.jit(jax.grad(loss)).lower(lora, rest).compile().as_text())
 

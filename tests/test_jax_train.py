@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.batches import PreferenceData, buckets, cpt_step, plan_steps, single_pairs, target_mask
+from jax_medllm.batches import PreferenceData, buckets, cpt_step, plan_steps, round_up, single_pairs, target_mask
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
-from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
+from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
@@ -55,16 +57,15 @@ def groups(count=4, seed=0):
 
 def cpt_task(data, config):
     steps = plan_steps(len(data.tokens), config)
-    return Task(cpt_loss_fn, steps, lambda step: cpt_step(data, step, config), lambda step: 1, "tokens", {})
+    return Task(cpt_loss_fn, steps, partial(cpt_step, data), lambda step: 1, "tokens", {})
 
 
 def gradient_of_step(loss_fn, model, batches):
     graph, trainable, frozen = nnx.split(model, LoraParam, ...)
 
     def total(trainable):
-        count = jax.tree.leaves(batches)[0].shape[0]
         merged = nnx.merge(graph, trainable, frozen)
-        return sum(loss_fn(merged, jax.tree.map(lambda leaf, i=i: leaf[i], batches))[0] for i in range(count))
+        return sum(loss_fn(merged, jax.tree.map(jnp.asarray, batch))[0] for batch in batches)
 
     return jax.jit(jax.value_and_grad(total))(trainable)
 
@@ -78,7 +79,7 @@ def assert_same(one, other, tolerance):
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(0, 9), st.booleans())
 def test_every_epoch_takes_every_unit_once_in_an_order_fixed_by_the_seed(units, size, accumulation, epochs, seed, by_size):
     config = TrainingConfig(epochs=epochs, batch_size=size, accumulation=accumulation, seed=seed)
-    plan = partial(plan_steps, units, config, size_of=(lambda unit: (unit % 3,)) if by_size else None)
+    plan = partial(plan_steps, units, config, size_of=(lambda unit: unit % 3) if by_size else None)
     steps = plan()
     assert steps == plan()
     assert len(steps) == epochs * -(-units // (size * accumulation))
@@ -98,15 +99,41 @@ def test_another_epoch_and_another_seed_are_another_order():
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(1, 5))
 def test_buckets_cover_every_size_with_few_multiples(sizes, at_most):
-    menu = buckets(sizes, at_most=at_most)
+    menu = buckets(sizes, multiple=64, at_most=at_most)
     assert len(menu) <= at_most
     assert menu[-1] >= max(sizes)
     assert menu[-1] - max(sizes) < 64
     assert all(size % 64 == 0 for size in menu)
 
 
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 4), st.sampled_from([0.0, 0.05, 0.2]))
+def test_buckets_are_the_fewest_that_keep_the_padding_low_and_no_others_need_less(sizes, at_most, padding):
+    def padded(menu):
+        return sum(round_up(size, menu) for size in sizes)
+
+    others = [
+        (*chosen, max(sizes)) for count in range(at_most) for chosen in combinations(sorted(set(sizes) - {max(sizes)}), count)
+    ]
+    menu = buckets(sizes, multiple=1, at_most=at_most, padding=padding)
+    assert padded(menu) == min(padded(other) for other in others if len(other) <= len(menu))
+    enough = sum(sizes) / (1 - padding)
+    assert padded(menu) <= enough or len(menu) == min(at_most, len(set(sizes)))
+    assert all(padded(other) > enough for other in others if len(other) < len(menu))
+
+
 def test_a_target_is_a_token_of_the_same_document_as_the_one_before():
     np.testing.assert_array_equal(target_mask(np.array([[1, 1, 2, 2, 0, 0]])), [[True, False, True, False, False]])
+
+
+def pair_in(rows, row, pair):
+    """Prompt, chosen and rejected tokens of a pair in a row."""
+    responses, before = [rows.responses[row] == number for number in pair], (rows.segment_ids[row] == 1).sum()
+    for inside in responses:  # each reads the prompt's last token first, then its own tokens but for the last
+        assert rows.tokens[row][inside][1:].tolist() == rows.targets[row][inside][:-1].tolist()
+        np.testing.assert_array_equal(rows.positions[row][inside], before + np.arange(inside.sum()))
+    (last,) = {int(rows.tokens[row][inside][0]) for inside in responses}
+    prompt = (*rows.tokens[row][rows.segment_ids[row] == 1].tolist(), last)
+    return prompt, *(tuple(rows.targets[row][inside].tolist()) for inside in responses)
 
 
 def test_preference_batches_hold_every_pair_once_with_the_tokens_of_its_responses():
@@ -115,19 +142,12 @@ def test_preference_batches_hold_every_pair_once_with_the_tokens_of_its_response
     data = PreferenceData(units, config)
     seen = []
     for step in data.plan():
-        batch = data.step(step)
-        assert batch.weights.sum() == pytest.approx(1)
-        for micro in range(len(step.micro_batches)):
-            part = jax.tree.map(lambda leaf, micro=micro: leaf[micro], batch)
-            flat = part.responses.responses.reshape(-1, part.responses.responses.shape[-1])
-            mask = part.responses.response_mask.reshape(flat.shape).astype(bool)
-            per_row = part.responses.responses.shape[1]
-            for (chosen, rejected), start, weight in zip(part.pairs, part.starts, part.weights, strict=True):
-                if weight:
-                    prompt = part.responses.prompts[chosen // per_row]
-                    kept = part.responses.prompt_mask[chosen // per_row].astype(bool)
-                    tokens = [tuple(flat[row][mask[row]].tolist()) for row in (chosen, rejected)]
-                    seen.append((tuple(prompt[kept].tolist()), *tokens, int(start)))
+        batches = data.step(step)
+        assert sum(part.weights.sum() for part in batches) == pytest.approx(1)
+        for batch, units_of in zip(batches, step.micro_batches, strict=True):
+            assert len(batch.weights) == len(units_of)
+            for row, pair in np.argwhere(batch.weights):
+                seen.append((*pair_in(batch.responses, row, batch.pairs[row, pair]), int(batch.starts[row, pair])))
     expected = [
         (unit.prompt, unit.responses[high], unit.responses[low], start)
         for unit in units
@@ -136,7 +156,7 @@ def test_preference_batches_hold_every_pair_once_with_the_tokens_of_its_response
     assert sorted(seen) == sorted(expected)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", get_args(RematPolicy))
 def test_cpt_accumulation_is_one_global_token_mean(remat):
     data = rows()
     with jax.enable_x64(True):
@@ -145,7 +165,7 @@ def test_cpt_accumulation_is_one_global_token_mean(remat):
         for size, accumulation in ((6, 1), (4, 2)):
             config = TrainingConfig(epochs=1, batch_size=size, accumulation=accumulation)
             (step,) = plan_steps(6, config)
-            results.append(gradient_of_step(partial(cpt_loss_fn, remat=remat), model, cpt_step(data, step, config)))
+            results.append(gradient_of_step(partial(cpt_loss_fn, remat=remat), model, cpt_step(data, step)))
         hidden = model.hidden(data.tokens, segment_ids=data.segment_ids, positions=data.positions)
         logs = jax.nn.log_softmax(model.logits(hidden))[:, :-1]
         picked = np.take_along_axis(np.asarray(logs), data.tokens[:, 1:, None], axis=-1)[..., 0]

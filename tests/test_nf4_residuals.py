@@ -7,7 +7,7 @@ computed, so it takes no numbers to see them.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax_medllm.linear import Axis, Linear, PackedParam, matmul, nf4_matmul
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.nf4 import NF4Weight, dequantize, weight_shapes
 from jax_medllm.train import cpt_loss_fn
-from medllm.config import LoraConfig
+from medllm.config import LoraConfig, RematPolicy
 from tests.small_model import small_config
 
 # No activation of seven tokens has as many numbers as a weight, nor has the embedding.
@@ -58,7 +58,7 @@ def abstract_model(dtype: Any) -> Qwen2:
     return nnx.eval_shape(lambda: Qwen2(CONFIG, lora=LORA, quantization="nf4", dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def loss_of(model: Qwen2, remat: bool = False) -> tuple[Any, Any, Any]:
+def loss_of(model: Qwen2, remat: RematPolicy = "none") -> tuple[Any, Any, Any]:
     """The training loss as a function of the adapter and the rest of the model, and those two."""
     graph, trained, rest = nnx.split(model, LoraParam, ...)
     batch = CptBatch(TOKENS, jnp.ones_like(TOKENS), jnp.arange(7)[None], jnp.asarray(1 / 6))
@@ -92,7 +92,7 @@ def test_a_linear_layer_with_adapters_keeps_no_dense_weight(monkeypatch):
     assert len(dense_residuals(apply, *given, sizes=dense_sizes(layer))) == 1
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["all-activations", "remat"])
+@pytest.mark.parametrize("remat", get_args(RematPolicy))
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_training_loss_keeps_no_dense_weight(dtype, remat):
     model = abstract_model(dtype)
@@ -130,7 +130,7 @@ def random_states(dtype: str) -> tuple[tuple[nnx.GraphDef, nnx.State], tuple[nnx
 
 @pytest.mark.parametrize(
     ("dtype", "bound", "remat"),
-    [("float64", 1e-10, False), ("float64", 1e-10, True), ("float32", 1e-5, False), ("bfloat16", 2e-2, False)],
+    [("float64", 1e-10, "none"), ("float64", 1e-10, "layer"), ("float32", 1e-5, "none"), ("bfloat16", 2e-2, "none")],
 )
 def test_gradients_are_those_of_the_dense_model_with_the_dequantized_weights(dtype, bound, remat):
     with jax.enable_x64(dtype == "float64"):

@@ -504,6 +504,9 @@ def test_what_cannot_be_opened_or_trained_is_refused_in_one_line(dense, folder, 
         train(rpo_config(dense, tmp_path / "lonely"), lonely)
     with pytest.raises(UserError, match="max_length is 3"):
         train(rpo_config(dense, tmp_path / "short", max_length=3), preferences())
+    partly = cpt_config(dense, tmp_path / "partly", remat="projections")
+    with pytest.raises(UserError, match=r"training\.remat is 'projections': engine torch knows 'none' and 'layer'"):
+        train(partly, rows())
 
 
 def test_a_loss_that_is_no_number_ends_the_run(dense, tmp_path):

@@ -53,7 +53,7 @@ def trainer_arguments(
         accumulation: Forward passes added up before a step.
 
     Raises:
-        UserError: the warmup covers all steps and more.
+        UserError: ``remat`` is a policy that transformers does not have.
     """
     return {
         "output_dir": str(run.path / "checkpoints"),
@@ -69,7 +69,7 @@ def trainer_arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": optimizer.warmup_ratio,  # below 1 it is a fraction of all steps, rounded up
         "bf16": model.dtype == "bfloat16",
-        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing": _checkpointing(training),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "seed": training.seed,
         "data_seed": training.seed,
@@ -86,6 +86,13 @@ def trainer_arguments(
         # With frozen weights and every adapter in use in each pass, DDP has nothing to search for.
         "ddp_find_unused_parameters": False,
     }
+
+
+def _checkpointing(training: TrainingConfig) -> bool:
+    """Whether each layer keeps its input alone."""
+    if training.remat not in ("none", "layer"):
+        raise UserError(f"training.remat is {training.remat!r}: engine torch knows 'none' and 'layer'; give one of these")
+    return training.remat == "layer"
 
 
 class RunLog(TrainerCallback):

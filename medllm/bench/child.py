@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
 
 from medllm.engine import require
 from medllm.errors import UserError
 
-_MODULES = {"jax": ("jax_medllm.bench", "jax")}
+_MODULES = {"jax": ("jax_medllm.bench", "jax"), "torch": ("torch_ref.bench", "torch")}
 
 
 def measure(engine: str, name: str, **settings: Any) -> dict[str, Any]:
@@ -23,15 +27,75 @@ def measure(engine: str, name: str, **settings: Any) -> dict[str, Any]:
     """
     module, package = _MODULES[engine]
     require(f"engine '{engine}'", package, package)
+    return measure_in(module, name, settings)
+
+
+def measure_in(
+    module: str,
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: TextIO | None = None,
+) -> dict[str, Any]:
+    """Run the measurement ``name`` of ``module``, which :func:`serve` serves, in a fresh process and return what it found.
+
+    Args:
+        module: Where it is.
+        name: Which.
+        settings: Its arguments.
+        timeout: Seconds after which the process is ended.
+        environment: The process's environment variables; this one's when unset.
+        log: Gets what the process wrote to its standard error.
+
+    Raises:
+        UserError: it refuses the settings (its own one-line reason).
+        RuntimeError: the process failed, or took longer than ``timeout``.
+    """
     command = [sys.executable, "-m", module, name, json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="medllm-bench-") as nothing_compiled:  # so that compiling is measured too
+        variables = {**(os.environ if environment is None else environment), "JAX_COMPILATION_CACHE_DIR": nothing_compiled}
+        done = run_process(command, timeout=timeout, environment=variables, log=log)
     said = done.stderr.strip().splitlines()
     if done.returncode == 2 and said:
         raise UserError(said[-1])
     if done.returncode != 0:
-        reason = said[-1] if said else f"exit code {done.returncode}"  # a process the kernel ends for its memory says nothing
+        # A process that a signal ends, as the kernel does for its memory, often says nothing, or nothing to the point.
+        reason = _signal(done.returncode) or (said[-1] if said else f"exit code {done.returncode}")
         raise RuntimeError(f"the measuring process ended early: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_process(
+    command: Sequence[str], *, timeout: float | None, environment: Mapping[str, str], log: TextIO | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` and return what it wrote; past ``timeout`` seconds it and its own children are ended.
+
+    Raises:
+        RuntimeError: it took longer.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(environment), process_group=0
+    )
+    out = err = ""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise RuntimeError(f"not done after {timeout:.0f} s") from None
+        raise
+    finally:
+        if log is not None:
+            log.write(f"$ {' '.join(command)}\n{err}\n")
+            log.flush()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _signal(code: int) -> str | None:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else None
 
 
 def serve(measurements: Mapping[str, Callable[..., dict[str, Any]]], argv: list[str]) -> int:
@@ -42,5 +106,10 @@ def serve(measurements: Mapping[str, Callable[..., dict[str, Any]]], argv: list[
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except Exception as error:
+        traceback.print_exc()
+        # Last, because that is what is reported: JAX ends a traceback with remarks of its own.
+        print(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}", file=sys.stderr)
+        return 1
     print(json.dumps(found))
     return 0

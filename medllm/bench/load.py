@@ -13,7 +13,7 @@ import numpy as np
 from medllm.bench.child import measure
 from medllm.errors import UserError
 from medllm.model_directory import write_model
-from medllm.random_model import random_tensors
+from medllm.random_model import qwen2_config, random_tensors
 
 ALLOWANCE = 1_200_000_000
 """Bytes that opening a model may take beyond the model itself, interpreter and libraries included."""
@@ -62,6 +62,15 @@ def bench_load(
     }
 
 
+def summary(found: dict[str, Any]) -> str:
+    """The result in a line."""
+    return (
+        f"bench load: {found['gigabytes']:.2f} GB in {found['seconds']:.1f} s ({found['gigabytes_per_second']:.2f} GB/s); "
+        f"peak {found['peak_rss_gib']:.2f} GiB for a model of {found['result_gib']:.2f} GiB, "
+        f"{'within' if found['within'] else 'beyond'} its size + 1.2 GB"
+    )
+
+
 def checkpoint_config(size: float) -> dict[str, Any]:
     """Configuration of a model of about ``size`` bytes in bf16: the widest shape whose embeddings do not dominate it."""
     for width, mlp, heads, kv_heads, vocabulary in _SHAPES:
@@ -69,23 +78,10 @@ def checkpoint_config(size: float) -> dict[str, Any]:
         layer = 2 * width * (2 * width + 2 * width * kv_heads // heads + 3 * mlp)
         if embeddings <= 0.4 * size:
             break
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": max(1, round((size - embeddings) / layer)),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "torch_dtype": "bfloat16",
-    }
+    layers = max(1, round((size - embeddings) / layer))
+    return qwen2_config(
+        width=width, mlp=mlp, layers=layers, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary, dtype="bfloat16"
+    )
 
 
 def _drawn_from_pool() -> Callable[..., np.ndarray]:

@@ -1,0 +1,36 @@
+"""Who sees whom in a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Visibility:
+    """A token sees those of its own segment or of its parent segment, up to itself.
+
+    Attributes:
+        segments: Segment of each token; 0 is padding.
+        parents: Second segment a token sees, 0 for none: the responses of one problem see its prompt, which is computed
+            once, and not each other.
+    """
+
+    segments: Int[Array, "b s"]
+    parents: Int[Array, "b s"] | None = None
+
+    def mask(self, queries: Int[Array, "q"], keys: int) -> Bool[Array, "b q t"]:
+        """True where one of the tokens at the indices ``queries`` sees one of the row's first ``keys`` tokens.
+
+        Padding sees padding, so that no row of the softmax is empty.
+        """
+        seen = self.segments[:, None, :keys]
+        same = self.segments[:, queries, None] == seen
+        if self.parents is not None:
+            parents = self.parents[:, queries, None]
+            same |= (parents == seen) & (parents != 0)
+        return same & (jnp.arange(keys) <= queries[:, None])

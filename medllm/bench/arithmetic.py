@@ -1,0 +1,100 @@
+r"""How many floating-point operations a step needs, and how many bytes: counted on paper, from the sizes alone.
+
+A product [m, k] × [k, n] is 2·m·k·n operations. With N the parameters of the linear layers, R those of their adapters,
+T tokens, P (query, key) pairs that see each other, h heads of width x and l layers:
+
+.. math::
+    \text{forward} &= 2T(N + R) + A, \qquad A = 4\,l\,h\,x\,P \\
+    \text{recomputed} &= \text{forward} - 2T(N_\text{down} + R_\text{down,B}) \\
+    \text{backward} &= 2T(N + 2R) + 2A
+
+Attention is two products of 2·x operations a pair and head, and four of them backward. The base is frozen, so backward it has
+the product for the activations alone; an adapter has both. Recomputing a layer ends before the product with ``down_proj`` (and
+with its adapter's B): the sum it goes into needs no value for its derivative. The head, frozen too, is 2·V·d a predicted token
+forward and again backward. A reference, with the adapter off, is 2TN + A and the head once.
+
+What a program does beyond this (pairs that do not see each other, the softmax, dequantization) is not counted as work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medllm.bench.shapes import ModelShape
+
+_NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64
+"""A weight: its code, and its share of an 8-bit scale a block of 64 and of an fp32 scale a 256 blocks."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step works on: tokens through the layers, pairs that see each other in a layer, tokens predicted."""
+
+    tokens: int
+    visible: int
+    predicted: int
+    reference: bool = False
+
+
+def causal_pairs(tokens: int) -> int:
+    """(query, key) pairs in a row where each token sees itself and those before it."""
+    return tokens * (tokens + 1) // 2
+
+
+def cpt_step(rows: int, length: int) -> Step:
+    """Rows of one document each."""
+    return Step(rows * length, rows * causal_pairs(length), rows * (length - 1))
+
+
+def grouped_step(prompt: int, response: int, responses: int) -> Step:
+    """A problem in one row: its prompt once, each response once, none seeing another; policy and reference."""
+    visible = causal_pairs(prompt) + responses * (response * prompt + causal_pairs(response))
+    return Step(prompt + responses * response, visible, responses * response, reference=True)
+
+
+def paired_step(prompt: int, response: int, pairs: int) -> Step:
+    """A problem pair by pair: two rows of prompt and response for each pair; policy and reference."""
+    rows, length = 2 * pairs, prompt + response
+    return Step(rows * length, rows * causal_pairs(length), rows * response, reference=True)
+
+
+def training_flops(model: ModelShape, step: Step) -> int:
+    """Operations of an optimizer step with every layer recomputed."""
+    t, layers = step.tokens, model.layers
+    base = layers * sum(out * width for out, width in _linears(model).values())
+    adapter = layers * model.rank * sum(out + width for out, width in _linears(model).values())
+    out, width = _linears(model)["down_proj"]
+    down = layers * out * (width + model.rank)
+    attention = 4 * layers * model.width * step.visible
+    head = 2 * model.vocabulary * model.width * step.predicted
+    forward = 2 * t * (base + adapter) + attention
+    recomputed = forward - 2 * t * down
+    backward = 2 * t * (base + 2 * adapter) + 2 * attention
+    reference = 2 * t * base + attention + head if step.reference else 0
+    return forward + recomputed + backward + 2 * head + reference
+
+
+def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
+    """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
+    of each of ``rows`` rows."""
+    linears = _linears(model)
+    packed = sum(out * width for out, width in linears.values()) * _NF4_BYTES + 4 * len(linears)
+    biases = 2 * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
+    layers = model.layers * (packed + biases + 2 * 2 * model.width)
+    head = 2 * model.width * (model.vocabulary + 1)
+    cache = model.layers * rows * tokens * 2 * 2 * linears["k_proj"][0]
+    return round(layers + head + cache)
+
+
+def _linears(model: ModelShape) -> dict[str, tuple[int, int]]:
+    """Output and input width of the linear layers of one decoder layer."""
+    kv = model.width // model.heads * model.kv_heads
+    return {
+        "q_proj": (model.width, model.width),
+        "k_proj": (kv, model.width),
+        "v_proj": (kv, model.width),
+        "o_proj": (model.width, model.width),
+        "gate_proj": (model.mlp, model.width),
+        "up_proj": (model.mlp, model.width),
+        "down_proj": (model.width, model.mlp),
+    }

@@ -1,0 +1,78 @@
+"""What each policy keeps of a layer: the same numbers from all, less memory from one to the next."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_medllm.batches import CptBatch, PreferenceData
+from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+from medllm.config import LoraConfig, PreferenceLoss, RematPolicy, TrainingConfig
+from medllm.preferences.tokenization import TokenizedGroup
+from tests.small_model import small_config
+
+POLICIES = get_args(RematPolicy)
+GROUPS = [
+    TokenizedGroup("two pairs", (3, 4, 5, 6), ((7, 8, 9), (10, 11), (12,)), (2, 1, 0), ((0, 1), (0, 2)), (0, 0)),
+    TokenizedGroup("one pair", (3, 4), ((7, 8, 9, 10, 11), (10,)), (2, 0), ((0, 1),), (0,)),
+]
+
+
+def gradient_of(loss_fn, model, batch):
+    graph, trainable, rest = nnx.split(model, LoraParam, ...)
+    return jax.jit(jax.value_and_grad(lambda lora: loss_fn(nnx.merge(graph, lora, rest), batch)[0]))(trainable)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Loss and gradients of preference training under every policy, in float64."""
+    with jax.enable_x64(True):
+        model = Qwen2(small_config(), lora=LoraConfig(rank=4, alpha=8), dtype=jnp.float64, rngs=nnx.Rngs(0))
+        state = nnx.state(model, LoraParam)
+        nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state))
+        data = PreferenceData(GROUPS, TrainingConfig(epochs=1, batch_size=2, accumulation=1))
+        (batch,) = jax.tree.map(jnp.asarray, data.step(data.plan()[0]))
+        loss = partial(preference_loss_fn, loss_config=PreferenceLoss(beta=0.3, alpha=2.0))
+        return {policy: gradient_of(partial(loss, remat=policy), model, batch) for policy in POLICIES}
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_every_policy_gives_the_loss_and_gradients_of_keeping_everything(results, policy):
+    expected_loss, expected = results["none"]
+    loss, gradients = results[policy]
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-14)
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        assert np.abs(wanted).max() > 0
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max())
+
+
+def test_every_policy_keeps_less_than_the_one_before():
+    """In Qwen2.5's proportions: the MLP three and a half times as wide as the model, fewer key/value heads than heads."""
+    config = small_config(
+        hidden_size=128, intermediate_size=448, num_layers=8, num_heads=2, num_kv_heads=1, head_dim=64, vocab_size=64
+    )
+    model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
+    graph, trainable, rest = nnx.split(model, LoraParam, ...)
+    tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    batch = CptBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((), jnp.float32))
+
+    def temporary(policy):
+        def loss(lora, rest, batch):
+            return cpt_loss_fn(nnx.merge(graph, lora, rest), batch, remat=policy)[0]
+
+        return jax.jit(jax.grad(loss)).lower(trainable, rest, batch).compile().memory_analysis().temp_size_in_bytes
+
+    found = [temporary(policy) for policy in POLICIES]
+    # fp32 bytes a position of the results each policy gives up, beside attention's and the norms'.
+    mlp, attention = 2 * 448, 128 + 2 * 64 + 128
+    position = 4 * 256 * config.num_layers
+    assert found[0] > found[1]
+    assert found[1] - found[2] == pytest.approx(mlp * position, rel=0.2)
+    assert found[2] - found[3] == pytest.approx(attention * position, rel=0.2)
