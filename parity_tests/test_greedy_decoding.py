@@ -33,6 +33,7 @@ SHOTS = RANDOM.integers(0, VOCAB, 40).tolist()
 PROMPTS = {
     "shared": [SHOTS + RANDOM.integers(0, VOCAB, length).tolist() for length in (1, 12, 4, 31, 7, 20)],
     "apart": [RANDOM.integers(0, VOCAB, length).tolist() for length in (3, 33, 1, 18, 40)],
+    "many": [SHOTS + RANDOM.integers(0, VOCAB, length).tolist() for length in (1, 2, 3, 4, 5, 6, 7, 8)],
 }
 
 
@@ -54,7 +55,8 @@ def continuation(stock: Qwen2ForCausalLM, prompt: list[int], end: int) -> tuple[
     return tuple(new[: new.index(end)] if end in new else new)
 
 
-@pytest.mark.parametrize(("which", "end", "batch_size"), [("shared", 74, 2), ("apart", 2, 8)])
+# Of the last, two of eight go on when the others have ended: in a smaller batch, at other places.
+@pytest.mark.parametrize(("which", "end", "batch_size"), [("shared", 74, 2), ("apart", 2, 8), ("many", 89, 8)])
 def test_greedy_text_is_transformers_token_for_token(base, stock, which, end, batch_size):
     prompts = PROMPTS[which]
     decoder = Decoder(read_model(ModelDirectory(base)), end)
