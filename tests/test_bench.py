@@ -96,7 +96,7 @@ def test_the_result_is_medians_and_ratios_of_alternating_runs(monkeypatch):
     [
         ("cpt", ["--rows=2", "--length=16", "--steps=2"]),
         ("rpo", ["--problems=1", "--prompt=12", "--response=6", "--steps=2"]),
-        ("generate", ["--problems=3", "--header=32", "--question=8", "--answer=5", "--batch_size=2"]),
+        ("generate", ["--problems=3", "--header=32", "--question=8", "--answer=5", "--batch_size=2", "--torch_batch_size=3"]),
     ],
 )
 def test_both_engines_do_the_same_work(tmp_path, action, words):

@@ -116,10 +116,11 @@ def _generate(
     work = _shaped(GenerateShape, shape)
     opened = open_engine(engine, ModelConfig(**model))
     prompts = work.data()
+    batch_size = work.torch_batch_size if engine == "torch" else work.batch_size
 
     def answer(prompts: list[str], tokens: int = work.answer) -> tuple[float, int]:
         start = time.perf_counter()
-        answers = opened.generate(prompts, Sampling(max_new_tokens=tokens), work.batch_size)
+        answers = opened.generate(prompts, Sampling(max_new_tokens=tokens), batch_size)
         return time.perf_counter() - start, sum(len(generation.tokens) for samples in answers for generation in samples)
 
     if compile_seconds is None:
