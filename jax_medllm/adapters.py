@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jax_medllm.linear import FrozenLoraParam, LoraParam
 from jax_medllm.model import Qwen2
+from jax_medllm.sharding import place_parameter
 from medllm.adapter_directory import Adapter, module_name, tensor_name
 from medllm.config import LoraConfig
 from medllm.errors import UserError
@@ -86,7 +86,7 @@ def adapter_arrays(model: Qwen2, adapter: Adapter, place: Path) -> dict[Path, ja
             if tensor.shape != here.shape:
                 raise UserError(f"{adapter.path}: {name} has shape {tensor.shape}; this model needs {here.shape}")
             here[...] = tensor
-        arrays[path] = jnp.asarray(stack)
+        arrays[path] = place_parameter(stack, variable, path)
     if unused:
         raise UserError(f"{adapter.path}: the adapter holds {next(iter(unused))}, for which this model has no place")
     return arrays

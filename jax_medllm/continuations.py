@@ -12,6 +12,7 @@ from flax import nnx
 from jax_medllm.batches import ResponseBatch, buckets, response_rows, round_up, row_size
 from jax_medllm.logprobs import response_logprobs
 from jax_medllm.model import Qwen2
+from jax_medllm.sharding import place_rows
 from medllm.engine import Continuation
 from medllm.errors import UserError
 
@@ -59,7 +60,7 @@ class Scorer:
             for start in range(0, len(members), rows):
                 part = members[start : start + rows]
                 batch = response_rows([(prompt, completions) for prompt, completions, _ in part], rows, length)
-                scores = np.asarray(self._score(self._state, batch))
+                scores = np.asarray(self._score(self._state, place_rows(batch)))
                 for row, (_, _, indices) in enumerate(part):
                     for number, i in enumerate(indices):
                         results[i] = scores[row][batch.responses[row] == number].astype(np.float32)

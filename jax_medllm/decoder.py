@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_medllm.cached_attention import Prefilling, Stepping, Stored
 from jax_medllm.model import Qwen2
 from jax_medllm.sampling import sample_tokens
+from jax_medllm.sharding import constrain
 from medllm.config import Sampling
 
 CHUNK = 8
@@ -131,7 +132,7 @@ class Decoder:
         model = nnx.merge(self._graph, state)
         positions = jnp.arange(tokens.shape[1])[None]
         _, kept = model.hidden_in(tokens, positions=positions, context=lambda _: Prefilling(None), cache=None)
-        return jax.tree.map(lambda part: part[:, 0], kept)
+        return jax.tree.map(lambda part: constrain(part[:, 0], None, "kv_heads", None, None), kept)
 
     def _filled(self, state: nnx.State, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
         model = nnx.merge(self._graph, state)
@@ -150,8 +151,8 @@ class Decoder:
             return jax.tree.map(one, own, new)
 
         return Slots(
-            own=jax.lax.fori_loop(0, fill.target.shape[0], put_row, slots.own),
-            hidden=put(slots.hidden, last[fill.source]),
+            own=_spread(jax.lax.fori_loop(0, fill.target.shape[0], put_row, slots.own)),
+            hidden=constrain(put(slots.hidden, last[fill.source]), "batch", None),
             length=put(slots.length, fill.lengths[fill.source]),
             made=put(slots.made, 0),
             finished=put(slots.finished, False),
@@ -162,7 +163,7 @@ class Decoder:
         self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling, most: Int[Array, ""]
     ) -> tuple[Slots, Int[Array, "b chunk"]]:
         model = nnx.merge(self._graph, state)
-        own, length = slots.own, slots.length
+        own, length = _spread(slots.own), slots.length
         choose = partial(sample_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
         def one(carry):
@@ -202,7 +203,7 @@ class Decoder:
                 jax.lax.dynamic_update_slice(own.values, values, (0, row, 0, length[row], 0)),
             )
 
-        return replace(light, own=jax.lax.fori_loop(0, rows, append, own)), written
+        return replace(light, own=_spread(jax.lax.fori_loop(0, rows, append, own))), written
 
 
 def _kept(slots: Slots, rows: Int[Array, " n"]) -> Slots:
@@ -210,6 +211,11 @@ def _kept(slots: Slots, rows: Int[Array, " n"]) -> Slots:
     own = jax.tree.map(lambda part: part[:, rows], slots.own)
     rest = (slots.hidden, slots.length, slots.made, slots.finished, slots.keys)
     return Slots(own, *(part[rows] for part in rest))
+
+
+def _spread(own: Stored) -> Stored:
+    """Each device with its rows' and its heads' part."""
+    return jax.tree.map(lambda part: constrain(part, None, "batch", "kv_heads", None, None), own)
 
 
 def _size(prefix: Stored | None) -> int:

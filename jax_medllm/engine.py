@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.reference import ReferenceFile, compute_reference
+from jax_medllm.sharding import Layout
 from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import open_adapters, write_adapter
-from medllm.config import CptConfig, LoraConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
+from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation, Prompt, TrainSummary
 from medllm.errors import UserError
@@ -40,15 +42,20 @@ class JaxEngine:
 
     Args:
         model: Which weights.
+        mesh: The devices they are spread over; one device when unset.
 
     Raises:
-        UserError: the model is no Qwen2 directory, an adapter does not fit it, or its tokenizer does not fit its vocabulary.
+        UserError: the mesh does not fit the devices, the model is no Qwen2 directory, an adapter does not fit it, or its
+            tokenizer does not fit its vocabulary.
     """
 
     name = "jax"
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, mesh: MeshConfig | None = None):
         _keep_compilations()
+        if mesh is not None and mesh.rules and not mesh.mesh:
+            raise UserError(f"--rules {mesh.rules} spreads arrays over a mesh, and there is none; add --mesh")
+        self._layout = Layout.of(mesh.mesh, mesh.rules) if mesh is not None and mesh.mesh else None
         self._config = model
         self._directory = ModelDirectory(model.path)
         sizes = Qwen2Config.from_hf(self._directory.config)
@@ -60,7 +67,8 @@ class JaxEngine:
     @cached_property
     def model(self) -> Qwen2:
         """The model without an adapter to train."""
-        return load_model(self._config)
+        with self._on_mesh():
+            return load_model(self._config)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -131,7 +139,8 @@ class JaxEngine:
             kept = ReferenceFile(folder, self._config, data.groups)
             sums = kept.read()
             if sums is None:
-                sums = compute_reference(model, data)
+                with self._on_mesh():
+                    sums = compute_reference(model, data)
                 kept.write(sums)
             data = PreferenceData(data.groups, training, sums)
         task = Task(
@@ -152,7 +161,8 @@ class JaxEngine:
         """
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return generate(self._decoder, ids, sampling, decode, batch_size)
+        with self._on_mesh():
+            return generate(self._decoder, ids, sampling, decode, batch_size)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :class:`medllm.engine.Engine`.
@@ -160,7 +170,8 @@ class JaxEngine:
         Raises:
             UserError: an empty prompt, or one that does not fit the context.
         """
-        return self._scorer.logprobs(continuations, batch_size)
+        with self._on_mesh():
+            return self._scorer.logprobs(continuations, batch_size)
 
     def _trainable(self, config: CptConfig | RpoConfig) -> Qwen2:
         """The model with a fresh adapter on top of those it has, or to train the last of these (``handover: continue``)."""
@@ -170,10 +181,15 @@ class JaxEngine:
             opened = dataclasses.replace(opened, adapter=opened.adapters[:-1])
         for held in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
             self.__dict__.pop(held, None)
-        return load_model(opened, lora=continued or config.lora)
+        with self._on_mesh():
+            return load_model(opened, lora=continued or config.lora)
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._layout is None else self._layout.in_use()
 
     def _train(self, model: Qwen2, task: Task, config: CptConfig | RpoConfig, run: Run, padding: float) -> TrainSummary:
-        trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
+        with self._on_mesh():
+            trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
         write_adapter(folder, model.lora, adapter_tensors(model), self._config.path)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -24,7 +25,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_medllm.attention import matmul_precision
-from jax_medllm.nf4 import NF4Weight, dequantize, quantize, weight_shapes
+from jax_medllm.nf4 import BLOCK, NF4Weight, dequantize_halves, quantize, weight_shapes
+from jax_medllm.sharding import Axis, constrain, gathered
 from medllm.adapter_directory import module_name
 from medllm.config import ALL_LINEAR, LoraConfig
 
@@ -48,20 +50,11 @@ class PackedParam(nnx.Variable):
     """A part of a NF4 weight. Not trainable."""
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One logical axis of an array: the name that sharding rules use, and its size."""
-
-    name: str
-    size: int
-
-
 def declare(
     kind: type[nnx.Variable], axes: tuple[Axis, ...], dtype: jnp.dtype, initializer: Initializer, key: jax.Array
 ) -> nnx.Variable:
-    """The one declaration of an array: an NNX variable whose ``axes`` metadata names its logical axes."""
-    shape = tuple(axis.size for axis in axes)
-    return kind(initializer(key, shape, dtype), axes=tuple(axis.name for axis in axes))
+    """The one declaration of an array: an NNX variable whose ``axes`` metadata are its logical axes."""
+    return kind(initializer(key, tuple(axis.size for axis in axes), dtype), axes=axes)
 
 
 class Lora(nnx.Module):
@@ -89,15 +82,20 @@ class Lora(nnx.Module):
         master = jnp.promote_types(dtype, jnp.float32)
         used = (np.arange(rank.size) < ranks[:, None])[:, :, None]
         uniform = _uniform(1 / math.sqrt(in_axis.size))
-        self.A = declare(kind, (layers, rank, in_axis), master, lambda *given: jnp.where(used, uniform(*given), 0), key)
-        self.B = declare(kind, (layers, out_axis, rank), master, nnx.initializers.zeros, key)
+        inputs, outputs = (Axis("adapter", axis.size, may_stay_whole=True) for axis in (in_axis, out_axis))
+        self.A = declare(kind, (layers, rank, inputs), master, lambda *given: jnp.where(used, uniform(*given), 0), key)
+        self.B = declare(kind, (layers, outputs, rank), master, nnx.initializers.zeros, key)
+        self._used = (rank, in_axis), (out_axis, rank)
         scaling = np.array([config.scaling_of(module) for module in modules])
         self.scaling = declare(LoraScaling, (layers,), master, lambda *_: jnp.asarray(scaling, master), key)
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         """scaling · (x Aᵀ) Bᵀ in the type of ``x``."""
-        update = matmul(matmul(x, self.A[...].astype(x.dtype)), self.B[...].astype(x.dtype))
-        return (self.scaling[...] * update).astype(x.dtype)
+        a, b = (
+            gathered(matrix[...].astype(x.dtype), matrix.axes[1:], used)
+            for matrix, used in zip((self.A, self.B), self._used, strict=True)
+        )
+        return (self.scaling[...] * matmul(matmul(x, a), b)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -128,9 +126,11 @@ class Linear(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         packed = quantization == "nf4"
         axes = (layers, out_axis, in_axis)
+        self.axes = axes[1:]
         self.weight = None if packed else declare(nnx.Param, axes, dtype, normal, rngs.params())
         self.quantized = PackedWeight(*axes, normal, rngs.params()) if packed else None
-        self.bias = declare(nnx.Param, (layers, out_axis), dtype, nnx.initializers.zeros, rngs.params()) if bias else None
+        bias_axes = layers, replace(out_axis, name="bias")
+        self.bias = declare(nnx.Param, bias_axes, dtype, nnx.initializers.zeros, rngs.params()) if bias else None
 
         def adapter(kind: type[nnx.Variable], config: LoraConfig | None) -> Lora | None:
             if config is None or not any(config.covers(module_name(layer, target)) for layer in range(layers.size)):
@@ -143,17 +143,21 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b in"], *, adapter: bool = True) -> Float[Array, "*b out"]:
         """Apply the layer; ``adapter=False`` leaves the trained adapter out, at trace time."""
+        x = self._spread(x, self.axes[1])
         if self.quantized is not None:
-            y = nf4_matmul(x, self.quantized.value())
+            y = nf4_matmul(x, self.quantized.value(), self.axes)
         else:
             assert self.weight is not None
-            y = matmul(x, self.weight[...])
+            y = matmul(x, gathered(self.weight[...], self.axes))
         if self.bias is not None:
             y = y + self.bias[...]
         for lora in (*self.frozen_loras, self.lora if adapter else self.reference_lora):
             if lora is not None:
                 y = y + lora(x)
-        return y
+        return self._spread(y, self.axes[0])
+
+    def _spread(self, activation: Float[Array, "*b n"], axis: Axis) -> Float[Array, "*b n"]:
+        return constrain(activation, "batch", "sequence", axis.name) if activation.ndim == 3 else activation
 
 
 class PackedWeight(nnx.Module):
@@ -168,8 +172,9 @@ class PackedWeight(nnx.Module):
         def part(name: str, *axes: Axis) -> nnx.Variable:
             return declare(PackedParam, (layers, *axes), getattr(shapes, name).dtype, lambda *_: getattr(parts, name), key)
 
-        self.packed = part("packed", out_axis, Axis(in_axis.name, in_axis.size // 2))
-        self.absmax_codes = part("absmax_codes", out_axis, Axis(in_axis.name, shapes.absmax_codes.shape[1]))
+        packed, codes = packed_axes(out_axis, in_axis)
+        self.packed = part("packed", *packed)
+        self.absmax_codes = part("absmax_codes", *codes)
         self.nested_absmax = part("nested_absmax", nested)
         self.offset = part("offset")
 
@@ -183,19 +188,55 @@ def matmul(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> Float[Ar
     return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(x.dtype))
 
 
-@jax.custom_vjp
-def nf4_matmul(x: Float[Array, "*b in"], weight: NF4Weight) -> Float[Array, "*b out"]:
-    """x Wᵀ with a quantized weight, dequantized to the type of ``x``. Only ``x`` has a gradient."""
-    return matmul(x, dequantize(weight, x.dtype))
+def packed_axes(out_axis: Axis, in_axis: Axis) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis]]:
+    """Axes of the codes of a NF4 weight, and of the codes of its scales.
+
+    Where devices share a row so that a block of 64 is cut between two of them (the 29,568 inputs of 72B's down_proj over 4),
+    each of them keeps the scales of the whole row.
+    """
+    blocks = in_axis.size // BLOCK
+    return (out_axis, replace(in_axis, size=in_axis.size // 2)), (out_axis, Axis(in_axis.name, blocks, may_stay_whole=True))
 
 
-def _nf4_matmul_forward(x: Float[Array, "*b in"], weight: NF4Weight) -> tuple[Float[Array, "*b out"], NF4Weight]:
-    return nf4_matmul(x, weight), weight
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def nf4_matmul(x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Axis] | None = None) -> Float[Array, "*b out"]:
+    """x Wᵀ with a quantized weight, dequantized to the type of ``x``. Only ``x`` has a gradient.
+
+    Args:
+        x: Inputs.
+        weight: The weight.
+        axes: Its logical axes, by which its codes are gathered before they are dequantized.
+    """
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # both sums before they are rounded, as if they were one
+    even, odd = (
+        jnp.einsum("...i,oi->...o", pairs[..., i], half, precision=matmul_precision(x.dtype), preferred_element_type=wide)
+        for i, half in enumerate(_halves(weight, axes, x.dtype))
+    )
+    return (even + odd).astype(x.dtype)
 
 
-def _nf4_matmul_backward(weight: NF4Weight, g: Float[Array, "*b out"]) -> tuple[Float[Array, "*b in"], None]:
-    dense = dequantize(weight, g.dtype)
-    return jnp.einsum("...o,oi->...i", g, dense, precision=matmul_precision(g.dtype)), None
+def _nf4_matmul_forward(
+    x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Axis] | None
+) -> tuple[Float[Array, "*b out"], NF4Weight]:
+    return nf4_matmul(x, weight, axes), weight
+
+
+def _nf4_matmul_backward(
+    axes: tuple[Axis, Axis] | None, weight: NF4Weight, g: Float[Array, "*b out"]
+) -> tuple[Float[Array, "*b in"], None]:
+    halves = _halves(weight, axes, g.dtype)
+    slopes = [jnp.einsum("...o,oi->...i", g, half, precision=matmul_precision(g.dtype)) for half in halves]
+    return jnp.stack(slopes, axis=-1).reshape(*g.shape[:-1], -1), None
+
+
+def _halves(weight: NF4Weight, axes: tuple[Axis, Axis] | None, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """The weight's columns of even and of odd number."""
+    if axes is not None:
+        codes, scales = packed_axes(*axes)
+        packed, absmax_codes = gathered(weight.packed, codes), gathered(weight.absmax_codes, scales)
+        weight = replace(weight, packed=packed, absmax_codes=absmax_codes)
+    return dequantize_halves(weight, dtype)
 
 
 nf4_matmul.defvjp(_nf4_matmul_forward, _nf4_matmul_backward)

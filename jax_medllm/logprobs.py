@@ -8,8 +8,9 @@ The forward pass of a differentiated call therefore computes this direction toge
 chunk, and keeps it (as large as the hidden states, in fp32) instead of the logits: two matrix products in all, none recomputed.
 A chunk is some positions with the whole vocabulary, because the direction needs the softmax's normalizer.
 
-Every reduction over the vocabulary is a sum or a maximum, so a head whose rows are spread over a mesh axis stays where it is:
-only arrays of a value, or of a hidden state, per token cross that axis.
+Every reduction over the vocabulary is a sum or a maximum, so a head whose rows are spread over mesh axes stays where it is:
+only arrays of a value, or of a hidden state, per token cross them. On a mesh whose devices share out rows and positions, those
+of a chunk come together for the product with the head and part again after it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.attention import matmul_precision
 from jax_medllm.batches import ResponseBatch
+from jax_medllm.embedding import lookup
 from jax_medllm.model import Qwen2
+from jax_medllm.sharding import Axis, constrain, in_use
 from medllm.config import RematPolicy
 
 _POSITIONS_IN_FLIGHT = 256
@@ -68,11 +71,17 @@ def token_logprobs(
     Raises:
         TypeError: the head is differentiated; only the hidden states have a gradient.
     """
-    batch, length, _ = hidden.shape
-    positions = min(in_flight, _LOGITS_IN_FLIGHT // head.shape[0])
-    chunks = -(-length // max(1, positions // max(1, batch)))
-    static = _Static(vocab_size or head.shape[0], -(-length // max(1, chunks)))
-    return _token_logprobs(static, hidden, head, targets, counted)
+    batch, length, width = hidden.shape
+    # Devices that share a row hold a piece of it each; every piece is cut into chunks of its own.
+    layout = in_use()
+    pieces, heads = (layout.shards("sequence"), layout.shards("head_vocab")) if layout else (1, 1)
+    pieces = pieces if length % pieces == 0 else 1
+    positions = min(in_flight, _LOGITS_IN_FLIGHT * heads // head.shape[0])
+    chunks = -(-length // pieces // max(1, positions // max(1, batch * pieces)))
+    static = _Static(vocab_size or head.shape[0], -(-length // pieces // max(1, chunks)))
+    in_pieces = (batch, pieces, length // pieces)
+    targets, counted = (None if array is None else array.reshape(in_pieces) for array in (targets, counted))
+    return _token_logprobs(static, hidden.reshape(*in_pieces, width), head, targets, counted).reshape(batch, length)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,14 +133,20 @@ def _product(equation: str, x: Array, head: Float[Array, "v d"], dtype: jnp.dtyp
     return jnp.einsum(equation, x, head.astype(x.dtype), precision=matmul_precision(x.dtype), preferred_element_type=dtype)
 
 
-def _logits(static: _Static, head: Float[Array, "v d"], hidden: Float[Array, "b c d"]) -> Float[Array, "b c v"]:
-    logits = _product("bcd,vd->bcv", hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
+_HELD = ("batch", "sequence", None)
+"""Axes of a chunk: rows, pieces of a row, positions of a piece."""
+
+
+def _logits(static: _Static, head: Float[Array, "v d"], hidden: Float[Array, "b p c d"]) -> Float[Array, "b p c v"]:
+    hidden = constrain(hidden, *_HELD, None, first="head_vocab")
+    logits = _product("bpcd,vd->bpcv", hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
+    logits = constrain(logits, *_HELD, "head_vocab", first="head_vocab")
     if static.vocab_size == head.shape[0]:
         return logits
     return jnp.where(jnp.arange(head.shape[0]) < static.vocab_size, logits, -jnp.inf)
 
 
-def _pick(logits: Float[Array, "b c v"], targets: Int[Array, "b c"]) -> Float[Array, "b c"]:
+def _pick(logits: Float[Array, "b p c v"], targets: Int[Array, "b p c"]) -> Float[Array, "b p c"]:
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
@@ -146,23 +161,26 @@ def _softmax_parts(logits):
 def _logprobs(static, head, hidden, targets):
     logits = _logits(static, head, hidden)
     largest, _, total = _softmax_parts(logits)
-    return _pick(logits, targets) - largest - jnp.log(total)
+    return constrain(_pick(logits, targets) - largest - jnp.log(total), *_HELD)
 
 
 def _logprobs_and_direction(static, head, hidden, targets):
     logits = _logits(static, head, hidden)
     largest, exponentials, total = _softmax_parts(logits)
-    logprobs = _pick(logits, targets) - largest - jnp.log(total)
-    expected = _product("bcv,vd->bcd", exponentials.astype(hidden.dtype), head, logits.dtype)
-    return logprobs, head[targets].astype(logits.dtype) - expected / total[..., None]
+    logprobs = constrain(_pick(logits, targets) - largest - jnp.log(total), *_HELD)
+    expected = _product("bpcv,vd->bpcd", exponentials.astype(hidden.dtype), head, logits.dtype)
+    expected, total = constrain(expected, *_HELD, None), constrain(total, *_HELD)
+    of_target = lookup(head, targets, (Axis("head_vocab", head.shape[0]), Axis("head_width", head.shape[1])), _HELD)
+    return logprobs, of_target.astype(logits.dtype) - expected / total[..., None]
 
 
 def _over_chunks(function, chunk, hidden, targets, counted):
-    """``function(hidden, targets)`` over chunks of positions; the batch axis stays whole, so that it can be sharded.
+    """``function(hidden, targets)`` over chunks of positions; the axes of rows and pieces stay whole, so that they can be
+    sharded.
 
-    A chunk that would reach beyond the row begins earlier instead and repeats what the one before computed.
+    A chunk that would reach beyond the piece begins earlier instead and repeats what the one before computed.
     """
-    batch, length, _ = hidden.shape
+    *held, length, _ = hidden.shape
     chunks = -(-length // chunk)
     if counted is not None:
         used = jnp.max(jnp.where(counted, jnp.arange(1, length + 1), 0), initial=0)
@@ -170,12 +188,15 @@ def _over_chunks(function, chunk, hidden, targets, counted):
 
     def add(index, results):
         start = jnp.minimum(index * chunk, length - chunk)
-        parts = function(*(jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets)))
-        return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 1), results, parts)
+        # Said of the slice, lest all rows be gathered before they are sliced.
+        taken = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=2) for array in (hidden, targets))
+        parts = function(*(constrain(part, *_HELD, *[None] * (part.ndim - 3)) for part in taken))
+        return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 2), results, parts)
 
-    shapes = jax.eval_shape(function, hidden[:, :chunk], targets[:, :chunk])
-    empty = jax.tree.map(lambda part: jnp.zeros((batch, length, *part.shape[2:]), part.dtype), shapes)
+    shapes = jax.eval_shape(function, hidden[:, :, :chunk], targets[:, :, :chunk])
+    empty = jax.tree.map(lambda part: jnp.zeros((*held, length, *part.shape[3:]), part.dtype), shapes)
+    empty = jax.tree.map(lambda part: constrain(part, *_HELD, *[None] * (part.ndim - 3)), empty)
     results = jax.lax.fori_loop(0, chunks, add, empty)
     if counted is None:
         return results
-    return jax.tree.map(lambda part: jnp.where(counted.reshape(batch, length, *(1,) * (part.ndim - 2)), part, 0), results)
+    return jax.tree.map(lambda part: jnp.where(counted.reshape(*held, length, *(1,) * (part.ndim - 3)), part, 0), results)

@@ -19,7 +19,7 @@ Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraPara
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,7 +30,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jax_medllm.attention import KERNEL_OUTPUT, Visibility, attend, matmul_precision
-from jax_medllm.linear import Axis, FrozenLoraParam, Linear, LoraParam, PackedParam, Quantization, declare
+from jax_medllm.embedding import lookup
+from jax_medllm.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, Quantization, declare
+from jax_medllm.sharding import Axis, constrain
 from medllm.config import LoraConfig, RematPolicy
 from medllm.errors import UserError
 
@@ -44,6 +46,10 @@ _KEPT: dict[RematPolicy, tuple[str, ...]] = {
 }
 """Beside each layer's input: the results a policy keeps, by the names they have in :class:`Attention`, in the TPU's attention
 kernel and in :class:`Mlp`."""
+
+
+RESIDUAL = ("batch", "sequence", None)
+"""Logical axes of the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,10 @@ class _Build:
     def embed(self) -> Axis:
         return Axis("embed", self.config.hidden_size)
 
+    @property
+    def embed_in(self) -> Axis:
+        return Axis("embed_in", self.config.hidden_size)
+
     def linear(self, target: str, out_axis: Axis, in_axis: Axis, bias: bool = False) -> Linear:
         return Linear(
             target,
@@ -144,12 +154,13 @@ class _Build:
             rngs=self.rngs,
         )
 
-    def norm(self, *axes: Axis) -> RMSNorm:
+    def norm(self, *layers: Axis) -> RMSNorm:
+        axes = (*layers, Axis("norm", self.config.hidden_size))
         weight = declare(nnx.Param, axes, self.dtype, nnx.initializers.ones, self.rngs.params())
         return RMSNorm(weight, self.config.rms_norm_eps)
 
-    def table(self) -> Table:
-        axes = (Axis("vocab", self.config.vocab_size), self.embed)
+    def table(self, rows: str, columns: str) -> Table:
+        axes = (Axis(rows, self.config.vocab_size), Axis(columns, self.config.hidden_size))
         return Table(declare(nnx.Param, axes, self.dtype, nnx.initializers.normal(0.02), self.rngs.params()))
 
 
@@ -158,6 +169,10 @@ class Table(nnx.Module):
 
     def __init__(self, weight: nnx.Variable):
         self.weight = weight
+
+    def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """The rows of ``tokens``."""
+        return lookup(self.weight[...], tokens, self.weight.axes, ("batch", "sequence"))
 
 
 class RMSNorm(nnx.Module):
@@ -180,12 +195,12 @@ class Attention(nnx.Module):
     def __init__(self, build: _Build):
         config = build.config
         self.config = config
-        heads = Axis("heads", config.num_heads * config.head_dim)
-        kv_heads = Axis("kv_heads", config.num_kv_heads * config.head_dim)
-        self.q_proj = build.linear("q_proj", heads, build.embed, bias=True)
-        self.k_proj = build.linear("k_proj", kv_heads, build.embed, bias=True)
-        self.v_proj = build.linear("v_proj", kv_heads, build.embed, bias=True)
-        self.o_proj = build.linear("o_proj", build.embed, heads)
+        heads = Axis("heads", config.num_heads * config.head_dim, config.num_heads)
+        kv_heads = Axis("kv_heads", config.num_kv_heads * config.head_dim, config.num_kv_heads)
+        self.q_proj = build.linear("q_proj", heads, build.embed_in, bias=True)
+        self.k_proj = build.linear("k_proj", kv_heads, build.embed_in, bias=True)
+        self.v_proj = build.linear("v_proj", kv_heads, build.embed_in, bias=True)
+        self.o_proj = build.linear("o_proj", build.embed, replace(heads, name="heads_in"))
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
@@ -204,9 +219,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, build: _Build):
         mlp = Axis("mlp", build.config.intermediate_size)
-        self.gate_proj = build.linear("gate_proj", mlp, build.embed)
-        self.up_proj = build.linear("up_proj", mlp, build.embed)
-        self.down_proj = build.linear("down_proj", build.embed, mlp)
+        self.gate_proj = build.linear("gate_proj", mlp, build.embed_in)
+        self.up_proj = build.linear("up_proj", mlp, build.embed_in)
+        self.down_proj = build.linear("down_proj", build.embed, replace(mlp, name="mlp_in"))
 
     def __call__(self, x: Float[Array, "b s d"], adapter: bool) -> Float[Array, "b s d"]:
         """Apply the block."""
@@ -218,15 +233,15 @@ class Layer(nnx.Module):
     """One decoder layer; as part of the model its arrays are stacked over all layers."""
 
     def __init__(self, build: _Build):
-        self.input_layernorm = build.norm(build.layers, build.embed)
+        self.input_layernorm = build.norm(build.layers)
         self.self_attn = Attention(build)
-        self.post_attention_layernorm = build.norm(build.layers, build.embed)
+        self.post_attention_layernorm = build.norm(build.layers)
         self.mlp = Mlp(build)
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """The layer's output and what it leaves for the cache."""
         attended, kept = self.self_attn(self.input_layernorm(x), rotary, context, adapter)
-        x = x + attended
+        x = constrain(x + attended, *RESIDUAL)
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kept
 
 
@@ -259,10 +274,10 @@ class Qwen2(nnx.Module):
         self.lora = lora
         self.frozen_loras = frozen_loras
         self.dtype = build.dtype
-        self.embed_tokens = build.table()
+        self.embed_tokens = build.table("vocab", "columns")
         self.layers = Layer(build)
-        self.norm = build.norm(build.embed)
-        self.lm_head = None if config.tie_embeddings else build.table()
+        self.norm = build.norm()
+        self.lm_head = None if config.tie_embeddings else build.table("head_vocab", "head_width")
 
     def hidden(
         self,
@@ -303,7 +318,7 @@ class Qwen2(nnx.Module):
         """
         context = RowContext.of(segment_ids, None)
         _, after = self._run(tokens, positions, lambda _: context, adapter, leave=lambda x, _: x)
-        return jnp.concatenate([self.embed_tokens.weight[...][tokens][None], after])
+        return jnp.concatenate([self.embed_tokens(tokens)[None], after])
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores over the vocabulary, accumulated in fp32 (float64 for float64)."""
@@ -313,7 +328,8 @@ class Qwen2(nnx.Module):
 
     def head_weight(self) -> Float[Array, "v d"]:
         """The output matrix: the embedding where the two are tied."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        table = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        return constrain(table, "head_vocab", None, first="head_vocab")
 
     def hidden_in(
         self, tokens: Int[Array, "b s"], *, positions: Int[Array, "b s"], context: Callable[[Any], Any], cache: Any
@@ -354,12 +370,12 @@ class Qwen2(nnx.Module):
         def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, past = layer
             x, kept = nnx.merge(graph, state)(x, rotary, context(past), adapter)
-            return x, leave(x, kept)
+            return constrain(x, *RESIDUAL), leave(x, kept)
 
         if remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-        return jax.lax.scan(step, self.embed_tokens.weight[...][tokens], (stacked, cache))
+        return jax.lax.scan(step, self.embed_tokens(tokens), (stacked, cache))
 
 
 @dataclass(frozen=True)

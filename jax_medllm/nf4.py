@@ -141,17 +141,24 @@ def quantize_absmax(
 
 def dequantize(weight: NF4Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
     """The weight the codes stand for: code · absmax in fp32, rounded once to ``dtype``."""
-    rows, width = weight.packed.shape[0], 2 * weight.packed.shape[1]
-    absmax = dequantize_absmax(weight)
-    codes = jnp.stack([weight.packed >> 4, weight.packed & 15], axis=-1).reshape(rows, -1, BLOCK)
-    values = jnp.asarray(CODES)[codes] * absmax[:, :, None]
-    return values.reshape(rows, width).astype(dtype)
+    return jnp.stack(dequantize_halves(weight, dtype), axis=-1).reshape(len(weight.packed), -1)
+
+
+def dequantize_halves(weight: NF4Weight, dtype: jnp.dtype) -> tuple[Float[Array, "out half_in"], Float[Array, "out half_in"]]:
+    """The columns of even and of odd number of :func:`dequantize`: the high and the low halves of the bytes.
+
+    A product with the two needs no array in which they alternate, which accelerators are slow to make.
+    """
+    # A scale beside each value, not values in blocks: a device may hold a part of a row that cuts a block.
+    absmax = jnp.repeat(dequantize_absmax(weight), BLOCK // 2, axis=1)
+    high, low = ((jnp.asarray(CODES)[codes] * absmax).astype(dtype) for codes in (weight.packed >> 4, weight.packed & 15))
+    return high, low
 
 
 def dequantize_absmax(weight: NF4Weight) -> Float[Array, "out blocks"]:
     """Scale of each block of 64: dynamic map · nested absmax, rounded, + offset."""
     count = weight.absmax_codes.size
-    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK, total_repeat_length=weight.nested_absmax.size * NESTED_BLOCK)
+    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK)
     scaled = jnp.asarray(dynamic_map())[weight.absmax_codes] * nested[:count].reshape(weight.absmax_codes.shape)
     # bitsandbytes rounds the product before it adds the offset. Compilers contract the two into a fused multiply-add, which
     # rounds once, and drop optimization barriers and no-op roundings; a selection between the two they leave alone.

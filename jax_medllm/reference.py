@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -35,6 +34,7 @@ from safetensors.numpy import save_file
 
 from jax_medllm.batches import PreferenceData
 from jax_medllm.model import Qwen2
+from jax_medllm.sharding import place_rows
 from jax_medllm.train import reference_logprobs
 from medllm.config import ModelConfig
 from medllm.errors import UserError
@@ -111,14 +111,14 @@ def compute_reference(model: Qwen2, data: PreferenceData) -> Sums:
 
     def collect() -> None:
         units, sums = under_way.popleft()
-        for unit, values in zip(units, np.asarray(sums), strict=True):
+        for unit, values in zip(units, np.asarray(sums)[: len(units)], strict=True):
             found[unit] = values[: len(data.groups[unit].pairs)]
 
     steps = [step for step in data.plan() if step.epoch == 0]
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         for step in bar.track(steps, description="log-probabilities of the reference"):
             for units, batch in zip(step.micro_batches, data.step(step), strict=True):
-                under_way.append((units, forward(state, jax.tree.map(jnp.asarray, batch))))
+                under_way.append((units, forward(state, place_rows(batch))))
                 if len(under_way) > _AHEAD:
                     collect()
         while under_way:

@@ -35,6 +35,7 @@ from jax_medllm.logprobs import response_logprobs, token_logprobs
 from jax_medllm.losses import PreferenceMetrics, cpt_loss, pair_logprobs, rpo_loss
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import learning_rate, make_optimizer
+from jax_medllm.sharding import laid_out, place_rows
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.errors import UserError
 from medllm.run import Run
@@ -97,8 +98,9 @@ class Trained:
 def cpt_loss_fn(model: Qwen2, batch: CptBatch, *, remat: RematPolicy = "none") -> tuple[Float[Array, ""], CptMetrics]:
     """Negative log-likelihood of packed rows, as a share of the token mean of the whole optimizer step."""
     hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, remat=remat)
-    mask = target_mask(batch.segment_ids)
-    logprobs = token_logprobs(hidden[:, :-1], model.head_weight(), batch.tokens[:, 1:], mask)
+    # The row keeps its length, which devices may share out; its last position predicts nothing.
+    mask = jnp.pad(target_mask(batch.segment_ids), ((0, 0), (0, 1)))
+    logprobs = token_logprobs(hidden, model.head_weight(), jnp.roll(batch.tokens, -1, axis=1), mask)
     loss = cpt_loss(logprobs, mask.astype(logprobs.dtype), 1.0) * batch.share
     return loss, CptMetrics(loss)
 
@@ -179,7 +181,7 @@ def make_step(
             return loss_fn(nnx.merge(graph, trainable, frozen), batch)
 
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
-        return gradients, metrics
+        return laid_out(gradients), metrics
 
     @partial(jax.jit, donate_argnums=0)
     def add(total, part):
@@ -300,7 +302,7 @@ class _Loop:
         """Each step's micro-batches on the device, laid out ahead of time, in the order of the plan."""
         steps = grain.MapDataset.source(list(self._task.steps[start:last])).map(self._task.batches)
         read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_LAID_OUT)
-        return (jax.tree.map(jnp.asarray, batches) for batches in steps.to_iter_dataset(read))
+        return ([place_rows(batch) for batch in batches] for batches in steps.to_iter_dataset(read))
 
     @property
     def _compile_seconds(self) -> float:

@@ -28,6 +28,8 @@ from jax_medllm.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedPar
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.nf4 import NF4Weight, dequantize, join_blocks, quantize_blocks
 from jax_medllm.packed import PARTS, is_packed, packed_config, packed_parts, packed_shape, read_packed
+from jax_medllm.sharding import in_use, shardings
+from jax_medllm.stack import Stack
 from medllm.adapter_directory import Adapter, read_adapter
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
@@ -96,17 +98,19 @@ def read_model(
     given = {frozen(index): one for index, one in enumerate(adapters)}
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}
-    arrays = {path: jnp.zeros(v.shape, v.dtype) for path, v in variables(model, nnx.Not(LoraParam)).items()}
+    stacks = {path: Stack(variable, path) for path, variable in _base(model).items()}
+    for name, slot in slots.items():
+        _fill(stacks, directory, name, slot, model.dtype)
+    arrays = {path: stack.array() for path, stack in stacks.items()}
+    _check_scales(arrays, directory, slots)
     for place, one in given.items():
         arrays |= adapter_arrays(model, one, place)
-    for name, slot in slots.items():
-        _fill(arrays, directory, name, slot, model.dtype)
-    _check_scales(arrays, directory, slots)
     if settings is not None or adapters:
         # Only these leave the compiled function, so the random base weights the model is built with are never computed.
-        made = jax.jit(lambda: nnx.state(build(), nnx.Any(LoraScaling, LoraParam)))()
-        loaded = {path for path in arrays if path[-1] != "scaling"}
-        arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(made) if path not in loaded}
+        kinds = nnx.Any(LoraScaling, LoraParam)
+        given_shardings = shardings(nnx.state(model, kinds)) if in_use() else None
+        made = jax.jit(lambda: nnx.state(build(), kinds), out_shardings=given_shardings)()
+        arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(made) if path not in arrays}
     assign(model, arrays)
     release_free_memory()
     return model
@@ -195,13 +199,16 @@ class _Slot:
         return self.path[-1] == "quantized"
 
 
+def _base(model: Qwen2) -> dict[Path, nnx.Variable]:
+    """The variables that come from the model directory."""
+    return variables(model, nnx.Not(nnx.Any(LoraParam, FrozenLoraParam, LoraScaling)))
+
+
 def _base_slots(model: Qwen2) -> dict[str, _Slot]:
     """Hugging Face name → slot, for every base tensor of the model."""
     slots = {}
-    for path, variable in variables(model).items():
+    for path, variable in _base(model).items():
         shape = tuple(variable.shape)
-        if isinstance(variable, LoraParam | FrozenLoraParam | LoraScaling):
-            continue
         if isinstance(variable, PackedParam):
             if path[-1] != "packed":
                 continue
@@ -244,15 +251,15 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Q
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
 
 
-def _fill(arrays: dict[Path, jax.Array], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> None:
+def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> None:
     """Read one tensor into its place, quantized where the model is."""
     if not slot.quantized:
         for row, piece in _pieces(directory, name, slot):
-            _put(arrays, slot.path, piece, slot.layer, row)
+            stacks[slot.path].put(piece, slot.layer, row)
         return
     weight = read_packed(directory, name) if is_packed(directory, name) else _quantized(directory, name, slot, dtype)
     for part in fields(weight):
-        _put(arrays, (*slot.path, part.name), getattr(weight, part.name), slot.layer)
+        stacks[*slot.path, part.name].put(getattr(weight, part.name), slot.layer)
 
 
 def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple[int, np.ndarray]]:
@@ -280,20 +287,6 @@ def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 def _join(pieces: list[tuple[jax.Array, jax.Array]], rows: int) -> NF4Weight:
     packed, absmax = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
     return join_blocks(packed, absmax, rows)
-
-
-def _put(arrays: dict[Path, jax.Array], path: Path, value: Any, layer: int | None, row: int = 0) -> None:
-    arrays[path] = _write(arrays[path].block_until_ready(), value, (row,) if layer is None else (layer, row))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _write(array: jax.Array, value: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    """``array`` with ``value`` written into it, in place."""
-    bits = jnp.dtype(f"uint{8 * array.dtype.itemsize}")  # XLA on a CPU copies 16-bit floats one by one
-    value = value.astype(array.dtype).reshape((1,) * (array.ndim - value.ndim) + value.shape)
-    held, given = (jax.lax.bitcast_convert_type(part, bits) for part in (array, value))
-    written = jax.lax.dynamic_update_slice(held, given, (*start, *[0] * array.ndim)[: array.ndim])
-    return jax.lax.bitcast_convert_type(written, array.dtype)
 
 
 def _check_scales(arrays: dict[Path, jax.Array], directory: ModelDirectory, slots: dict[str, _Slot]) -> None:

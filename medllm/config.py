@@ -212,8 +212,22 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Over which devices a stage runs, on the JAX engine.
+
+    Args:
+        mesh: ``fsdp=8,tensor=2``: the devices along each mesh axis, of data, fsdp, tensor and sequence; one of them may be -1,
+            the devices that are left. All on one device when unset.
+        rules: Which mesh axes an axis of the arrays is spread over, where not as usual: ``mlp=tensor,embed=fsdp+data``.
+    """
+
+    mesh: str = ""
+    rules: str = ""
+
+
 @dataclass(frozen=True)
-class CptConfig:
+class CptConfig(MeshConfig):
     """Stage 1: continued pretraining. Two epochs is the paper's figure."""
 
     model: ModelConfig
@@ -258,7 +272,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class CurateConfig:
+class CurateConfig(MeshConfig):
     """Preference data from the model's own answers.
 
     Args:
@@ -333,7 +347,7 @@ class PairConfig:
 
 
 @dataclass(frozen=True)
-class RpoConfig:
+class RpoConfig(MeshConfig):
     """Stage 2: preference training. One epoch over all pairs is the paper's figure.
 
     Args:
@@ -368,7 +382,7 @@ class RpoConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(MeshConfig):
     """An exam sat by a model, from prompts to the score.
 
     Args:

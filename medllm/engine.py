@@ -18,7 +18,7 @@ import numpy as np
 from medllm.errors import UserError
 
 if TYPE_CHECKING:
-    from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling
+    from medllm.config import CptConfig, MeshConfig, ModelConfig, RpoConfig, Sampling
     from medllm.corpus.packing import PackedRows
     from medllm.preferences.records import Preference
     from medllm.run import Run
@@ -104,15 +104,20 @@ _ENGINES = {
 }
 
 
-def open_engine(name: EngineName, model: ModelConfig) -> Engine:
-    """Open ``model`` on the engine called ``name``; the framework is imported only here.
+def open_engine(name: EngineName, model: ModelConfig, mesh: MeshConfig | None = None) -> Engine:
+    """Open ``model`` on the engine called ``name``, spread over ``mesh``; the framework is imported only here.
 
     Raises:
-        UserError: the engine's packages are not installed (the message has the install command).
+        UserError: the engine's packages are not installed (the message has the install command), or it has no meshes.
     """
+    spread = mesh is not None and (mesh.mesh or mesh.rules)
+    if spread and name != "jax":
+        hint = "start the command with torchrun, one process a GPU" if name == "torch" else "leave them out"
+        raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
     module, attribute, package, extra = _ENGINES[name]
     require(f"engine '{name}'", package, extra)
-    return getattr(importlib.import_module(module), attribute)(model)
+    engine = getattr(importlib.import_module(module), attribute)
+    return engine(model, mesh) if spread else engine(model)
 
 
 def require(what: str, package: str, extra: str) -> None:

@@ -35,6 +35,8 @@ MERGED = "merged"
 
 _OPENING_FILES = {"config.yaml", "environment.json"}
 _FREE_ON_RESUME = {
+    "mesh",
+    "rules",
     *("run", "resume"),
     *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
 }

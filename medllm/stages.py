@@ -39,7 +39,7 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     corpus = load_documents(config.corpus)
     tokens = tokenize_documents(tokenizer, corpus.documents)
     rows = pack(tokens, config.corpus.length, tokenizer.pad_token_id, config.corpus.packing)
-    model = open_engine(engine, config.model)
+    model = open_engine(engine, config.model, config)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = {
@@ -67,7 +67,7 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     problems, skipped = _load(config.problems)
     shots = _load_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
-    return build_preferences(open_engine(engine, config.model), problems, shots, config, progress, left_out=skipped)
+    return build_preferences(open_engine(engine, config.model, config), problems, shots, config, progress, left_out=skipped)
 
 
 def build_preferences(
@@ -121,10 +121,10 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
     if not pairs:
         raise UserError(f"{config.preferences}: no pair to train on: every problem lacks both chosen and rejected responses")
     check_handover(config)
-    open_engine(engine, config.model)  # a folder that cannot be opened is said before anything is written
+    open_engine(engine, config.model, config)  # a folder that cannot be opened is said before anything is written
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         trained_on = training_model(config, run)
-        model = open_engine(engine, trained_on)
+        model = open_engine(engine, trained_on, config)
         summary = model.train_preferences(preferences, dataclasses.replace(config, model=trained_on), run)
         opened = opened_as(config, run.path, summary.adapter)
         result = {
@@ -151,9 +151,9 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     if config.method == "options":
         if engine == "openai":
             raise UserError("engine 'openai' gives no log-probabilities of given options; use --method generate")
-        return _choose_options(open_engine(engine, config.model), problems, config, skipped)
+        return _choose_options(open_engine(engine, config.model, config), problems, config, skipped)
     shots = _load_shots(config.shots, config.shot_count)
-    return sit_exam(open_engine(engine, config.model), problems, shots, config, progress, left_out=skipped)
+    return sit_exam(open_engine(engine, config.model, config), problems, shots, config, progress, left_out=skipped)
 
 
 def sit_exam(

@@ -304,9 +304,9 @@ def gelu(self: Any, x: jax.Array, adapter: bool) -> jax.Array:
     return self.down_proj(jax.nn.gelu(self.gate_proj(x, adapter=adapter)) * self.up_proj(x, adapter=adapter), adapter=adapter)
 
 
-def low_nibble_first(weight: nf4.NF4Weight, dtype: Any) -> jax.Array:
+def low_nibble_first(weight: nf4.NF4Weight, dtype: Any) -> tuple[jax.Array, jax.Array]:
     swapped = replace(weight, packed=weight.packed << 4 | weight.packed >> 4)
-    return nf4.dequantize(swapped, dtype)
+    return nf4.dequantize_halves(swapped, dtype)
 
 
 IN_JAX = [
@@ -315,7 +315,7 @@ IN_JAX = [
     (model.Rotary, "__call__", interleaved, {}, "self_attn", "q after rotary"),
     (linear.Lora, "__call__", unscaled, {"adapter": True}, "self_attn.q_proj", "q before rotary"),
     (model.Mlp, "__call__", gelu, {}, "mlp", "activation product"),
-    (linear, "dequantize", low_nibble_first, {"quantization": "nf4"}, "self_attn.q_proj", "q before rotary"),
+    (linear, "dequantize_halves", low_nibble_first, {"quantization": "nf4"}, "self_attn.q_proj", "q before rotary"),
 ]
 
 

@@ -61,10 +61,10 @@ def visited(given: Case, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
     """[b, i, j]: the tiles that the kernel computes, and those in which somebody sees somebody."""
     visible = Visibility(*(None if ids is None else jnp.asarray(ids) for ids in (given.segments, given.parents)))
     b, s = given.segments.shape
-    rows = pallas._Rows.of(visible, tiles, padding=0)
+    rows = pallas._Rows.of(visible, tiles, s)
     shape = (b, s // tiles.queries, s // tiles.keys)
-    computed_there = np.asarray(rows.keys_held).reshape(shape) == np.arange(shape[2])
-    by_keys = np.asarray(rows.queries_held).reshape(b, shape[2], shape[1]) == np.arange(shape[1])
+    computed_there = np.asarray(rows.keys_held[:-1]).reshape(shape) == np.arange(shape[2])
+    by_keys = np.asarray(rows.queries_held[:-1]).reshape(b, shape[2], shape[1]) == np.arange(shape[1])
     np.testing.assert_array_equal(computed_there, by_keys.swapaxes(1, 2))
     return computed_there, sees(given).reshape(b, shape[1], tiles.queries, shape[2], tiles.keys).any((2, 4))
 

@@ -14,11 +14,14 @@ backend     taken for                      what it is
 
 The backend is taken when a function is traced: for the devices of the mesh in use (``jax.set_mesh``), which need not be there,
 else for the default device. ``with using("xla"):`` takes one by name; compiled functions know under which they were traced.
+
+On a mesh every device attends its own rows, heads and queries, to keys and values that come from all holders of the row.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Literal, get_args
 
 import jax
@@ -28,6 +31,7 @@ from jax_medllm.attention import cudnn, pallas, xla
 from jax_medllm.attention.pallas import KERNEL_OUTPUT
 from jax_medllm.attention.visibility import Visibility
 from jax_medllm.attention.xla import matmul_precision
+from jax_medllm.sharding import Layout, in_use
 from medllm.errors import UserError
 
 __all__ = ["KERNEL_OUTPUT", "Backend", "Visibility", "attend", "backend_for", "matmul_precision", "using"]
@@ -48,7 +52,25 @@ def attend(
     Raises:
         UserError: the backend that :func:`using` asks for cannot take these queries.
     """
-    return _BACKENDS[backend_for(q)].attend(q, k, v, visible)
+    layout = in_use()
+    if layout is None:
+        return _BACKENDS[backend_for(q)].attend(q, k, v, visible)
+    return _attend_on_mesh(layout, q, k, v, visible)
+
+
+def _attend_on_mesh(layout: Layout, q: Array, k: Array, v: Array, visible: Visibility) -> Array:
+    queries = layout.activation(q.shape, ("batch", "sequence", "heads", None))
+    keys = layout.activation(k.shape, ("batch", None, "kv_heads", None))
+    rows = layout.activation(visible.segments.shape, ("batch", None))
+
+    def local(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
+        if queries[1] is not None:
+            visible = replace(visible, first_query=jax.lax.axis_index(queries[1]) * q.shape[1])
+        return _BACKENDS[backend_for(q)].attend(q, k, v, visible)
+
+    specs = (queries, keys, keys, jax.tree.map(lambda _: rows, visible))
+    # Kernels do not say over which mesh axes their results vary.
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, visible)
 
 
 def using(backend: Backend | None) -> AbstractContextManager[None]:

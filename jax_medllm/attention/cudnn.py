@@ -26,9 +26,15 @@ def attend(
     q: Float[Array, "b s h x"], k: Float[Array, "b s k x"], v: Float[Array, "b s k x"], visible: Visibility
 ) -> Float[Array, "b s h x"]:
     """The contract of :func:`jax_medllm.attention.attend`."""
-    length = q.shape[1]
-    odd = length % 2  # the backward pass takes rows of even length only
-    q, k, v = (jnp.pad(part, ((0, 0), (0, odd), (0, 0), (0, 0))) for part in (q, k, v))
-    visible = jax.tree.map(lambda ids: jnp.pad(ids, ((0, 0), (0, odd))), visible)
-    mask = visible.mask(jnp.arange(length + odd), length + odd)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")[:, :length]
+    length, whole = q.shape[1], visible.first_query is None
+    q, k, v = (_even(part) for part in (q, k, v))
+    indices = jnp.arange(q.shape[1]) if whole else visible.first_query + jnp.arange(q.shape[1])
+    # Whole rows are causal in cuDNN's own terms, which skips what lies above the diagonal; a part of one is in the mask's.
+    ids = Visibility(_even(visible.segments), None if visible.parents is None else _even(visible.parents))
+    mask = ids.mask(indices, k.shape[1])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=whole, implementation="cudnn")[:, :length]
+
+
+def _even(array: Array) -> Array:
+    """Padded along the row to an even length: the backward pass takes no other."""
+    return jnp.pad(array, ((0, 0), (0, array.shape[1] % 2), *[(0, 0)] * (array.ndim - 2)))

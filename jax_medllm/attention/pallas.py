@@ -66,33 +66,46 @@ class _Rows:
         keys: Segment of each key.
         keys_held: The tile of keys to hold for tile i of the queries at step j: j itself where some query sees some key.
         queries_held: The tile of queries to hold for tile i of the keys at step j.
+
+    Both tables end with the place in the row of the first query.
     """
 
     queries: Int[Array, "b i 2 q"]
     keys: Int[Array, "b t 1"]
-    keys_held: Int[Array, "b*i*j"]
-    queries_held: Int[Array, "b*j*i"]
+    keys_held: Int[Array, "b*i*j+1"]
+    queries_held: Int[Array, "b*j*i+1"]
 
     @classmethod
-    def of(cls, visible: Visibility, tiles: Tiles, padding: int) -> _Rows:
-        segments = jnp.pad(visible.segments, ((0, 0), (0, padding)))
-        none = jnp.full_like(segments, -1)
-        parents = none if visible.parents is None else jnp.pad(visible.parents, ((0, 0), (0, padding)))
-        parents = jnp.where(parents == 0, -1, parents)
-        b = len(segments)
-        queries = jnp.stack([part.reshape(b, -1, tiles.queries) for part in (segments, parents)], axis=2)
-        seen = _may_see(queries, segments.reshape(b, -1, tiles.keys))
-        return cls(queries, segments[..., None], _held(seen), _held(seen.swapaxes(1, 2)))
+    def of(cls, visible: Visibility, tiles: Tiles, queries: int) -> _Rows:
+        """For rows of which ``queries`` tokens, after :attr:`Visibility.first_query`, are queries."""
+        first = jnp.int32(0) if visible.first_query is None else visible.first_query.astype(jnp.int32)
+        parents = jnp.zeros_like(visible.segments) if visible.parents is None else visible.parents
+        segments, parents = (
+            _padded(jax.lax.dynamic_slice_in_dim(ids, first, queries, axis=1), tiles) for ids in (visible.segments, parents)
+        )
+        of_keys = _padded(visible.segments, tiles)
+        b = len(of_keys)
+        of_queries = (segments, jnp.where(parents == 0, -1, parents))
+        tiled = jnp.stack([ids.reshape(b, -1, tiles.queries) for ids in of_queries], axis=2)
+        seen = _may_see(tiled, of_keys.reshape(b, -1, tiles.keys), first)
+        held = (jnp.append(_held(table), first) for table in (seen, seen.swapaxes(1, 2)))
+        return cls(tiled, of_keys[..., None], *held)
 
 
-def _may_see(queries: Int[Array, "b i 2 q"], keys: Int[Array, "b j t"]) -> Array:
+def _padded(array: Array, tiles: Tiles) -> Array:
+    """Padded along the row to whole tiles."""
+    padding = -array.shape[1] % max(tiles.queries, tiles.keys)
+    return jnp.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)))
+
+
+def _may_see(queries: Int[Array, "b i 2 q"], keys: Int[Array, "b j t"], first_query: Int[Array, ""]) -> Array:
     """[b, i, j]: False where no query of tile i sees a key of tile j, by the lowest and highest segment of each."""
     least, most = keys.min(-1)[:, None], keys.max(-1)[:, None]
     nobody = jnp.iinfo(queries.dtype).max
     lowest = jnp.where(queries < 0, nobody, queries).min(-1)[..., None]
     highest = queries.max(-1)[..., None]
     meet = ((lowest <= most[:, :, None]) & (highest >= least[:, :, None])).any(2)
-    last_query = (jnp.arange(queries.shape[1]) + 1) * queries.shape[3] - 1
+    last_query = first_query + (jnp.arange(queries.shape[1]) + 1) * queries.shape[3] - 1
     first_key = jnp.arange(keys.shape[1]) * keys.shape[2]
     return meet & (first_key <= last_query[:, None])
 
@@ -122,13 +135,12 @@ def attend(
     kv_heads = k.shape[2]
     share = h // kv_heads
     tiles = tiles or Tiles.of(s, share)
-    padding = -s % max(tiles.queries, tiles.keys)
-    q, k, v = (jnp.pad(part, ((0, 0), (0, padding), (0, 0), (0, 0))) for part in (q, k, v))
+    rows = _Rows.of(visible, tiles, s)
+    q, k, v = (_padded(part, tiles) for part in (q, k, v))
     tiled = q.reshape(b, -1, tiles.queries, kv_heads, share, x).transpose(0, 3, 1, 4, 2, 5)
     stacked = tiled.reshape(b, kv_heads, -1, share * tiles.queries, x)
-    rows = _Rows.of(visible, tiles, padding)
     out = _flash(stacked, k.swapaxes(1, 2), v.swapaxes(1, 2), rows, tiles)
-    return out.reshape(tiled.shape).transpose(0, 2, 4, 1, 3, 5).reshape(b, s + padding, h, x)[:, :s]
+    return out.reshape(tiled.shape).transpose(0, 2, 4, 1, 3, 5).reshape(b, -1, h, x)[:, :s]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -236,13 +248,14 @@ class _Step:
         self.last = inner == grid.shape[3] - 1
         self.needed = grid.held(held, b, outer, inner) == inner
         self._pair = grid.pair(outer, inner)
+        self._first_query = held[grid.shape[0] * grid.shape[2] * grid.shape[3]]
         self._shape = (grid.tiles.keys, grid.tiles.queries)
         self._segments = query_segments, key_segments
 
     def scores(self, q: Any, k: Any) -> Float[Array, "t gq"]:
         """Scaled scores, ``UNSEEN`` where a key is not seen."""
         own, parent, of_keys = self._segments[0][:1], self._segments[0][1:], self._segments[1][...]
-        query = self._pair[0] * self._shape[1] + jax.lax.broadcasted_iota(jnp.int32, self._shape, 1)
+        query = self._first_query + self._pair[0] * self._shape[1] + jax.lax.broadcasted_iota(jnp.int32, self._shape, 1)
         key = self._pair[1] * self._shape[0] + jax.lax.broadcasted_iota(jnp.int32, self._shape, 0)
         sees = ((of_keys == own) | (of_keys == parent)) & (key <= query)
         scores = _matmul(k[...], q[...], 1, 1) * q.shape[1] ** -0.5

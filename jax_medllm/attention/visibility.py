@@ -18,10 +18,12 @@ class Visibility:
         segments: Segment of each token; 0 is padding.
         parents: Second segment a token sees, 0 for none: the responses of one problem see its prompt, which is computed
             once, and not each other.
+        first_query: Place in the row of the first query, where queries are some of the row's tokens and not all.
     """
 
     segments: Int[Array, "b s"]
     parents: Int[Array, "b s"] | None = None
+    first_query: Int[Array, ""] | None = None
 
     def mask(self, queries: Int[Array, "q"], keys: int) -> Bool[Array, "b q t"]:
         """True where one of the tokens at the indices ``queries`` sees one of the row's first ``keys`` tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.attention.visibility import Visibility
 
@@ -30,8 +30,13 @@ def attend(
 ) -> Float[Array, "b s h x"]:
     """The contract of :func:`jax_medllm.attention.attend`, ``chunk`` queries or a few less at a time."""
     s = q.shape[1]
+    if visible.first_query is not None:  # which keys these queries never see is not known when the program is made
+        return _attend_span(q, k, v, visible, visible.first_query, k.shape[1], chunk)
     span = _even_part(s, at_most=2 * chunk, parts=SPANS)
-    parts = [_attend_span(q[:, start : start + span], k, v, visible, start, chunk) for start in range(0, s, span)]
+    parts = [
+        _attend_span(q[:, start : start + span], k, v, visible, start, min(s, start + span), chunk)
+        for start in range(0, s, span)
+    ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -45,12 +50,12 @@ def _attend_span(
     k: Float[Array, "b s k x"],
     v: Float[Array, "b s k x"],
     visible: Visibility,
-    start: int,
+    start: int | Int[Array, ""],
+    stop: int,
     chunk: int,
 ) -> Float[Array, "b q h x"]:
-    """What the queries see that stand in the row from ``start`` on."""
+    """What the queries see that stand in the row from ``start`` on, of its first ``stop`` tokens."""
     b, length, h, x = q.shape
-    stop = start + length
     k, v = k[:, :stop], v[:, :stop]
     if length <= chunk:
         return _attend_dense(q, k, v, visible.mask(start + jnp.arange(length), stop))

@@ -1,0 +1,69 @@
+"""Rows of a table of the vocabulary, where the table is spread over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_medllm.sharding import Axis, entry, in_use
+
+
+def lookup(
+    table: Float[Array, "v d"], tokens: Int[Array, "*b"], axes: tuple[Axis, Axis], names: Sequence[str | None]
+) -> Float[Array, "*b d"]:
+    """``table[tokens]``, laid out as the tokens are.
+
+    On a mesh a device holds some of the table's rows, or some of its columns. It looks up what it holds for the tokens of all
+    that hold other parts; then each of them takes what is its own tokens' from the others. So neither the table nor more than a
+    device's share of the result, times the devices that share the rows, is ever moved.
+
+    Args:
+        table: Of the embedding, or the output matrix.
+        tokens: Token ids.
+        axes: The table's logical axes.
+        names: The tokens' logical axes.
+    """
+    layout = in_use()
+    if layout is None:
+        return table[tokens]
+    stored, spec = layout.stored(axes), layout.activation(tokens.shape, names)
+    rows, columns = (entry(part) for part in stored)
+    whose = _Holders(rows, columns, [entry(part) for part in spec])
+    specs = {"in_specs": (stored, spec), "out_specs": jax.sharding.PartitionSpec(*spec, None)}
+    return jax.shard_map(whose.lookup, mesh=layout.mesh, **specs, check_vma=False)(table, tokens)
+
+
+class _Holders:
+    """The mesh axes over which a table's rows and its columns are spread, and each axis of the tokens."""
+
+    def __init__(self, rows: tuple[str, ...], columns: tuple[str, ...], held: Sequence[tuple[str, ...]]):
+        self.rows, self.columns = rows, columns
+        # Of a mesh axis that holds tokens: which axis of theirs.
+        self.shared = {name: axis for axis, names in enumerate(held) for name in names if name in (*rows, *columns)}
+
+    def lookup(self, table: Float[Array, "v d"], tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        """On one device, among the others."""
+        for name, axis in reversed(self.shared.items()):
+            tokens = jax.lax.all_gather(tokens, name, axis=axis, tiled=True)
+        if not self.rows:
+            found = table[tokens]
+        else:
+            first = jax.lax.axis_index(self.rows) * len(table)
+            here = (tokens >= first) & (tokens < first + len(table))
+            found = jnp.where(here[..., None], table[jnp.where(here, tokens - first, 0)], 0)
+        # One device has the row and the others zeros, so that a sum takes it as it is.
+        if alone := tuple(name for name in self.rows if name not in self.shared):
+            found = jax.lax.psum(found, alone)
+        for name, axis in self.shared.items():
+            if name in self.rows:
+                found = jax.lax.psum_scatter(found, name, scatter_dimension=axis, tiled=True)
+        last = found.ndim - 1
+        for name in reversed(self.columns):  # the last of them holds neighbours
+            if name in self.shared:
+                found = jax.lax.all_to_all(found, name, self.shared[name], last, tiled=True)
+            else:
+                found = jax.lax.all_gather(found, name, axis=last, tiled=True)
+        return found

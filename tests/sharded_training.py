@@ -1,0 +1,126 @@
+"""Child process of the sharding tests: a training step over forced devices, against the same step on one of them.
+
+``python -m tests.sharded_training cpt|rpo none|nf4|tied MESH …`` prints, for each mesh, the largest difference of the loss and
+of the gradients, relative to the largest gradient, and every collective of the compiled program.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_medllm.batches import CptBatch, PreferenceData
+from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.sharding import Layout, laid_out, place_rows, shardings
+from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
+from medllm.preferences.tokenization import TokenizedGroup
+from tests.small_model import small_config
+
+# 192 inputs of down_proj are three blocks of 64: over two or four devices a block is cut.
+CONFIG = small_config(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=192,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    tie_embeddings=False,
+)
+
+
+def build(quantization: Any, tied: bool) -> Qwen2:
+    config = small_config(**{**vars(CONFIG), "tie_embeddings": tied})
+    return Qwen2(config, lora=LoraConfig(rank=4, alpha=8), quantization=quantization, rngs=nnx.Rngs(0))
+
+
+def cpt_batch() -> CptBatch:
+    random = np.random.default_rng(0)
+    segment_ids = np.ones((8, 32), np.int32)
+    segment_ids[:, 9:] = 2
+    segment_ids[::2, 27:] = 0
+    positions = np.tile(np.r_[np.arange(9), np.arange(23)].astype(np.int32), (8, 1))
+    return CptBatch(random.integers(1, 512, (8, 32)).astype(np.int32), segment_ids, positions, np.float32(1 / 100))
+
+
+def preference_batch() -> Any:
+    """Six problems: two rows of zeros are added on eight devices. One has a single pair."""
+    random = np.random.default_rng(0)
+
+    def text(longest: int) -> tuple[int, ...]:
+        return tuple(random.integers(1, 512, random.integers(2, longest)).tolist())
+
+    pairs = ((0, 1), (0, 2), (1, 2))
+    groups = [TokenizedGroup(f"p{i}", text(12), (text(9), text(9), text(9)), (2, 1, 0), pairs, (0, 0, 0)) for i in range(5)]
+    groups.append(TokenizedGroup("p5", text(12), (text(9), text(5)), (1, 0), ((0, 1),), (0,)))
+    data = PreferenceData(groups, TrainingConfig(epochs=1, batch_size=6, accumulation=1))
+    (batch,) = data.step(data.plan()[0])
+    return batch
+
+
+LOSSES = {
+    "cpt": (partial(cpt_loss_fn, remat="layer"), cpt_batch),
+    "rpo": (partial(preference_loss_fn, loss_config=PreferenceLoss(beta=0.3, alpha=2.0), remat="layer"), preference_batch),
+}
+
+
+def collectives(text: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Kind, type and shape of each array that a collective of the program hands out."""
+    pattern = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    for shapes, kind in re.findall(pattern, text):
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            yield kind, dtype, tuple(int(size) for size in sizes.split(",") if size)
+
+
+def gradients_of(stage: str, model: Qwen2, devices: Any = None) -> tuple[Any, Any, str]:
+    """Loss, gradients and the compiled program of one step, under the layout in use."""
+    loss_fn, make = LOSSES[stage]
+    graph, trainable, frozen = nnx.split(model, LoraParam, ...)
+    # B starts at zero, and with it most gradients.
+    trainable = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), trainable)
+
+    def run(trainable: Any, frozen: Any, batch: Any) -> Any:
+        loss, gradients = jax.value_and_grad(lambda lora: loss_fn(nnx.merge(graph, lora, frozen), batch)[0])(trainable)
+        return loss, laid_out(gradients)
+
+    if devices is not None:
+        trainable, frozen = (jax.device_put(state, shardings(state)) for state in (trainable, frozen))
+    batch = place_rows(make())
+    compiled = jax.jit(run).lower(trainable, frozen, batch).compile()
+    loss, gradients = jax.device_get(compiled(trainable, frozen, batch))
+    return loss, gradients, compiled.as_text()
+
+
+def main() -> None:
+    """Compare over each mesh."""
+    stage, quantization, *meshes = sys.argv[1:]
+    tied = quantization == "tied"
+    model = build("none" if tied else quantization, tied)
+    loss, gradients, _ = gradients_of(stage, model)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
+    found = {}
+    for mesh in meshes:
+        devices = jax.devices()
+        name, _, order = mesh.partition("@")
+        with Layout.of(name, devices=devices[::-1] if order == "reversed" else devices).in_use():
+            other_loss, other, text = gradients_of(stage, model, devices)
+        error = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (gradients, other)), strict=True))
+        found[mesh] = {
+            "loss": abs(float(other_loss - loss)) / abs(float(loss)),
+            "gradient": error / largest,
+            "collectives": sorted(set(collectives(text))),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
