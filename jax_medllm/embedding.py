@@ -31,39 +31,31 @@ def lookup(
         return table[tokens]
     stored, spec = layout.stored(axes), layout.activation(tokens.shape, names)
     rows, columns = (entry(part) for part in stored)
-    whose = _Holders(rows, columns, [entry(part) for part in spec])
-    specs = {"in_specs": (stored, spec), "out_specs": jax.sharding.PartitionSpec(*spec, None)}
-    return jax.shard_map(whose.lookup, mesh=layout.mesh, **specs, check_vma=False)(table, tokens)
+    # Of a mesh axis that holds a part of the table and some of the tokens: which axis of theirs.
+    shared = {name: axis for axis, part in enumerate(spec) for name in entry(part) if name in (*rows, *columns)}
 
-
-class _Holders:
-    """The mesh axes over which a table's rows and its columns are spread, and each axis of the tokens."""
-
-    def __init__(self, rows: tuple[str, ...], columns: tuple[str, ...], held: Sequence[tuple[str, ...]]):
-        self.rows, self.columns = rows, columns
-        # Of a mesh axis that holds tokens: which axis of theirs.
-        self.shared = {name: axis for axis, names in enumerate(held) for name in names if name in (*rows, *columns)}
-
-    def lookup(self, table: Float[Array, "v d"], tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        """On one device, among the others."""
-        for name, axis in reversed(self.shared.items()):
+    def local(table: Float[Array, "v d"], tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        for name, axis in reversed(shared.items()):
             tokens = jax.lax.all_gather(tokens, name, axis=axis, tiled=True)
-        if not self.rows:
+        if not rows:
             found = table[tokens]
         else:
-            first = jax.lax.axis_index(self.rows) * len(table)
+            first = jax.lax.axis_index(rows) * len(table)
             here = (tokens >= first) & (tokens < first + len(table))
             found = jnp.where(here[..., None], table[jnp.where(here, tokens - first, 0)], 0)
         # One device has the row and the others zeros, so that a sum takes it as it is.
-        if alone := tuple(name for name in self.rows if name not in self.shared):
+        if alone := tuple(name for name in rows if name not in shared):
             found = jax.lax.psum(found, alone)
-        for name, axis in self.shared.items():
-            if name in self.rows:
+        for name, axis in shared.items():
+            if name in rows:
                 found = jax.lax.psum_scatter(found, name, scatter_dimension=axis, tiled=True)
         last = found.ndim - 1
-        for name in reversed(self.columns):  # the last of them holds neighbours
-            if name in self.shared:
-                found = jax.lax.all_to_all(found, name, self.shared[name], last, tiled=True)
+        for name in reversed(columns):  # the last of them holds neighbours
+            if name in shared:
+                found = jax.lax.all_to_all(found, name, shared[name], last, tiled=True)
             else:
                 found = jax.lax.all_gather(found, name, axis=last, tiled=True)
         return found
+
+    specs = {"in_specs": (stored, spec), "out_specs": jax.sharding.PartitionSpec(*spec, None)}
+    return jax.shard_map(local, mesh=layout.mesh, **specs, check_vma=False)(table, tokens)

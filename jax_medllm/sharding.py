@@ -3,21 +3,21 @@
 A parameter names its logical axes where it is declared, an activation where it is made. A table of rules says over which axes
 of the mesh each is spread; what it does not name stays whole:
 
-=============================  =================================================  ======================
-logical axis                   of                                                 spread over
-=============================  =================================================  ======================
-``batch``                      rows                                               data, fsdp
-``sequence``                   the positions of a row                             sequence
-``heads`` ``kv_heads`` ``mlp``  outputs of q, k and v, and of gate and up         tensor, fsdp, sequence
-``embed``                      outputs of o and down                              fsdp, sequence
-``heads_in`` ``mlp_in``        inputs of o and of down                            tensor
-``embed_in``                   inputs of q, k, v, gate and up                     nothing
-``bias``                       biases of q, k and v                               tensor
-``adapter``                    the long axis of a LoRA matrix                     tensor, fsdp, sequence
-``vocab``                      rows of the embedding                              tensor
-``columns``                    columns of the embedding                           fsdp, sequence
-``head_vocab``                 rows of the output matrix                          tensor, fsdp, sequence
-=============================  =================================================  ======================
+==============================  ===========================================  ========================
+logical axis                    of                                           spread over
+==============================  ===========================================  ========================
+``batch``                       rows                                         data, fsdp
+``sequence``                    the positions of a row                       sequence
+``heads`` ``kv_heads`` ``mlp``  outputs of q, k and v, and of gate and up    tensor, fsdp, sequence
+``embed``                       outputs of o and down                        fsdp, sequence
+``heads_in`` ``mlp_in``         inputs of o and of down                      tensor
+``embed_in``                    inputs of q, k, v, gate and up               nothing
+``bias``                        biases of q, k and v                         tensor
+``adapter``                     the long axis of a LoRA matrix               tensor, fsdp, sequence
+``vocab``                       rows of the embedding                        tensor
+``columns``                     columns of the embedding                     fsdp, sequence
+``head_vocab``                  rows of the output matrix                    tensor, fsdp, sequence
+==============================  ===========================================  ========================
 
 A weight may be spread over the mesh axes that also hold rows or positions. It is *stored* so; where it is *used* every device
 needs all of what those axes hold, and gathers it: an NF4 weight as its packed codes, a quarter of the bytes of the bf16 weight
@@ -29,8 +29,8 @@ Nothing here changes what is computed. Without a layout in use (:meth:`Layout.in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -101,7 +101,7 @@ class Layout:
     rules: tuple[tuple[str, tuple[str, ...]], ...] = tuple(RULES.items())
 
     @classmethod
-    def of(cls, mesh: str | Mapping[str, int], rules: str = "", devices: Sequence[Any] | None = None) -> Layout:
+    def of(cls, mesh: str, rules: str = "", devices: Sequence[Any] | None = None) -> Layout:
         """From what a command line says.
 
         Args:
@@ -113,17 +113,15 @@ class Layout:
             UserError: an unknown name, or sizes that do not multiply to the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
-        sizes = _sizes(_parsed_mesh(mesh) if isinstance(mesh, str) else mesh, len(devices))
+        sizes = _sizes(mesh, len(devices))
         # An axis of one device would only add collectives among one.
         shape = {name: size for name, size in sizes.items() if size > 1} or {MESH_AXES[0]: 1}
         array = np.array(devices).reshape(tuple(shape.values()))
         return cls(Mesh(array, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), _parsed_rules(rules))
 
-    @contextmanager
-    def in_use(self) -> Iterator[Layout]:
+    def in_use(self) -> AbstractContextManager[None]:
         """Arrays are laid out so in what is traced within."""
-        with _IN_USE(self):
-            yield self
+        return _IN_USE(self)
 
     def shards(self, name: str) -> int:
         """Pieces a logical axis is cut into."""
@@ -318,15 +316,15 @@ def _parsed_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def _sizes(given: Mapping[str, int], devices: int) -> dict[str, int]:
+def _sizes(text: str, devices: int) -> dict[str, int]:
     """All axes in the order of MESH_AXES, the open one filled in."""
-    said = ",".join(f"{name}={size}" for name, size in given.items())
+    given = _parsed_mesh(text)
     open_axes = [name for name, size in given.items() if size == -1]
     known = math.prod(size for size in given.values() if size != -1)
     if len(open_axes) > 1:
-        raise UserError(f"--mesh {said}: only one axis can be -1")
+        raise UserError(f"--mesh {text}: only one axis can be -1")
     if devices % known or (not open_axes and known != devices):
-        raise UserError(f"--mesh {said}: its sizes multiply to {known}, and there are {devices} devices; they must agree")
+        raise UserError(f"--mesh {text}: its sizes multiply to {known}, and there are {devices} devices; they must agree")
     return {name: devices // known if given.get(name) == -1 else given.get(name, 1) for name in MESH_AXES}
 
 

@@ -25,7 +25,7 @@ class Tolerance:
     reason: str
     seen: float
 
-    def check(self, actual: object, expected: object, what: str) -> None:
+    def assert_close(self, actual: object, expected: object, what: str) -> None:
         """Raise AssertionError with the measured difference where it is above the bound, or where a shape or NaN differs."""
         x, y = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
         assert x.shape == y.shape, f"{what}: shapes {x.shape} and {y.shape}"

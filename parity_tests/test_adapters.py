@@ -56,7 +56,7 @@ def test_a_peft_adapter_under_a_model_gives_pefts_logits(float64, tiny_model, ti
     base = tiny_model()
     adapter = tiny_adapter(base, **settings)
     model = read_model(ModelDirectory(base), adapter=read_adapter(adapter), dtype=jnp.float64)
-    FLOAT64_FORWARD.check(jax_logits(model), torch_logits(float64_model(base, adapter)), "logits")
+    FLOAT64_FORWARD.assert_close(jax_logits(model), torch_logits(float64_model(base, adapter)), "logits")
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -69,7 +69,7 @@ def test_peft_loads_an_adapter_written_by_jax(tiny_model, tmp_path, settings):
     set_adapter(model, Adapter(lora, tensors))
     write_adapter(tmp_path / "adapter", lora, adapter_tensors(model), str(base))
     theirs = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter")
-    FLOAT32_FORWARD.check(jax_logits(model), torch_logits(theirs), "logits")
+    FLOAT32_FORWARD.assert_close(jax_logits(model), torch_logits(theirs), "logits")
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             np.testing.assert_array_equal(parameter.detach(), adapter_tensors(model)[name.replace(".default", "")])
@@ -88,7 +88,7 @@ def test_an_adapter_of_several_ranks_has_pefts_gradients_and_goes_out_as_it_came
     found = adapter_tensors(nnx.merge(graph, gradients, rest))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        FLOAT64_GRADIENT.check(found[name], value, name)
+        FLOAT64_GRADIENT.assert_close(found[name], value, name)
     for name, value in adapter_tensors(model).items():
         np.testing.assert_array_equal(value, given.tensors[name], err_msg=name)
     for path, gradient in nnx.to_flat_state(gradients):
@@ -103,7 +103,7 @@ def test_several_frozen_adapters_add_up_as_in_peft(float64, tiny_model, tiny_ada
     theirs.load_adapter(second, "second")
     theirs.double().base_model.set_adapter(["default", "second"])
     model = read_model(ModelDirectory(base), adapter=[read_adapter(first), read_adapter(second)], dtype=jnp.float64)
-    FLOAT64_FORWARD.check(jax_logits(model), torch_logits(theirs), "logits")
+    FLOAT64_FORWARD.assert_close(jax_logits(model), torch_logits(theirs), "logits")
 
 
 def test_an_adapter_that_is_trained_further_has_its_copy_as_the_reference(float64, tiny_model, tiny_adapter):
@@ -114,7 +114,7 @@ def test_an_adapter_that_is_trained_further_has_its_copy_as_the_reference(float6
     set_adapter(model, Adapter(given.lora, moved))
     inputs = {"segment_ids": jnp.asarray(SEGMENT_IDS), "positions": jnp.asarray(POSITIONS)}
     reference = model.logits(model.hidden(jnp.asarray(TOKENS), **inputs, adapter=False))[REAL]
-    FLOAT64_FORWARD.check(reference, torch_logits(float64_model(base, given.path)), "the reference")
+    FLOAT64_FORWARD.assert_close(reference, torch_logits(float64_model(base, given.path)), "the reference")
     assert np.abs(jax_logits(model) - reference).max() > 0.1, "the policy has moved away from it"
 
 
@@ -127,11 +127,11 @@ def test_a_frozen_adapter_stays_on_when_the_trained_one_is_switched_off(float64,
     inputs = {"segment_ids": jnp.asarray(SEGMENT_IDS), "positions": jnp.asarray(POSITIONS)}
     on = model.logits(model.hidden(jnp.asarray(TOKENS), **inputs))[REAL]
     off = model.logits(model.hidden(jnp.asarray(TOKENS), **inputs, adapter=False))[REAL]
-    FLOAT64_FORWARD.check(off, torch_logits(float64_model(base, frozen)), "the reference")
+    FLOAT64_FORWARD.assert_close(off, torch_logits(float64_model(base, frozen)), "the reference")
     both = float64_model(base, frozen)
     both.load_adapter(trained, "trained")
     both.double().base_model.set_adapter(["default", "trained"])
-    FLOAT64_FORWARD.check(on, torch_logits(both), "the policy")
+    FLOAT64_FORWARD.assert_close(on, torch_logits(both), "the policy")
 
 
 def test_a_model_written_by_jax_opens_in_transformers_with_identical_logits(tiny_model, tmp_path):

@@ -106,10 +106,12 @@ def test_layer_by_layer_both_stacks_compute_what_they_compute_as_a_whole(base, a
     with torch.no_grad():
         whole = row_logits(open_model(ModelConfig(str(base), adapter=str(adapter), dtype="float32")), *given)
         assert torch.equal(states.torch[:3] @ table.T, whole)
-        FLOAT64_FORWARD.check(states.truth[:3] @ table.double().T, row_logits(float64_model(base, adapter), *given), "truth")
+        FLOAT64_FORWARD.assert_close(
+            states.truth[:3] @ table.double().T, row_logits(float64_model(base, adapter), *given), "truth"
+        )
     product = read_model(ModelDirectory(base), adapter=read_adapter(adapter))
     hidden = product.hidden(jnp.asarray(rows.tokens), segment_ids=rows.segment_ids, positions=rows.positions)
-    FLOAT32_FORWARD.check(states.jax[:3], hidden, "JAX")
+    FLOAT32_FORWARD.assert_close(states.jax[:3], hidden, "JAX")
 
 
 # --- faults in a saved checkpoint ------------------------------------------------------------------------------------------
@@ -427,13 +429,13 @@ def test_a_folder_that_cannot_be_audited_is_one_line(base, tmp_path, capsys, spo
     bad = changed(base, tmp_path / "bad")
     spoil(bad)
     paths = {"--model.path": str(base)} | {side: str(bad)}
-    refused(tmp_path, capsys, said, *(word for pair in paths.items() for word in pair))
+    assert_refused(tmp_path, capsys, said, *(word for pair in paths.items() for word in pair))
 
 
 def test_models_of_other_sizes_and_a_4_bit_state_of_another_kind_are_refused(base, tiny_model, tmp_path, capsys):
-    refused(tmp_path, capsys, "num_layers is 2", "--model.path", str(base), "--reference", str(tiny_model()))
+    assert_refused(tmp_path, capsys, "num_layers is 2", "--model.path", str(base), "--reference", str(tiny_model()))
     open_model(ModelConfig(str(base), quantization="nf4", dtype="float32")).save_pretrained(tmp_path / "packed")
-    refused(tmp_path, capsys, "--model.quantization nf4", "--model.path", str(tmp_path / "packed"))
+    assert_refused(tmp_path, capsys, "--model.quantization nf4", "--model.path", str(tmp_path / "packed"))
     name = layer(1, "mlp.up_proj", "weight.quant_state.bitsandbytes__nf4")
 
     def fp4(tensors: Tensors) -> None:
@@ -441,21 +443,21 @@ def test_models_of_other_sizes_and_a_4_bit_state_of_another_kind_are_refused(bas
         tensors[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
 
     other = changed(tmp_path / "packed", tmp_path / "other", fp4)
-    refused(tmp_path, capsys, "blocksize 128", "--model.path", str(other), "--model.quantization", "nf4")
+    assert_refused(tmp_path, capsys, "blocksize 128", "--model.path", str(other), "--model.quantization", "nf4")
 
 
 def test_an_adapter_for_another_model_is_refused(base, tiny_model, tiny_adapter, tmp_path, capsys):
     wide = tiny_adapter(tiny_model(hidden=128))
-    refused(tmp_path, capsys, str(wide), "--model.path", str(base), "--model.adapter", str(wide))
+    assert_refused(tmp_path, capsys, str(wide), "--model.path", str(base), "--model.adapter", str(wide))
 
 
 def test_rows_that_do_not_fit_and_text_that_cannot_be_read_are_refused(base, tmp_path, capsys):
-    refused(tmp_path, capsys, "rows is 2", "--model.path", str(base), "--rows", "2")
-    refused(tmp_path, capsys, "512 positions", "--model.path", str(base), "--tokens", "513")
-    refused(tmp_path, capsys, "nowhere.txt", "--model.path", str(base), "--text", "nowhere.txt")
+    assert_refused(tmp_path, capsys, "rows is 2", "--model.path", str(base), "--rows", "2")
+    assert_refused(tmp_path, capsys, "512 positions", "--model.path", str(base), "--tokens", "513")
+    assert_refused(tmp_path, capsys, "nowhere.txt", "--model.path", str(base), "--text", "nowhere.txt")
 
 
-def refused(folder: Path, capsys, said: str, *arguments: str) -> None:
+def assert_refused(folder: Path, capsys, said: str, *arguments: str) -> None:
     before = sorted(folder.rglob("*"))
     assert main(["parity", *arguments, "--out", str(folder / "out")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

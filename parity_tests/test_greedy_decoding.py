@@ -76,7 +76,7 @@ def test_option_logprobs_are_transformers_on_each_option_alone(base, stock):
         with torch.no_grad():
             logits = stock(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]
         places = torch.arange(len(prompt) - 1, len(logits) - 1)
-        FLOAT32_FORWARD.check(values, logits.log_softmax(-1)[places, list(completion)], f"{len(completion)} tokens")
+        FLOAT32_FORWARD.assert_close(values, logits.log_softmax(-1)[places, list(completion)], f"{len(completion)} tokens")
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +136,11 @@ def test_option_logprobs_are_those_of_torch_ref_and_of_the_formula_in_float64(ti
         Continuation(prompt, tuple(rng.integers(0, VOCAB, length).tolist())) for prompt in prompts for length in (2, 7, 1, 4, 4)
     ]
     for ours, theirs in zip(JaxEngine(config).logprobs(work, 4), TorchEngine(config).logprobs(work, 4), strict=True):
-        FLOAT32_FORWARD.check(ours, theirs, "an option's log-probabilities")
+        FLOAT32_FORWARD.assert_close(ours, theirs, "an option's log-probabilities")
     oracle = float64_model(base, adapter)
     with jax.enable_x64(True):
         model = read_model(ModelDirectory(base), adapter=read_adapter(adapter), dtype=jnp.float64)
         for option, values in zip(work, Scorer(model).logprobs(work, 4), strict=True):
             with torch.no_grad():
                 expected = preference_oracle.response_logprobs(oracle, option.prompt, option.completion)
-            FLOAT64_HANDED_OUT.check(values, expected, "an option's log-probabilities")
+            FLOAT64_HANDED_OUT.assert_close(values, expected, "an option's log-probabilities")

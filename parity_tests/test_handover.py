@@ -141,8 +141,8 @@ def test_the_result_opens_in_peft_and_in_both_engines_with_the_same_logits(runs,
     _, result = runs[engine, handover]
     expected = torch_logits(by_peft(base, cpt, result["adapter"], handover))
     opened = ModelConfig(result["opened_as"]["path"], tuple(result["opened_as"]["adapters"]), dtype="float32")
-    FLOAT32_FORWARD.check(jax_logits(load_model(opened)), expected, "JAX")
-    FLOAT32_FORWARD.check(torch_logits(open_model(opened)), expected, "torch_ref")
+    FLOAT32_FORWARD.assert_close(jax_logits(load_model(opened)), expected, "JAX")
+    FLOAT32_FORWARD.assert_close(torch_logits(open_model(opened)), expected, "torch_ref")
     untrained = torch_logits(PeftModel.from_pretrained(dense(base), cpt))
     assert np.abs(expected - untrained).max() > 1e-2, "training has changed the model"
 
@@ -151,7 +151,7 @@ def test_an_adapter_trained_further_takes_the_same_steps_on_both_engines(runs, c
     """The one hand-over where both begin with the same matrices; its reference decides every reward after the first step."""
     ours, theirs = (metrics(runs[engine, "continue"][0]) for engine in ("jax", "torch"))
     for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm"):
-        FLOAT32_TRAJECTORY_LOSS.check([line[name] for line in ours], [line[name] for line in theirs], name)
+        FLOAT32_TRAJECTORY_LOSS.assert_close([line[name] for line in ours], [line[name] for line in theirs], name)
     settings = read_adapter(cpt).lora
     assert all(read_adapter(runs[engine, "continue"][1]["adapter"]).lora == settings for engine in ("jax", "torch"))
 
@@ -187,7 +187,7 @@ def test_continued_pretraining_goes_on_top_of_an_adapter_on_both_engines(base, c
             assert read_adapter(summary.adapter).lora.rank == 2, "a second adapter, not the first one trained further"
             first[engine, adapter] = losses[0]
     for adapter in (None, str(cpt)):
-        FLOAT32_TRAJECTORY_LOSS.check(first["jax", adapter], first["torch", adapter], "loss")
+        FLOAT32_TRAJECTORY_LOSS.assert_close(first["jax", adapter], first["torch", adapter], "loss")
     assert abs(first["jax", None] - first["jax", str(cpt)]) > 1e-2
 
 
@@ -221,10 +221,10 @@ def test_the_cost_of_each_handover_is_that_of_bitsandbytes_and_torch(base, cpt, 
         relative = {name: errors[name] / norms[name] for name in errors}
         total = math.hypot(*errors.values()) / math.hypot(*norms.values())
         assert total > 0.05, "4 bits are felt"
-        HANDOVER_WEIGHT_ERROR.check(row["weight_error"], total, "all adapted weights")
-        HANDOVER_WEIGHT_ERROR.check(row["worst_weight_error"], max(relative.values()), "the worst weight")
-        HANDOVER_WEIGHT_ERROR.check(relative[row["worst_weight"]], max(relative.values()), "its name")
-        HANDOVER_KL.check(row["kl"], torch_kl(exact, model, rows), f"KL of {row['handover']}")
+        HANDOVER_WEIGHT_ERROR.assert_close(row["weight_error"], total, "all adapted weights")
+        HANDOVER_WEIGHT_ERROR.assert_close(row["worst_weight_error"], max(relative.values()), "the worst weight")
+        HANDOVER_WEIGHT_ERROR.assert_close(relative[row["worst_weight"]], max(relative.values()), "its name")
+        HANDOVER_KL.assert_close(row["kl"], torch_kl(exact, model, rows), f"KL of {row['handover']}")
 
 
 def torch_kl(exact: torch.nn.Module, model: torch.nn.Module, rows: PackedRows) -> float:

@@ -39,15 +39,15 @@ def check_against_truth(found: Results, truth: Results, segment_ids: np.ndarray)
     real = segment_ids != 0
     assert found.states.shape == truth.states.shape
     for layer, (state, expected) in enumerate(zip(found.states, truth.states, strict=True)):
-        FLOAT64_FORWARD.check(state[real], expected[real], f"residual stream after {layer} layers")
-    FLOAT64_FORWARD.check(found.logits[real], truth.logits[real], "logits")
+        FLOAT64_FORWARD.assert_close(state[real], expected[real], f"residual stream after {layer} layers")
+    FLOAT64_FORWARD.assert_close(found.logits[real], truth.logits[real], "logits")
     targets = target_mask(segment_ids)
-    FLOAT64_FORWARD.check(found.logprobs[targets], truth.logprobs[targets], "log-probabilities")
-    FLOAT64_FORWARD.check(found.loss, truth.loss, "loss")
+    FLOAT64_FORWARD.assert_close(found.logprobs[targets], truth.logprobs[targets], "log-probabilities")
+    FLOAT64_FORWARD.assert_close(found.loss, truth.loss, "loss")
     assert found.gradients.keys() == truth.gradients.keys()
     assert len(found.gradients) == 2 * 7 * (len(found.states) - 1)
     for name, gradient in found.gradients.items():
-        FLOAT64_GRADIENT.check(gradient, truth.gradients[name], name)
+        FLOAT64_GRADIENT.assert_close(gradient, truth.gradients[name], name)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,7 +90,9 @@ def test_a_row_of_more_than_4096_tokens_has_the_true_logits(float64, tiny_model)
     row = rows(documents=((4200,),))
     with torch.no_grad():
         expected = row_logits(float64_model(base), *row).numpy()
-    FLOAT64_FORWARD.check(jax.jit(jax_loss)(read_model(ModelDirectory(base), dtype=jnp.float64), *row)[1], expected, "logits")
+    FLOAT64_FORWARD.assert_close(
+        jax.jit(jax_loss)(read_model(ModelDirectory(base), dtype=jnp.float64), *row)[1], expected, "logits"
+    )
 
 
 def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(float64, nf4_model, tiny_adapter):
@@ -111,8 +113,8 @@ def test_fp32_states_and_logits_equal_hugging_face(tiny_model, tiny_adapter):
     with torch.no_grad():
         states, logits = row_states_and_logits(model, *rows())
     for layer, (state, expected) in enumerate(zip(found.states, states.numpy(), strict=True)):
-        FLOAT32_FORWARD.check(state[real], expected[real], f"residual stream after {layer} layers")
-    FLOAT32_FORWARD.check(found.logits[real], logits.numpy()[real], "logits")
+        FLOAT32_FORWARD.assert_close(state[real], expected[real], f"residual stream after {layer} layers")
+    FLOAT32_FORWARD.assert_close(found.logits[real], logits.numpy()[real], "logits")
 
 
 def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_72b():
@@ -140,4 +142,4 @@ def test_a_packed_document_has_the_logits_it_has_alone(float64, tiny_model):
             array[number, : place.sum()] = value
     packed, apart = (jax_loss(model, *arrays)[1] for arrays in ((tokens, segment_ids, positions), alone))
     for number, ((row, segment), place) in enumerate(zip(DOCUMENTS_OF_ROWS, here, strict=True)):
-        FLOAT64_FORWARD.check(packed[row, place], apart[number, : place.sum()], f"row {row}, document {segment}")
+        FLOAT64_FORWARD.assert_close(packed[row, place], apart[number, : place.sum()], f"row {row}, document {segment}")

@@ -77,13 +77,13 @@ def test_a_bitsandbytes_directory_loads_bit_for_bit_and_has_pefts_logits(tiny_mo
             np.testing.assert_array_equal(dense[f"{name}.weight"], expected.numpy())
 
     _, logits = jax_loss(model, *rows())
-    FLOAT32_FORWARD.check(logits[real_tokens()], logits_of(reference)[real_tokens()], "logits")
+    FLOAT32_FORWARD.assert_close(logits[real_tokens()], logits_of(reference)[real_tokens()], "logits")
 
 
 def test_a_model_quantized_here_has_the_logits_of_one_quantized_by_bitsandbytes(tiny_model):
     config = ModelConfig(str(tiny_model(layers=3)), quantization="nf4", dtype="float32")
     _, logits = jax_loss(load_model(config), *rows())
-    NF4_OWN_SCALES.check(logits[real_tokens()], logits_of(open_model(config))[real_tokens()], "logits")
+    NF4_OWN_SCALES.assert_close(logits[real_tokens()], logits_of(open_model(config))[real_tokens()], "logits")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -143,7 +143,7 @@ def test_a_directory_we_write_has_the_logits_it_has_in_transformers(tiny_model, 
     write_quantized(tiny_model(), tmp_path / "ours", "float32")
     config = ModelConfig(str(tmp_path / "ours"), quantization="nf4", dtype="float32")
     _, logits = jax_loss(load_model(config), *rows())
-    FLOAT32_FORWARD.check(logits[real_tokens()], logits_of(open_model(config))[real_tokens()], "logits")
+    FLOAT32_FORWARD.assert_close(logits[real_tokens()], logits_of(open_model(config))[real_tokens()], "logits")
 
 
 def test_single_quantization_fp4_and_int8_are_refused_by_name(tiny_model, tmp_path):

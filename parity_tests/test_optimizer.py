@@ -36,9 +36,9 @@ def test_gradients_are_clipped_as_torch_clips_them(float64, clip):
             parameter.grad = torch.from_numpy(gradient.copy())
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         found, _ = clip_by_trainer_norm(clip).update(jax.tree.map(jnp.asarray, gradients(step)), optax.EmptyState())
-        FLOAT64_OPTIMIZER.check(optax.global_norm(gradients(step)), norm, "norm")
+        FLOAT64_OPTIMIZER.assert_close(optax.global_norm(gradients(step)), norm, "norm")
         for name, parameter in zip(SHAPES, parameters, strict=True):
-            FLOAT64_OPTIMIZER.check(found[name], parameter.grad, name)
+            FLOAT64_OPTIMIZER.assert_close(found[name], parameter.grad, name)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 20, 101, 1000])
@@ -56,7 +56,7 @@ def test_every_steps_rate_is_that_of_transformers_schedule(float64, tmp_path, ra
         optimizer.step()
         schedule.step()
     found = learning_rate(config, total, jnp.arange(1000))[:total]
-    FLOAT64_OPTIMIZER.check(found, expected, "learning rates")
+    FLOAT64_OPTIMIZER.assert_close(found, expected, "learning rates")
 
 
 @pytest.mark.parametrize("warmup", range(0, 12, 3))
@@ -67,7 +67,7 @@ def test_any_warmup_of_any_length_gives_transformers_rates(float64, warmup):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         (rate,) = get_cosine_schedule_with_warmup(optimizer, warmup, total).lr_lambdas
         expected = [rate(step) for step in range(30)]
-        FLOAT64_OPTIMIZER.check(learning_rate(config, total, jnp.arange(30)), expected, f"{warmup} of {total}")
+        FLOAT64_OPTIMIZER.assert_close(learning_rate(config, total, jnp.arange(30)), expected, f"{warmup} of {total}")
 
 
 def test_parameters_both_moments_and_the_count_follow_torch(float64):
@@ -97,6 +97,6 @@ def test_parameters_both_moments_and_the_count_follow_torch(float64):
         for name, parameter in theirs.items():
             expected = adamw.state[parameter]
             assert int(adam.count) == int(expected["step"]) == step + 1
-            FLOAT64_OPTIMIZER.check(adam.mu[name], expected["exp_avg"], f"step {step + 1}: first moment of {name}")
-            FLOAT64_OPTIMIZER.check(adam.nu[name], expected["exp_avg_sq"], f"step {step + 1}: second moment of {name}")
-            FLOAT64_OPTIMIZER.check(ours[name], parameter.detach(), f"step {step + 1}: {name}")
+            FLOAT64_OPTIMIZER.assert_close(adam.mu[name], expected["exp_avg"], f"step {step + 1}: first moment of {name}")
+            FLOAT64_OPTIMIZER.assert_close(adam.nu[name], expected["exp_avg_sq"], f"step {step + 1}: second moment of {name}")
+            FLOAT64_OPTIMIZER.assert_close(ours[name], parameter.detach(), f"step {step + 1}: {name}")

@@ -101,7 +101,7 @@ def test_a_padding_free_batch_of_transformers_has_our_logits_and_loss(tiny_model
     model = read_model(ModelDirectory(base))
     real = rows.segment_ids > 0
     _, logits = jax_loss(model, rows.tokens, rows.segment_ids, rows.positions)
-    FLOAT32_FORWARD.check(logits[real], expected.logits[0], "logits")
+    FLOAT32_FORWARD.assert_close(logits[real], expected.logits[0], "logits")
     (micro_batch,) = jax.tree.map(jnp.asarray, cpt_step(rows, Step(0, (tuple(range(count)),))))
     loss, _ = cpt_loss_fn(model, micro_batch)
-    FLOAT32_FORWARD.check(loss, expected.loss, "loss")
+    FLOAT32_FORWARD.assert_close(loss, expected.loss, "loss")

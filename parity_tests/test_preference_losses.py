@@ -121,12 +121,12 @@ def test_the_pairs_hold_every_case_that_has_gone_wrong_in_trl():
 def test_loss_metrics_and_every_gradient_equal_trls(model, tmp_path, loss):
     expected, expected_gradients, logged = trl_result(model, loss, tmp_path)
     value, gradients, metrics = jax_result(model, loss, jnp.float32)
-    TRL_FLOAT32_LOSS.check(value, expected, "loss")
+    TRL_FLOAT32_LOSS.assert_close(value, expected, "loss")
     for name in ("chosen", "rejected", "margins", "accuracies"):
-        TRL_FLOAT32_LOSS.check(getattr(metrics, name), logged[f"rewards/{name}"], name)
+        TRL_FLOAT32_LOSS.assert_close(getattr(metrics, name), logged[f"rewards/{name}"], name)
     assert 0 < metrics.accuracies < 1
     assert abs(metrics.margins) > 1e-3
-    TRL_FLOAT32_LOSS.check(metrics.dpo_loss + loss.alpha * metrics.nll, expected, "its two terms")
+    TRL_FLOAT32_LOSS.assert_close(metrics.dpo_loss + loss.alpha * metrics.nll, expected, "its two terms")
     assert len(gradients) == 2 * 2 * 7
     check_tensors(gradients, expected_gradients, TRL_FLOAT32_GRADIENT)
 
@@ -139,8 +139,8 @@ def test_loss_and_every_gradient_equal_the_formula_in_float64(float64, model, lo
     expected = dpo + loss.alpha * nll
     expected.backward()
     value, gradients, metrics = jax_result(model, loss, jnp.float64)
-    FLOAT64_FORWARD.check(metrics.dpo_loss, dpo.detach(), "DPO term")
-    FLOAT64_FORWARD.check(metrics.nll, nll.detach(), "NLL term")
-    FLOAT64_FORWARD.check(value, expected.detach(), "loss")
+    FLOAT64_FORWARD.assert_close(metrics.dpo_loss, dpo.detach(), "DPO term")
+    FLOAT64_FORWARD.assert_close(metrics.nll, nll.detach(), "NLL term")
+    FLOAT64_FORWARD.assert_close(value, expected.detach(), "loss")
     assert {gradient.dtype for gradient in gradients.values()} == {np.dtype(np.float64)}
     check_tensors(gradients, adapter_gradients(oracle), FLOAT64_GRADIENT)

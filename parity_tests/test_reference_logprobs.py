@@ -53,7 +53,7 @@ def check_responses(found: list[list[np.ndarray]], model: Any, what: str) -> Non
         for number, (response, value) in enumerate(zip(group.responses, values, strict=True)):
             with torch.no_grad():
                 expected = preference_oracle.response_logprobs(model, group.prompt, response)
-            FLOAT64_FORWARD.check(value, expected, f"{what}: {group.problem_id}, response {number}")
+            FLOAT64_FORWARD.assert_close(value, expected, f"{what}: {group.problem_id}, response {number}")
 
 
 def test_policy_and_reference_are_the_model_with_the_adapter_on_and_off(float64, tiny_model, tiny_adapter):
@@ -108,6 +108,6 @@ def test_the_reference_of_trl_is_ours(tiny_model, tiny_adapter, tmp_path, undern
         for side, response in zip(("chosen", "rejected"), pair, strict=True):
             policy, reference = (found[on][row][response][start:].sum() for on in (True, False))
             theirs = logged[f"logps/{side}"]
-            TRL_FLOAT32_LOSS.check(policy, theirs, f"policy, {side}")
-            TRL_FLOAT32_LOSS.check(reference, theirs - logged[f"rewards/{side}"] / BETA, f"reference, {side}")
+            TRL_FLOAT32_LOSS.assert_close(policy, theirs, f"policy, {side}")
+            TRL_FLOAT32_LOSS.assert_close(reference, theirs - logged[f"rewards/{side}"] / BETA, f"reference, {side}")
             assert abs(policy - reference) > 1e-2

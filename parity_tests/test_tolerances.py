@@ -18,8 +18,8 @@ ONE_PERCENT = Tolerance(0.01, "a test", 0.0)
 
 
 def test_a_difference_within_the_bound_passes_and_is_relative_to_the_largest_value():
-    ONE_PERCENT.check([100.9, 0.9], [100.0, 0.0], "numbers")
-    ONE_PERCENT.check([0.0], [0.0], "zeros")
+    ONE_PERCENT.assert_close([100.9, 0.9], [100.0, 0.0], "numbers")
+    ONE_PERCENT.assert_close([0.0], [0.0], "zeros")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_difference_within_the_bound_passes_and_is_relative_to_the_largest_val
 )
 def test_anything_else_is_refused_with_what_it_was(actual, expected, message):
     with pytest.raises(AssertionError, match=f"logits: {message}"):
-        ONE_PERCENT.check(actual, expected, "logits")
+        ONE_PERCENT.assert_close(actual, expected, "logits")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,7 +65,7 @@ def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], toleran
     """Every tensor of an adapter, or of a moment."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        tolerance.check(value, expected[name], f"{what} {name}".strip())
+        tolerance.assert_close(value, expected[name], f"{what} {name}".strip())
 
 
 def check_log(
@@ -74,4 +74,4 @@ def check_log(
     """Every logged number of every step."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for name in names:
-        tolerance.check([line[name] for line in found], [line[name] for line in expected], name)
+        tolerance.assert_close([line[name] for line in found], [line[name] for line in expected], name)

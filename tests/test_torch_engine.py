@@ -17,8 +17,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import torch_ref
 from medllm.config import (
@@ -38,44 +37,17 @@ from medllm.errors import UserError
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.run import Run
+from tests.small_torch_model import END, TEXTS, write_small_model
 from torch_ref import TorchEngine, add_adapter, open_model
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import trainable_base
 from torch_ref.rpo import dpo_trainer
 
-END = "<|endoftext|>"
-TEXTS = ["the fever went down", "a cough and a cold", "rest, water and sleep help", "the answer is a"]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Qwen2 directory of two layers with a byte-level tokenizer, and generation defaults that would change every answer."""
     path = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
-    tokenizer.train_from_iterator(TEXTS * 4, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(path)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config)
-    for layer in model.model.layers:
-        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            torch.nn.init.normal_(linear.bias, std=0.1)
-    model.generation_config.repetition_penalty = 1.5
-    model.save_pretrained(path)
+    write_small_model(path)
     return path
 
 
@@ -403,82 +375,6 @@ def test_the_seed_alone_decides_the_fresh_adapter(dense):
     bound = 1 / math.sqrt(96)
     assert 0.9 * bound < one[a].abs().max() <= bound
     assert all(value.abs().max() == 0 for name, value in one.items() if "lora_B" in name)
-
-
-def test_greedy_text_is_what_transformers_generates_for_each_prompt_alone(dense):
-    engine = TorchEngine(dense)
-    model = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
-    model.generation_config.repetition_penalty = 1.0
-    prompts = [*TEXTS, "a", "the"]
-    batched = engine.generate(prompts, Sampling(max_new_tokens=12), batch_size=4)
-    for prompt, (generation,) in zip(prompts, batched, strict=True):
-        ids = torch.tensor([engine.tokenizer.encode(prompt)])
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-            eos_token_id=engine.tokenizer.eos_token_id, pad_token_id=engine.tokenizer.pad_token_id,
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
-        end = engine.tokenizer.eos_token_id
-        expected = expected[: expected.index(end)] if end in expected else expected
-        assert list(generation.tokens) == expected
-        assert generation.text == engine.tokenizer.decode(expected)
-
-
-def test_a_sample_depends_on_seed_prompt_and_number_not_on_its_batch(dense):
-    engine = TorchEngine(dense)
-    sampling = Sampling(max_new_tokens=10, temperature=1.0, top_p=0.95, top_k=50, samples=3, seed=5)
-    together = engine.generate(TEXTS, sampling, batch_size=5)
-    alone = [engine.generate([text], sampling, batch_size=1)[0] for text in TEXTS]
-    assert together == alone
-    assert len({generation.text for row in together for generation in row}) == 12
-    assert engine.generate(TEXTS[:1], dataclasses.replace(sampling, seed=6))[0] != alone[0]
-
-
-def test_samples_follow_the_models_distribution(dense):
-    """First tokens of 4,000 samples against softmax(logits / temperature) inside the top k: chi-square."""
-    from scipy.stats import chisquare
-
-    engine = TorchEngine(dense)
-    count, temperature = 4000, 2.0
-    sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=6, samples=count, seed=1)
-    (generations,) = engine.generate(["the"], sampling, batch_size=1000)
-    ids = torch.tensor([engine.tokenizer.encode("the")])
-    scores, kept = (engine.model(ids).logits[0, -1].detach().double() / temperature).topk(6)
-    end = engine.tokenizer.eos_token_id
-    drawn = [generation.tokens[0] if generation.tokens else end for generation in generations]
-    assert set(drawn) <= set(kept.tolist())
-    observed = [drawn.count(token) for token in kept.tolist()]
-    assert chisquare(observed, (scores.softmax(0) * count).numpy()).pvalue > 1e-3
-
-
-def test_generation_ends_at_a_stop_string_and_cuts_it_off(dense):
-    engine = TorchEngine(dense)
-    free = [row[0] for row in engine.generate(TEXTS, Sampling(max_new_tokens=20))]
-    stops = tuple(generation.text[5:7] for generation in free[:2])
-    cut = [row[0] for row in engine.generate(TEXTS, Sampling(max_new_tokens=20, stop=stops))]
-    for before, after in zip(free, cut, strict=True):
-        places = [before.text.index(stop) for stop in stops if stop in before.text]
-        assert after.text == (before.text[: min(places)] if places else before.text)
-        assert after.finish == ("stop" if places else before.finish)
-        assert after.tokens == before.tokens[: len(after.tokens)]
-    assert cut[0].finish == cut[1].finish == "stop"
-    assert free[0].finish == "length"
-    assert len(cut[0].tokens) < len(free[0].tokens)
-
-
-def test_logprobs_are_those_of_the_model_on_each_sequence_alone(dense):
-    engine = TorchEngine(dense)
-    rng = np.random.default_rng(3)
-    work = [
-        Continuation(tuple(rng.integers(1, 280, p).tolist()), tuple(rng.integers(1, 280, c).tolist()))
-        for p, c in ((5, 3), (1, 9), (12, 1), (4, 0))
-    ]
-    results = engine.logprobs(work, batch_size=3)
-    for one, values in zip(work, results, strict=True):
-        with torch.no_grad():
-            logits = engine.model(torch.tensor([[*one.prompt, *one.completion]])).logits[0].double()
-        expected = logits.log_softmax(-1)[torch.arange(len(one.prompt) - 1, len(logits) - 1), list(one.completion)]
-        assert values.dtype == np.float32
-        np.testing.assert_allclose(values, expected.numpy(), atol=2e-5)
 
 
 def test_what_cannot_be_opened_or_trained_is_refused_in_one_line(dense, folder, tmp_path):

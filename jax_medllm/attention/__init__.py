@@ -12,8 +12,9 @@ backend     taken for                      what it is
 ``xla``     everything else                chunks of queries, in plain XLA: :mod:`jax_medllm.attention.xla`
 ==========  =============================  =======================================================================
 
-The backend is taken when a function is traced: for the devices of the mesh in use (``jax.set_mesh``), which need not be there,
-else for the default device. ``with using("xla"):`` takes one by name; compiled functions know under which they were traced.
+The backend is taken when a function is traced: for the devices of the layout in use (:mod:`jax_medllm.sharding`) or of the mesh
+(``jax.set_mesh``), which need not be there, else for the default device. ``with using("xla"):`` takes one by name; compiled
+functions know under which they were traced.
 
 On a mesh every device attends its own rows, heads and queries, to keys and values that come from all holders of the row.
 """

@@ -35,11 +35,11 @@ class DeviceShape:
     name: str
     model: ModelShape
     rows: int
-    length: int
-    prompt: int
-    response: int
-    decode_rows: int
-    decode_tokens: int
+    length: int = 4096
+    prompt: int = 1536
+    response: int = 512
+    decode_rows: int = 32
+    decode_tokens: int = 1024
 
     def to_json(self) -> dict[str, Any]:
         """As a child process is given it."""
@@ -80,21 +80,11 @@ _SIZES = {
         name="72B",
         model=ModelShape(80, 8192, 29568, 64, 8, 152064, rank=16, dtype="bfloat16", quantization="nf4"),
         rows=1,
-        length=4096,
-        prompt=1536,
-        response=512,
-        decode_rows=32,
-        decode_tokens=1024,
     ),
     "7b": DeviceShape(
         name="7B",
         model=ModelShape(28, 3584, 18944, 28, 4, 152064, rank=16, dtype="bfloat16", quantization="nf4"),
         rows=4,
-        length=4096,
-        prompt=1536,
-        response=512,
-        decode_rows=32,
-        decode_tokens=1024,
     ),
 }
 SIZES = tuple(_SIZES)

@@ -50,9 +50,8 @@ class ModelShape:
     quantization: Literal["none", "nf4"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "mlp", "heads", "kv_heads", "rank"):
-            _at_least(1, f"model.{name}", getattr(self, name))
-        _at_least(4, "model.vocabulary", self.vocabulary)
+        _at_least(1, self, "layers", "width", "mlp", "heads", "kv_heads", "rank", of="model.")
+        _at_least(4, self, "vocabulary", of="model.")
         if self.width % (2 * self.heads) or self.heads % self.kv_heads:
             raise UserError(
                 f"model: width {self.width}, {self.heads} heads and {self.kv_heads} key/value heads do not go together; "
@@ -99,9 +98,9 @@ class CptShape:
     steps: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(1, "rows", self.rows)
-        _at_least(4, "length", self.length)
-        _at_least(2, "steps", self.steps)
+        _at_least(1, self, "rows")
+        _at_least(4, self, "length")
+        _at_least(2, self, "steps")
 
     def data(self) -> PackedRows:
         """Rows without padding; documents of unequal length."""
@@ -140,10 +139,8 @@ class RpoShape:
     steps: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("problems", "prompt", "chosen", "rejected"):
-            _at_least(1, name, getattr(self, name))
-        for name in ("response", "steps"):
-            _at_least(2, name, getattr(self, name))
+        _at_least(1, self, "problems", "prompt", "chosen", "rejected")
+        _at_least(2, self, "response", "steps")
 
     @property
     def pairs(self) -> int:
@@ -188,9 +185,8 @@ class GenerateShape:
     torch_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("problems", "question", "answer", "batch_size", "torch_batch_size"):
-            _at_least(1, name, getattr(self, name))
-        _at_least(0, "header", self.header)
+        _at_least(1, self, "problems", "question", "answer", "batch_size", "torch_batch_size")
+        _at_least(0, self, "header")
 
     def data(self) -> list[str]:
         """The prompts."""
@@ -223,6 +219,7 @@ def _write_tokenizer(folder: Path, vocabulary: int) -> None:
     )
 
 
-def _at_least(least: int, name: str, value: int) -> None:
-    if value < least:
-        raise UserError(f"--{name} is {value}; at least {least} is needed")
+def _at_least(least: int, shape: Any, *names: str, of: str = "") -> None:
+    for name in names:
+        if (value := getattr(shape, name)) < least:
+            raise UserError(f"--{of}{name} is {value}; at least {least} is needed")
