@@ -72,7 +72,8 @@ def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dic
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = CptBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((), jnp.float32))
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = step.lower(trainable, jax.eval_shape(optimizer.init, trainable), index, others[0], batch)
+    traced = step.trace(trainable, jax.eval_shape(optimizer.init, trainable), index, others[0], batch)
+    lowered = [part.lower() for part in traced]
     start = time.perf_counter()
     for part in lowered:
         part.compile()

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_medllm.cached_attention import Prefilling, Stepping, Stored
 from jax_medllm.model import Qwen2
 from jax_medllm.sampling import sample_tokens
-from jax_medllm.sharding import constrain
+from jax_medllm.sharding import constrain, in_use
 from medllm.config import Sampling
 
 CHUNK = 8
@@ -55,6 +56,12 @@ class Slots:
     keys: Array
 
 
+_CACHE = (None, "batch", "kv_heads", None, None)
+_ROWS = ("batch",)
+SLOT_AXES: Any = Slots(Stored(_CACHE, _CACHE), ("batch", None), _ROWS, _ROWS, _ROWS, _ROWS)
+"""The logical axes of each array of :class:`Slots`."""
+
+
 @dataclass(frozen=True)
 class Fill:
     """New continuations: ``[u, s]`` distinct prompts with their lengths, and for each continuation its prompt, row and key.
@@ -78,42 +85,33 @@ class Decoder:
     Args:
         model: The model, its adapters on.
         end: Id of the token that ends a text.
+
+    Attributes:
+        state: The model's parameters.
     """
 
     def __init__(self, model: Qwen2, end: int):
         self.config = model.config
         self.end = end
         self._dtype = model.dtype
-        self._graph, self._state = nnx.split(model)
+        self._graph, self.state = nnx.split(model)
         self._prefix = jax.jit(self._prefix_stored)
         self._fill = jax.jit(self._filled, donate_argnums=(1,))
         self._extend = jax.jit(self._extended, static_argnums=(3,), donate_argnums=(1,))
         self._keep = jax.jit(_kept)
+        self._empty = jax.jit(self._emptied, static_argnums=(0, 1))
 
     def prefix(self, tokens: Sequence[int]) -> Stored | None:
         """Keys and values of ``tokens``, to stand before every row; None for no tokens."""
-        return self._prefix(self._state, jnp.asarray(tokens, jnp.int32)[None]) if len(tokens) else None
+        return self._prefix(self.state, jnp.asarray(tokens, jnp.int32)[None]) if len(tokens) else None
 
     def empty(self, rows: int, length: int) -> Slots:
         """Finished rows with room for ``length`` own tokens each."""
-        config = self.config
-        shape = (config.num_layers, rows, config.num_kv_heads)
-        own = Stored(
-            jnp.zeros((*shape, config.head_dim, length + CHUNK), self._dtype),
-            jnp.zeros((*shape, length + CHUNK, config.head_dim), self._dtype),
-        )
-        return Slots(
-            own=own,
-            hidden=jnp.zeros((rows, config.hidden_size), self._dtype),
-            length=jnp.zeros(rows, jnp.int32),
-            made=jnp.zeros(rows, jnp.int32),
-            finished=jnp.ones(rows, bool),
-            keys=jax.random.split(jax.random.key(0), rows),
-        )
+        return self._empty(rows, length)
 
     def fill(self, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
         """Start new continuations in rows of ``slots`` (donated)."""
-        return self._fill(self._state, slots, prefix, fill)
+        return self._fill(self.state, slots, prefix, fill)
 
     def keep(self, slots: Slots, rows: Sequence[int]) -> Slots:
         """Some rows of ``slots``, in the order given."""
@@ -125,8 +123,33 @@ class Decoder:
         A row finishes at the end token, or one token beyond ``max_new_tokens``, which says that it is not the end. The end
         token stands where nothing was generated.
         """
-        static = Sampling(1, sampling.temperature, sampling.top_p, sampling.top_k)
-        return self._extend(self._state, slots, prefix, static, sampling.max_new_tokens + 1)
+        return self._extend(self.state, slots, prefix, _drawing(sampling), sampling.max_new_tokens + 1)
+
+    def trace(self, state: nnx.State, slots: Any, fill: Any, sampling: Sampling) -> tuple[jax.stages.Traced, jax.stages.Traced]:
+        """:meth:`fill` and :meth:`extend` without a prefix, traced and ready to lower; of all arrays the shapes suffice."""
+        most = sampling.max_new_tokens + 1
+        return (
+            self._fill.trace(state, slots, None, fill),
+            self._extend.trace(state, slots, None, _drawing(sampling), most),
+        )
+
+    def _emptied(self, rows: int, length: int) -> Slots:
+        config = self.config
+        shape = (config.num_layers, rows, config.num_kv_heads)
+        own = Stored(
+            jnp.zeros((*shape, config.head_dim, length + CHUNK), self._dtype),
+            jnp.zeros((*shape, length + CHUNK, config.head_dim), self._dtype),
+        )
+        return _placed(
+            Slots(
+                own=own,
+                hidden=jnp.zeros((rows, config.hidden_size), self._dtype),
+                length=jnp.zeros(rows, jnp.int32),
+                made=jnp.zeros(rows, jnp.int32),
+                finished=jnp.ones(rows, bool),
+                keys=jax.random.split(jax.random.key(0), rows),
+            )
+        )
 
     def _prefix_stored(self, state: nnx.State, tokens: Int[Array, "1 s"]) -> Stored:
         model = nnx.merge(self._graph, state)
@@ -143,27 +166,22 @@ class Decoder:
         def put(old: Array, value: Array | bool | int) -> Array:
             return old.at[fill.target].set(value)
 
-        def put_row(i: Array, own: Stored) -> Stored:
-            def one(old: Array, values: Array) -> Array:
-                block = jax.lax.dynamic_slice_in_dim(values, fill.source[i], 1, axis=1)
-                return jax.lax.dynamic_update_slice(old, block, (0, fill.target[i], 0, 0, 0))
-
-            return jax.tree.map(one, own, new)
-
-        return Slots(
-            own=_spread(jax.lax.fori_loop(0, fill.target.shape[0], put_row, slots.own)),
-            hidden=constrain(put(slots.hidden, last[fill.source]), "batch", None),
+        filled = Slots(
+            own=_put_rows(slots.own, new, jnp.asarray(fill.source), jnp.asarray(fill.target)),
+            hidden=put(slots.hidden, last[fill.source]),
             length=put(slots.length, fill.lengths[fill.source]),
             made=put(slots.made, 0),
             finished=put(slots.finished, False),
             keys=put(slots.keys, fill.keys),
         )
+        return _placed(filled)
 
     def _extended(
         self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling, most: Int[Array, ""]
     ) -> tuple[Slots, Int[Array, "b chunk"]]:
         model = nnx.merge(self._graph, state)
-        own, length = _spread(slots.own), slots.length
+        slots = _placed(slots)
+        own, length = slots.own, slots.length
         choose = partial(sample_tokens, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
         def one(carry):
@@ -196,14 +214,58 @@ class Decoder:
         light = replace(slots, own=jax.tree.map(lambda part: part[:, :0], own))
         _, light, recent, written = jax.lax.while_loop(unfinished, one, (jnp.int32(0), light, recent, written))
 
-        def append(row: Array, own: Stored) -> Stored:
-            keys, values = (jax.lax.dynamic_slice_in_dim(part, row, 1, axis=1) for part in recent)
+        return _placed(replace(light, own=_append(own, recent, length))), written
+
+
+def _append(own: Stored, recent: Stored, length: Int[Array, " b"]) -> Stored:
+    """The tokens of a chunk behind each row's own, of which there were ``length``."""
+
+    def local(own: Stored, recent: Stored, length: Array) -> Stored:
+        def row(i: Array, own: Stored) -> Stored:
+            keys, values = (jax.lax.dynamic_slice_in_dim(part, i, 1, axis=1) for part in recent)
             return Stored(
-                jax.lax.dynamic_update_slice(own.keys, keys, (0, row, 0, 0, length[row])),
-                jax.lax.dynamic_update_slice(own.values, values, (0, row, 0, length[row], 0)),
+                jax.lax.dynamic_update_slice(own.keys, keys, (0, i, 0, 0, length[i])),
+                jax.lax.dynamic_update_slice(own.values, values, (0, i, 0, length[i], 0)),
             )
 
-        return replace(light, own=_spread(jax.lax.fori_loop(0, rows, append, own))), written
+        return jax.lax.fori_loop(0, length.shape[0], row, own)
+
+    layout = in_use()
+    if layout is None:
+        return local(own, recent, length)
+    cache, rows = layout.activation(own.keys.shape, _CACHE), layout.activation(length.shape, _ROWS)
+    specs = {"in_specs": (cache, cache, rows), "out_specs": cache}
+    return jax.shard_map(local, mesh=layout.mesh, **specs, check_vma=False)(own, recent, length)
+
+
+def _put_rows(own: Stored, new: Stored, source: Int[Array, " c"], target: Int[Array, " c"]) -> Stored:
+    """Row ``source[i]`` of ``new`` at the beginning of row ``target[i]`` of ``own``; each device writes its own rows."""
+    layout = in_use()
+    cache = None if layout is None else layout.activation(own.keys.shape, _CACHE)
+
+    def local(own: Stored, new: Stored, source: Array, target: Array) -> Stored:
+        first = 0 if cache is None or cache[1] is None else jax.lax.axis_index(cache[1]) * own.keys.shape[1]
+
+        def put(i: Array, own: Stored) -> Stored:
+            row = target[i] - first
+
+            def one(old: Array, values: Array) -> Array:
+                block = jax.lax.dynamic_slice_in_dim(values, source[i], 1, axis=1)
+                here = (row >= 0) & (row < old.shape[1])
+                start = (0, row, 0, 0, 0)
+                block = jnp.where(here, block, jax.lax.dynamic_slice(old, start, block.shape))
+                return jax.lax.dynamic_update_slice(old, block, start)
+
+            return jax.tree.map(one, own, new)
+
+        return jax.lax.fori_loop(0, target.shape[0], put, own)
+
+    if layout is None:
+        return local(own, new, source, target)
+    whole = layout.activation(new.keys.shape, (None, None, "kv_heads", None, None))
+    nothing = jax.sharding.PartitionSpec()
+    specs = {"in_specs": (cache, whole, nothing, nothing), "out_specs": cache}
+    return jax.shard_map(local, mesh=layout.mesh, **specs, check_vma=False)(own, new, source, target)
 
 
 def _kept(slots: Slots, rows: Int[Array, " n"]) -> Slots:
@@ -213,9 +275,14 @@ def _kept(slots: Slots, rows: Int[Array, " n"]) -> Slots:
     return Slots(own, *(part[rows] for part in rest))
 
 
-def _spread(own: Stored) -> Stored:
+def _drawing(sampling: Sampling) -> Sampling:
+    """What of the settings a compiled program depends on."""
+    return Sampling(1, sampling.temperature, sampling.top_p, sampling.top_k)
+
+
+def _placed(slots: Slots) -> Slots:
     """Each device with its rows' and its heads' part."""
-    return jax.tree.map(lambda part: constrain(part, None, "batch", "kv_heads", None, None), own)
+    return jax.tree.map(lambda part, names: constrain(part, *names), slots, SLOT_AXES)
 
 
 def _size(prefix: Stored | None) -> int:

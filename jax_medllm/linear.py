@@ -25,8 +25,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_medllm.attention import matmul_precision
-from jax_medllm.nf4 import BLOCK, NF4Weight, dequantize_halves, quantize, weight_shapes
-from jax_medllm.sharding import Axis, constrain, gathered
+from jax_medllm.nf4 import (
+    BLOCK,
+    NF4Weight,
+    byte_scales,
+    dequantize_absmax,
+    dequantize_halves,
+    quantize,
+    weight_shapes,
+)
+from jax_medllm.sharding import Axis, Layout, constrain, entry, gathered, in_use
 from medllm.adapter_directory import module_name
 from medllm.config import ALL_LINEAR, LoraConfig
 
@@ -207,13 +215,8 @@ def nf4_matmul(x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Ax
         weight: The weight.
         axes: Its logical axes, by which its codes are gathered before they are dequantized.
     """
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # both sums before they are rounded, as if they were one
-    even, odd = (
-        jnp.einsum("...i,oi->...o", pairs[..., i], half, precision=matmul_precision(x.dtype), preferred_element_type=wide)
-        for i, half in enumerate(_halves(weight, axes, x.dtype))
-    )
-    return (even + odd).astype(x.dtype)
+    x, weight = jax.lax.optimization_barrier((x, _gathered(weight, axes)))
+    return matmul(_as_held(x[..., 0::2], x[..., 1::2], axes), _dense(weight, axes, x.dtype))
 
 
 def _nf4_matmul_forward(
@@ -225,21 +228,64 @@ def _nf4_matmul_forward(
 def _nf4_matmul_backward(
     axes: tuple[Axis, Axis] | None, weight: NF4Weight, g: Float[Array, "*b out"]
 ) -> tuple[Float[Array, "*b in"], None]:
-    halves = _halves(weight, axes, g.dtype)
-    slopes = [jnp.einsum("...o,oi->...i", g, half, precision=matmul_precision(g.dtype)) for half in halves]
-    return jnp.stack(slopes, axis=-1).reshape(*g.shape[:-1], -1), None
-
-
-def _halves(weight: NF4Weight, axes: tuple[Axis, Axis] | None, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """The weight's columns of even and of odd number."""
-    if axes is not None:
-        codes, scales = packed_axes(*axes)
-        packed, absmax_codes = gathered(weight.packed, codes), gathered(weight.absmax_codes, scales)
-        weight = replace(weight, packed=packed, absmax_codes=absmax_codes)
-    return dequantize_halves(weight, dtype)
+    g, weight = jax.lax.optimization_barrier((g, _gathered(weight, axes)))
+    slopes = jnp.einsum("...o,oi->...i", g, _dense(weight, axes, g.dtype), precision=matmul_precision(g.dtype))
+    even, odd = jnp.split(slopes.reshape(*g.shape[:-1], _pieces(axes), -1), 2, axis=-1)
+    return jnp.stack([even, odd], axis=-1).reshape(slopes.shape), None
 
 
 nf4_matmul.defvjp(_nf4_matmul_forward, _nf4_matmul_backward)
+
+
+def _gathered(weight: NF4Weight, axes: tuple[Axis, Axis] | None) -> NF4Weight:
+    """The weight where it is used."""
+    if axes is None:
+        return weight
+    codes, scales = packed_axes(*axes)
+    packed, absmax_codes = gathered(weight.packed, codes), gathered(weight.absmax_codes, scales)
+    return replace(weight, packed=packed, absmax_codes=absmax_codes)
+
+
+def _dense(weight: NF4Weight, axes: tuple[Axis, Axis] | None, dtype: jnp.dtype) -> Float[Array, "out in"]:
+    """The weight with its columns in the order of :func:`_as_held`."""
+    absmax = dequantize_absmax(weight)
+    layout = in_use()
+    if layout is None or axes is None:
+        scales = byte_scales(absmax, 0, weight.packed.shape[1])
+    else:
+        scales = _own_scales(layout, absmax, axes, weight.packed.shape)
+    return _as_held(*dequantize_halves(weight, scales, dtype), axes)
+
+
+def _as_held(even: Array, odd: Array, axes: tuple[Axis, Axis] | None) -> Array:
+    """Columns in the order in which the codes hold them: on each device those of even number, the bytes' high halves, before
+    those of odd number. A product over such columns needs no array in which the two alternate, which accelerators are slow to
+    make."""
+    pieces = _pieces(axes)
+    if pieces == 1:
+        return jnp.concatenate([even, odd], axis=-1)
+    even, odd = (half.reshape(*half.shape[:-1], pieces, -1) for half in (even, odd))
+    return jnp.concatenate([even, odd], axis=-1).reshape(*even.shape[:-2], -1)
+
+
+def _pieces(axes: tuple[Axis, Axis] | None) -> int:
+    """Devices that share the columns of a weight where it is used."""
+    layout = in_use()
+    if layout is None or axes is None:
+        return 1
+    return layout.pieces(layout.used(packed_axes(*axes)[0])[1])
+
+
+def _own_scales(layout: Layout, absmax: Array, axes: tuple[Axis, Axis], shape: tuple[int, int]) -> Array:
+    """The scales of the bytes that each device has, which may have a part of a row that cuts a block."""
+    codes, scales = (layout.used(part) for part in packed_axes(*axes))
+    count = layout.sharding(codes).shard_shape(shape)[1]
+    cut = codes[1] != scales[1]  # each device has the scales of whole rows
+
+    def own(absmax: Array) -> Array:
+        return byte_scales(absmax, jax.lax.axis_index(entry(codes[1])) * count if cut else 0, count)
+
+    return jax.shard_map(own, mesh=layout.mesh, in_specs=scales, out_specs=codes, check_vma=False)(absmax)
 
 
 def _uniform(bound: float) -> Initializer:

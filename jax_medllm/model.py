@@ -225,7 +225,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], adapter: bool) -> Float[Array, "b s d"]:
         """Apply the block."""
-        gate, up = (checkpoint_name(project(x, adapter=adapter), _WIDE) for project in (self.gate_proj, self.up_proj))
+        gate = checkpoint_name(self.gate_proj(x, adapter=adapter), _WIDE)
+        gate, x = jax.lax.optimization_barrier((gate, x))
+        up = checkpoint_name(self.up_proj(x, adapter=adapter), _WIDE)
         return self.down_proj(jax.nn.silu(gate) * up, adapter=adapter)
 
 

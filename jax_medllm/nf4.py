@@ -23,7 +23,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from medllm.errors import UserError
 
@@ -141,18 +141,47 @@ def quantize_absmax(
 
 def dequantize(weight: NF4Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
     """The weight the codes stand for: code · absmax in fp32, rounded once to ``dtype``."""
-    return jnp.stack(dequantize_halves(weight, dtype), axis=-1).reshape(len(weight.packed), -1)
+    scales = byte_scales(dequantize_absmax(weight), 0, weight.packed.shape[1])
+    return jnp.stack(dequantize_halves(weight, scales, dtype), axis=-1).reshape(len(weight.packed), -1)
 
 
-def dequantize_halves(weight: NF4Weight, dtype: jnp.dtype) -> tuple[Float[Array, "out half_in"], Float[Array, "out half_in"]]:
+def dequantize_halves(
+    weight: NF4Weight, scales: Float[Array, "out half_in"], dtype: jnp.dtype
+) -> tuple[Float[Array, "out half_in"], Float[Array, "out half_in"]]:
     """The columns of even and of odd number of :func:`dequantize`: the high and the low halves of the bytes.
 
-    A product with the two needs no array in which they alternate, which accelerators are slow to make.
+    Args:
+        weight: The weight, or a part of it.
+        scales: Of each byte (:func:`byte_scales`).
+        dtype: Of the result.
     """
-    # A scale beside each value, not values in blocks: a device may hold a part of a row that cuts a block.
-    absmax = jnp.repeat(dequantize_absmax(weight), BLOCK // 2, axis=1)
-    high, low = ((jnp.asarray(CODES)[codes] * absmax).astype(dtype) for codes in (weight.packed >> 4, weight.packed & 15))
+    high, low = ((_looked_up(codes) * scales).astype(dtype) for codes in (weight.packed >> 4, weight.packed & 15))
     return high, low
+
+
+def _looked_up(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    """The value of each code."""
+
+    def by_bits(codes: Array) -> Array:
+        # A TPU has no table to look up; its compiler writes sixteen comparisons, and their result to memory in fp32.
+        values = [jnp.float32(value) for value in CODES]
+        for bit in range(4):
+            is_set = (codes & (1 << bit)) != 0
+            values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    return jax.lax.platform_dependent(codes, tpu=by_bits, default=lambda codes: jnp.asarray(CODES)[codes])
+
+
+def byte_scales(absmax: Float[Array, "out blocks"], first: Int[Array, ""] | int, count: int) -> Float[Array, "out {count}"]:
+    """The scale of each of ``count`` bytes of every row, from byte ``first`` on: a device may hold a part that cuts a block."""
+    half = BLOCK // 2
+    if count < absmax.shape[1] * half:
+        blocks = min(-(-count // half) + 1, absmax.shape[1])
+        start = jnp.minimum(first // half, absmax.shape[1] - blocks)
+        absmax, first = jax.lax.dynamic_slice_in_dim(absmax, start, blocks, axis=1), first - start * half
+    repeated = jnp.repeat(absmax, half, axis=1)
+    return jax.lax.dynamic_slice_in_dim(repeated, first, count, axis=1) if count < repeated.shape[1] else repeated
 
 
 def dequantize_absmax(weight: NF4Weight) -> Float[Array, "out blocks"]:

@@ -127,6 +127,10 @@ class Layout:
         """Pieces a logical axis is cut into."""
         return self._count(self._mesh_axes(name))
 
+    def pieces(self, part: Any) -> int:
+        """Pieces that an entry of a ``PartitionSpec`` cuts an axis into."""
+        return self._count(entry(part))
+
     def stored(self, axes: Sequence[Axis], array: str = "an array") -> PartitionSpec:
         """How a parameter with these axes is kept.
 

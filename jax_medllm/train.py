@@ -159,12 +159,13 @@ class TrainingStep(NamedTuple):
             total = part if total is None else self.add(total, part)
         return self.update(trainable, optimizer_state, index, total)
 
-    def lower(
+    def trace(
         self, trainable: nnx.State, optimizer_state: Any, index: Any, frozen: Any, batch: Any
-    ) -> tuple[jax.stages.Lowered, ...]:
-        """The parts of a step over one micro-batch, traced and ready to compile; of all arguments the shapes suffice."""
-        total = jax.eval_shape(self.gradients, trainable, frozen, batch)
-        return self.gradients.lower(trainable, frozen, batch), self.update.lower(trainable, optimizer_state, index, total)
+    ) -> tuple[jax.stages.Traced, jax.stages.Traced]:
+        """``gradients`` and ``update`` for one micro-batch, traced and ready to lower; of all arguments the shapes suffice."""
+        _, metrics = jax.eval_shape(self.gradients, trainable, frozen, batch)
+        total = (trainable, metrics)  # a gradient lies where its parameter does
+        return self.gradients.trace(trainable, frozen, batch), self.update.trace(trainable, optimizer_state, index, total)
 
 
 def make_step(

@@ -277,6 +277,18 @@ def _actions(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:
     return add
 
 
+def _plan_arguments(parser: ArgumentParser) -> None:
+    from medllm.plan.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _plan(values: Any) -> dict[str, Any]:
+    from medllm.plan.command import run
+
+    return run(values, _say)
+
+
 def _bench_arguments(parser: ArgumentParser) -> None:
     importlib.import_module("medllm.bench.command").add_actions(_actions(parser))
 
@@ -363,6 +375,7 @@ COMMANDS = {
     "report": Command("one HTML page from run folders", _report_arguments, _report),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
+    "plan": Command("what a stage takes on devices you do not have: memory, communication, time", _plan_arguments, _plan),
     "bench": Command("what training, evaluation and opening a checkpoint cost on this machine", _bench_arguments, _bench),
     "data": Command("export preferences, find leaks, make a random model", _data_arguments, _data),
 }

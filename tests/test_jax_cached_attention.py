@@ -81,7 +81,7 @@ def temporary_bytes(decoder, header, own=64, prompts=4):
     index = np.arange(prompts, dtype=np.int32)
     tokens, lengths = np.ones((prompts, own), np.int32), np.full(prompts, own, np.int32)
     fill = Fill(tokens, lengths, index, index, jax.random.split(jax.random.key(0), prompts))
-    lowered = decoder._fill.lower(decoder._state, decoder.empty(prompts, own), prefix, fill)
+    lowered = decoder._fill.lower(decoder.state, decoder.empty(prompts, own), prefix, fill)
     layer = sum(part.nbytes for part in prefix) // config.num_layers
     return lowered.compile().memory_analysis().temp_size_in_bytes - layer
 

@@ -21,6 +21,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "moments": ("moments", "what the optimizer remembers of earlier gradients"),
     "cache": ("cache", "keys and values of the tokens so far"),
     "gradients": ("gradients", "of the adapters, summed over micro-batches"),
+    "batch": ("batch and padding", "the rows of a step, and what the device's tiles add to small arrays"),
     "activations": (
         "activations and temporaries",
         "what the compiler keeps while it computes, weights gathered for a layer included",

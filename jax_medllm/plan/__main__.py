@@ -1,0 +1,29 @@
+"""The child process of :mod:`medllm.plan`: ``python -m jax_medllm.plan compile SETTINGS`` prints one line of JSON."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from jax_medllm.plan.compiled import measure
+from jax_medllm.plan.programs import trace
+from jax_medllm.plan.targets import devices_of
+from jax_medllm.sharding import Layout
+from medllm.bench.child import serve
+
+
+def compile_stage(target: dict[str, Any], mesh: str, rules: str, stage: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the programs of a stage take on a target; the arguments are the fields of :class:`medllm.plan.request.Request`."""
+    layout = Layout.of(mesh, rules, devices_of(target))
+    versions = {"jax": version("jax"), "compiler": _compiler(target["kind"])}
+    return {**measure(trace(stage, settings, layout), layout), "versions": versions}
+
+
+def _compiler(kind: str) -> str:
+    package = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin", "cpu": "jaxlib"}[kind]
+    return f"{package} {version(package)}"
+
+
+if __name__ == "__main__":
+    sys.exit(serve({"compile": compile_stage}, sys.argv[1:]))

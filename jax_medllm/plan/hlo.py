@@ -1,0 +1,291 @@
+"""Reads a compiled program's text: what it sends between devices, and what it moves through memory.
+
+XLA's cost analysis counts a loop's body once and is missing on some platforms. Here everything counts as often as the loops
+around it run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPCODE = re.compile(r"([\w\-]+)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{(?P<listed>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|mesh\[(?P<mesh>[^\]]*)\] *\{(?P<axes>[^}]*)\})"
+)
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_INDEX = re.compile(r"index=(\d+)")
+# Name things without moving them.
+_FREE = frozenset(
+    {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
+    | {"while", "call", "conditional"}
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: its result's type as text, operation, operands' names and the rest of the line."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    def called(self) -> dict[str, str]:
+        """Computations it calls, by the role they have."""
+        found = dict(_CALLED.findall(self.attributes))
+        if branches := _BRANCHES.search(self.attributes):
+            found |= {f"branch {i}": name for i, name in enumerate(_NAME.findall(branches[1]))}
+        return found
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and type in a program's run.
+
+    Attributes:
+        kind: ``all-gather`` and so on.
+        dtype: Of its elements.
+        devices: In each of its groups.
+        times: How often a device takes part.
+        bytes: What a device sends, in all: ``(n - 1) / n`` of the result of a gather, of the argument of a scatter and an
+            all-to-all, twice that of a reduction, and the argument of a permutation.
+    """
+
+    kind: str
+    dtype: str
+    devices: int
+    times: int
+    bytes: int
+
+
+@dataclass
+class Program:
+    """A compiled program.
+
+    Args:
+        text: As ``compiled.as_text()`` gives it.
+        while_trips: Rounds of a loop whose number of rounds the compiler does not know.
+    """
+
+    text: str
+    while_trips: int = 1
+    computations: dict[str, list[Instruction]] = field(default_factory=dict, init=False)
+    entry: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        lines: list[Instruction] = []
+        for line in self.text.splitlines():
+            if header := _HEADER.match(line):
+                lines = self.computations[header[2]] = []
+                self.entry = header[2] if header[1] else self.entry
+            elif line.startswith("  ") and " = " in line:
+                lines.append(_instruction(line))
+        self._types = {name: {line.name: line.type for line in lines} for name, lines in self.computations.items()}
+
+    def collectives(self) -> list[Collective]:
+        """All that is sent between devices in one run, most bytes first."""
+        times: dict[tuple[str, str, int], int] = defaultdict(int)
+        sent: dict[tuple[str, str, int], int] = defaultdict(int)
+        channels = set()
+        for computation, runs in self._runs(fused=True):
+            types = self._types[computation]
+            for line in self.computations[computation]:
+                kind = line.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                devices = 2 if kind == "collective-permute" else _group(line.attributes)
+                channel = _CHANNEL.search(line.attributes)
+                # A TPU's compiler writes one collective several times, in each of the products that it goes on beside.
+                if devices == 1 or (channel and channel[1] in channels):
+                    continue
+                if channel:
+                    channels.add(channel[1])
+                sizes: dict[str, int] = defaultdict(int)
+                for name in line.operands:
+                    for array in _arrays(types.get(name, "")):
+                        sizes[array[0]] += _size(array)
+                for dtype, size in sizes.items():
+                    times[kind, dtype, devices] += runs
+                    sent[kind, dtype, devices] += runs * round(size * _share(kind, devices))
+        found = [Collective(*key, times[key], sent[key]) for key in times]
+        return sorted(found, key=lambda one: (-one.bytes, one.kind))
+
+    def traffic(self) -> int:
+        """Bytes read from and written to the main memory in one run: arguments and results of everything that is not fused.
+
+        What a fused operation reads only slices of counts with those slices, what it updates a slice of with that slice.
+        Arrays in a memory space of their own (``S(1)``, a TPU's vector memory) are not in the main memory.
+        """
+        return sum(
+            runs * sum(self._moved(computation, line) for line in self.computations[computation])
+            for computation, runs in self._runs(fused=False)
+        )
+
+    def _runs(self, fused: bool) -> Iterator[tuple[str, int]]:
+        """Computations and how often each runs; with or without the insides of fused operations."""
+        waiting = [(self.entry, 1)]
+        while waiting:
+            computation, runs = waiting.pop()
+            yield computation, runs
+            for line in self.computations[computation]:
+                called = line.called()
+                if line.opcode == "while":
+                    rounds = runs * self._rounds(computation, line)
+                    waiting += [(called["body"], rounds), (called["condition"], rounds)]
+                elif line.opcode in ("call", "conditional", "async-start"):
+                    waiting += [(name, runs) for name in called.values()]
+                elif line.opcode == "fusion" and fused:
+                    waiting.append((called["calls"], runs))
+
+    def _rounds(self, computation: str, loop: Instruction) -> int:
+        """Of a loop: as the compiler says, or up to the number its counter is compared with."""
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
+        condition = {line.name: line for line in self.computations[loop.called()["condition"]]}
+        before = {line.name: line for line in self.computations[computation]}
+        initial = before[loop.operands[0]].operands if loop.operands[0] in before else ()
+
+        def constant(name: str) -> int | None:
+            line = condition.get(name)
+            if line is not None and line.opcode == "get-tuple-element" and initial:
+                name = initial[int(_INDEX.findall(line.attributes)[0])]
+                line = before.get(name)
+                while line is not None and line.opcode in ("copy", "bitcast"):
+                    line = before.get(line.operands[0])
+            return int(line.attributes) if line is not None and line.opcode == "constant" else None
+
+        for line in condition.values():
+            if line.opcode == "compare" and "direction=LT" in line.attributes:
+                start, end = (constant(name) for name in line.operands)
+                if end is not None:
+                    return end - (start or 0)
+        return self.while_trips
+
+    def _moved(self, computation: str, line: Instruction) -> int:
+        if (
+            line.opcode in _FREE
+            or line.opcode in ("while", "call", "conditional")
+            or line.opcode.endswith(("-done", "-update"))
+        ):
+            return 0
+        types = self._types[computation]
+        operands = [_bytes(types.get(name, "")) for name in line.operands]
+        result = _bytes(line.type)
+        if line.opcode.endswith("-start"):  # its result names its argument too
+            return result
+        if line.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * result
+        if line.opcode == "dynamic-update-slice":
+            return 2 * operands[1]
+        if line.opcode == "fusion":
+            return self._moved_by_fusion(line, operands, result)
+        return sum(operands) + result
+
+    def _moved_by_fusion(self, line: Instruction, operands: list[int], result: int) -> int:
+        inside = self.computations[line.called()["calls"]]
+        types = {one.name: one.type for one in inside}
+        parameters = [one for one in inside if one.opcode == "parameter"]
+        moved = 0
+        updated = 0
+        for parameter, whole in zip(sorted(parameters, key=_number), operands, strict=False):
+            users = list(_users(inside, parameter.name))
+            if whole and users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one, _ in users):
+                moved += min(whole, sum(_bytes(one.type, anywhere=True) for one, _ in users))
+            elif whole and users and all(one.opcode == "dynamic-update-slice" and place == 0 for one, place in users):
+                change = sum(_bytes(types.get(one.operands[1], ""), anywhere=True) for one, _ in users)
+                moved += change
+                updated += whole - change
+            else:
+                moved += whole
+        return moved + max(0, result - updated)
+
+
+def _users(inside: list[Instruction], name: str) -> Iterator[tuple[Instruction, int]]:
+    """Who takes ``name``, and as which operand; names for the same bytes count as the array itself."""
+    for one in inside:
+        for place, operand in enumerate(one.operands):
+            if operand == name:
+                if one.opcode == "bitcast":
+                    yield from _users(inside, one.name)
+                else:
+                    yield one, place
+
+
+def _number(parameter: Instruction) -> int:
+    return int(parameter.attributes or 0)
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode = _OPCODE.match(rest)
+    assert opcode is not None, line
+    closing = _closing(rest, opcode.end() - 1)
+    inside = rest[opcode.end() : closing]
+    attributes = inside if opcode[1] in ("parameter", "constant") else rest[closing + 1 :]
+    return Instruction(name.lstrip("%"), shape, opcode[1], tuple(_NAME.findall(inside)), attributes)
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis at ``opening`` closes."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    raise ValueError(f"a parenthesis is left open: {text}")
+
+
+def _arrays(text: str) -> list[tuple[str, int, str]]:
+    """The arrays of a type: element type, number of elements, layout."""
+    return [
+        (dtype, math.prod(int(size) for size in sizes.split(",") if size), layout)
+        for dtype, sizes, layout in _ARRAY.findall(text)
+    ]
+
+
+def _size(array: tuple[str, int, str]) -> int:
+    dtype, count, _ = array
+    digits = re.search(r"\d+", dtype)
+    bits = _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
+    return -(-count * bits // 8)
+
+
+def _bytes(text: str, anywhere: bool = False) -> int:
+    """Bytes of a type in the main memory, or ``anywhere``."""
+    return sum(_size(array) for array in _arrays(text) if anywhere or "S(" not in array[2])
+
+
+def _group(attributes: str) -> int:
+    """Devices in a group of a collective: groups are listed, or counted, or some axes of a mesh, or parts of axes."""
+    groups = _GROUPS.search(attributes)
+    if groups is None:
+        raise ValueError(f"a collective of no known groups: {attributes[:200]}")
+    if groups["listed"] is not None:
+        return len(groups["listed"].split(","))
+    if groups["size"] is not None:
+        return int(groups["size"])
+    sizes = {name: size for name, size, _ in _MESH_AXIS.findall(groups["mesh"])}
+    return math.prod(int(part or sizes[name]) for name, _, part in _MESH_AXIS.findall(groups["axes"]))
+
+
+def _share(kind: str, devices: int) -> float:
+    """Of a collective's argument, what a device sends."""
+    other = (devices - 1) / devices
+    return {"all-gather": devices - 1, "all-reduce": 2 * other, "collective-permute": 1.0}.get(kind, other)

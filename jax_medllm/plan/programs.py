@@ -1,0 +1,165 @@
+"""The programs of a stage, traced from shapes: the very functions that train and generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
+from jax_medllm.decoder import CHUNK, SLOT_AXES, Decoder, Fill
+from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.optimizer import learning_rate, make_optimizer
+from jax_medllm.sharding import Layout, shardings
+from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
+from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
+
+_ROWS = ("batch",)
+_STEPS = 1000
+"""Of a run, for its schedule; of no influence on the program."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One program.
+
+    Attributes:
+        name: What it does.
+        traced: What compiles.
+        takes: Kinds of arrays that are its arguments, as :class:`Stage` calls them.
+        beside: Kinds that lie in memory meanwhile.
+        runs: How often it runs for one run of the stage's unit of work.
+        while_trips: Rounds of its loop whose end depends on what is computed.
+    """
+
+    name: str
+    traced: jax.stages.Traced
+    takes: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    runs: float = 1
+    while_trips: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is planned.
+
+    Attributes:
+        programs: What runs.
+        held: Arrays that stay in memory, by kind.
+        tokens: Tokens of one run of the programs, over all devices.
+    """
+
+    programs: list[Traced]
+    held: dict[str, Any]
+    tokens: int
+
+
+def trace(stage: str, settings: Mapping[str, Any], layout: Layout) -> Stage:
+    """The programs of ``stage``, under a layout.
+
+    Args:
+        stage: ``cpt``, ``rpo`` or ``generate``.
+        settings: As :class:`medllm.plan.request.Request` has them.
+        layout: Of the devices planned for.
+    """
+    with layout.in_use():
+        return _STAGES[stage](settings, layout)
+
+
+def _cpt(settings: Mapping[str, Any], layout: Layout) -> Stage:
+    rows, length = settings["rows"] * layout.shards("batch"), settings["length"]
+    tokens = _laid(jax.ShapeDtypeStruct((rows, length), jnp.int32), _ROWS, layout)
+    batch = CptBatch(tokens, tokens, tokens, _laid(jax.ShapeDtypeStruct((), jnp.float32), (), layout))
+    return _training(settings, layout, partial(cpt_loss_fn, remat=settings["remat"]), batch, rows * length)
+
+
+def _rpo(settings: Mapping[str, Any], layout: Layout) -> Stage:
+    rows, responses = settings["rows"] * layout.shards("batch"), settings["responses"]
+    length = settings["prompt"] + responses * settings["response"]
+    pairs = responses * (responses - 1) // 2
+
+    def of(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return _laid(jax.ShapeDtypeStruct((rows, *shape), dtype), _ROWS, layout)
+
+    batch = PreferenceBatch(
+        ResponseBatch(of(length), of(length), of(length), of(length)), of(pairs, 2), of(pairs), of(pairs, dtype=jnp.float32)
+    )
+    loss_fn = partial(preference_loss_fn, loss_config=PreferenceLoss(), remat=settings["remat"])
+    return _training(settings, layout, loss_fn, batch, rows * length)
+
+
+def _training(settings: Mapping[str, Any], layout: Layout, loss_fn: Callable[..., Any], batch: Any, tokens: int) -> Stage:
+    graph, *states = nnx.split(_model(settings), LoraParam, ...)
+    trainable, frozen = map(_placed, states)
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, _STEPS)
+    step = make_step(graph, loss_fn, optimizer, partial(learning_rate, config, _STEPS))
+    # A moment lies where its parameter does.
+    moments = jax.tree.map(
+        lambda part: _placed(part) if isinstance(part, nnx.State) else _laid(part, (), layout),
+        jax.eval_shape(optimizer.init, trainable),
+        is_leaf=lambda part: isinstance(part, nnx.State),
+    )
+    index = _laid(jax.ShapeDtypeStruct((), jnp.int32), (), layout)
+    gradients, update = step.trace(trainable, moments, index, frozen, batch)
+    times = settings["accumulation"]
+    beside = ("moments", "gradients") if times > 1 else ("moments",)
+    programs = [
+        Traced("gradients", gradients, ("base", "adapters"), beside, times),
+        Traced("update", update, ("adapters", "moments", "gradients"), ("base",)),
+    ]
+    held = {"base": frozen, "adapters": trainable, "moments": moments, "gradients": trainable}
+    return Stage(programs, held, tokens * times)
+
+
+def _generate(settings: Mapping[str, Any], layout: Layout) -> Stage:
+    slots, length, prompt = settings["rows"], settings["length"], settings["prompt"]
+    decoder = Decoder(_model(settings), end=0)
+    adapters, base = nnx.split_state(decoder.state, LoraParam, ...)
+    adapters, base = _placed(adapters), _placed(base)
+    shapes = jax.eval_shape(partial(decoder.empty, slots, length - CHUNK))
+    cache = jax.tree.map(lambda leaf, names: _laid(leaf, names, layout), shapes, SLOT_AXES)
+    few = max(1, slots // 4)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), few))
+    tokens, numbers = (_laid(jax.ShapeDtypeStruct(shape, jnp.int32), (), layout) for shape in ((few, prompt), (few,)))
+    fill = Fill(tokens, numbers, numbers, numbers, _laid(keys, (), layout))
+    state = nnx.merge_state(adapters, base)
+    filling, extending = decoder.trace(state, cache, fill, Sampling(max_new_tokens=length - prompt))
+    held = {"base": base, "adapters": adapters, "cache": cache}
+    kinds = tuple(held)
+    programs = [Traced("extend", extending, kinds, while_trips=CHUNK), Traced("fill", filling, kinds, runs=0)]
+    return Stage(programs, held, slots * CHUNK)
+
+
+_STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt, "rpo": _rpo, "generate": _generate}
+
+
+def _model(settings: Mapping[str, Any]) -> Qwen2:
+    config, precision = Qwen2Config.from_hf(settings["model"]), settings["quantization"]
+    build = partial(
+        Qwen2,
+        config,
+        lora=LoraConfig(rank=settings["rank"]),
+        quantization="nf4" if precision == "nf4" else "none",
+        dtype="float32" if precision == "fp32" else "bfloat16",
+    )
+    return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+
+
+def _placed(state: nnx.State) -> nnx.State:
+    """Parameters' shapes, each where it is stored."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings(state)
+    )
+
+
+def _laid(leaf: Any, names: Sequence[str | None], layout: Layout) -> jax.ShapeDtypeStruct:
+    """An array's shape on the mesh; axes without a name are whole."""
+    names = (*names, *(None,) * (len(leaf.shape) - len(names)))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(layout.activation(leaf.shape, names)))

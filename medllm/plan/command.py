@@ -1,0 +1,91 @@
+"""``medllm plan``: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from medllm.plan.request import Request
+
+_KINDS = {
+    "base": "base weights",
+    "adapters": "adapters",
+    "moments": "moments",
+    "cache": "keys and values",
+    "gradients": "gradients",
+    "batch": "batch, padding",
+    "activations": "activations, temporaries",
+    "output": "output",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_class_arguments(Request, as_group=True)
+    parser.add_argument("--search", type=bool, nargs="?", const=True, default=False, help="try meshes, remat policies and rows")
+    parser.add_argument("--most", type=int, default=32, help="with --search: candidates that are compiled at most")
+    parser.add_argument("--html", type=str | None, default=None, metavar="FILE", help="also write the plan as a page")
+
+
+def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    """Plan, print, and return what was found; ``ok`` says whether it fits."""
+    from medllm.plan.page import write_page
+    from medllm.plan.planning import make_plan
+    from medllm.plan.search import search
+
+    request = Request.of(values)
+    found = search(request, values.most, say) if values.search else make_plan(request)
+    for line in _candidate_lines(found) if values.search else ():
+        say(line)
+    plan = found["best"] if values.search else found
+    for line in plan_lines(plan) if plan else ():
+        say(line)
+    if values.html:
+        write_page(Path(values.html), found)
+        say(f"plan: {values.html}")
+    return found
+
+
+def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+    """The plan as text."""
+    mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    settings = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
+    yield f"{plan['model']['name']} {plan['stage']} on {plan['target']}, mesh {mesh}: {settings}"
+    verdict = "fits" if plan["fits"] else "does NOT fit"
+    yield (
+        f"{verdict}: {plan['gib_per_device']:.2f} GiB on each of {plan['devices']} devices, "
+        f"{plan['memory_gib']:.2f} are there ({plan['headroom_gib']:+.2f}); compiled in {plan['compile_s']:.0f} s"
+    )
+    if not plan["by_kind"]:
+        yield "the compiler refused it for its memory, so nothing more is known"
+        return
+    for kind, gib in plan["by_kind"].items():
+        if gib >= 0.005:
+            yield f"  {_KINDS[kind]:<26}{gib:8.2f} GiB"
+    yield "between devices, sent by each in a step:"
+    for one in plan["collectives"]:
+        if one["bytes"] >= 1e6:
+            sent = f"{one['times']:>7.0f} x {one['bytes'] / 1e9:10.3f} GB {one['seconds']:8.3f} s"
+            yield f"  {one['kind']:<20}{one['dtype']:<6}{sent}"
+    seconds, rates = plan["seconds"], plan["rates"]
+    amounts = {
+        "compute": f"{plan['flops'] / 1e12:.1f} TFLOP at {rates['flops'] / 1e12:.0f} TFLOP/s",
+        "memory": f"{plan['bytes'] / 1e9:.0f} GB at {rates['memory_bytes'] / 1e9:.0f} GB/s",
+        "interconnect": f"at {rates['link_bytes'] / 1e9:.0f} GB/s",
+    }
+    yield f"a step takes at least (roofline at peak rates, by {rates['source']}; none is reached in practice):"
+    for what, amount in amounts.items():
+        yield f"  {what:<13}{seconds[what]:8.3f} s   {amount}"
+    yield f"  {plan['step_s']:.3f} s, bound by {plan['bound']}: at most {plan['tokens_per_s']:,.0f} tokens/s on all devices"
+
+
+def _candidate_lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"{'mesh':<28}{'rows':>5} {'remat':<12}{'GiB':>7}{'step s':>9}{'tokens/s':>11}  "
+    for row in found["candidates"]:
+        mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
+        numbers = [row.get(name) for name in ("gib_per_device", "step_s", "tokens_per_s")]
+        shown = [f"{value:,.{digits}f}" if value is not None else "" for value, digits in zip(numbers, (1, 2, 0), strict=True)]
+        yield f"{mesh:<28}{row['rows']:>5} {row['remat']:<12}{shown[0]:>7}{shown[1]:>9}{shown[2]:>11}  {row['why']}"

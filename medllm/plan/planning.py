@@ -1,0 +1,131 @@
+"""A plan: what a stage takes on devices that need not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+from medllm.bench.child import measure_in
+from medllm.engine import require
+from medllm.plan.models import model_config
+from medllm.plan.request import Request
+from medllm.plan.targets import Device, Target
+
+_COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"), "cpu": ()}
+
+
+def make_plan(request: Request) -> dict[str, Any]:
+    """Compile the stage's programs for the target and say what they take; the JSON of ``medllm plan --json``.
+
+    Raises:
+        UserError: an unknown model, device or mesh, arrays that the mesh does not divide, or a compiler is not installed.
+        RuntimeError: the compiler failed.
+    """
+    target, config = Target.parse(request.target), model_config(request.model)
+    check_installed(target)
+    settings = request.settings()
+    found = measure_in(
+        "jax_medllm.plan",
+        "compile",
+        {
+            "target": target.to_json(),
+            "mesh": request.mesh or default_mesh(request, target, config),
+            "rules": request.rules,
+            "stage": request.stage,
+            "settings": {**settings, "model": config},
+        },
+        environment=_environment(target),
+    )
+    memory = sum(found["by_kind"].values()) if found["by_kind"] else found.pop("refused_gib")
+    fits = bool(found["by_kind"]) and memory <= target.memory_gib
+    rates = target.device
+    plan = {
+        "ok": fits,
+        "fits": fits,
+        "model": model_sizes(request.model, config),
+        "stage": request.stage,
+        "target": target.name,
+        "device": rates.name,
+        "devices": target.count,
+        "topology": target.topology.split(":")[-1],
+        "memory_gib": target.memory_gib,
+        "rules": request.rules,
+        "settings": settings,
+        "gib_per_device": memory,
+        "headroom_gib": target.memory_gib - memory,
+        "rates": {name: getattr(rates, name) for name in ("flops", "memory_bytes", "link_bytes", "source")},
+        **found,
+    }
+    return {**plan, **_roofline(plan, rates)} if found["by_kind"] else plan
+
+
+def default_mesh(request: Request, target: Target, config: dict[str, Any]) -> str:
+    """``fsdp`` over all devices for training; for generation ``tensor`` as far as there are key/value heads."""
+    if request.stage != "generate":
+        return f"fsdp={target.count}"
+    tensor = math.gcd(target.count, config.get("num_key_value_heads") or config["num_attention_heads"])
+    return f"tensor={tensor},fsdp={target.count // tensor}"
+
+
+def check_installed(target: Target) -> None:
+    """Refuse a target whose compiler is missing.
+
+    Raises:
+        UserError: with the install command.
+    """
+    require(f"medllm plan --target {target.name}", "jax", "plan")
+    for package in _COMPILERS[target.device.kind]:
+        require(f"medllm plan --target {target.name}", package, "plan")
+
+
+def _roofline(plan: dict[str, Any], device: Device) -> dict[str, Any]:
+    """The least time of a step: what takes longest, everything else beside it."""
+    for one in plan["collectives"]:
+        one["seconds"] = one["bytes"] / device.link_bytes
+    seconds = {
+        "compute": plan["flops"] / device.flops,
+        "memory": plan["bytes"] / device.memory_bytes,
+        "interconnect": sum(one["seconds"] for one in plan["collectives"]),
+    }
+    bound = max(seconds, key=lambda what: seconds[what])
+    rate = plan["tokens_per_step"] / seconds[bound] if seconds[bound] else 0.0
+    return {"seconds": seconds, "bound": bound, "step_s": seconds[bound], "tokens_per_s": rate}
+
+
+def model_sizes(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of a model: its sizes, and the number of its parameters, in all and in its linear layers."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads, mlp, layers = config.get("num_key_value_heads") or heads, config["intermediate_size"], config["num_hidden_layers"]
+    head = config.get("head_dim") or width // heads
+    linear = width * head * (2 * heads + 2 * kv_heads) + 3 * width * mlp
+    other = head * (heads + 2 * kv_heads) + 2 * width
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    return {
+        "name": name,
+        "parameters": layers * (linear + other) + tables * config["vocab_size"] * width + width,
+        "linear_parameters": layers * linear,
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "mlp": mlp,
+        "vocabulary": config["vocab_size"],
+    }
+
+
+def _environment(target: Target) -> dict[str, str]:
+    """Of the compiling process. It runs nothing on a device, so it must not look for one."""
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    kind = target.device.kind
+    if kind == "tpu":
+        variables |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if kind == "cuda":
+        spec = importlib.util.find_spec("nvidia.cuda_nvcc")
+        assert spec is not None  # as check_installed found
+        folder = next(iter(spec.submodule_search_locations or ()))
+        variables |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={folder}"}
+    if kind == "cpu":
+        variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.count}"
+    return variables

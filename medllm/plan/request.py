@@ -1,0 +1,82 @@
+"""What a plan is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from medllm.config import RematPolicy
+from medllm.errors import UserError
+
+Stage = Literal["cpt", "rpo", "generate"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A stage's work, and how it is laid out. Training keeps to :class:`medllm.config.TrainingConfig`'s words.
+
+    Args:
+        model: A name (qwen2.5-72b), or a model folder, of which only config.json is read.
+        stage: cpt: packed rows; rpo: problems, each a prompt with all its responses in one row; generate: slots of text.
+        target: a100-80g:4, v5e:4x4, cpu:8: a kind of device, and how many or which slice.
+        mesh: Devices along each mesh axis (fsdp=8,tensor=2); unset: fsdp over all to train, tensor first to generate.
+        rules: Which mesh axes an axis of the arrays is spread over, where not as usual.
+        rows: Rows in a micro-batch of each group of devices that hold rows (cpt, rpo: 1); slots in all (generate: 64).
+        length: Tokens in a row (cpt: 2048), or that a slot has room for (generate: 4096).
+        prompt: Tokens of a prompt (rpo: 1536, generate: three quarters of the length).
+        responses: Responses of a problem (rpo).
+        response: Tokens of a response (rpo).
+        quantization: How the base weights are held.
+        remat: What is kept for the backward pass.
+        rank: Of the adapter.
+        accumulation: Micro-batches in an optimizer step.
+    """
+
+    model: str
+    stage: Stage = "cpt"
+    target: str = "a100-80g:4"
+    mesh: str = ""
+    rules: str = ""
+    rows: int | None = None
+    length: int | None = None
+    prompt: int | None = None
+    responses: int = 3
+    response: int = 512
+    quantization: Literal["nf4", "bf16", "fp32"] = "nf4"
+    remat: RematPolicy = "layer"
+    rank: int = 16
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        least = {"responses": 2, "length": 16}
+        for name in ("rows", "length", "prompt", "responses", "response", "rank", "accumulation"):
+            value = getattr(self, name)
+            if value is not None and value < least.get(name, 1):
+                raise UserError(f"--{name} is {value}; at least {least.get(name, 1)} is needed")
+        settings = self.settings()
+        if self.stage == "generate" and settings["prompt"] >= settings["length"]:
+            raise UserError(
+                f"--prompt is {settings['prompt']} and --length {settings['length']}: a slot holds a prompt and what follows it"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The numbers of the stage, those that were left open filled in."""
+        generate = self.stage == "generate"
+        length = self.length or (4096 if generate else 2048)
+        common = {"quantization": self.quantization, "rank": self.rank, "rows": self.rows or (64 if generate else 1)}
+        if generate:
+            return {**common, "length": length, "prompt": self.prompt or length * 3 // 4}
+        training = {**common, "remat": self.remat, "accumulation": self.accumulation}
+        if self.stage == "cpt":
+            return {**training, "length": length}
+        return {**training, "prompt": self.prompt or 1536, "responses": self.responses, "response": self.response}
+
+    def row_length(self) -> int:
+        """Tokens in a row of a micro-batch."""
+        settings = self.settings()
+        return settings.get("length") or settings["prompt"] + settings["responses"] * settings["response"]
+
+    @classmethod
+    def of(cls, values: Any) -> Request:
+        """From the command line's values."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})

@@ -1,0 +1,151 @@
+"""Which mesh, remat policy and number of rows: compiles what could fit, and ranks it by predicted tokens a second."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from medllm.config import RematPolicy
+from medllm.errors import UserError
+from medllm.plan.models import model_config
+from medllm.plan.planning import check_installed, make_plan, model_sizes
+from medllm.plan.request import Request
+from medllm.plan.targets import Target
+
+_AXES = ("data", "fsdp", "tensor", "sequence")
+_ROWS = (1, 2, 4, 8)
+_GIB = 2**30
+# Bytes a weight takes: NF4's half, with a byte for each block of 64 and a float for each 256 of those.
+_WEIGHT_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2.0, "fp32": 4.0}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mesh with a number of rows.
+
+    Attributes:
+        mesh: Devices along each axis.
+        rows: Rows of a micro-batch in each group of devices that hold rows; slots in all for generation.
+        policies: Remat policies that could fit, fastest first.
+        least_gib: What it needs at least under the last of them.
+    """
+
+    mesh: dict[str, int]
+    rows: int
+    policies: tuple[RematPolicy, ...]
+    least_gib: float
+
+    @property
+    def tokens(self) -> int:
+        """A measure of the work a step does, to compile first what uses the devices best."""
+        return self.rows * self.mesh.get("data", 1) * self.mesh.get("fsdp", 1)
+
+
+def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Plans for every mesh and number of rows that could fit, each under the policy that computes least again.
+
+    A candidate that needs more than there is by its arguments and saved activations alone is not compiled; of the others at
+    most ``most`` are, those with the most rows at a time first.
+
+    Raises:
+        UserError: as :func:`medllm.plan.planning.make_plan`; a mesh was given, which leaves nothing to search.
+    """
+    if request.mesh:
+        raise UserError(f"--search tries all meshes, and --mesh {request.mesh} names one; leave one of them out")
+    target = Target.parse(request.target)
+    check_installed(target)
+    config = model_config(request.model)
+    sizes = model_sizes(request.model, config)
+    candidates = list(_candidates(request, target, sizes))
+    could_fit = [one for one in candidates if one.policies]
+    could_fit.sort(key=lambda one: (-one.tokens, one.least_gib))
+    chosen, left = could_fit[:most], could_fit[most:]
+    say(f"plan: {len(candidates)} meshes and row counts, {len(could_fit)} could fit, {len(chosen)} are compiled")
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        found = [row for rows in pool.map(lambda one: _tried(request, one, say), chosen) for row in rows]
+    found += [_row(one, one.policies[-1], None, why=f"not compiled: --most {most} were") for one in left]
+    found += [
+        _row(one, "layer", False, why=f"needs {one.least_gib:.1f} GiB at least; {target.memory_gib:.1f} are there")
+        for one in candidates
+        if not one.policies
+    ]
+    found.sort(key=lambda row: (row["fits"] is not True, -row.get("tokens_per_s", 0.0), row["fits"] is False))
+    best = next((row.pop("plan") for row in found if row["fits"]), None)
+    for row in found:
+        row.pop("plan", None)
+    head: dict[str, Any] = {"model": sizes, "stage": request.stage, "target": target.name, "device": target.device.name}
+    head |= {"devices": target.count, "topology": target.topology.split(":")[-1], "memory_gib": target.memory_gib}
+    return {"ok": best is not None, "fits": best is not None, **head, "candidates": found, "best": best}
+
+
+def _candidates(request: Request, target: Target, sizes: dict[str, Any]) -> Iterator[Candidate]:
+    for mesh in _meshes(target.count):
+        if sizes["kv_heads"] % mesh.get("tensor", 1) or (request.stage != "cpt" and "sequence" in mesh):
+            continue
+        for rows in _ROWS if request.rows is None and request.stage != "generate" else (request.settings()["rows"],):
+            needed = {policy: least_gib(request, mesh, rows, policy, sizes) for policy in _policies(request)}
+            fitting = tuple(policy for policy, gib in needed.items() if gib <= target.memory_gib)
+            yield Candidate(mesh, rows, fitting, min(needed.values()))
+
+
+def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Every way to write a number of devices as a product over the axes."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    for shape in itertools.product(divisors, repeat=len(_AXES) - 1):
+        used = shape[0] * shape[1] * shape[2]
+        if devices % used == 0:
+            sizes = dict(zip(_AXES, (*shape, devices // used), strict=True))
+            yield {axis: size for axis, size in sizes.items() if size > 1} or {"fsdp": 1}
+
+
+def _policies(request: Request) -> tuple[RematPolicy, ...]:
+    return ("layer",) if request.stage == "generate" else get_args(RematPolicy)
+
+
+def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPolicy, sizes: dict[str, Any]) -> float:
+    """GiB that a device needs at the least: weights, adapters with their moments, and what a policy keeps of each layer."""
+    shards = mesh.get("fsdp", 1) * mesh.get("tensor", 1) * mesh.get("sequence", 1)
+    width, mlp, layers = sizes["width"], sizes["mlp"], sizes["layers"]
+    other = sizes["parameters"] - sizes["linear_parameters"]
+    dense = 4 if request.quantization == "fp32" else 2
+    weights = sizes["linear_parameters"] * _WEIGHT_BYTES[request.quantization] + other * dense
+    kv = width * sizes["kv_heads"] // sizes["heads"]
+    adapter = layers * request.rank * (4 * width + 2 * width + 2 * kv + 3 * (width + mlp)) * 4
+    if request.stage == "generate":
+        slots, length = request.settings()["rows"], request.settings()["length"]
+        cache = 2 * layers * kv * slots * length * dense
+        return (weights + adapter) / shards / _GIB + cache / (shards * mesh.get("data", 1)) / _GIB
+    kept = {"layer": 0, "attention": 2 * width + 2 * kv, "projections": 2 * width + 2 * kv + 2 * mlp}
+    kept["none"] = kept["projections"] + 3 * width + mlp
+    positions = rows * request.row_length() / mesh.get("sequence", 1)
+    activations = layers * positions * (width + kept[policy] / mesh.get("tensor", 1)) * dense
+    return ((weights + 4 * adapter) / shards + activations) / _GIB
+
+
+def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Policies from the fastest on, up to the first that fits."""
+    rows: list[dict[str, Any]] = []
+    for policy in one.policies:
+        mesh = ",".join(f"{axis}={size}" for axis, size in one.mesh.items())
+        try:
+            plan = make_plan(replace(request, mesh=mesh, rows=one.rows, remat=policy))
+        except UserError as error:
+            return [*rows, _row(one, policy, False, why=str(error))]
+        except RuntimeError as error:
+            return [*rows, _row(one, policy, None, why=f"did not compile: {error}")]
+        shown = ("gib_per_device", "step_s", "tokens_per_s", "compile_s")
+        measured: dict[str, Any] = {name: plan[name] for name in shown if name in plan}
+        why = "" if plan["fits"] else f"needs {plan['gib_per_device']:.1f} GiB; {plan['memory_gib']:.1f} are there"
+        rows.append({**_row(one, policy, plan["fits"], why=why), **measured, "plan": plan})
+        say(f"plan: {mesh} rows {one.rows} remat {policy}: {plan['gib_per_device']:.1f} GiB")
+        if plan["fits"]:
+            break
+    return rows
+
+
+def _row(one: Candidate, policy: RematPolicy, fits: bool | None, why: str) -> dict[str, Any]:
+    return {"mesh": one.mesh, "remat": policy, "rows": one.rows, "fits": fits, "why": why}
