@@ -85,6 +85,7 @@ class Decoder:
         self.end = end
         self._dtype = model.dtype
         self._graph, self._state = nnx.split(model)
+        self._empty = jax.jit(self._emptied, static_argnums=(0, 1))
         self._prefix = jax.jit(self._prefix_stored)
         self._fill = jax.jit(self._filled, donate_argnums=(1,))
         self._extend = jax.jit(self._extended, static_argnums=(3,), donate_argnums=(1,))
@@ -96,20 +97,7 @@ class Decoder:
 
     def empty(self, rows: int, length: int) -> Slots:
         """Finished rows with room for ``length`` own tokens each."""
-        config = self.config
-        shape = (config.num_layers, rows, config.num_kv_heads)
-        own = Stored(
-            jnp.zeros((*shape, config.head_dim, length + CHUNK), self._dtype),
-            jnp.zeros((*shape, length + CHUNK, config.head_dim), self._dtype),
-        )
-        return Slots(
-            own=own,
-            hidden=jnp.zeros((rows, config.hidden_size), self._dtype),
-            length=jnp.zeros(rows, jnp.int32),
-            made=jnp.zeros(rows, jnp.int32),
-            finished=jnp.ones(rows, bool),
-            keys=jax.random.split(jax.random.key(0), rows),
-        )
+        return self._empty(rows, length)
 
     def fill(self, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
         """Start new continuations in rows of ``slots`` (donated)."""
@@ -127,6 +115,22 @@ class Decoder:
         """
         static = Sampling(1, sampling.temperature, sampling.top_p, sampling.top_k)
         return self._extend(self._state, slots, prefix, static, sampling.max_new_tokens + 1)
+
+    def _emptied(self, rows: int, length: int) -> Slots:
+        config = self.config
+        shape = (config.num_layers, rows, config.num_kv_heads)
+        own = Stored(
+            jnp.zeros((*shape, config.head_dim, length + CHUNK), self._dtype),
+            jnp.zeros((*shape, length + CHUNK, config.head_dim), self._dtype),
+        )
+        return Slots(
+            own=_spread(own),
+            hidden=constrain(jnp.zeros((rows, config.hidden_size), self._dtype), "batch", None),
+            length=jnp.zeros(rows, jnp.int32),
+            made=jnp.zeros(rows, jnp.int32),
+            finished=jnp.ones(rows, bool),
+            keys=jax.random.split(jax.random.key(0), rows),
+        )
 
     def _prefix_stored(self, state: nnx.State, tokens: Int[Array, "1 s"]) -> Stored:
         model = nnx.merge(self._graph, state)
@@ -203,7 +207,8 @@ class Decoder:
                 jax.lax.dynamic_update_slice(own.values, values, (0, row, 0, length[row], 0)),
             )
 
-        return replace(light, own=_spread(jax.lax.fori_loop(0, rows, append, own))), written
+        # The host of every process reads all that was written.
+        return replace(light, own=_spread(jax.lax.fori_loop(0, rows, append, own))), constrain(written, None, None)
 
 
 def _kept(slots: Slots, rows: Int[Array, " n"]) -> Slots:
