@@ -75,8 +75,8 @@ def _arguments() -> dict[str, Any] | None:
     if missing:
         there = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         raise UserError(
-            f"{there} is set, {' and '.join(missing)} is not; several processes need all of {', '.join(given)} "
-            f"({COUNT}=auto where a launcher that JAX knows has started them)"
+            f"{there} is set without {' and '.join(missing)}; several processes need all three, or {COUNT}=auto alone where a "
+            "launcher that JAX knows has started them"
         )
     count, index = (_number(name, given[name]) for name in (COUNT, INDEX))
     if not 0 <= index < count:
