@@ -94,6 +94,7 @@ def _arguments() -> dict[str, Any] | None:
 
 def _initialize(arguments: dict[str, Any]) -> None:
     heartbeat = _number(HEARTBEAT, os.environ.get(HEARTBEAT, "") or str(_HEARTBEAT_SECONDS))
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for a notice, and nobody here asks for it
     met = threading.Timer(_MEETING_SECONDS, _give_up, [arguments])
     met.daemon = True
     met.start()

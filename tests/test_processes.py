@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,25 +85,40 @@ def wait_for(file: Path, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+def by_hand(port: int, index: int) -> dict[str, str]:
+    return {processes.ADDRESS: f"127.0.0.1:{port}", processes.COUNT: "2", processes.INDEX: str(index)}
+
+
+def as_slurm(port: int, index: int) -> dict[str, str]:
+    """What ``srun`` sets and JAX reads."""
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    task = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+    return {processes.COUNT: "auto", "JAX_COORDINATOR_PORT": str(port), **step, **task}
+
+
 class Pair:
     """Two processes of four devices each on this machine.
 
     Args:
         commands: Words after ``python -m`` for each.
+        launcher: What tells them of one another.
     """
 
-    def __init__(self, *commands: Sequence[str]):
-        found = {processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.HEARTBEAT: str(HEARTBEAT)}
+    def __init__(self, *commands: Sequence[str], launcher: Callable[[int, int], dict[str, str]] = by_hand):
+        port = free_port()
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", *command],
-                env={**FOUR, **found, processes.INDEX: str(index)},
+                env={**FOUR, processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
             for index, command in enumerate(commands)
         ]
+        # Both are read all the time: one that cannot print stands still.
+        self.readers = ThreadPoolExecutor()
+        self.printed = [self.readers.submit(process.communicate) for process in self.processes]
 
     def __enter__(self) -> Pair:
         return self
@@ -110,13 +126,12 @@ class Pair:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()
-            process.communicate()
+        self.readers.shutdown()
 
     def ended(self, index: int, seconds: float) -> tuple[int, str, str]:
         """Exit code, output and errors of a process that ends within ``seconds``."""
-        process = self.processes[index]
-        out, errors = process.communicate(timeout=seconds)
-        return process.returncode, out, errors
+        out, errors = self.printed[index].result(seconds)
+        return self.processes[index].returncode, out, errors
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +215,7 @@ def test_a_killed_process_ends_the_other(data, tmp_path):
 def test_an_error_in_one_process_ends_the_other(data, tmp_path):
     command = ["medllm", *cpt(data, tmp_path / "run", *MESH)]
     wrong = [word.replace("text.txt", "absent.txt") for word in command]
-    with Pair(command, wrong) as pair:
+    with Pair(command, wrong, launcher=as_slurm) as pair:
         code, _, errors = pair.ended(1, 60)
         assert code == 2
         assert [line for line in errors.splitlines() if line.startswith("medllm: ") and "absent.txt" in line]
@@ -221,7 +236,11 @@ def test_a_process_that_stays_alone_says_who_was_to_come():
 @pytest.mark.parametrize(
     ("found", "mesh", "message"),
     [
-        ({"ADDRESS": "localhost:1234", "COUNT": "2"}, "fsdp=-1", "is set without JAX_PROCESS_ID; several processes need all three"),
+        (
+            {"ADDRESS": "localhost:1234", "COUNT": "2"},
+            "fsdp=-1",
+            "is set without JAX_PROCESS_ID; several processes need all three",
+        ),
         ({"COUNT": "2"}, "fsdp=-1", "without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID"),
         ({"ADDRESS": "localhost:1234", "COUNT": "two", "INDEX": "0"}, "fsdp=-1", "JAX_NUM_PROCESSES=two: a whole number"),
         ({"ADDRESS": "localhost:1234", "COUNT": "2", "INDEX": "2"}, "fsdp=-1", "a number from 0 to JAX_NUM_PROCESSES - 1"),
