@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -199,29 +200,21 @@ def test_only_the_first_process_prints(work):
     assert said == [["cpt", "cpt", "curate", "rpo", "evaluate", "evaluate"], []]
 
 
-def test_a_killed_process_ends_the_other(data, tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "launcher"), [(signal.SIGKILL, by_hand), (signal.SIGINT, as_slurm)], ids=["killed", "interrupted"]
+)
+def test_a_process_that_ends_early_ends_the_other(sent, launcher, data, tmp_path):
     run = tmp_path / "run"
     command = ["medllm", *cpt(data, run, "--training.epochs", "10000", *MESH)]
-    with Pair(command, command) as pair:
+    with Pair(command, command, launcher=launcher) as pair:
         wait_for(run / "metrics.jsonl")
-        pair.processes[1].kill()
-        killed = time.monotonic()
-        code, _, errors = pair.ended(0, 60)
-    assert code != 0
-    assert "tasks are unhealthy (stopped sending heartbeats)" in errors or "Gloo" in errors, errors
-    assert time.monotonic() - killed < HEARTBEAT + 10
-
-
-def test_an_error_in_one_process_ends_the_other(data, tmp_path):
-    command = ["medllm", *cpt(data, tmp_path / "run", *MESH)]
-    wrong = [word.replace("text.txt", "absent.txt") for word in command]
-    with Pair(command, wrong, launcher=as_slurm) as pair:
-        code, _, errors = pair.ended(1, 60)
-        assert code == 2
-        assert [line for line in errors.splitlines() if line.startswith("medllm: ") and "absent.txt" in line]
-        code, _, errors = pair.ended(0, HEARTBEAT + 30)
-        assert code != 0
-        assert "result.json" not in os.listdir(tmp_path / "run")
+        pair.processes[1].send_signal(sent)
+        other, _, errors = pair.ended(0, HEARTBEAT + 15)
+        own, _, said = pair.ended(1, 15)
+    assert other != 0
+    assert "another task died" in errors or "medllm: failed: JaxRuntimeError" in errors, errors
+    assert own == -sent or (own, "medllm: interrupted" in said) == (1, True)
+    assert not (run / "result.json").exists()
 
 
 def test_a_process_that_stays_alone_says_who_was_to_come():
