@@ -15,6 +15,7 @@ from flax import nnx
 
 from jax_medllm.linear import FrozenLoraParam, LoraParam
 from jax_medllm.model import Qwen2
+from jax_medllm.processes import whole
 from jax_medllm.sharding import place_parameter
 from medllm.adapter_directory import Adapter, module_name, tensor_name
 from medllm.config import LoraConfig
@@ -32,14 +33,18 @@ def frozen(index: int) -> Path:
 
 
 def adapter_tensors(model: Qwen2) -> dict[str, np.ndarray]:
-    """The trained adapter under PEFT's names, fp32: A [rank, in] and B [out, rank] of each layer and target."""
+    """The trained adapter under PEFT's names, fp32: A [rank, in] and B [out, rank] of each layer and target.
+
+    Of several processes all call it, and each has the whole adapter.
+    """
     if model.lora is None:
         return {}
-    return {
-        tensor_name(module, path[-1]): np.asarray(variable[layer])[_unpadded(path[-1], rank)]
-        for path, variable in variables(model, LoraParam).items()
-        for layer, module, rank in _adapted(model.lora, path, variable.shape[0])
-    }
+    tensors = {}
+    for path, variable in variables(model, LoraParam).items():
+        stack = whole(variable[...])
+        for layer, module, rank in _adapted(model.lora, path, variable.shape[0]):
+            tensors[tensor_name(module, path[-1])] = stack[layer][_unpadded(path[-1], rank)]
+    return tensors
 
 
 def set_adapter(model: Qwen2, adapter: Adapter) -> None:

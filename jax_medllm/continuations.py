@@ -12,7 +12,7 @@ from flax import nnx
 from jax_medllm.batches import ResponseBatch, buckets, response_rows, round_up, row_size
 from jax_medllm.logprobs import response_logprobs
 from jax_medllm.model import Qwen2
-from jax_medllm.sharding import place_rows
+from jax_medllm.sharding import constrain, place_rows
 from medllm.engine import Continuation
 from medllm.errors import UserError
 
@@ -28,7 +28,7 @@ class Scorer:
 
         @jax.jit
         def score(state: nnx.State, batch: ResponseBatch):
-            return response_logprobs(nnx.merge(graph, state), batch)
+            return constrain(response_logprobs(nnx.merge(graph, state), batch), None, None)
 
         self._score = score
 

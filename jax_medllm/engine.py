@@ -20,6 +20,7 @@ from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
 from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.processes import everywhere, join
 from jax_medllm.reference import ReferenceFile, compute_reference
 from jax_medllm.sharding import Layout
 from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
@@ -33,6 +34,7 @@ from medllm.handover import continued_adapter
 from medllm.model_directory import ModelDirectory
 from medllm.preferences.records import Preference
 from medllm.preferences.tokenization import tokenize_preferences
+from medllm.processes import is_primary_process
 from medllm.run import Run
 from medllm.tokenizer import check_vocabulary, encode_prompt, end_token, load_tokenizer
 
@@ -45,8 +47,8 @@ class JaxEngine:
         mesh: The devices they are spread over; one device when unset.
 
     Raises:
-        UserError: the mesh does not fit the devices, the model is no Qwen2 directory, an adapter does not fit it, or its
-            tokenizer does not fit its vocabulary.
+        UserError: the mesh does not fit the devices, there are other processes that cannot be joined, the model is no Qwen2
+            directory, an adapter does not fit it, or its tokenizer does not fit its vocabulary.
     """
 
     name = "jax"
@@ -55,6 +57,7 @@ class JaxEngine:
         _keep_compilations()
         if mesh is not None and mesh.rules and not mesh.mesh:
             raise UserError(f"--rules {mesh.rules} spreads arrays over a mesh, and there is none; add --mesh")
+        join(mesh.mesh if mesh is not None else "")
         self._layout = Layout.of(mesh.mesh, mesh.rules) if mesh is not None and mesh.mesh else None
         self._config = model
         self._directory = ModelDirectory(model.path)
@@ -138,10 +141,11 @@ class JaxEngine:
         if folder is not None:
             kept = ReferenceFile(folder, self._config, data.groups)
             sums = kept.read()
-            if sums is None:
+            if not everywhere(sums is not None):
                 with self._on_mesh():
                     sums = compute_reference(model, data)
-                kept.write(sums)
+                if is_primary_process():
+                    kept.write(sums)
             data = PreferenceData(data.groups, training, sums)
         task = Task(
             loss_fn=partial(preference_loss_fn, loss_config=config.loss, remat=training.remat),
@@ -192,7 +196,9 @@ class JaxEngine:
             trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
-        write_adapter(folder, model.lora, adapter_tensors(model), self._config.path)
+        tensors = adapter_tensors(model)
+        if is_primary_process():
+            write_adapter(folder, model.lora, tensors, self._config.path)
         return _summary(trained, folder, padding)
 
 

@@ -34,11 +34,12 @@ from safetensors.numpy import save_file
 
 from jax_medllm.batches import PreferenceData
 from jax_medllm.model import Qwen2
-from jax_medllm.sharding import place_rows
+from jax_medllm.sharding import constrain, place_rows
 from jax_medllm.train import reference_logprobs
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
+from medllm.processes import is_primary_process
 from medllm.run import atomic_path
 
 _AHEAD = 2
@@ -105,7 +106,7 @@ class ReferenceFile:
 def compute_reference(model: Qwen2, data: PreferenceData) -> Sums:
     """The reference's numbers for each group: one forward pass over the data, in the batches of its first epoch."""
     graph, state = nnx.split(model)
-    forward = jax.jit(lambda state, batch: reference_logprobs(nnx.merge(graph, state), batch))
+    forward = jax.jit(lambda state, batch: constrain(reference_logprobs(nnx.merge(graph, state), batch), None, None, None))
     found: dict[int, np.ndarray] = {}
     under_way: deque[tuple[tuple[int, ...], jax.Array]] = deque()
 
@@ -115,7 +116,8 @@ def compute_reference(model: Qwen2, data: PreferenceData) -> Sums:
             found[unit] = values[: len(data.groups[unit].pairs)]
 
     steps = [step for step in data.plan() if step.epoch == 0]
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    shown = sys.stderr.isatty() and is_primary_process()
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
         for step in bar.track(steps, description="log-probabilities of the reference"):
             for units, batch in zip(step.micro_batches, data.step(step), strict=True):
                 under_way.append((units, forward(state, place_rows(batch))))

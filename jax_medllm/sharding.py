@@ -45,6 +45,7 @@ from jaxtyping import Array
 from medllm.errors import UserError
 
 Batch = TypeVar("Batch")
+State = TypeVar("State")
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 """The axes a mesh may have: of rows with a copy of the weights each, of rows that share the weights, of heads and widths, and
@@ -279,6 +280,19 @@ def place_rows(batch: Batch) -> Batch:
         return jax.make_array_from_callback(array.shape, layout.sharding(spec), lambda index: array[index])
 
     return jax.tree.map(place, batch)
+
+
+def on_all_devices(state: State) -> State:
+    """``state`` with what lies on one device alone, an optimizer's counters, on all of them: no process has all devices."""
+    layout = in_use()
+    if layout is None:
+        return state
+    all_devices = layout.sharding(PartitionSpec())
+
+    def spread(leaf: Array) -> Array:
+        return leaf if len(leaf.sharding.device_set) > 1 else jax.device_put(leaf, all_devices)
+
+    return jax.tree.map(spread, state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -35,9 +36,10 @@ from jax_medllm.logprobs import response_logprobs, token_logprobs
 from jax_medllm.losses import PreferenceMetrics, cpt_loss, pair_logprobs, rpo_loss
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import learning_rate, make_optimizer
-from jax_medllm.sharding import laid_out, place_rows
+from jax_medllm.sharding import laid_out, on_all_devices, place_rows
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.errors import UserError
+from medllm.processes import is_primary_process
 from medllm.run import Run
 
 
@@ -214,7 +216,7 @@ def train(
     optimizer = make_optimizer(optimizer_config, total)
     step_fn = make_step(graph, task.loss_fn, optimizer, partial(learning_rate, optimizer_config, total))
     trainable = jax.tree.map(jnp.copy, trainable)  # the step takes its arguments' memory; the model keeps its own until the end
-    state = (trainable, optimizer.init(trainable))
+    state = (trainable, on_all_devices(optimizer.init(trainable)))
     checkpoints = Checkpoints(run.path / "checkpoints", {**task.settings, "steps": total})
     loop = _Loop(task, step_fn, others[0], config, run, checkpoints)
     try:
@@ -273,10 +275,11 @@ class _Loop:
         under_way: deque[StepMetrics] = deque()
         batches = self._batches(start, last)
         batch = next(batches, ())
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        watched = sys.stderr.isatty() and is_primary_process()
+        with Progress(console=Console(stderr=True), transient=True, disable=not watched) as bar:
             shown = bar.add_task(f"training, {last} steps", total=last, completed=start)
             for done in range(start + 1, last + 1):
-                *new, metrics = self._step_fn(*state, jnp.int32(done - 1), self._frozen, batch)
+                *new, metrics = self._step_fn(*state, np.int32(done - 1), self._frozen, batch)
                 state = (new[0], new[1])
                 batch = next(batches, ())
                 log.write(self._compile_seconds)  # of earlier steps, with this one under way
@@ -326,6 +329,7 @@ class _Log:
         self._unit = unit
         self._open, self._closed = _Window([]), _Window([])
         self._units = 0
+        self._loss: float | None = None
         self._seconds = self._compiled = 0.0
         self._mark = time.perf_counter()
 
@@ -357,7 +361,9 @@ class _Log:
         seconds = max(now - self._mark - (compile_seconds - self._compiled), 1e-9)
         self._mark, self._compiled = now, compile_seconds
         self._units, self._seconds = self._units + window.units, self._seconds + seconds
-        self._run.log(steps[-1][0], **_means(steps), **{f"{self._unit}_per_second": window.units / seconds})
+        means = _means(steps)
+        self._loss = means["loss"]
+        self._run.log(steps[-1][0], **means, **{f"{self._unit}_per_second": window.units / seconds})
 
     @property
     def rate(self) -> float:
@@ -366,6 +372,8 @@ class _Log:
 
     def last_loss(self) -> float:
         """The last loss of this session, or of an earlier one that completed the run."""
+        if self._loss is not None:
+            return self._loss
         lines = [line for line in self._run.metrics() if "loss" in line]
         return lines[-1]["loss"] if lines else math.nan
 

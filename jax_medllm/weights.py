@@ -28,6 +28,7 @@ from jax_medllm.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedPar
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.nf4 import NF4Weight, dequantize, join_blocks, quantize_blocks
 from jax_medllm.packed import PARTS, is_packed, packed_config, packed_parts, packed_shape, read_packed
+from jax_medllm.processes import whole
 from jax_medllm.sharding import in_use, shardings
 from jax_medllm.stack import Stack
 from medllm.adapter_directory import Adapter, read_adapter
@@ -291,7 +292,7 @@ def _join(pieces: list[tuple[jax.Array, jax.Array]], rows: int) -> NF4Weight:
 
 def _check_scales(arrays: dict[Path, jax.Array], directory: ModelDirectory, slots: dict[str, _Slot]) -> None:
     """A number that is not finite shows in the mean of its weight's absmaxes."""
-    offsets = {slot.path: np.asarray(arrays[(*slot.path, "offset")]) for slot in slots.values() if slot.quantized}
+    offsets = {slot.path: whole(arrays[(*slot.path, "offset")]) for slot in slots.values() if slot.quantized}
     for name, slot in slots.items():
         if slot.quantized and not np.isfinite(offsets[slot.path][slot.layer]):
             raise _not_finite(directory, name)

@@ -25,6 +25,7 @@ from medllm import __version__
 from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
 from medllm.engine import EngineName, require
 from medllm.errors import UserError
+from medllm.processes import ended, is_primary_process
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -52,15 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, UnicodeDecodeError):
             error = UserError("a file named on the command line is not UTF-8 text")
         print(f"medllm: {_one_line(error, argv)}", file=sys.stderr)
-        return 2
+        return ended(2)
     except KeyboardInterrupt:
         print("medllm: interrupted", file=sys.stderr)
-        return 1
+        return ended(1)
     except Exception as error:
         if debug:
             raise
         print(f"medllm: failed: {type(error).__name__}: {_first_line(error)} (--debug shows the traceback)", file=sys.stderr)
-        return 1
+        return ended(1)
 
 
 def _run(argv: list[str]) -> int:
@@ -72,7 +73,7 @@ def _run(argv: list[str]) -> int:
     if target is not None and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
         raise UserError(f"--json {target}: no file can be written there; name a file in a folder that exists")
     result = COMMANDS[name].run(values)
-    if result is not None and target is not None:
+    if result is not None and target is not None and is_primary_process():
         from medllm.run import write_json
 
         write_json(Path(target), result)
@@ -466,22 +467,27 @@ def _points(score: dict[str, Any]) -> str:
 
 
 def _say(line: str) -> None:
-    from medllm.run import is_primary_process
-
     if is_primary_process():
         print(line, flush=True)
 
 
 @contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; silent where nobody watches."""
+    """A progress bar on standard error, of one process; silent where nobody watches."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def report(done: int, total: int) -> None:
+            if is_primary_process():  # which is known once the engine is open
+                bar.update(task, completed=done, total=total)
+            else:
+                bar.stop()
+
+        yield report
 
 
 def _quiet_libraries() -> None:

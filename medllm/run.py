@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from medllm.errors import UserError
+from medllm.processes import is_primary_process
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -86,11 +87,6 @@ def environment() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def is_primary_process() -> bool:
-    """True in the one process of a multi-process launch (torchrun, accelerate) that writes files and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class Run:

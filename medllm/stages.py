@@ -34,12 +34,12 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     from medllm.model_directory import ModelDirectory
     from medllm.tokenizer import load_tokenizer
 
-    ModelDirectory(config.model.path)  # before the corpus is read: a wrong folder is said at once
+    ModelDirectory(config.model.path)  # before a framework is imported: a wrong folder is said at once
+    model = open_engine(engine, config.model, config)  # several processes meet here, before each reads the corpus
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     corpus = load_documents(config.corpus)
     tokens = tokenize_documents(tokenizer, corpus.documents)
     rows = pack(tokens, config.corpus.length, tokenizer.pad_token_id, config.corpus.packing)
-    model = open_engine(engine, config.model, config)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = {

@@ -1,0 +1,253 @@
+"""Two processes with four devices each do what one process with one device does, and neither outlives the other for long."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_medllm import processes
+from medllm.adapter_directory import read_adapter
+from medllm.cli import main
+from medllm.errors import UserError
+from medllm.exam.loaders import write_problems
+from medllm.mini.problems import exam_problems, shot_problems, train_problems
+from medllm.mini.study import BASE
+from medllm.mini.world import make_world
+
+MESH = ("--mesh", "fsdp=4,tensor=2")  # each process holds half of the rows, and half of the weights
+OTHER_MESH = ("--mesh", "data=2,fsdp=2,tensor=2")
+MODEL = ("--model.path", str(BASE), "--model.dtype", "float32")
+TRAINING = ("--lora.rank", "4", "--training.accumulation", "1", "--training.epochs", "2", "--training.remat", "none")
+HEARTBEAT = 5
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+FOUR = {
+    **os.environ,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK_TO_COMPILE}",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve rows of text, two problems to learn from, and an exam of five questions."""
+    folder = tmp_path_factory.mktemp("data")
+    world = make_world()
+    words = " ".join(str(number) for number in range(2000, 2600))
+    (folder / "text.txt").write_text(words[: 12 * 60], encoding="utf-8")
+    write_problems(folder / "train.jsonl", train_problems(world, 1)[:2])
+    write_problems(folder / "exam.jsonl", exam_problems(world, 1)[:5])
+    write_problems(folder / "shots.jsonl", shot_problems(world, 3))
+    return folder
+
+
+def cpt(data: Path, run: Path, *more: str) -> list[str]:
+    corpus = ("--corpus.documents", str(data / "text.txt"), "--corpus.length", "64", "--training.batch_size", "6")
+    return ["cpt", *MODEL, *TRAINING, *corpus, "--run", str(run), *more]
+
+
+def stages(data: Path, out: Path, adapter: Path, *more: str) -> list[list[str]]:
+    """Curation, preference training on top of ``adapter``, and the exam in both ways."""
+    shots = ("--shots", str(data / "shots.jsonl"))
+    exam = ("--problems", str(data / "exam.jsonl"))
+    preferences = ("--preferences", str(out / "curate" / "preferences.jsonl"), "--training.batch_size", "1")
+    options = ("--method", "options", "--model.quantization", "nf4")
+    sampled = ("--sampling.samples", "3", "--sampling.max_new_tokens", "16", "--sampling.temperature", "1.0")
+    return [
+        ["curate", *MODEL, *shots, "--problems", str(data / "train.jsonl"), *sampled, "--run", str(out / "curate"), *more],
+        ["rpo", *MODEL, *TRAINING, *preferences, "--model.adapter", str(adapter), "--run", str(out / "rpo"), *more],
+        ["evaluate", *MODEL, *exam, "--shot_count", "0", "--sampling.max_new_tokens", "16", "--run", str(out / "exam"), *more],
+        ["evaluate", *MODEL, *exam, *options, "--run", str(out / "options"), *more],
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(file: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, f"{file} does not appear"
+        time.sleep(0.1)
+
+
+def by_hand(port: int, index: int) -> dict[str, str]:
+    return {processes.ADDRESS: f"127.0.0.1:{port}", processes.COUNT: "2", processes.INDEX: str(index)}
+
+
+def as_slurm(port: int, index: int) -> dict[str, str]:
+    """What ``srun`` sets and JAX reads."""
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    task = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+    return {processes.COUNT: "auto", "JAX_COORDINATOR_PORT": str(port), **step, **task}
+
+
+class Pair:
+    """Two processes of four devices each on this machine.
+
+    Args:
+        commands: Words after ``python -m`` for each.
+        launcher: What tells them of one another.
+    """
+
+    def __init__(self, *commands: Sequence[str], launcher: Callable[[int, int], dict[str, str]] = by_hand):
+        port = free_port()
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", *command],
+                env={**FOUR, processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index, command in enumerate(commands)
+        ]
+        # Both are read all the time: one that cannot print stands still.
+        self.readers = ThreadPoolExecutor()
+        self.printed = [self.readers.submit(process.communicate) for process in self.processes]
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+        self.readers.shutdown()
+
+    def ended(self, index: int, seconds: float) -> tuple[int, str, str]:
+        """Exit code, output and errors of a process that ends within ``seconds``."""
+        out, errors = self.printed[index].result(seconds)
+        return self.processes[index].returncode, out, errors
+
+
+@pytest.fixture(scope="module")
+def work(data, tmp_path_factory):
+    """The folder of all runs, and how the two processes ended.
+
+    Continued pretraining is run three times: in one process, begun in two and ended in one, and begun in one and ended in two.
+    """
+    folder = tmp_path_factory.mktemp("work")
+    one, two = folder / "one", folder / "two"
+    half = ("--training.max_steps", "2")
+    whole, to_one, to_two = (cpt(data, folder / name) for name in ("whole", "to-one", "to-two"))
+    for words in [whole, [*to_two, *half], *stages(data, one, folder / "whole" / "adapter")]:
+        assert main(words) == 0
+    commands = [
+        [*to_one, *half, *MESH],
+        [*to_two, "--resume", "true", *OTHER_MESH],
+        *stages(data, two, folder / "whole" / "adapter", *MESH),
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
+    command = ["tests.process_engine", str(folder / "commands.json")]
+    with Pair(command, command) as pair:
+        ends = [pair.ended(index, 300) for index in range(2)]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert main([*to_one, "--resume", "true"]) == 0
+    return folder, ends
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def adapters_apart(one: Path, other: Path) -> float:
+    """The largest norm of the difference of two adapters' matrices, relative to the matrix."""
+    first, second = (read_adapter(run / "adapter").tensors for run in (one, other))
+    assert first.keys() == second.keys()
+    return max(float(np.linalg.norm(second[name] - value) / np.linalg.norm(value)) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"), [("whole", "to-one"), ("whole", "to-two"), ("one/rpo", "two/rpo")], ids=["to-one", "to-two", "rpo"]
+)
+def test_two_processes_train_as_one_and_go_on_with_each_others_checkpoints(expected, found, work):
+    """Adapters after a few steps differ by more than one step's rounding: Adam divides small gradients by themselves."""
+    folder, _ = work
+    one, two = (lines(folder / run / "metrics.jsonl") for run in (expected, found))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert adapters_apart(folder / expected, folder / found) < 1e-3
+
+
+def test_two_processes_write_what_one_writes(work):
+    folder, _ = work
+    for file in ("curate/preferences.jsonl", "exam/predictions.jsonl"):
+        one, two = ((folder / side / file).read_text(encoding="utf-8") for side in ("one", "two"))
+        assert one == two
+        assert one.count("\n") >= 2
+    one, two = (json.loads((folder / side / "options" / "result.json").read_text())["results"] for side in ("one", "two"))
+    assert np.allclose([row["nll"] for row in two], [row["nll"] for row in one], rtol=1e-5, atol=0)
+
+
+def test_only_the_first_process_prints(work):
+    _, ((_, first, _), (_, second, _)) = work
+    said = [re.findall("^(cpt|curate|rpo|evaluate):", out, re.MULTILINE) for out in (first, second)]  # Gloo prints too
+    assert said == [["cpt", "cpt", "curate", "rpo", "evaluate", "evaluate"], []]
+
+
+@pytest.mark.parametrize(
+    ("sent", "launcher"), [(signal.SIGKILL, by_hand), (signal.SIGINT, as_slurm)], ids=["killed", "interrupted"]
+)
+def test_a_process_that_ends_early_ends_the_other(sent, launcher, data, tmp_path):
+    run = tmp_path / "run"
+    command = ["medllm", *cpt(data, run, "--training.epochs", "10000", *MESH)]
+    with Pair(command, command, launcher=launcher) as pair:
+        wait_for(run / "metrics.jsonl")
+        pair.processes[1].send_signal(sent)
+        other, _, errors = pair.ended(0, HEARTBEAT + 15)
+        own, _, said = pair.ended(1, 15)
+    assert other != 0
+    assert "another task died" in errors or "medllm: failed: JaxRuntimeError" in errors, errors
+    assert own == -sent or (own, "medllm: interrupted" in said) == (1, True)
+    assert not (run / "result.json").exists()
+
+
+def test_a_process_that_stays_alone_says_who_was_to_come():
+    code = "from jax_medllm import processes; processes._MEETING_SECONDS = 1; processes.join('fsdp=-1')"
+    alone = {**FOUR, processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.INDEX: "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("medllm: ")]
+    assert re.search(r"2 processes were to meet at 127.0.0.1:\d+, and have not within 1 s; start all of them", line)
+
+
+@pytest.mark.parametrize(
+    ("found", "mesh", "message"),
+    [
+        (
+            {"ADDRESS": "localhost:1234", "COUNT": "2"},
+            "fsdp=-1",
+            "is set without JAX_PROCESS_ID; several processes need all three",
+        ),
+        ({"COUNT": "2"}, "fsdp=-1", "without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID"),
+        ({"ADDRESS": "localhost:1234", "COUNT": "two", "INDEX": "0"}, "fsdp=-1", "JAX_NUM_PROCESSES=two: a whole number"),
+        ({"ADDRESS": "localhost:1234", "COUNT": "2", "INDEX": "2"}, "fsdp=-1", "a number from 0 to JAX_NUM_PROCESSES - 1"),
+        ({"ADDRESS": "localhost", "COUNT": "2", "INDEX": "0"}, "fsdp=-1", "host:port of process 0 is needed"),
+        (
+            {"ADDRESS": "localhost:1234", "COUNT": "2", "INDEX": "0"},
+            "",
+            "there is no mesh to spread the stage over; add --mesh",
+        ),
+        ({"COUNT": "auto"}, "", "there is no mesh to spread the stage over; add --mesh"),
+    ],
+)
+def test_a_wrong_setup_is_one_clear_line(found, mesh, message, monkeypatch):
+    for name in ("ADDRESS", "COUNT", "INDEX"):
+        monkeypatch.setenv(getattr(processes, name), found.get(name, ""))
+    with pytest.raises(UserError, match=message):
+        processes.join(mesh)
