@@ -24,12 +24,15 @@ def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
 
     Returns:
         ``by_kind``: GiB on a device where the programs need most, ``programs``: each one's own, ``collectives``, ``flops`` and
-        ``bytes`` of memory traffic of a device in one step, ``parameters``: where each is kept, ``compile_s``.
+        ``bytes`` of memory traffic of a device in one step, ``parameters``: where each is kept, ``compile_s``. A program that
+        the compiler refuses for its memory leaves ``by_kind`` empty, and ``refused_gib`` says what it would need; where a
+        program cannot be read, there are neither ``collectives`` nor ``bytes``.
     """
     held = {kind: device_bytes(arrays) for kind, arrays in stage.held.items()}
     found: list[dict[str, Any]] = []
     flops = traffic = 0.0
     sent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+    unread: list[str] = []
     with layout.in_use():
         for program in stage.programs:
             lowered = program.traced.lower()
@@ -55,27 +58,42 @@ def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
             )
             if not program.runs:
                 continue
-            text = Program(compiled.as_text(), program.while_trips)
-            traffic += program.runs * text.traffic()
             flops += program.runs * matrix_flops(program.traced.jaxpr, program.while_trips) / layout.mesh.size
-            for one in text.collectives():
+            text = _text(compiled)
+            if text is None:
+                unread.append(program.name)
+                continue
+            read = Program(text, program.while_trips)
+            traffic += program.runs * read.traffic()
+            for one in read.collectives():
                 sent[one.kind, one.dtype][0] += program.runs * one.times
                 sent[one.kind, one.dtype][1] += program.runs * one.bytes
     most = max(found, key=lambda program: sum(program["by_kind"].values()))
-    return {
-        "by_kind": most["by_kind"],
-        "programs": found,
+    moved = {
         "collectives": [
             {"kind": kind, "dtype": dtype, "times": times, "bytes": size}
             for (kind, dtype), (times, size) in sorted(sent.items(), key=lambda item: -item[1][1])
         ],
-        "flops": flops,
         "bytes": traffic,
+    }
+    return {
+        "by_kind": most["by_kind"],
+        "programs": found,
+        "flops": flops,
+        **({} if unread else moved),
         "tokens_per_step": stage.tokens,
         "compile_s": sum(program["compile_s"] for program in found),
         "mesh": dict(layout.mesh.shape),
         "parameters": _parameters(stage),
     }
+
+
+def _text(compiled: Any) -> str | None:
+    """The compiled program; None where this JAX cannot read what a newer compiler has written (some of a v6e's programs)."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _refused(error: str) -> float | None:

@@ -65,17 +65,17 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     for kind, gib in plan["by_kind"].items():
         if gib >= 0.005:
             yield f"  {_KINDS[kind]:<26}{gib:8.2f} GiB"
-    yield "between devices, sent by each in a step:"
-    for one in plan["collectives"]:
+    known = "collectives" in plan
+    yield "between devices, sent by each in a step:" if known else "what is sent is not known: this JAX cannot read the program"
+    for one in plan.get("collectives", ()):
         if one["bytes"] >= 1e6:
             sent = f"{one['times']:>7.0f} x {one['bytes'] / 1e9:10.3f} GB {one['seconds']:8.3f} s"
             yield f"  {one['kind']:<20}{one['dtype']:<6}{sent}"
     seconds, rates = plan["seconds"], plan["rates"]
-    amounts = {
-        "compute": f"{plan['flops'] / 1e12:.1f} TFLOP at {rates['flops'] / 1e12:.0f} TFLOP/s",
-        "memory": f"{plan['bytes'] / 1e9:.0f} GB at {rates['memory_bytes'] / 1e9:.0f} GB/s",
-        "interconnect": f"at {rates['link_bytes'] / 1e9:.0f} GB/s",
-    }
+    amounts = {"compute": f"{plan['flops'] / 1e12:.1f} TFLOP at {rates['flops'] / 1e12:.0f} TFLOP/s"}
+    if known:
+        amounts["memory"] = f"{plan['bytes'] / 1e9:.0f} GB at {rates['memory_bytes'] / 1e9:.0f} GB/s"
+        amounts["interconnect"] = f"at {rates['link_bytes'] / 1e9:.0f} GB/s"
     yield f"a step takes at least (roofline at peak rates, by {rates['source']}; none is reached in practice):"
     for what, amount in amounts.items():
         yield f"  {what:<13}{seconds[what]:8.3f} s   {amount}"

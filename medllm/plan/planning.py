@@ -81,14 +81,13 @@ def check_installed(target: Target) -> None:
 
 
 def _roofline(plan: dict[str, Any], device: Device) -> dict[str, Any]:
-    """The least time of a step: what takes longest, everything else beside it."""
-    for one in plan["collectives"]:
-        one["seconds"] = one["bytes"] / device.link_bytes
-    seconds = {
-        "compute": plan["flops"] / device.flops,
-        "memory": plan["bytes"] / device.memory_bytes,
-        "interconnect": sum(one["seconds"] for one in plan["collectives"]),
-    }
+    """The least time of a step: what takes longest, everything else beside it; of what is known."""
+    seconds = {"compute": plan["flops"] / device.flops}
+    if "collectives" in plan:
+        for one in plan["collectives"]:
+            one["seconds"] = one["bytes"] / device.link_bytes
+        seconds["memory"] = plan["bytes"] / device.memory_bytes
+        seconds["interconnect"] = sum(one["seconds"] for one in plan["collectives"])
     bound = max(seconds, key=lambda what: seconds[what])
     rate = plan["tokens_per_step"] / seconds[bound] if seconds[bound] else 0.0
     return {"seconds": seconds, "bound": bound, "step_s": seconds[bound], "tokens_per_s": rate}
