@@ -522,3 +522,12 @@ def test_a_pod_of_thousands_of_devices_is_a_page_of_bearable_size():
 )
 def test_amounts_are_written_in_the_unit_that_suits_them(written, expected):
     assert written == expected
+
+
+def test_a_program_that_cannot_be_read_has_no_communication_rather_than_none():
+    plan = a_plan({"fsdp": 4})
+    del plan["collectives"], plan["bytes"]
+    plan |= {"seconds": {"compute": 2.0}, "bound": "compute", "step_s": 2.0}
+    shown = page.render(plan)
+    assert "Not known, nor is the traffic of the memory" in shown
+    assert "no device needs what another has" not in shown

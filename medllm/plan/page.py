@@ -245,11 +245,10 @@ def _times(plan: Mapping[str, Any]) -> list[Bar]:
     if not plan["seconds"]:
         return []
     found, rates = plan["seconds"], plan["rates"]
-    work = {
-        "compute": f"{amount(plan['flops'], 'FLOP')} at {amount(rates['flops'], 'FLOP/s')}",
-        "memory": f"{amount(plan['bytes'], 'B')} at {amount(rates['memory_bytes'], 'B/s')}",
-        "interconnect": f"{amount(_exchanged(plan), 'B')} at {amount(rates['link_bytes'], 'B/s')}",
-    }
+    work = {"compute": f"{amount(plan['flops'], 'FLOP')} at {amount(rates['flops'], 'FLOP/s')}"}
+    if "interconnect" in found:  # else the compiled program could not be read
+        work["memory"] = f"{amount(plan['bytes'], 'B')} at {amount(rates['memory_bytes'], 'B/s')}"
+        work["interconnect"] = f"{amount(_exchanged(plan), 'B')} at {amount(rates['link_bytes'], 'B/s')}"
     longest = max(found.values()) or 1.0
     return [
         Bar(name, 100 * taken / longest, seconds(taken), work.get(name, ""), longest=name == plan["bound"])
