@@ -260,6 +260,10 @@ class PreferenceData:
         tokens = sum(self._sizes[unit] for micro in self._micro_batches() for unit in micro)
         return 1 - tokens / sum(len(micro) * self._length(micro) for micro in self._micro_batches())
 
+    def largest(self) -> PreferenceBatch:
+        """The micro-batch with the most positions."""
+        return self._micro_batch(max(self._micro_batches(), key=lambda micro: len(micro) * self._length(micro)), 1.0)
+
     def pairs(self, step: Step) -> int:
         """Pairs in a step."""
         return sum(len(self.groups[unit].pairs) for micro in step.micro_batches for unit in micro)

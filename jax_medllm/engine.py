@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from jax_medllm.generate import generate
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.processes import everywhere, join
 from jax_medllm.reference import ReferenceFile, compute_reference
-from jax_medllm.sharding import Layout
-from jax_medllm.train import Task, Trained, cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.remat import fitting_policy
+from jax_medllm.sharding import Layout, place_rows
+from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import open_adapters, write_adapter
 from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
@@ -101,14 +102,16 @@ class JaxEngine:
             return int((rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
 
         task = Task(
-            loss_fn=partial(cpt_loss_fn, remat=training.remat),
+            loss_fn=cpt_loss_fn,
             steps=steps,
             batches=partial(cpt_step, rows),
             units=tokens,
             unit="tokens",
             settings=_settings(config, training, {"rows": len(rows.tokens), "length": length, "data": digest}),
         )
-        return self._train(self._trainable(config), task, config, run, rows.padding)
+        return self._train(
+            self._trainable(config), task, config, run, rows.padding, largest=lambda: cpt_step(rows, steps[0])[0]
+        )
 
     def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
         """See :class:`medllm.engine.Engine`.
@@ -148,14 +151,14 @@ class JaxEngine:
                     kept.write(sums)
             data = PreferenceData(data.groups, training, sums)
         task = Task(
-            loss_fn=partial(preference_loss_fn, loss_config=config.loss, remat=training.remat),
+            loss_fn=partial(preference_loss_fn, loss_config=config.loss),
             steps=data.plan(),
             batches=data.step,
             units=data.pairs,
             unit="pairs",
             settings={**settings, "loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)},
         )
-        return self._train(model, task, config, run, data.padding)
+        return self._train(model, task, config, run, data.padding, largest=data.largest)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
         """See :class:`medllm.engine.Engine`.
@@ -191,21 +194,39 @@ class JaxEngine:
     def _on_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._layout is None else self._layout.in_use()
 
-    def _train(self, model: Qwen2, task: Task, config: CptConfig | RpoConfig, run: Run, padding: float) -> TrainSummary:
+    def _train(
+        self,
+        model: Qwen2,
+        task: Task,
+        config: CptConfig | RpoConfig,
+        run: Run,
+        padding: float,
+        largest: Callable[[], Any],
+    ) -> TrainSummary:
+        training = config.training
         with self._on_mesh():
-            trained = train(model, task, config.optimizer, config.training, run, resume=config.resume)
+            chosen = None
+            remat = training.remat
+            if remat == "auto":
+                batch = place_rows(largest())
+                remat = chosen = fitting_policy(model, task.loss_fn, batch, accumulates=training.accumulation > 1)
+            task = dataclasses.replace(task, loss_fn=partial(task.loss_fn, remat=remat))
+            trained = train(model, task, config.optimizer, training, run, resume=config.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
         tensors = adapter_tensors(model)
         if is_primary_process():
             write_adapter(folder, model.lora, tensors, self._config.path)
-        return _summary(trained, folder, padding)
-
-
-def _summary(trained: Trained, adapter: Path, padding: float) -> TrainSummary:
-    return TrainSummary(
-        trained.steps, trained.loss, trained.seconds, trained.rate, str(adapter), trained.compile_seconds, padding
-    )
+        return TrainSummary(
+            trained.steps,
+            trained.loss,
+            trained.seconds,
+            trained.rate,
+            str(folder),
+            trained.compile_seconds,
+            padding,
+            chosen,
+        )
 
 
 def _reference_folder(config: RpoConfig, data: PreferenceData, run: Run) -> Path | None:

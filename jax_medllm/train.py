@@ -78,7 +78,7 @@ class Task:
         settings: What the trajectory depends on, for the check on resuming.
     """
 
-    loss_fn: Callable[[Qwen2, Any], tuple[Array, Any]]
+    loss_fn: Callable[..., tuple[Array, Any]]
     steps: Sequence[Step]
     batches: Callable[[Step], Sequence[Any]]
     units: Callable[[Step], int]

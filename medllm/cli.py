@@ -124,8 +124,14 @@ def _cpt(values: Any) -> dict[str, Any]:
     from medllm.stages import run_cpt
 
     result = run_cpt(_config(values, CptConfig), values.engine)
-    _say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {result['rate']:.0f} tokens/s; {result['adapter']}")
+    rate = f"{result['rate']:.0f} tokens/s{_remat(result)}"
+    _say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
     return result
+
+
+def _remat(result: dict[str, Any]) -> str:
+    """What was kept for the backward pass, where the engine chose."""
+    return f", remat {result['remat']}" if result["remat"] else ""
 
 
 def _curate(values: Any) -> dict[str, Any]:
@@ -143,7 +149,8 @@ def _rpo(values: Any) -> dict[str, Any]:
     from medllm.stages import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
-    _say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {result['rate']:.2f} pairs/s; {result['adapter']}")
+    rate = f"{result['rate']:.2f} pairs/s{_remat(result)}"
+    _say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
     return result
 
 

@@ -192,8 +192,9 @@ class TrainingConfig:
         checkpoint_every: Optimizer steps between two checkpoints; 0 keeps only the last.
         max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
         remat: What is kept for the backward pass: ``none`` of it is computed anew, or what is not ``projections``, not
-            ``attention`` projections, or not a ``layer``'s input; see :data:`RematPolicy`. The reference engine knows
-            ``none`` and ``layer``, transformers' gradient checkpointing.
+            ``attention`` projections, or not a ``layer``'s input; see :data:`RematPolicy`. ``auto`` takes the first of these
+            whose step fits the device, by its compiler. The reference engine knows ``none`` and ``layer``, transformers'
+            gradient checkpointing.
     """
 
     epochs: int = 2
@@ -203,7 +204,7 @@ class TrainingConfig:
     log_every: int = 1
     checkpoint_every: int = 0
     max_steps: int = 0
-    remat: RematPolicy = "layer"
+    remat: RematPolicy | Literal["auto"] = "layer"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "log_every"):

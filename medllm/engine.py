@@ -18,7 +18,7 @@ import numpy as np
 from medllm.errors import UserError
 
 if TYPE_CHECKING:
-    from medllm.config import CptConfig, MeshConfig, ModelConfig, RpoConfig, Sampling
+    from medllm.config import CptConfig, MeshConfig, ModelConfig, RematPolicy, RpoConfig, Sampling
     from medllm.corpus.packing import PackedRows
     from medllm.preferences.records import Preference
     from medllm.run import Run
@@ -59,7 +59,8 @@ class TrainSummary:
     """Result of a training run.
 
     ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second without compilation, which took
-    ``compile_seconds`` of all ``seconds``. ``padding`` is the share of all positions computed that hold padding, where known.
+    ``compile_seconds`` of all ``seconds``. ``padding`` is the share of all positions computed that hold padding, where known,
+    ``remat`` what was kept for the backward pass, where that was the engine's choice.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class TrainSummary:
     adapter: str
     compile_seconds: float = 0.0
     padding: float | None = None
+    remat: RematPolicy | None = None
 
 
 class Engine(Protocol):

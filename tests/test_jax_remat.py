@@ -13,6 +13,7 @@ from flax import nnx
 
 from jax_medllm.batches import CptBatch, PreferenceData
 from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.remat import fitting_policy
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn
 from medllm.config import LoraConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.preferences.tokenization import TokenizedGroup
@@ -78,3 +79,29 @@ def test_every_policy_keeps_less_than_the_one_before():
     assert found[0] > found[1]
     assert found[1] - found[2] == pytest.approx(mlp * position, rel=0.01)
     assert found[2] - found[3] == pytest.approx(attention * position, rel=0.01)
+
+
+def test_auto_takes_the_first_policy_that_fits():
+    """Limits between what two policies need, counted here from the compiled steps themselves."""
+    config = small_config(num_layers=8, intermediate_size=448)
+    model = Qwen2(config, lora=LoraConfig(rank=4), rngs=nnx.Rngs(0))
+    tokens = jnp.ones((2, 128), jnp.int32)
+    batch = CptBatch(tokens, tokens, jnp.broadcast_to(jnp.arange(128), (2, 128)), jnp.float32(1))
+    graph, trainable, rest = nnx.split(model, LoraParam, ...)
+    arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, rest, batch)))
+    adapter = sum(leaf.nbytes for leaf in jax.tree.leaves(trainable))
+
+    def needed(policy):
+        def gradients(lora):
+            return jax.value_and_grad(lambda lora: cpt_loss_fn(nnx.merge(graph, lora, rest), batch, remat=policy)[0])(lora)
+
+        memory = jax.jit(gradients).lower(trainable).compile().memory_analysis()
+        return arguments + memory.temp_size_in_bytes + adapter + 2 * adapter
+
+    needs = [needed(policy) for policy in POLICIES]
+    assert needs == sorted(needs, reverse=True)
+    for policy, own, more in zip(POLICIES[1:], needs[1:], needs, strict=False):
+        between = (own + more) / 2
+        assert fitting_policy(model, cpt_loss_fn, batch, accumulates=False, limit=between) == policy
+    assert fitting_policy(model, cpt_loss_fn, batch, accumulates=False, limit=2 * needs[0]) == "none"
+    assert fitting_policy(model, cpt_loss_fn, batch, accumulates=False, limit=0) == "layer"

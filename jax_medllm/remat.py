@@ -1,0 +1,68 @@
+"""``--training.remat auto``: the policy that computes least again among those that fit the device, by its own compiler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import jax
+from flax import nnx
+
+from jax_medllm.linear import LoraParam
+from jax_medllm.model import Qwen2
+from jax_medllm.optimizer import learning_rate, make_optimizer
+from jax_medllm.train import make_step
+from medllm.config import OptimizerConfig, RematPolicy
+
+_USABLE = 0.95
+"""Of a device's memory; the rest is what its allocator loses between arrays."""
+
+
+def fitting_policy(
+    model: Qwen2, loss_fn: Callable[..., Any], batch: Any, accumulates: bool, *, limit: float | None = None
+) -> RematPolicy:
+    """The first of the policies, fastest first, whose step fits in a device's memory; ``layer`` where none does.
+
+    Each is compiled, the largest first; the compiled step is kept (where compilations are), so that training finds it.
+
+    Args:
+        model: With the adapter that is trained, where it will be trained.
+        loss_fn: ``(model, batch, remat=policy) -> (loss, metrics)``.
+        batch: The micro-batch that needs most memory, on its devices.
+        accumulates: Whether a step sums several micro-batches.
+        limit: Bytes a device has, when not what it says of itself.
+    """
+    available = limit if limit is not None else device_memory() * _USABLE
+    policies = get_args(RematPolicy)
+    graph, trainable, *others = nnx.split(model, LoraParam, ...)
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, 1)
+    adapter = _bytes_on_device(trainable)
+    beside = adapter * (3 if accumulates else 2)  # two moments, and the gradients so far
+    for policy in policies[:-1]:
+        step = make_step(graph, partial(loss_fn, remat=policy), optimizer, partial(learning_rate, config, 1))
+        try:
+            memory = step.gradients.lower(trainable, others[0], batch).compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            continue
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        if needed + beside <= available:
+            return policy
+    return policies[-1]
+
+
+def device_memory() -> float:
+    """Bytes that a device of this process has; devices that a CPU is cut into share the host's."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
+
+
+def _bytes_on_device(arrays: Any) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
