@@ -183,21 +183,26 @@ def named(found: Audit) -> tuple[int | None, str, str]:
     return first.layer, first.module, first.quantity
 
 
-@pytest.mark.parametrize(("plant", "index", "module", "quantity"), IN_TENSORS, ids=lambda value: str(value)[-24:])
+def a_name(value: Any) -> str:
+    """Of a test's parameter, the same in every process: no addresses of functions."""
+    return getattr(value, "__name__", str(value))[-24:]
+
+
+@pytest.mark.parametrize(("plant", "index", "module", "quantity"), IN_TENSORS, ids=a_name)
 def test_a_changed_tensor_is_named(base, tmp_path, plant, index, module, quantity):
     faulty = changed(base, tmp_path / "faulty", plant)
     found = audit(faulty, reference=str(base), bisect=True)
     assert named(found) == (index, f"model.layers.{index}.{module}", quantity)
 
 
-@pytest.mark.parametrize(("plant", "module", "quantity", "where"), AROUND_LAYERS, ids=lambda value: str(value)[-24:])
+@pytest.mark.parametrize(("plant", "module", "quantity", "where"), AROUND_LAYERS, ids=a_name)
 def test_a_change_outside_the_layers_is_named(base, tmp_path, plant, module, quantity, where):
     found = audit(changed(base, tmp_path / "faulty", plant), reference=str(base), bisect=True)
     assert named(found) == (None, module, quantity)
     assert where in found.first_divergence.where
 
 
-@pytest.mark.parametrize(("config", "module", "quantity"), IN_CONFIG, ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("config", "module", "quantity"), IN_CONFIG, ids=a_name)
 def test_a_changed_setting_is_named(base, tmp_path, config, module, quantity):
     found = audit(changed(base, tmp_path / "faulty", config=config), reference=str(base), bisect=True)
     assert named(found) == (0, f"model.layers.0.{module}", quantity)
@@ -306,9 +311,9 @@ def gelu(self: Any, x: jax.Array, adapter: bool) -> jax.Array:
     return self.down_proj(jax.nn.gelu(self.gate_proj(x, adapter=adapter)) * self.up_proj(x, adapter=adapter), adapter=adapter)
 
 
-def low_nibble_first(weight: nf4.NF4Weight, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def low_nibble_first(weight: nf4.NF4Weight, scales: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     swapped = replace(weight, packed=weight.packed << 4 | weight.packed >> 4)
-    return nf4.dequantize_halves(swapped, dtype)
+    return nf4.dequantize_halves(swapped, scales, dtype)
 
 
 IN_JAX = [
@@ -321,9 +326,7 @@ IN_JAX = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "fault", "settings", "module", "quantity"), IN_JAX, ids=lambda value: str(value)[-24:]
-)
+@pytest.mark.parametrize(("owner", "name", "fault", "settings", "module", "quantity"), IN_JAX, ids=a_name)
 def test_a_fault_of_the_jax_engine_is_named(jax_engine, base, adapter, owner, name, fault, settings, module, quantity):
     jax_engine.setattr(owner, name, fault)
     settings = {key: str(adapter) if key == "adapter" else value for key, value in settings.items()}
@@ -422,7 +425,7 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
         (edit_config(num_hidden_layers=5), "layer_types"),
         (edit_config(intermediate_size=192), "mlp.gate_proj.weight has shape (128, 64)"),
     ],
-    ids=lambda value: str(value)[-24:],
+    ids=a_name,
 )
 @pytest.mark.parametrize("side", ["--model.path", "--reference"])
 def test_a_folder_that_cannot_be_audited_is_one_line(base, tmp_path, capsys, spoil, said, side):
