@@ -20,6 +20,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from jax_medllm.accelerators import leave_out_absent
+
+leave_out_absent()
+
 _HOME = {
     "Decoder": "decoder",
     "JaxEngine": "engine",
