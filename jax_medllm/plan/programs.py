@@ -34,7 +34,7 @@ class Traced:
         name: What it does.
         traced: What compiles.
         takes: Kinds of arrays that are its arguments, as :class:`Stage` calls them.
-        beside: Kinds that lie in memory meanwhile.
+        beside: Kinds that lie in memory meanwhile. The model keeps adapters of its own until training ends.
         runs: How often it runs for one run of the stage's unit of work.
         while_trips: Rounds of its loop whose end depends on what is computed.
     """
@@ -123,10 +123,10 @@ def _training(
     index = _laid(jax.ShapeDtypeStruct((), jnp.int32), (), layout)
     gradients, update = step.trace(trainable, moments, index, frozen, batch)
     times = settings["accumulation"]
-    beside = ("moments", "gradients") if times > 1 else ("moments",)
+    beside = ("adapters", "moments", "gradients") if times > 1 else ("adapters", "moments")
     programs = [
         Traced("gradients", gradients, ("base", "adapters"), beside, times, head_rounds),
-        Traced("update", update, ("adapters", "moments", "gradients"), ("base",)),
+        Traced("update", update, ("adapters", "moments", "gradients"), ("base", "adapters")),
     ]
     held = {"base": frozen, "adapters": trainable, "moments": moments, "gradients": trainable}
     return Stage(programs, held, rows * length * times)
