@@ -120,7 +120,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = SHAPE.write(Path(scratch))
         found["memory"] = {
-            mesh: {"planned": planned(mesh, rows), "ran": ran(Path(scratch), model, mesh, rows)} for mesh, rows in MEMORY.items()
+            mesh: {"planned": planned(mesh, rows), "ran": ran(Path(scratch), model, mesh, rows)}
+            for mesh, rows in MEMORY.items()
         }
     print(json.dumps(found))
 

@@ -215,12 +215,13 @@ class Program:
             users = list(self._users(body, parameter.name))
             if collects and all(_hands_on(one) for _, one, _ in users):
                 continue
-            if users and all(one.opcode in _SLICES for _, one, _ in users):
-                moved += min(whole, sum(_bytes(one.type, anywhere=True) for _, one, _ in users))
-            elif users and all(one.opcode == "dynamic-update-slice" and place == 0 for _, one, place in users):
-                change = sum(_bytes(self._types[where][one.operands[1]], anywhere=True) for where, one, _ in users)
-                moved += min(whole, change)
-                untouched += max(0, whole - change)
+            read = [_bytes(one.type, anywhere=True) for _, one, _ in users if one.opcode in _SLICES]
+            updates = [(where, one) for where, one, place in users if one.opcode == "dynamic-update-slice" and place == 0]
+            if users and len(read) + len(updates) == len(users):
+                moved += min(whole, sum(read))
+                if updates:
+                    changed = sum(_bytes(self._types[where][one.operands[1]], anywhere=True) for where, one in updates)
+                    untouched += max(0, whole - changed)
             else:
                 moved += whole
         (root,) = (one for one in inside.values() if one.root)
