@@ -88,8 +88,7 @@ def tiny(tmp_path):
     [
         ("cpt", "fp32", "projections", 4),
         ("cpt", "fp32", "none", 4),
-        ("cpt", "nf4", "none", 1),
-        ("rpo", "bf16", "layer", 2),
+        ("rpo", "fp32", "layer", 2),
         ("generate", "fp32", "layer", 8),
     ],
 )
