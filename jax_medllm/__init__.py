@@ -10,6 +10,7 @@ The parts a notebook uses::
     from jax_medllm.logprobs import token_logprobs, response_logprobs
     from jax_medllm.optimizer import make_optimizer, learning_rate
     from jax_medllm.generate import generate
+    from jax_medllm.sharding import Layout                          # a mesh, and what lies where on it
     from jax_medllm.engine import JaxEngine                         # all of it behind medllm.engine.Engine
 
 The names in ``__all__`` are the same objects, imported when first asked for.
@@ -20,9 +21,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from jax_medllm.accelerators import leave_out_absent
+
+leave_out_absent()
+
 _HOME = {
     "Decoder": "decoder",
     "JaxEngine": "engine",
+    "Layout": "sharding",
     "LoraParam": "model",
     "Qwen2": "model",
     "Qwen2Config": "model",

@@ -72,16 +72,24 @@ def token_logprobs(
         TypeError: the head is differentiated; only the hidden states have a gradient.
     """
     batch, length, width = hidden.shape
-    # Devices that share a row hold a piece of it each; every piece is cut into chunks of its own.
-    layout = in_use()
-    pieces, heads = (layout.shards("sequence"), layout.shards("head_vocab")) if layout else (1, 1)
-    pieces = pieces if length % pieces == 0 else 1
-    positions = min(in_flight, _LOGITS_IN_FLIGHT * heads // head.shape[0])
-    chunks = -(-length // pieces // max(1, positions // max(1, batch * pieces)))
-    static = _Static(vocab_size or head.shape[0], -(-length // pieces // max(1, chunks)))
+    pieces, chunk = cut(batch, length, head.shape[0], in_flight)
+    static = _Static(vocab_size or head.shape[0], chunk)
     in_pieces = (batch, pieces, length // pieces)
     targets, counted = (None if array is None else array.reshape(in_pieces) for array in (targets, counted))
     return _token_logprobs(static, hidden.reshape(*in_pieces, width), head, targets, counted).reshape(batch, length)
+
+
+def cut(batch: int, length: int, vocabulary: int, in_flight: int = _POSITIONS_IN_FLIGHT) -> tuple[int, int]:
+    """How :func:`token_logprobs` cuts rows: pieces of each, and positions of a piece in a chunk.
+
+    Devices that share a row hold a piece of it each; every piece is cut into chunks of its own.
+    """
+    layout = in_use()
+    pieces, heads = (layout.shards("sequence"), layout.shards("head_vocab")) if layout else (1, 1)
+    pieces = pieces if length % pieces == 0 else 1
+    positions = min(in_flight, _LOGITS_IN_FLIGHT * heads // vocabulary)
+    chunks = -(-length // pieces // max(1, positions // max(1, batch * pieces)))
+    return pieces, -(-length // pieces // max(1, chunks))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -205,6 +205,8 @@ def train(
 ) -> Trained:
     """Train the adapter of ``model`` in place, logging to and checkpointing into ``run``.
 
+    The step takes its arguments' memory: until the end, and where training fails, the model has no adapter to compute with.
+
     Raises:
         UserError: there is nothing to train on, the loss is no longer finite, or the checkpoint is of another run.
     """
@@ -215,7 +217,6 @@ def train(
     graph, trainable, *others = nnx.split(model, LoraParam, ...)
     optimizer = make_optimizer(optimizer_config, total)
     step_fn = make_step(graph, task.loss_fn, optimizer, partial(learning_rate, optimizer_config, total))
-    trainable = jax.tree.map(jnp.copy, trainable)  # the step takes its arguments' memory; the model keeps its own until the end
     state = (trainable, on_all_devices(optimizer.init(trainable)))
     checkpoints = Checkpoints(run.path / "checkpoints", {**task.settings, "steps": total})
     loop = _Loop(task, step_fn, others[0], config, run, checkpoints)

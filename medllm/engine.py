@@ -128,5 +128,9 @@ def require(what: str, package: str, extra: str) -> None:
     Raises:
         UserError: it is not.
     """
-    if importlib.util.find_spec(package) is None:
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # what it is a part of is missing
+        found = False
+    if not found:
         raise UserError(f"{what} needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")

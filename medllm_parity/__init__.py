@@ -3,3 +3,7 @@
 The only package that imports both engines. ``parity_tests`` proves the code with it; ``medllm parity`` audits a user's own
 checkpoint with it.
 """
+
+from __future__ import annotations
+
+import jax_medllm  # noqa: F401  (before JAX: it keeps plugins of absent accelerators out)

@@ -121,7 +121,9 @@ def device_bytes(arrays: Any) -> int:
 
 def _by_kind(program: Traced, memory: Any, held: dict[str, int]) -> dict[str, float]:
     """GiB on a device while the program runs."""
-    kinds = {kind: held[kind] for kind in (*program.takes, *program.beside)}
+    kinds: dict[str, int] = defaultdict(int)
+    for kind in (*program.takes, *program.beside):
+        kinds[kind] += held[kind]
     kinds["batch"] = max(0, memory.argument_size_in_bytes - sum(held[kind] for kind in program.takes))
     kinds["activations"] = memory.temp_size_in_bytes
     kinds["output"] = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -39,7 +39,7 @@ def _equation(equation: Any, while_trips: int) -> int:
     elif name == "while":
         times = while_trips
     elif name == "shard_map":
-        times = params["mesh"].size
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
     return times * sum(inner)

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -23,27 +24,32 @@ _CALLED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(
-    r"replica_groups=(?:\{\{(?P<listed>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|mesh\[(?P<mesh>[^\]]*)\] *\{(?P<axes>[^}]*)\})"
+    r"replica_groups=(?:\{\{(?P<listed>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|mesh\[(?P<mesh>[^\]]*)\]"
+    r"(?:, *device_ids=\(\[[\d,]*\](?:T\([\d,]*\))?\))? *\{(?P<axes>[^}]*)\})"
 )
 _MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_INTEGER = re.compile(r"-?\d+")
 _INDEX = re.compile(r"index=(\d+)")
 # Name things without moving them.
 _FREE = frozenset(
     {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
-    | {"while", "call", "conditional"}
+    | {"while", "call", "conditional", "async-start"}  # what they call is counted
 )
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation: its result's type as text, operation, operands' names and the rest of the line."""
+    """One line of a computation: its result's type as text, operation, operands' names, the rest of the line, and whether it is
+    what the computation returns."""
 
     name: str
     type: str
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    root: bool
 
     def called(self) -> dict[str, str]:
         """Computations it calls, by the role they have."""
@@ -101,7 +107,8 @@ class Program:
         """All that is sent between devices in one run, most bytes first."""
         times: dict[tuple[str, str, int], int] = defaultdict(int)
         sent: dict[tuple[str, str, int], int] = defaultdict(int)
-        channels = set()
+        started: set[Any] = set()
+        alone = {computation for computation, _ in self._runs(fused=False)}
         for computation, runs in self._runs(fused=True):
             types = self._types[computation]
             for line in self.computations[computation]:
@@ -109,16 +116,20 @@ class Program:
                 if kind not in COLLECTIVES:
                     continue
                 devices = 2 if kind == "collective-permute" else _group(line.attributes)
-                channel = _CHANNEL.search(line.attributes)
-                # A TPU's compiler writes one collective several times, in each of the products that it goes on beside.
-                if devices == 1 or (channel and channel[1] in channels):
+                if devices == 1:
                     continue
-                if channel:
-                    channels.add(channel[1])
+                arrays = [array for name in line.operands for array in _arrays(types[name])]
+                channel = _CHANNEL.search(line.attributes)
+                if channel and computation not in alone:
+                    # A TPU's compiler writes one collective in each of the products that it goes on beside. The channel alone
+                    # does not tell: those of shard_map all have the same.
+                    one = (channel[1], kind, *((dtype, count) for dtype, count, _ in arrays))
+                    if one in started:
+                        continue
+                    started.add(one)
                 sizes: dict[str, int] = defaultdict(int)
-                for name in line.operands:
-                    for array in _arrays(types.get(name, "")):
-                        sizes[array[0]] += _size(array)
+                for array in arrays:
+                    sizes[array[0]] += _size(array)
                 for dtype, size in sizes.items():
                     times[kind, dtype, devices] += runs
                     sent[kind, dtype, devices] += runs * round(size * _share(kind, devices))
@@ -158,16 +169,16 @@ class Program:
             return int(known[1])
         condition = {line.name: line for line in self.computations[loop.called()["condition"]]}
         before = {line.name: line for line in self.computations[computation]}
-        initial = before[loop.operands[0]].operands if loop.operands[0] in before else ()
+        initial = before[loop.operands[0]]
 
         def constant(name: str) -> int | None:
             line = condition.get(name)
-            if line is not None and line.opcode == "get-tuple-element" and initial:
-                name = initial[int(_INDEX.findall(line.attributes)[0])]
-                line = before.get(name)
+            if line is not None and line.opcode == "get-tuple-element" and initial.opcode == "tuple":
+                line = before.get(initial.operands[int(_INDEX.findall(line.attributes)[0])])
                 while line is not None and line.opcode in ("copy", "bitcast"):
                     line = before.get(line.operands[0])
-            return int(line.attributes) if line is not None and line.opcode == "constant" else None
+            is_number = line is not None and line.opcode == "constant" and _INTEGER.fullmatch(line.attributes)
+            return int(line.attributes) if line is not None and is_number else None
 
         for line in condition.values():
             if line.opcode == "compare" and "direction=LT" in line.attributes:
@@ -177,53 +188,72 @@ class Program:
         return self.while_trips
 
     def _moved(self, computation: str, line: Instruction) -> int:
-        if (
-            line.opcode in _FREE
-            or line.opcode in ("while", "call", "conditional")
-            or line.opcode.endswith(("-done", "-update"))
-        ):
+        if line.opcode in _FREE or line.opcode.endswith(("-done", "-update")):
             return 0
         types = self._types[computation]
-        operands = [_bytes(types.get(name, "")) for name in line.operands]
+        operands = [_bytes(types[name]) for name in line.operands]
         result = _bytes(line.type)
         if line.opcode.endswith("-start"):  # its result names its argument too
-            return result
-        if line.opcode in ("dynamic-slice", "slice", "gather"):
+            if line.opcode.removesuffix("-start") not in _SLICES:
+                return result
+            whole = sum(_bytes(types[name], anywhere=True) for name in line.operands)
+            return _bytes(line.type, anywhere=True) - whole + result - sum(operands)
+        if line.opcode in _SLICES:
             return 2 * result
         if line.opcode == "dynamic-update-slice":
             return 2 * operands[1]
         if line.opcode == "fusion":
-            return self._moved_by_fusion(line, operands, result)
+            return self._moved_by_fusion(line, operands)
         return sum(operands) + result
 
-    def _moved_by_fusion(self, line: Instruction, operands: list[int], result: int) -> int:
-        inside = self.computations[line.called()["calls"]]
-        types = {one.name: one.type for one in inside}
-        parameters = [one for one in inside if one.opcode == "parameter"]
-        moved = 0
-        updated = 0
-        for parameter, whole in zip(sorted(parameters, key=_number), operands, strict=False):
-            users = list(_users(inside, parameter.name))
-            if whole and users and all(one.opcode in ("dynamic-slice", "slice", "gather") for one, _ in users):
-                moved += min(whole, sum(_bytes(one.type, anywhere=True) for one, _ in users))
-            elif whole and users and all(one.opcode == "dynamic-update-slice" and place == 0 for one, place in users):
-                change = sum(_bytes(types.get(one.operands[1], ""), anywhere=True) for one, _ in users)
-                moved += change
-                updated += whole - change
+    def _moved_by_fusion(self, line: Instruction, operands: list[int]) -> int:
+        body = line.called()["calls"]
+        inside = {one.name: one for one in self.computations[body]}
+        collects = any(one.opcode in COLLECTIVES for one in inside.values())
+        moved = untouched = 0
+        for parameter, whole in zip(self._parameters(body), operands, strict=True):
+            users = list(self._users(body, parameter.name))
+            if collects and all(_hands_on(one) for _, one, _ in users):
+                continue
+            read = [_bytes(one.type, anywhere=True) for _, one, _ in users if one.opcode in _SLICES]
+            updates = [(where, one) for where, one, place in users if one.opcode == "dynamic-update-slice" and place == 0]
+            if users and len(read) + len(updates) == len(users):
+                moved += min(whole, sum(read))
+                if updates:
+                    changed = sum(_bytes(self._types[where][one.operands[1]], anywhere=True) for where, one in updates)
+                    untouched += max(0, whole - changed)
             else:
                 moved += whole
-        return moved + max(0, result - updated)
+        (root,) = (one for one in inside.values() if one.root)
+        results = [_kept(array) for array in _arrays(line.type)]
+        if collects and root.opcode == "tuple":
+            made = [inside[name].opcode not in ("parameter", *COLLECTIVES) for name in root.operands]
+            results = [size for size, here in zip(results, made, strict=True) if here]
+        elif collects and "AsyncCollectiveStart" in root.attributes:
+            results = []
+        return moved + max(0, sum(results) - untouched)
 
+    def _parameters(self, computation: str) -> list[Instruction]:
+        return sorted((one for one in self.computations[computation] if one.opcode == "parameter"), key=_number)
 
-def _users(inside: list[Instruction], name: str) -> Iterator[tuple[Instruction, int]]:
-    """Who takes ``name``, and as which operand; names for the same bytes count as the array itself."""
-    for one in inside:
-        for place, operand in enumerate(one.operands):
-            if operand == name:
+    def _users(self, computation: str, name: str) -> Iterator[tuple[str, Instruction, int]]:
+        """Who takes ``name``: in which computation, and as which operand. What only names the same bytes counts as the array
+        itself, and what a fusion within the fusion does with it as done here."""
+        for one in self.computations[computation]:
+            for place, operand in enumerate(one.operands):
+                if operand != name:
+                    continue
                 if one.opcode == "bitcast":
-                    yield from _users(inside, one.name)
-                else:
-                    yield one, place
+                    yield from self._users(computation, one.name)
+                    continue
+                body = one.called()["calls"] if one.opcode == "fusion" else ""
+                within = list(self._users(body, self._parameters(body)[place].name)) if body else []
+                yield from within or [(computation, one, place)]
+
+
+def _hands_on(one: Instruction) -> bool:
+    """Of a collective that goes on beside a fused product (TPU): its buffers are the product's arguments and results."""
+    return one.opcode in ("tuple", *COLLECTIVES) or "AsyncCollective" in one.attributes
 
 
 def _number(parameter: Instruction) -> int:
@@ -239,7 +269,8 @@ def _instruction(line: str) -> Instruction:
     closing = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : closing]
     attributes = inside if opcode[1] in ("parameter", "constant") else rest[closing + 1 :]
-    return Instruction(name.lstrip("%"), shape, opcode[1], tuple(_NAME.findall(inside)), attributes)
+    operands = tuple(_NAME.findall(inside))
+    return Instruction(name.lstrip("%"), shape, opcode[1], operands, attributes, line.lstrip().startswith("ROOT "))
 
 
 def _closing(text: str, opening: int) -> int:
@@ -269,7 +300,12 @@ def _size(array: tuple[str, int, str]) -> int:
 
 def _bytes(text: str, anywhere: bool = False) -> int:
     """Bytes of a type in the main memory, or ``anywhere``."""
-    return sum(_size(array) for array in _arrays(text) if anywhere or "S(" not in array[2])
+    return sum(_size(array) if anywhere else _kept(array) for array in _arrays(text))
+
+
+def _kept(array: tuple[str, int, str]) -> int:
+    """Bytes of an array in the main memory."""
+    return 0 if "S(" in array[2] else _size(array)
 
 
 def _group(attributes: str) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
 from jax_medllm.decoder import CHUNK, SLOT_AXES, Decoder, Fill
+from jax_medllm.logprobs import cut
 from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.sharding import Layout, shardings
@@ -76,7 +78,7 @@ def _cpt(settings: Mapping[str, Any], layout: Layout) -> Stage:
     rows, length = settings["rows"] * layout.shards("batch"), settings["length"]
     tokens = _laid(jax.ShapeDtypeStruct((rows, length), jnp.int32), _ROWS, layout)
     batch = CptBatch(tokens, tokens, tokens, _laid(jax.ShapeDtypeStruct((), jnp.float32), (), layout))
-    return _training(settings, layout, partial(cpt_loss_fn, remat=settings["remat"]), batch, rows * length)
+    return _training(settings, layout, partial(cpt_loss_fn, remat=settings["remat"]), batch, (rows, length), length - 1)
 
 
 def _rpo(settings: Mapping[str, Any], layout: Layout) -> Stage:
@@ -91,18 +93,30 @@ def _rpo(settings: Mapping[str, Any], layout: Layout) -> Stage:
         ResponseBatch(of(length), of(length), of(length), of(length)), of(pairs, 2), of(pairs), of(pairs, dtype=jnp.float32)
     )
     loss_fn = partial(preference_loss_fn, loss_config=PreferenceLoss(), remat=settings["remat"])
-    return _training(settings, layout, loss_fn, batch, rows * length)
+    return _training(settings, layout, loss_fn, batch, (rows, length), responses * settings["response"])
 
 
-def _training(settings: Mapping[str, Any], layout: Layout, loss_fn: Callable[..., Any], batch: Any, tokens: int) -> Stage:
-    graph, *states = nnx.split(_model(settings), LoraParam, ...)
-    trainable, frozen = map(_placed, states)
+def _training(
+    settings: Mapping[str, Any],
+    layout: Layout,
+    loss_fn: Callable[..., Any],
+    batch: Any,
+    shape: tuple[int, int],
+    predicted: int,
+) -> Stage:
+    """Gradients and update, of rows of this ``shape`` with so many ``predicted`` tokens each: the head runs over no others."""
+    rows, length = shape
+    model = _model(settings)
+    pieces, chunk = cut(rows, length, model.config.vocab_size)
+    head_rounds = -(-min(predicted, length // pieces) // chunk)
+    graph, *states = nnx.split(model, LoraParam, ...)
+    trainable, frozen = (_placed(state, layout) for state in states)
     config = OptimizerConfig()
     optimizer = make_optimizer(config, _STEPS)
     step = make_step(graph, loss_fn, optimizer, partial(learning_rate, config, _STEPS))
     # A moment lies where its parameter does.
     moments = jax.tree.map(
-        lambda part: _placed(part) if isinstance(part, nnx.State) else _laid(part, (), layout),
+        lambda part: _placed(part, layout) if isinstance(part, nnx.State) else _laid(part, (), layout),
         jax.eval_shape(optimizer.init, trainable),
         is_leaf=lambda part: isinstance(part, nnx.State),
     )
@@ -111,18 +125,18 @@ def _training(settings: Mapping[str, Any], layout: Layout, loss_fn: Callable[...
     times = settings["accumulation"]
     beside = ("moments", "gradients") if times > 1 else ("moments",)
     programs = [
-        Traced("gradients", gradients, ("base", "adapters"), beside, times),
+        Traced("gradients", gradients, ("base", "adapters"), beside, times, head_rounds),
         Traced("update", update, ("adapters", "moments", "gradients"), ("base",)),
     ]
     held = {"base": frozen, "adapters": trainable, "moments": moments, "gradients": trainable}
-    return Stage(programs, held, tokens * times)
+    return Stage(programs, held, rows * length * times)
 
 
 def _generate(settings: Mapping[str, Any], layout: Layout) -> Stage:
     slots, length, prompt = settings["rows"], settings["length"], settings["prompt"]
     decoder = Decoder(_model(settings), end=0)
     adapters, base = nnx.split_state(decoder.state, LoraParam, ...)
-    adapters, base = _placed(adapters), _placed(base)
+    adapters, base = _placed(adapters, layout), _placed(base, layout)
     shapes = jax.eval_shape(partial(decoder.empty, slots, length - CHUNK))
     cache = jax.tree.map(lambda leaf, names: _laid(leaf, names, layout), shapes, SLOT_AXES)
     few = max(1, slots // 4)
@@ -152,11 +166,11 @@ def _model(settings: Mapping[str, Any]) -> Qwen2:
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
 
 
-def _placed(state: nnx.State) -> nnx.State:
+def _placed(state: nnx.State, layout: Layout) -> nnx.State:
     """Parameters' shapes, each where it is stored."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings(state)
-    )
+    alone = layout.sharding(PartitionSpec()) if layout.mesh.size == 1 else None  # no layout is in use on one device
+    where = shardings(state) if alone is None else jax.tree.map(lambda _: alone, state)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, where)
 
 
 def _laid(leaf: Any, names: Sequence[str | None], layout: Layout) -> jax.ShapeDtypeStruct:

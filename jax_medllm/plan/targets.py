@@ -28,6 +28,8 @@ def devices_of(target: Mapping[str, Any]) -> list[Any]:
     if kind == "cpu":
         return list(jax.devices("cpu"))
     arguments = {"platform": kind, "topology_name": topology}
+    if topology.startswith("v4:"):
+        arguments["chip_config_name"] = "megacore"  # a chip's two cores are one device there, as on those that came after
     if kind == "cuda":
         # JAX asks the cuDNN that is loaded for its version before it calls its attention; the one planned for is in its place.
         fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from medllm.errors import UserError
 from medllm.plan.request import Request
 
 _KINDS = {
@@ -26,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_class_arguments(Request, as_group=True)
     parser.add_argument("--search", type=bool, nargs="?", const=True, default=False, help="try meshes, remat policies and rows")
-    parser.add_argument("--most", type=int, default=32, help="with --search: candidates that are compiled at most")
+    parser.add_argument("--most", type=int, default=48, help="with --search: candidates that are compiled at most")
     parser.add_argument("--html", type=str | None, default=None, metavar="FILE", help="also write the plan as a page")
 
 
@@ -37,6 +38,8 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
     from medllm.plan.search import search
 
     request = Request.of(values)
+    if values.html and Path(values.html).is_dir():
+        raise UserError(f"--html {values.html}: is a folder; name a file")
     found = search(request, values.most, say) if values.search else make_plan(request)
     for line in _candidate_lines(found) if values.search else ():
         say(line)
@@ -66,20 +69,28 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         if gib >= 0.005:
             yield f"  {_KINDS[kind]:<26}{gib:8.2f} GiB"
     known = "collectives" in plan
-    yield "between devices, sent by each in a step:" if known else "what is sent is not known: this JAX cannot read the program"
-    for one in plan.get("collectives", ()):
-        if one["bytes"] >= 1e6:
-            sent = f"{one['times']:>7.0f} x {one['bytes'] / 1e9:10.3f} GB {one['seconds']:8.3f} s"
-            yield f"  {one['kind']:<20}{one['dtype']:<6}{sent}"
+    large = [one for one in plan["collectives"] if one["bytes"] >= 1e6] if known else []
+    if large:
+        yield "between devices, sent by each in a step:"
+    elif not known:
+        yield "what is sent is not known: this JAX cannot read the program"
+    for one in large:
+        sent = f"{one['times']:>7.0f} x {one['bytes'] / 1e9:10.3f} GB {one['seconds']:8.3f} s"
+        yield f"  {one['kind']:<20}{one['dtype']:<6}{sent}"
     seconds, rates = plan["seconds"], plan["rates"]
-    amounts = {"compute": f"{plan['flops'] / 1e12:.1f} TFLOP at {rates['flops'] / 1e12:.0f} TFLOP/s"}
+    amounts = {"compute": f"{_digits(plan['flops'] / 1e12)} TFLOP at {_digits(rates['flops'] / 1e12)} TFLOP/s"}
     if known:
-        amounts["memory"] = f"{plan['bytes'] / 1e9:.0f} GB at {rates['memory_bytes'] / 1e9:.0f} GB/s"
-        amounts["interconnect"] = f"at {rates['link_bytes'] / 1e9:.0f} GB/s"
+        amounts["memory"] = f"{_digits(plan['bytes'] / 1e9)} GB at {_digits(rates['memory_bytes'] / 1e9)} GB/s"
+        amounts["interconnect"] = f"at {_digits(rates['link_bytes'] / 1e9)} GB/s"
     yield f"a step takes at least (roofline at peak rates, by {rates['source']}; none is reached in practice):"
     for what, amount in amounts.items():
         yield f"  {what:<13}{seconds[what]:8.3f} s   {amount}"
     yield f"  {plan['step_s']:.3f} s, bound by {plan['bound']}: at most {plan['tokens_per_s']:,.0f} tokens/s on all devices"
+
+
+def _digits(value: float) -> str:
+    """Three of them at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _candidate_lines(found: dict[str, Any]) -> Iterator[str]:

@@ -20,20 +20,31 @@ _SIZES = {
     "qwen2.5-72b": (80, 8192, 29568, 64, 8, 152064, False),
 }
 NAMES = tuple(_SIZES)
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def model_config(name: str) -> dict[str, Any]:
     """The contents of a ``config.json``: of a model known by name, or of a folder, of which nothing else is read.
 
     Raises:
-        UserError: neither a known name nor a model folder.
+        UserError: neither a known name nor a model folder, or its config lacks a size.
     """
     if name not in _SIZES:
         if not Path(name).is_dir():
             near = difflib.get_close_matches(name.lower(), _SIZES, 1)
             hint = f"did you mean {near[0]}?" if near else f"known by name are {', '.join(_SIZES)}"
             raise UserError(f"--model {name}: neither a known name nor a folder; {hint}")
-        return ModelDirectory(name).config
+        config = ModelDirectory(name).config
+        if missing := [size for size in _NEEDED if size not in config]:
+            raise UserError(f"{Path(name) / 'config.json'}: has no {missing[0]}; a Qwen2 config has it")
+        return config
     layers, width, mlp, heads, kv_heads, vocabulary, tied = _SIZES[name]
     return {
         "architectures": ["Qwen2ForCausalLM"],

@@ -9,11 +9,12 @@ from typing import Any
 
 from medllm.bench.child import measure_in
 from medllm.engine import require
+from medllm.errors import UserError
 from medllm.plan.models import model_config
 from medllm.plan.request import Request
 from medllm.plan.targets import Device, Target
 
-_COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"), "cpu": ()}
+_COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"), "cpu": ()}
 
 
 def make_plan(request: Request) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     """
     target, config = Target.parse(request.target), model_config(request.model)
     check_installed(target)
+    check_context(request, config)
     settings = request.settings()
     found = measure_in(
         "jax_medllm.plan",
@@ -67,6 +69,17 @@ def default_mesh(request: Request, target: Target, config: dict[str, Any]) -> st
         return f"fsdp={target.count}"
     tensor = math.gcd(target.count, config.get("num_key_value_heads") or config["num_attention_heads"])
     return f"tensor={tensor},fsdp={target.count // tensor}"
+
+
+def check_context(request: Request, config: dict[str, Any]) -> None:
+    """Refuse texts that the model has no positions for, as the stages do.
+
+    Raises:
+        UserError: says how many it has.
+    """
+    longest, most = request.text_length(), config["max_position_embeddings"]
+    if longest > most:
+        raise UserError(f"a text of {longest} tokens is asked for, and {request.model} has a context of {most}; shorten it")
 
 
 def check_installed(target: Target) -> None:

@@ -53,6 +53,10 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
                 raise UserError(f"--{name} is {value}; at least {least.get(name, 1)} is needed")
+        if self.stage == "rpo" and self.length is not None:
+            raise UserError("--length is for cpt and generate; a row of rpo is --prompt and --responses times --response")
+        if self.stage == "cpt" and self.prompt is not None:
+            raise UserError("--prompt is for rpo and generate; a row of cpt is --length")
         settings = self.settings()
         if self.stage == "generate" and settings["prompt"] >= settings["length"]:
             raise UserError(
@@ -75,6 +79,11 @@ class Request:
         """Tokens in a row of a micro-batch."""
         settings = self.settings()
         return settings.get("length") or settings["prompt"] + settings["responses"] * settings["response"]
+
+    def text_length(self) -> int:
+        """Tokens of the longest text, which the model needs positions for."""
+        settings = self.settings()
+        return settings.get("length") or settings["prompt"] + settings["response"]
 
     @classmethod
     def of(cls, values: Any) -> Request:

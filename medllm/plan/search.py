@@ -12,7 +12,7 @@ from typing import Any, get_args
 from medllm.config import RematPolicy
 from medllm.errors import UserError
 from medllm.plan.models import model_config
-from medllm.plan.planning import check_installed, make_plan, model_sizes
+from medllm.plan.planning import check_context, check_installed, make_plan, model_sizes
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
 
@@ -52,13 +52,17 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
     most ``most`` are, those with the most rows at a time first.
 
     Raises:
-        UserError: as :func:`medllm.plan.planning.make_plan`; a mesh was given, which leaves nothing to search.
+        UserError: as :func:`medllm.plan.planning.make_plan`, where no mesh would do; a mesh was given, which leaves nothing to
+            search.
     """
+    if most < 1:
+        raise UserError(f"--most is {most}; at least 1 is needed")
     if request.mesh:
         raise UserError(f"--search tries all meshes, and --mesh {request.mesh} names one; leave one of them out")
     target = Target.parse(request.target)
     check_installed(target)
     config = model_config(request.model)
+    check_context(request, config)
     sizes = model_sizes(request.model, config)
     candidates = list(_candidates(request, target, sizes))
     could_fit = [one for one in candidates if one.policies]
@@ -67,13 +71,16 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
     say(f"plan: {len(candidates)} meshes and row counts, {len(could_fit)} could fit, {len(chosen)} are compiled")
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         found = [row for rows in pool.map(lambda one: _tried(request, one, say), chosen) for row in rows]
+    refused = {row["why"] for row in found if row["fits"] is False and "plan" not in row}
+    if len(refused) == 1 and all(row["why"] in refused for row in found):
+        raise UserError(refused.pop())  # not for its mesh
     found += [_row(one, one.policies[-1], None, why=f"not compiled: --most {most} were") for one in left]
     found += [
         _row(one, "layer", False, why=f"needs {one.least_gib:.1f} GiB at least; {target.memory_gib:.1f} are there")
         for one in candidates
         if not one.policies
     ]
-    found.sort(key=lambda row: (row["fits"] is not True, -row.get("tokens_per_s", 0.0), row["fits"] is False))
+    found.sort(key=_rank)
     best = next((row.pop("plan") for row in found if row["fits"]), None)
     for row in found:
         row.pop("plan", None)
@@ -139,12 +146,20 @@ def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list
             return [*rows, _row(one, policy, None, why=f"did not compile: {error}")]
         shown = ("gib_per_device", "step_s", "tokens_per_s", "compile_s")
         measured: dict[str, Any] = {name: plan[name] for name in shown if name in plan}
+        measured["work_s"] = sum(plan["seconds"].values()) / plan["tokens_per_step"] if "seconds" in plan else 0.0
         why = "" if plan["fits"] else f"needs {plan['gib_per_device']:.1f} GiB; {plan['memory_gib']:.1f} are there"
         rows.append({**_row(one, policy, plan["fits"], why=why), **measured, "plan": plan})
         say(f"plan: {mesh} rows {one.rows} remat {policy}: {plan['gib_per_device']:.1f} GiB")
         if plan["fits"]:
             break
     return rows
+
+
+def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What fits before what was not tried and what does not; then by tokens a second to two digits, beyond which a roofline says
+    nothing, and among those like that by what compute, memory and interconnect do for a token in all."""
+    rate = float(f"{row.get('tokens_per_s', 0.0):.2g}")
+    return (row["fits"] is not True, -rate, row["fits"] is False, row.pop("work_s", 0.0))
 
 
 def _row(one: Candidate, policy: RematPolicy, fits: bool | None, why: str) -> dict[str, Any]:

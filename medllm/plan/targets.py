@@ -127,11 +127,11 @@ class Target:
         """
         name, _, size = text.partition(":")
         if name not in DEVICES:
-            near = difflib.get_close_matches(name, DEVICES, 1)
-            raise UserError(
-                f"--target {text}: no device is called {name!r}{f' (did you mean {near[0]}?)' if near else ''}; "
-                f"there are {', '.join(DEVICES)}"
+            near = [known for known in DEVICES if name and known.startswith(name)] or difflib.get_close_matches(
+                name, DEVICES, 1
             )
+            meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+            raise UserError(f"--target {text}: no device is called {name!r}{meant}; there are {', '.join(DEVICES)}")
         device = DEVICES[name]
         if device.kind != "tpu":
             if not re.fullmatch(r"[1-9]\d*", size or "1"):

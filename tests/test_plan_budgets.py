@@ -1,0 +1,121 @@
+"""Budgets of the steps at the width of Qwen2.5-72B, two layers deep, for accelerators that are not there.
+
+A change that makes a step need more memory than its budget, or that moves dense weights between devices, fails here.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import pytest
+
+from medllm.errors import UserError
+from medllm.plan.models import model_config
+from medllm.plan.planning import check_installed, make_plan
+from medllm.plan.request import Request, Stage
+from medllm.plan.search import least_gib
+from medllm.plan.targets import Target
+
+LAYERS = 2
+
+
+class Passes(NamedTuple):
+    """What a stage does with each of its tokens.
+
+    Attributes:
+        gathers: How often the weights of a layer are gathered.
+        adapters: How often its adapters are.
+        linear: Passes through the layers, each two operations for a weight.
+        head: Products with the output matrix.
+        rows: How often the tokens that are predicted come together at the head.
+        predicted: Of a row.
+    """
+
+    gathers: int
+    adapters: int
+    linear: int
+    head: int
+    rows: int
+    predicted: int
+
+
+PASSES: dict[Stage, Passes] = {
+    # Forward and back; with what is computed anew three times through the layers. The head: logits, and their direction.
+    "cpt": Passes(gathers=2, adapters=2, linear=3, head=2, rows=1, predicted=2047),
+    # The reference goes forward besides, without adapters.
+    "rpo": Passes(gathers=3, adapters=2, linear=4, head=3, rows=2, predicted=3 * 512),
+}
+BUDGETS: dict[tuple[str, Stage], float] = {
+    ("v5e:4x4", "cpt"): 2.30,
+    ("v5e:4x4", "rpo"): 2.80,
+    ("a100-80g:4", "cpt"): 3.05,
+    ("a100-80g:2", "rpo"): 4.90,
+}
+"""GiB of a device: what was measured, rounded up to the next 0.05."""
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory) -> dict[tuple[str, Stage], dict[str, Any]]:
+    """All of them, each compiled in a process of its own."""
+    for target, _ in BUDGETS:
+        try:
+            check_installed(Target.parse(target))
+        except UserError as missing:
+            pytest.skip(str(missing).replace("[plan]", "[test]"))
+    folder = tmp_path_factory.mktemp("wide")
+    (folder / "config.json").write_text(json.dumps({**model_config("qwen2.5-72b"), "num_hidden_layers": LAYERS}))
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda key: make_plan(Request(str(folder), key[1], key[0])), BUDGETS)
+        return dict(zip(BUDGETS, found, strict=True))
+
+
+KEYS = pytest.mark.parametrize("key", BUDGETS, ids=" ".join)
+
+
+@KEYS
+def test_a_step_keeps_to_its_memory(plans, key):
+    assert plans[key]["fits"]
+    assert BUDGETS[key] - 0.05 < plans[key]["gib_per_device"] <= BUDGETS[key]
+
+
+def gathered(plan: dict[str, Any], *dtypes: str) -> int:
+    """Bytes of these types that a device sends in gathers."""
+    return sum(one["bytes"] for one in plan["collectives"] if one["kind"] == "all-gather" and one["dtype"] in dtypes)
+
+
+@KEYS
+def test_weights_travel_packed_and_once_a_pass(plans, key):
+    """Half a byte a weight, and a byte for each block of 64: the scales of the blocks."""
+    plan = plans[key]
+    packed = plan["model"]["linear_parameters"] * (1 / 2 + 1 / 64)
+    assert gathered(plan, "u8") == PASSES[key[1]].gathers * packed * (plan["devices"] - 1) / plan["devices"]
+
+
+@KEYS
+def test_no_dense_weight_travels(plans, key):
+    """Of floats, all in bf16, each device has its part of the adapters sent round, and of the rows that meet at the head."""
+    plan, passes = plans[key], PASSES[key[1]]
+    width, kv, mlp = 8192, 1024, 29568
+    adapters = LAYERS * passes.adapters * 16 * (6 * width + 2 * kv + 3 * (width + mlp))
+    rows = plan["devices"] * passes.rows * -(-passes.predicted // 64) * 64 * width  # in chunks
+    expected = 2 * (adapters + rows) * (plan["devices"] - 1) / plan["devices"]
+    assert gathered(plan, "f64", "f32", "bf16", "f16") == pytest.approx(expected, rel=1e-3)
+
+
+@KEYS
+def test_operations_are_those_of_the_products_with_the_weights(plans, key):
+    """Two for each weight and token in each pass. Attention and the adapters are a few per cent more; the last product of a
+    layer, which is not computed anew, as much less."""
+    plan, passes = plans[key], PASSES[key[1]]
+    row = plan["tokens_per_step"] / plan["devices"]
+    head = plan["model"]["vocabulary"] * plan["model"]["width"]
+    expected = 2 * (passes.linear * plan["model"]["linear_parameters"] * row + passes.head * head * passes.predicted)
+    assert plan["flops"] == pytest.approx(expected, rel=0.05)
+
+
+@KEYS
+def test_a_search_would_have_compiled_it(plans, key):
+    plan, (target, stage) = plans[key], key
+    assert least_gib(Request("qwen2.5-72b", stage, target), plan["mesh"], 1, "layer", plan["model"]) < plan["gib_per_device"]
