@@ -1,7 +1,7 @@
 """Child process of the sharding tests: a training step over forced devices, against the same step on one of them.
 
 ``python -m tests.sharded_training cpt|rpo none|nf4|tied MESH …`` prints, for each mesh, the largest difference of the loss and
-of the gradients, relative to the largest gradient, and every collective of the compiled program.
+of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device sends by them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flax import nnx
 
 from jax_medllm.batches import CptBatch, PreferenceData
 from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.plan.hlo import Program
 from jax_medllm.sharding import Layout, laid_out, place_rows, shardings
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn
 from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
@@ -118,6 +119,7 @@ def main() -> None:
             "loss": abs(float(other_loss - loss)) / abs(float(loss)),
             "gradient": error / largest,
             "collectives": sorted(set(collectives(text))),
+            "sent": sorted((one.kind, one.dtype, one.devices, one.bytes) for one in Program(text).collectives()),
         }
     print(json.dumps(found))
 

@@ -102,6 +102,38 @@ def test_nothing_else_moves_than_adapters_and_the_chunk_at_the_head(packed, mesh
     assert found == expected
 
 
+KINDS = ("all-gather u8", "all-gather f32", "all-reduce f32", "reduce-scatter f32", "all-to-all f32", "collective-permute f32")
+SENT = {
+    "fsdp=8": (221760, 219520, 338695, 114688, 14336, 0),
+    "data=8": (0, 0, 103943, 0, 0, 0),
+    "data=2,fsdp=4": (190080, 138624, 204551, 49152, 12288, 0),
+    "data=2,fsdp=2,tensor=2": (63744, 91392, 805638, 32768, 16384, 11264),
+    "tensor=4,fsdp=2": (32640, 123904, 2200324, 65536, 32768, 9216),
+    "sequence=8": (221760, 678272, 797447, 114688, 14336, 0),
+    "sequence=2,fsdp=4": (221760, 285056, 502538, 114688, 20480, 0),
+    "tensor=2,sequence=2,fsdp=2": (95616, 237824, 1156360, 98304, 32768, 6144),
+}
+"""Bytes that a device sends in a CPT step over each mesh, by kind: a gather that slips in shows here."""
+
+
+@pytest.mark.parametrize("mesh", SENT)
+def test_what_travels_is_what_has_been_looked_at(packed, mesh):
+    found = dict.fromkeys(KINDS, 0)
+    for kind, dtype, _, size in packed[mesh]["sent"]:
+        if dtype != "s32":  # tokens and places
+            found[f"{kind} {dtype}"] += size
+    assert found == dict(zip(KINDS, SENT[mesh], strict=True))
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "sequence=8", "sequence=2,fsdp=4", "data=2,fsdp=4"])
+def test_packed_weights_travel_twice(packed, mesh):
+    """Forward and, recomputed or not, backward: half a byte a weight and a byte for each block of 64, of the other devices."""
+    weights = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 192 * 128
+    devices = 4 if "data" in mesh else 8
+    sent = sum(size for kind, dtype, _, size in packed[mesh]["sent"] if (kind, dtype) == ("all-gather", "u8"))
+    assert sent == 2 * 2 * (weights // 2 + weights // 64) * (devices - 1) // devices
+
+
 def test_a_mesh_takes_the_devices_that_are_left():
     assert dict(layout("fsdp=-1,tensor=2").mesh.shape) == {"fsdp": 4, "tensor": 2}
 

@@ -146,7 +146,6 @@ def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list
             return [*rows, _row(one, policy, None, why=f"did not compile: {error}")]
         shown = ("gib_per_device", "step_s", "tokens_per_s", "compile_s")
         measured: dict[str, Any] = {name: plan[name] for name in shown if name in plan}
-        measured["work_s"] = sum(plan["seconds"].values()) / plan["tokens_per_step"] if "seconds" in plan else 0.0
         why = "" if plan["fits"] else f"needs {plan['gib_per_device']:.1f} GiB; {plan['memory_gib']:.1f} are there"
         rows.append({**_row(one, policy, plan["fits"], why=why), **measured, "plan": plan})
         say(f"plan: {mesh} rows {one.rows} remat {policy}: {plan['gib_per_device']:.1f} GiB")
@@ -156,10 +155,15 @@ def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list
 
 
 def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What fits before what was not tried and what does not; then by tokens a second to two digits, beyond which a roofline says
-    nothing, and among those like that by what compute, memory and interconnect do for a token in all."""
+    """What fits, then what was not tried, then what does not fit.
+
+    What fits is ranked by tokens a second to two digits, beyond which a roofline says nothing; those that are alike by the time
+    of compute, memory and interconnect, one after the other.
+    """
     rate = float(f"{row.get('tokens_per_s', 0.0):.2g}")
-    return (row["fits"] is not True, -rate, row["fits"] is False, row.pop("work_s", 0.0))
+    plan = row.get("plan", {})
+    together = sum(plan["seconds"].values()) / plan["tokens_per_step"] if "seconds" in plan else 0.0
+    return (row["fits"] is not True, -rate, row["fits"] is False, together)
 
 
 def _row(one: Candidate, policy: RematPolicy, fits: bool | None, why: str) -> dict[str, Any]:
