@@ -16,7 +16,11 @@ from jax_medllm.accelerators import leave_out_absent
 
 CUDA = ("jax_cuda12_plugin", "jax_plugins.xla_cuda12")
 ASKED = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "JAX_FORCE_TPU_INIT")
-AT_HOME = {name: value for name, value in os.environ.items() if name not in (*ASKED, "TF_CPP_MIN_LOG_LEVEL")}
+AT_HOME = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in (*ASKED, "TF_CPP_MIN_LOG_LEVEL") and not name.startswith("TPU_")  # which libtpu sets for itself
+}
 
 
 @pytest.fixture(autouse=True)
