@@ -10,4 +10,5 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports"
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest "$@"
+# A file of tests stays in one process, which makes its expensive fixtures once.
+"$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
