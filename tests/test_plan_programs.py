@@ -57,7 +57,7 @@ def kinds(eight: dict[str, Any], mesh: str, program: str) -> dict[str, int]:
 def test_arrays_take_the_memory_that_the_engines_own_take(eight, mesh):
     planned, ran = kinds(eight, mesh, "gradients"), eight["memory"][mesh]["ran"]
     assert planned["base"] == ran["base"] > 0
-    assert planned["adapters"] == 2 * ran["adapters"] > 0  # those that are trained, and the model's own until the end
+    assert planned["adapters"] == ran["adapters"] > 0  # once: the step takes the memory of the model's own
     assert planned["moments"] == ran["moments"] > 0
     assert planned["batch"] == ran["batch"] > 0
 
