@@ -215,6 +215,7 @@ def nf4_matmul(x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Ax
         weight: The weight.
         axes: Its logical axes, by which its codes are gathered before they are dequantized.
     """
+    # Else the compiler makes the dense weight once for the forward and the backward pass, and keeps it in between.
     x, weight = jax.lax.optimization_barrier((x, _gathered(weight, axes)))
     return matmul(_as_held(x[..., 0::2], x[..., 1::2], axes), _dense(weight, axes, x.dtype))
 
@@ -262,7 +263,7 @@ def _as_held(even: Array, odd: Array, axes: tuple[Axis, Axis] | None) -> Array:
     those of odd number. A product over such columns needs no array in which the two alternate, which accelerators are slow to
     make."""
     pieces = _pieces(axes)
-    if pieces == 1:
+    if pieces == 1:  # reshapes that change nothing still cost a TPU copies
         return jnp.concatenate([even, odd], axis=-1)
     even, odd = (half.reshape(*half.shape[:-1], pieces, -1) for half in (even, odd))
     return jnp.concatenate([even, odd], axis=-1).reshape(*even.shape[:-2], -1)

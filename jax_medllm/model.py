@@ -226,7 +226,7 @@ class Mlp(nnx.Module):
     def __call__(self, x: Float[Array, "b s d"], adapter: bool) -> Float[Array, "b s d"]:
         """Apply the block."""
         gate = checkpoint_name(self.gate_proj(x, adapter=adapter), _WIDE)
-        gate, x = jax.lax.optimization_barrier((gate, x))
+        gate, x = jax.lax.optimization_barrier((gate, x))  # or both dense weights are made, and lie in memory, together
         up = checkpoint_name(self.up_proj(x, adapter=adapter), _WIDE)
         return self.down_proj(jax.nn.silu(gate) * up, adapter=adapter)
 

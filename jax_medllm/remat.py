@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -12,9 +11,10 @@ from flax import nnx
 
 from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2
-from jax_medllm.optimizer import learning_rate, make_optimizer
-from jax_medllm.train import make_step
-from medllm.config import OptimizerConfig, RematPolicy
+from jax_medllm.sharding import device_bytes
+from jax_medllm.train import make_gradients
+from medllm.bench.memory import physical_bytes
+from medllm.config import RematPolicy
 
 _USABLE = 0.95
 """Of a device's memory; the rest is what its allocator loses between arrays."""
@@ -37,14 +37,12 @@ def fitting_policy(
     available = limit if limit is not None else device_memory() * _USABLE
     policies = get_args(RematPolicy)
     graph, trainable, *others = nnx.split(model, LoraParam, ...)
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, 1)
-    adapter = _bytes_on_device(trainable)
+    adapter = device_bytes(trainable)
     beside = adapter * (3 if accumulates else 2)  # two moments, and the gradients so far
     for policy in policies[:-1]:
-        step = make_step(graph, partial(loss_fn, remat=policy), optimizer, partial(learning_rate, config, 1))
+        gradients = make_gradients(graph, partial(loss_fn, remat=policy))
         try:
-            memory = step.gradients.lower(trainable, others[0], batch).compile().memory_analysis()
+            memory = gradients.lower(trainable, others[0], batch).compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -61,8 +59,4 @@ def device_memory() -> float:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
-
-
-def _bytes_on_device(arrays: Any) -> int:
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
+    return physical_bytes() / len(jax.local_devices())

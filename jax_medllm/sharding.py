@@ -42,14 +42,11 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
+from medllm.config import MESH_AXES
 from medllm.errors import UserError
 
 Batch = TypeVar("Batch")
 State = TypeVar("State")
-
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-"""The axes a mesh may have: of rows with a copy of the weights each, of rows that share the weights, of heads and widths, and
-of the positions of a row."""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -248,6 +245,11 @@ def placement(variable: nnx.Variable, path: Sequence[Any]) -> Sharding:
     if layout is None:
         return SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])
     return layout.sharding(layout.stored(variable.axes, ".".join(map(str, path))))
+
+
+def device_bytes(arrays: Any) -> int:
+    """Bytes on one device of arrays, or of their shapes with where they lie."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def place_parameter(array: np.ndarray, variable: nnx.Variable, path: Sequence[Any]) -> Array:

@@ -170,13 +170,8 @@ class TrainingStep(NamedTuple):
         return self.gradients.trace(trainable, frozen, batch), self.update.trace(trainable, optimizer_state, index, total)
 
 
-def make_step(
-    graph: nnx.GraphDef[Qwen2],
-    loss_fn: Callable[[Qwen2, Any], tuple[Array, Any]],
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[Array], Array],
-) -> TrainingStep:
-    """The optimizer step ``(trainable, optimizer state, step, frozen, batches) -> (trainable, state, metrics)``."""
+def make_gradients(graph: nnx.GraphDef[Qwen2], loss_fn: Callable[[Qwen2, Any], tuple[Array, Any]]) -> jax.stages.Wrapped:
+    """``(trainable, frozen, batch) -> (gradients, metrics)`` of one micro-batch."""
 
     @jax.jit
     def gradients(trainable, frozen, batch):
@@ -185,6 +180,17 @@ def make_step(
 
         (_, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         return laid_out(gradients), metrics
+
+    return gradients
+
+
+def make_step(
+    graph: nnx.GraphDef[Qwen2],
+    loss_fn: Callable[[Qwen2, Any], tuple[Array, Any]],
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Array], Array],
+) -> TrainingStep:
+    """The optimizer step ``(trainable, optimizer state, step, frozen, batches) -> (trainable, state, metrics)``."""
 
     @partial(jax.jit, donate_argnums=0)
     def add(total, part):
@@ -197,7 +203,7 @@ def make_step(
         logged = StepMetrics(metrics, optax.global_norm(gradients), schedule(index))
         return optax.apply_updates(trainable, updates), optimizer_state, logged
 
-    return TrainingStep(gradients, add, update)
+    return TrainingStep(make_gradients(graph, loss_fn), add, update)
 
 
 def train(

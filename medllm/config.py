@@ -213,6 +213,11 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
 
 
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+"""The axes a mesh may have: of rows with a copy of the weights each, of rows that share the weights, of heads and widths, and
+of the positions of a row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Over which devices a stage runs, on the JAX engine.

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from medllm.config import ALL_LINEAR
 from medllm.report.plots import PALETTE, WIDTH, Figure, Theme, new_canvas, render_figure
+from medllm.report.templating import page_templates
 from medllm.run import atomic_path, environment, write_json
 from medllm_parity.measure import Audit, Check
 from medllm_parity.quantities import LAYER
@@ -117,13 +117,7 @@ def table(audit: Audit) -> list[Line]:
 
 def render(audit: Audit, made_on: dict[str, Any]) -> str:
     """The page as text. Everything that comes from a file or a setting is escaped."""
-    templates = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("medllm_parity"), jinja2.PackageLoader("medllm.report")]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = page_templates("medllm_parity")
     templates.filters["short"] = _short
     failures = [check for check in audit.checks if not check.ok]
     return templates.get_template("audit.html.j2").render(

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import medllm
-from medllm.cli import COMMANDS, PRESETS, main
+from medllm.cli import COMMANDS, main
+from medllm.command_words import PRESETS
 
 PROGRAM = [sys.executable, "-m", "medllm"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections import defaultdict
@@ -14,7 +13,7 @@ from flax import nnx
 from jax_medllm.plan.flops import matrix_flops
 from jax_medllm.plan.hlo import Program
 from jax_medllm.plan.programs import Stage, Traced
-from jax_medllm.sharding import Layout, entry
+from jax_medllm.sharding import Layout, device_bytes, entry
 
 GIB = 2**30
 
@@ -28,11 +27,9 @@ def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
         the compiler refuses for its memory leaves ``by_kind`` empty, and ``refused_gib`` says what it would need; where a
         program cannot be read, there are neither ``collectives`` nor ``bytes``.
     """
-    held = {kind: device_bytes(arrays) for kind, arrays in stage.held.items()}
     found: list[dict[str, Any]] = []
-    flops = traffic = 0.0
-    sent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
-    unread: list[str] = []
+    held = {kind: device_bytes(arrays) for kind, arrays in stage.held.items()}
+    work = _Work()
     with layout.in_use():
         for program in stage.programs:
             lowered = program.traced.lower()
@@ -41,48 +38,73 @@ def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
                 if needed := _refused(str(error)):
-                    return _too_large(needed, stage, layout, time.perf_counter() - started)
+                    seconds = time.perf_counter() - started
+                    return {"by_kind": {}, "refused_gib": needed, **_facts(stage, layout, seconds)}
                 raise
-            seconds = time.perf_counter() - started
-            memory = compiled.memory_analysis()
-            kinds = _by_kind(program, memory, held)
-            found.append(
-                {
-                    "name": program.name,
-                    "compile_s": seconds,
-                    "by_kind": kinds,
-                    "arguments_gib": memory.argument_size_in_bytes / GIB,
-                    "temporaries_gib": kinds["activations"],
-                    "output_gib": kinds["output"],
-                }
-            )
-            if not program.runs:
-                continue
-            flops += program.runs * matrix_flops(program.traced.jaxpr, program.while_trips) / layout.mesh.size
-            text = _text(compiled)
-            if text is None:
-                unread.append(program.name)
-                continue
-            read = Program(text, program.while_trips)
-            traffic += program.runs * read.traffic()
-            for one in read.collectives():
-                sent[one.kind, one.dtype][0] += program.runs * one.times
-                sent[one.kind, one.dtype][1] += program.runs * one.bytes
+            found.append(_memory(program, compiled, held) | {"compile_s": time.perf_counter() - started})
+            if program.runs:
+                work.add(program, compiled)
     most = max(found, key=lambda program: sum(program["by_kind"].values()))
-    moved = {
-        "collectives": [
-            {"kind": kind, "dtype": dtype, "times": times, "bytes": size}
-            for (kind, dtype), (times, size) in sorted(sent.items(), key=lambda item: -item[1][1])
-        ],
-        "bytes": traffic,
-    }
     return {
         "by_kind": most["by_kind"],
         "programs": found,
-        "flops": flops,
-        **({} if unread else moved),
+        "flops": work.flops / layout.mesh.size,
+        **work.moved(),
+        **_facts(stage, layout, sum(program["compile_s"] for program in found)),
+    }
+
+
+class _Work:
+    """What the programs of a step do, added up."""
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+        self._traffic = 0.0
+        self._sent: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+        self._is_read = True
+
+    def add(self, program: Traced, compiled: Any) -> None:
+        """A program, as often as it runs in a step."""
+        self.flops += program.runs * matrix_flops(program.traced.jaxpr, program.while_trips)
+        text = _text(compiled)
+        if text is None:
+            self._is_read = False
+            return
+        read = Program(text, program.while_trips)
+        self._traffic += program.runs * read.traffic()
+        for one in read.collectives():
+            self._sent[one.kind, one.dtype][0] += program.runs * one.times
+            self._sent[one.kind, one.dtype][1] += program.runs * one.bytes
+
+    def moved(self) -> dict[str, Any]:
+        """Collectives and traffic, where every program was read."""
+        if not self._is_read:
+            return {}
+        collectives = [
+            {"kind": kind, "dtype": dtype, "times": times, "bytes": size}
+            for (kind, dtype), (times, size) in sorted(self._sent.items(), key=lambda item: -item[1][1])
+        ]
+        return {"collectives": collectives, "bytes": self._traffic}
+
+
+def _memory(program: Traced, compiled: Any, held: dict[str, int]) -> dict[str, Any]:
+    """GiB on a device while a program runs."""
+    memory = compiled.memory_analysis()
+    kinds = _by_kind(program, memory, held)
+    return {
+        "name": program.name,
+        "by_kind": kinds,
+        "arguments_gib": memory.argument_size_in_bytes / GIB,
+        "temporaries_gib": kinds["activations"],
+        "output_gib": kinds["output"],
+    }
+
+
+def _facts(stage: Stage, layout: Layout, seconds: float) -> dict[str, Any]:
+    """What is known of a stage whether or not it fits."""
+    return {
         "tokens_per_step": stage.tokens,
-        "compile_s": sum(program["compile_s"] for program in found),
+        "compile_s": seconds,
         "mesh": dict(layout.mesh.shape),
         "parameters": _parameters(stage),
     }
@@ -100,23 +122,6 @@ def _refused(error: str) -> float | None:
     """GiB that a program would need, where the compiler refused it for its memory."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", error)
     return float(found[1]) * 2.0 ** (10 * ("KMGT".index(found[2]) - 2)) if found else None
-
-
-def _too_large(needed: float, stage: Stage, layout: Layout, seconds: float) -> dict[str, Any]:
-    """As :func:`measure`, of a program that the compiler refused."""
-    return {
-        "by_kind": {},
-        "refused_gib": needed,
-        "tokens_per_step": stage.tokens,
-        "compile_s": seconds,
-        "mesh": dict(layout.mesh.shape),
-        "parameters": _parameters(stage),
-    }
-
-
-def device_bytes(arrays: Any) -> int:
-    """Bytes on one device of arrays, or of their shapes with where they lie."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def _by_kind(program: Traced, memory: Any, held: dict[str, int]) -> dict[str, float]:

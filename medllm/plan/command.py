@@ -10,17 +10,7 @@ from jsonargparse import ArgumentParser
 
 from medllm.errors import UserError
 from medllm.plan.request import Request
-
-_KINDS = {
-    "base": "base weights",
-    "adapters": "adapters",
-    "moments": "moments",
-    "cache": "keys and values",
-    "gradients": "gradients",
-    "batch": "batch, padding",
-    "activations": "activations, temporaries",
-    "output": "output",
-}
+from medllm.plan.wording import KINDS, mesh_words
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -54,9 +44,8 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     """The plan as text."""
-    mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     settings = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
-    yield f"{plan['model']['name']} {plan['stage']} on {plan['target']}, mesh {mesh}: {settings}"
+    yield f"{plan['model']['name']} {plan['stage']} on {plan['target']}, mesh {mesh_words(plan['mesh'])}: {settings}"
     verdict = "fits" if plan["fits"] else "does NOT fit"
     yield (
         f"{verdict}: {plan['gib_per_device']:.2f} GiB on each of {plan['devices']} devices, "
@@ -67,7 +56,7 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         return
     for kind, gib in plan["by_kind"].items():
         if gib >= 0.005:
-            yield f"  {_KINDS[kind]:<26}{gib:8.2f} GiB"
+            yield f"  {KINDS[kind][0]:<27}{gib:7.2f} GiB"
     known = "collectives" in plan
     large = [one for one in plan["collectives"] if one["bytes"] >= 1e6] if known else []
     if large:
@@ -96,7 +85,7 @@ def _digits(value: float) -> str:
 def _candidate_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{'mesh':<28}{'rows':>5} {'remat':<12}{'GiB':>7}{'step s':>9}{'tokens/s':>11}  "
     for row in found["candidates"]:
-        mesh = ",".join(f"{axis}={size}" for axis, size in row["mesh"].items())
         numbers = [row.get(name) for name in ("gib_per_device", "step_s", "tokens_per_s")]
         shown = [f"{value:,.{digits}f}" if value is not None else "" for value, digits in zip(numbers, (1, 2, 0), strict=True)]
-        yield f"{mesh:<28}{row['rows']:>5} {row['remat']:<12}{shown[0]:>7}{shown[1]:>9}{shown[2]:>11}  {row['why']}"
+        layout = f"{mesh_words(row['mesh']):<28}{row['rows']:>5} {row['remat']:<12}"
+        yield f"{layout}{shown[0]:>7}{shown[1]:>9}{shown[2]:>11}  {row['why']}"

@@ -8,27 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from medllm.plan import mesh_picture
+from medllm.plan.wording import KINDS, mesh_words
+from medllm.report.templating import page_templates
 from medllm.run import atomic_path
 
 NOTICE = "Research software. A step's time here is a roofline, not a measurement: no step can take less under the rates given."
-
-KINDS: Mapping[str, tuple[str, str]] = {
-    "base": ("base weights", "the frozen weights, as they are stored"),
-    "adapters": ("adapters", "the LoRA matrices"),
-    "moments": ("moments", "what the optimizer remembers of earlier gradients"),
-    "cache": ("cache", "keys and values of the tokens so far"),
-    "gradients": ("gradients", "of the adapters, summed over micro-batches"),
-    "batch": ("batch and padding", "the rows of a step, and what the device's tiles add to small arrays"),
-    "activations": (
-        "activations and temporaries",
-        "what the compiler keeps while it computes, weights gathered for a layer included",
-    ),
-    "output": ("output", "what the programs hand back"),
-}
-"""Kinds of memory: what a reader sees, and what it is."""
 
 _REMEDIES = {
     "base": "NF4 instead of bf16, a wider fsdp or tensor axis, or more devices",
@@ -125,13 +110,7 @@ def write_page(path: Path, plan: Mapping[str, Any]) -> None:
 
 def render(plan: Mapping[str, Any]) -> str:
     """The page as text. Everything that comes from a file or a setting is escaped."""
-    templates = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("medllm.plan"), jinja2.PackageLoader("medllm.report")]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = page_templates("medllm.plan")
     templates.filters.update(
         gib=gib, whole_gib=whole_gib, seconds=seconds, amount=amount, count=count, rate=rate, mesh=mesh_words, percent=percent
     )
@@ -342,11 +321,6 @@ def _facts(plan: Mapping[str, Any], shown: Mapping[str, Any] | None) -> list[tup
         **{f"version of {name}" if name != "compiler" else name: str(value) for name, value in versions.items()},
     }
     return [(name, value) for name, value in facts.items() if value]
-
-
-def mesh_words(mesh: Mapping[str, int]) -> str:
-    """``fsdp=8,tensor=2``, as ``--mesh`` takes it."""
-    return ",".join(f"{name}={size}" for name, size in mesh.items()) or "one device"
 
 
 def gib(value: float) -> str:

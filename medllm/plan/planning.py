@@ -46,13 +46,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     plan = {
         "ok": fits,
         "fits": fits,
-        "model": model_sizes(request.model, config),
-        "stage": request.stage,
-        "target": target.name,
-        "device": rates.name,
-        "devices": target.count,
-        "topology": target.topology.split(":")[-1],
-        "memory_gib": target.memory_gib,
+        **asked(request, target, model_sizes(request.model, config)),
         "rules": request.rules,
         "settings": settings,
         "gib_per_device": memory,
@@ -61,6 +55,19 @@ def make_plan(request: Request) -> dict[str, Any]:
         **found,
     }
     return {**plan, **_roofline(plan, rates)} if found["by_kind"] else plan
+
+
+def asked(request: Request, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What a plan and a search say of what they were asked."""
+    return {
+        "model": sizes,
+        "stage": request.stage,
+        "target": target.name,
+        "device": target.device.name,
+        "devices": target.count,
+        "topology": target.topology.split(":")[-1],
+        "memory_gib": target.memory_gib,
+    }
 
 
 def default_mesh(request: Request, target: Target, config: dict[str, Any]) -> str:

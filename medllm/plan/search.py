@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from medllm.config import RematPolicy
+from medllm.config import MESH_AXES, RematPolicy
 from medllm.errors import UserError
 from medllm.plan.models import model_config
-from medllm.plan.planning import check_context, check_installed, make_plan, model_sizes
+from medllm.plan.planning import asked, check_context, check_installed, make_plan, model_sizes
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
+from medllm.plan.wording import mesh_words
 
-_AXES = ("data", "fsdp", "tensor", "sequence")
 _ROWS = (1, 2, 4, 8)
 _GIB = 2**30
 # Bytes a weight takes: NF4's half, with a byte for each block of 64 and a float for each 256 of those.
@@ -84,9 +84,13 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
     best = next((row.pop("plan") for row in found if row["fits"]), None)
     for row in found:
         row.pop("plan", None)
-    head: dict[str, Any] = {"model": sizes, "stage": request.stage, "target": target.name, "device": target.device.name}
-    head |= {"devices": target.count, "topology": target.topology.split(":")[-1], "memory_gib": target.memory_gib}
-    return {"ok": best is not None, "fits": best is not None, **head, "candidates": found, "best": best}
+    return {
+        "ok": best is not None,
+        **asked(request, target, sizes),
+        "fits": best is not None,
+        "candidates": found,
+        "best": best,
+    }
 
 
 def _candidates(request: Request, target: Target, sizes: dict[str, Any]) -> Iterator[Candidate]:
@@ -102,10 +106,10 @@ def _candidates(request: Request, target: Target, sizes: dict[str, Any]) -> Iter
 def _meshes(devices: int) -> Iterator[dict[str, int]]:
     """Every way to write a number of devices as a product over the axes."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    for shape in itertools.product(divisors, repeat=len(_AXES) - 1):
+    for shape in itertools.product(divisors, repeat=len(MESH_AXES) - 1):
         used = shape[0] * shape[1] * shape[2]
         if devices % used == 0:
-            sizes = dict(zip(_AXES, (*shape, devices // used), strict=True))
+            sizes = dict(zip(MESH_AXES, (*shape, devices // used), strict=True))
             yield {axis: size for axis, size in sizes.items() if size > 1} or {"fsdp": 1}
 
 
@@ -137,7 +141,7 @@ def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list
     """Policies from the fastest on, up to the first that fits."""
     rows: list[dict[str, Any]] = []
     for policy in one.policies:
-        mesh = ",".join(f"{axis}={size}" for axis, size in one.mesh.items())
+        mesh = mesh_words(one.mesh)
         try:
             plan = make_plan(replace(request, mesh=mesh, rows=one.rows, remat=policy))
         except UserError as error:

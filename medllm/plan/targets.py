@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from medllm.bench.memory import physical_bytes
 from medllm.errors import UserError
 
 
@@ -91,7 +91,6 @@ _HOPPER = partial(Gpu, capability=9, multiprocessors=132, units=128, shared_kib=
 _AMPERE = partial(Gpu, capability=8, multiprocessors=108, units=64, shared_kib=164, l2_mib=40, clock_ghz=1.41)
 _A100_40, _A100_80 = _AMPERE("NVIDIA A100-SXM4-40GB", bytes=42331013120), _AMPERE("NVIDIA A100-SXM4-80GB", bytes=85097775104)
 _H100, _H200 = _HOPPER("NVIDIA H100 80GB HBM3", bytes=84978434048), _HOPPER("NVIDIA H200", bytes=150121545728)
-_HOST_GIB = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 DEVICES = {
     device.name: device
@@ -104,7 +103,7 @@ DEVICES = {
         Device("v5e", "tpu", 15.75, 197e12, 0.819e12, 200e9, _GOOGLE, dimensions=2),
         Device("v5p", "tpu", 95.0, 459e12, 2.765e12, 600e9, _GOOGLE, dimensions=3),
         Device("v6e", "tpu", 31.25, 918e12, 1.64e12, 448e9, _GOOGLE, dimensions=2),
-        Device("cpu", "cpu", _HOST_GIB, 1e11, 2e10, 2e10, "round figures for a core or two"),
+        Device("cpu", "cpu", physical_bytes() / 2**30, 1e11, 2e10, 2e10, "round figures for a core or two"),
     )
 }
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from medllm.report import paper, plots, tables, wording
 from medllm.report.results import StudyTable, breakdown, build_table
 from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput, RunSummary
+from medllm.report.templating import page_templates
 from medllm.run import atomic_path
 
 __all__ = ["ReportInput", "RunSummary", "StageCost", "render", "report_from_runs", "stage_cost", "write_report"]
@@ -61,13 +61,7 @@ def write_report(path: str | Path, study: ReportInput) -> Path:
 def render(study: ReportInput) -> str:
     """The page as text. Everything that comes from a model, a file or a setting is escaped."""
     table = build_table(study.cells, previous=study.previous, draw=study.draw)
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("medllm.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = page_templates()
     templates.filters.update(number=tables.number, interval=tables.interval, change=tables.change)
     return templates.get_template("report.html.j2").render(
         study=study,
