@@ -24,6 +24,7 @@ from jax_medllm.processes import everywhere, join
 from jax_medllm.reference import ReferenceFile, compute_reference
 from jax_medllm.remat import fitting_policy
 from jax_medllm.sharding import Layout, place_rows
+from jax_medllm.tiles import lay_codes
 from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import open_adapters, write_adapter
@@ -205,6 +206,7 @@ class JaxEngine:
     ) -> TrainSummary:
         training = config.training
         with self._on_mesh():
+            lay_codes(model)
             chosen = None
             remat = training.remat
             if remat == "auto":

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
@@ -114,8 +115,10 @@ class Layout:
         sizes = _sizes(mesh, len(devices))
         # An axis of one device would only add collectives among one.
         shape = {name: size for name, size in sizes.items() if size > 1} or {MESH_AXES[0]: 1}
-        array = np.array(devices).reshape(tuple(shape.values()))
-        return cls(Mesh(array, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), _parsed_rules(rules))
+        return cls(
+            Mesh(_arranged(devices, tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)),
+            _parsed_rules(rules),
+        )
 
     def in_use(self) -> AbstractContextManager[None]:
         """Arrays are laid out so in what is traced within."""
@@ -320,6 +323,13 @@ def entry(part: Any) -> tuple[str, ...]:
 
 def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
     return PartitionSpec(*(over[0] if len(over) == 1 else over or None for over in entries))
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in the form of a mesh; chips of a TPU so that the devices of an axis are neighbours."""
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(shape)
 
 
 def _parsed_mesh(text: str) -> dict[str, int]:

@@ -42,6 +42,27 @@ def layout(mesh: str, rules: str = "", devices: int = 8) -> Layout:
     return Layout.of(mesh, rules, devices=[FakeDevice(i) for i in range(devices)])
 
 
+class FakeChip(FakeDevice):
+    """Stands for a chip of a TPU, with its place."""
+
+    platform, device_kind = "tpu", "TPU v5 lite"
+    slice_index = core_on_chip = 0
+
+    def __init__(self, number: int, coords: tuple[int, int]):
+        super().__init__(number)
+        self.coords = [*coords, 0]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=16", "data=4,fsdp=4", "fsdp=4,tensor=4", "fsdp=8,tensor=2", "data=2,fsdp=4,tensor=2"])
+def test_chips_of_a_tpu_are_neighbours_along_the_innermost_axis(mesh):
+    chips = [FakeChip(i, (x, y)) for i, (y, x) in enumerate(np.ndindex(4, 4))]
+    found = Layout.of(mesh, devices=chips).mesh.devices
+    assert sorted(chip.id for chip in found.flat) == list(range(16))
+    for group in found.reshape(-1, found.shape[-1]):
+        places = np.array([chip.coords for chip in group])
+        assert (np.abs(np.diff(places, axis=0)).sum(1) == 1).all()
+
+
 def trained(stage: str, quantization: str, *meshes: str) -> dict[str, dict]:
     command = [sys.executable, "-m", "tests.sharded_training", stage, quantization, *meshes]
     done = subprocess.run(command, env=EIGHT, capture_output=True, text=True, timeout=600, check=False)

@@ -8,11 +8,13 @@ from collections import defaultdict
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jax_medllm.plan.flops import matrix_flops
 from jax_medllm.plan.hlo import Program
 from jax_medllm.plan.programs import Stage, Traced
+from jax_medllm.plan.targets import READABLE
 from jax_medllm.sharding import Layout, device_bytes, entry
 
 GIB = 2**30
@@ -30,12 +32,13 @@ def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     held = {kind: device_bytes(arrays) for kind, arrays in stage.held.items()}
     work = _Work()
+    options = READABLE.get(layout.mesh.devices.flat[0].platform)
     with layout.in_use():
         for program in stage.programs:
             lowered = program.traced.lower()
             started = time.perf_counter()
             try:
-                compiled = lowered.compile()
+                compiled = lowered.compile(compiler_options=options)
             except jax.errors.JaxRuntimeError as error:
                 if needed := _refused(str(error)):
                     seconds = time.perf_counter() - started
@@ -106,6 +109,7 @@ def _facts(stage: Stage, layout: Layout, seconds: float) -> dict[str, Any]:
         "tokens_per_step": stage.tokens,
         "compile_s": seconds,
         "mesh": dict(layout.mesh.shape),
+        "mesh_devices": np.vectorize(lambda device: device.id, otypes=[int])(layout.mesh.devices).tolist(),
         "parameters": _parameters(stage),
     }
 

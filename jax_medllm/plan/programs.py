@@ -18,6 +18,7 @@ from jax_medllm.logprobs import cut
 from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.sharding import Layout, shardings
+from jax_medllm.tiles import laid_codes
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
 
@@ -111,6 +112,7 @@ def _training(
     head_rounds = -(-min(predicted, length // pieces) // chunk)
     graph, *states = nnx.split(model, LoraParam, ...)
     trainable, frozen = (_placed(state, layout) for state in states)
+    frozen = laid_codes(frozen, lambda codes, form: jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=form))
     config = OptimizerConfig()
     optimizer = make_optimizer(config, _STEPS)
     step = make_step(graph, loss_fn, optimizer, partial(learning_rate, config, _STEPS))
