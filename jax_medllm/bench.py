@@ -1,4 +1,4 @@
-"""The measurements of ``medllm bench`` that run in a process of their own (:mod:`medllm.bench.child`)."""
+"""The measurements of ``medllm bench`` that run in a process of their own (:mod:`medllm.child`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import cpt_loss_fn, make_step
 from jax_medllm.weights import load_model
-from medllm.bench.child import serve
-from medllm.bench.memory import peak_resident_bytes, resident_bytes
 from medllm.bench.shapes import ModelShape
 from medllm.bench.work import measurements
+from medllm.child import serve
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig
+from medllm.process_memory import peak_resident_bytes, resident_bytes
 
 
 def load(**model: Any) -> dict[str, Any]:

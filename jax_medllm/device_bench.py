@@ -28,12 +28,12 @@ from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.nf4 import CODES
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
-from medllm.bench.child import serve
 from medllm.bench.device_shapes import DeviceShape
-from medllm.bench.memory import peak_resident_bytes
 from medllm.bench.shapes import ModelShape
+from medllm.child import serve
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling, TrainingConfig
 from medllm.errors import UserError
+from medllm.process_memory import peak_resident_bytes
 
 STEPS = 3
 """Steps that are timed, after one that is not; fewer where the time for them is up, at least one."""

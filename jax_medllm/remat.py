@@ -13,8 +13,8 @@ from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2
 from jax_medllm.sharding import device_bytes
 from jax_medllm.train import make_gradients
-from medllm.bench.memory import physical_bytes
 from medllm.config import RematPolicy
+from medllm.process_memory import physical_bytes
 
 _USABLE = 0.95
 """Of a device's memory; the rest is what its allocator loses between arrays."""

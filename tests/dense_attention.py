@@ -96,6 +96,20 @@ def computed(attend: Callable, given: Case, dtype: str) -> list[np.ndarray]:
     return [np.asarray(part, np.float64) for part in run(*arrays)]
 
 
+def in_pieces(attend_piece: Callable, length: int, pieces: int) -> Callable:
+    """Attention of a row's queries, piece by piece, where each stands being known when the program runs."""
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility) -> jax.Array:
+        starts = jnp.arange(pieces) * (length // pieces)
+        parts = [
+            attend_piece(part, k, v, Visibility(visible.segments, visible.parents, first))
+            for part, first in zip(jnp.split(q, pieces, axis=1), starts, strict=True)
+        ]
+        return jnp.concatenate(parts, axis=1)
+
+    return whole
+
+
 def far_apart(found: list[np.ndarray], truth: tuple[np.ndarray, ...]) -> dict[str, float]:
     """The largest error of each array, relative to its largest value."""
     return {n: float(abs(a - b).max() / abs(b).max()) for n, a, b in zip(NAMES, found, truth, strict=True)}

@@ -8,8 +8,9 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from jax_medllm.attention import Visibility, attend, backend_for, cudnn, using, xla
+from jax_medllm.plan.flops import matrix_flops
 from medllm.errors import UserError
-from tests.dense_attention import case, computed, expected, far_apart
+from tests.dense_attention import case, computed, expected, far_apart, in_pieces
 
 LENGTHS = [
     pytest.param(96, 16, id="whole chunks"),
@@ -33,6 +34,29 @@ def test_fp32_is_fp32_and_bf16_accumulates_in_fp32():
     truth = expected(given)
     assert max(far_apart(computed(xla.attend, given, "float32"), truth).values()) < 2e-6
     assert max(far_apart(computed(xla.attend, given, "bfloat16"), truth).values()) < 2e-2
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["packed", "groups"])
+@pytest.mark.parametrize(("length", "pieces"), [(768, 2), (768, 12), (100, 4), (40, 40)])
+def test_pieces_of_a_row_equal_the_dense_computation_in_float64(length, pieces, groups):
+    given = case(length, heads=4, kv_heads=2, width=8, groups=groups)
+    with jax.enable_x64(True):
+        found = computed(in_pieces(lambda *inputs: xla.attend(*inputs, chunk=32), length, pieces), given, "float64")
+    assert max(far_apart(found, expected(given)).values()) < 1e-13
+
+
+@pytest.mark.parametrize("pieces", [2, 8, 16])
+def test_a_piece_is_computed_with_hardly_more_keys_than_come_before_it(pieces):
+    """Of ``n`` pieces that see 1, 2, … n pieces each, (n + 1) / 2n of the square; in eighths where there are more."""
+    length = 2048
+
+    def run(q, k, v, first):
+        return xla.attend(q, k, v, Visibility(jnp.ones((1, length), jnp.int32), None, first))
+
+    q, k = (jnp.zeros((1, size, 2, 8)) for size in (length // pieces, length))
+    flops = matrix_flops(jax.make_jaxpr(run)(q, k, k, jnp.int32(0)))
+    steps = min(pieces, 8)
+    assert flops * pieces == 2 * 2 * 2 * 8 * length**2 * (steps + 1) // (2 * steps)
 
 
 def compiled_gradient(length: int) -> jax.stages.Compiled:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_medllm.attention import Visibility, pallas, using
 from jax_medllm.attention.pallas import Tiles
 from jax_medllm.model import Qwen2
-from tests.dense_attention import Case, case, computed, expected, far_apart, sees
+from tests.dense_attention import Case, case, computed, expected, far_apart, in_pieces, sees
 from tests.small_model import small_config
 
 CUTS = [
@@ -35,6 +35,15 @@ def test_the_kernel_equals_the_dense_computation_in_float64(length, queries, key
     given = case(length, heads=6, kv_heads=2, width=16, groups=groups)
     with jax.enable_x64(True):
         found = computed(in_tiles(queries, keys), given, "float64")
+    assert max(far_apart(found, expected(given)).values()) < 1e-13
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["packed", "groups"])
+@pytest.mark.parametrize(("queries", "keys", "pieces"), [(16, 32, 2), (16, 16, 4), (32, 16, 4)])
+def test_pieces_of_a_row_equal_the_dense_computation_in_float64(queries, keys, pieces, groups):
+    given = case(96, heads=4, kv_heads=2, width=8, groups=groups)
+    with jax.enable_x64(True):
+        found = computed(in_pieces(in_tiles(queries, keys), 96, pieces), given, "float64")
     assert max(far_apart(found, expected(given)).values()) < 1e-13
 
 

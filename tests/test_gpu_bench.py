@@ -28,9 +28,9 @@ from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2, Qwen2Config
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn
 from medllm.bench import arithmetic, device
-from medllm.bench.child import measure_in, run_process
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SMOKE, DeviceShape, device_shape
 from medllm.bench.shapes import ModelShape
+from medllm.child import measure_in, run_process
 from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
 

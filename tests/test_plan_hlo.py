@@ -258,6 +258,27 @@ def test_what_runs_beside_the_rest_is_counted_once():
     assert beside.traffic() == 2 * 4 * KIB
 
 
+def test_the_branches_of_a_choice_count_as_if_taken_equally_often():
+    chosen = program(
+        """
+        %x = f32[1024]{0} parameter(0)
+        %i = s32[] parameter(1)
+        ROOT %c = f32[1024]{0} conditional(%i, %x, %x), branch_computations={%kept, %doubled}
+        """,
+        """
+        %kept (k: f32[1024]) -> f32[1024] {
+          ROOT %k = f32[1024]{0} parameter(0)
+        }
+
+        %doubled (d: f32[1024]) -> f32[1024] {
+          %d = f32[1024]{0} parameter(0)
+          ROOT %s = f32[1024]{0} add(%d, %d)
+        }
+        """,
+    )
+    assert chosen.traffic() == 3 * 4 * KIB / 2, "two operands and a result, every other time"
+
+
 # --- rounds of a loop ------------------------------------------------------------------------------------------------------
 
 LOOP = """

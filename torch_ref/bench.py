@@ -1,4 +1,4 @@
-"""The measurements of ``medllm bench`` that run in a process of their own (:mod:`medllm.bench.child`)."""
+"""The measurements of ``medllm bench`` that run in a process of their own (:mod:`medllm.child`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from medllm.bench.child import serve
 from medllm.bench.work import measurements
+from medllm.child import serve
 
 
 def matmul(rows: int, inner: int, columns: int, repeats: int = 20) -> dict[str, Any]:

@@ -31,12 +31,12 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from medllm.bench.child import serve
 from medllm.bench.device_shapes import PAIRS, DeviceShape
-from medllm.bench.memory import peak_resident_bytes
 from medllm.bench.shapes import ModelShape
+from medllm.child import serve
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
+from medllm.process_memory import peak_resident_bytes
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import DTYPES, add_adapter, device, initialize_adapter, peft_config
 from torch_ref.trainer import trainer_arguments

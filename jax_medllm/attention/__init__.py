@@ -16,13 +16,13 @@ The backend is taken when a function is traced: for the devices of the layout in
 (``jax.set_mesh``), which need not be there, else for the default device. ``with using("xla"):`` takes one by name; compiled
 functions know under which they were traced.
 
-On a mesh every device attends its own rows, heads and queries, to keys and values that come from all holders of the row.
+On a mesh every device attends its own rows and heads, and of a row that several hold an equal share, to keys and values that
+come from all of them (:mod:`jax_medllm.attention.shares`).
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Literal, get_args
 
 import jax
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 
 from jax_medllm.attention import cudnn, pallas, xla
 from jax_medllm.attention.pallas import KERNEL_OUTPUT
+from jax_medllm.attention.shares import attend_share
 from jax_medllm.attention.visibility import Visibility
 from jax_medllm.attention.xla import matmul_precision
 from jax_medllm.sharding import Layout, in_use
@@ -65,9 +66,10 @@ def _attend_on_mesh(layout: Layout, q: Array, k: Array, v: Array, visible: Visib
     rows = layout.activation(visible.segments.shape, ("batch", None))
 
     def local(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
-        if queries[1] is not None:
-            visible = replace(visible, first_query=jax.lax.axis_index(queries[1]) * q.shape[1])
-        return _BACKENDS[backend_for(q)].attend(q, k, v, visible)
+        backend = _BACKENDS[backend_for(q)]
+        if queries[1] is None:
+            return backend.attend(q, k, v, visible)
+        return attend_share(backend.attend, q, k, v, visible, queries[1], layout.pieces(queries[1]))
 
     specs = (queries, keys, keys, jax.tree.map(lambda _: rows, visible))
     # Kernels do not say over which mesh axes their results vary.

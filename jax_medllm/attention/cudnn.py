@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jax_medllm.attention.shares import attend_prefix
 from jax_medllm.attention.visibility import Visibility
 
 
@@ -26,6 +27,10 @@ def attend(
     q: Float[Array, "b s h x"], k: Float[Array, "b s k x"], v: Float[Array, "b s k x"], visible: Visibility
 ) -> Float[Array, "b s h x"]:
     """The contract of :func:`jax_medllm.attention.attend`."""
+    return _attend(q, k, v, visible) if visible.first_query is None else attend_prefix(_attend, q, k, v, visible)
+
+
+def _attend(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
     length, whole = q.shape[1], visible.first_query is None
     q, k, v = (_even(part) for part in (q, k, v))
     indices = jnp.arange(q.shape[1]) if whole else visible.first_query + jnp.arange(q.shape[1])

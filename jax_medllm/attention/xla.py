@@ -7,10 +7,13 @@ causal row never sees is not computed. The number of spans, and with it the prog
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_medllm.attention.shares import attend_prefix
 from jax_medllm.attention.visibility import Visibility
 
 CHUNK = 64
@@ -30,14 +33,19 @@ def attend(
 ) -> Float[Array, "b s h x"]:
     """The contract of :func:`jax_medllm.attention.attend`, ``chunk`` queries or a few less at a time."""
     s = q.shape[1]
-    if visible.first_query is not None:  # which keys these queries never see is not known when the program is made
-        return _attend_span(q, k, v, visible, visible.first_query, k.shape[1], chunk)
+    if visible.first_query is not None:
+        return attend_prefix(partial(_attend_piece, chunk), q, k, v, visible)
     span = _even_part(s, at_most=2 * chunk, parts=SPANS)
     parts = [
         _attend_span(q[:, start : start + span], k, v, visible, start, min(s, start + span), chunk)
         for start in range(0, s, span)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _attend_piece(chunk: int, q: Array, k: Array, v: Array, visible: Visibility) -> Array:
+    """Queries that are not the whole row, to the keys of a prefix of it."""
+    return _attend_span(q, k, v, visible, visible.first_query, k.shape[1], chunk)
 
 
 def _even_part(length: int, at_most: int, parts: int) -> int:

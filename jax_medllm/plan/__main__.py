@@ -10,7 +10,7 @@ from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.programs import trace
 from jax_medllm.plan.targets import devices_of
 from jax_medllm.sharding import Layout
-from medllm.bench.child import serve
+from medllm.child import serve
 
 
 def compile_stage(target: dict[str, Any], mesh: str, rules: str, stage: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,8 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """All that is sent between devices in one run, most bytes first."""
-        times: dict[tuple[str, str, int], int] = defaultdict(int)
-        sent: dict[tuple[str, str, int], int] = defaultdict(int)
+        times: dict[tuple[str, str, int], float] = defaultdict(int)
+        sent: dict[tuple[str, str, int], float] = defaultdict(int)
         started: set[Any] = set()
         alone = {computation for computation, _ in self._runs(fused=False)}
         for computation, runs in self._runs(fused=True):
@@ -133,7 +133,7 @@ class Program:
                 for dtype, size in sizes.items():
                     times[kind, dtype, devices] += runs
                     sent[kind, dtype, devices] += runs * round(size * _share(kind, devices))
-        found = [Collective(*key, times[key], sent[key]) for key in times]
+        found = [Collective(*key, round(times[key]), round(sent[key])) for key in times]
         return sorted(found, key=lambda one: (-one.bytes, one.kind))
 
     def traffic(self) -> int:
@@ -142,14 +142,17 @@ class Program:
         What a fused operation reads only slices of counts with those slices, what it updates a slice of with that slice.
         Arrays in a memory space of their own (``S(1)``, a TPU's vector memory) are not in the main memory.
         """
-        return sum(
-            runs * sum(self._moved(computation, line) for line in self.computations[computation])
-            for computation, runs in self._runs(fused=False)
+        return round(
+            sum(
+                runs * sum(self._moved(computation, line) for line in self.computations[computation])
+                for computation, runs in self._runs(fused=False)
+            )
         )
 
-    def _runs(self, fused: bool) -> Iterator[tuple[str, int]]:
-        """Computations and how often each runs; with or without the insides of fused operations."""
-        waiting = [(self.entry, 1)]
+    def _runs(self, fused: bool) -> Iterator[tuple[str, float]]:
+        """Computations and how often each runs, a choice's as often as each other; with or without the insides of fused
+        operations."""
+        waiting: list[tuple[str, float]] = [(self.entry, 1)]
         while waiting:
             computation, runs = waiting.pop()
             yield computation, runs
@@ -158,8 +161,10 @@ class Program:
                 if line.opcode == "while":
                     rounds = runs * self._rounds(computation, line)
                     waiting += [(called["body"], rounds), (called["condition"], rounds)]
-                elif line.opcode in ("call", "conditional", "async-start"):
+                elif line.opcode in ("call", "async-start"):
                     waiting += [(name, runs) for name in called.values()]
+                elif line.opcode == "conditional":
+                    waiting += [(name, runs / len(called)) for name in called.values()]
                 elif line.opcode == "fusion" and fused:
                     waiting.append((called["calls"], runs))
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medllm.bench.arithmetic import cpt_step, decode_bytes, grouped_step, paired_step, training_flops
-from medllm.bench.child import measure_in, run_process
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SIZES, SMOKE, DeviceShape, device_shape
+from medllm.child import measure_in, run_process
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.run import environment, write_json

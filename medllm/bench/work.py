@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from medllm.bench.memory import peak_resident_bytes
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.config import (
     CptConfig,
@@ -26,6 +25,7 @@ from medllm.config import (
     TrainingConfig,
 )
 from medllm.engine import EngineName, TrainSummary, open_engine
+from medllm.process_memory import peak_resident_bytes
 from medllm.run import Run
 
 Profiler = Callable[[str], AbstractContextManager[Any]]
@@ -35,7 +35,7 @@ Profiler = Callable[[str], AbstractContextManager[Any]]
 def measurements(
     engine: EngineName, profiler: Profiler, compile_seconds: Callable[[], float] | None = None
 ) -> dict[str, Callable[..., dict[str, Any]]]:
-    """``cpt``, ``rpo`` and ``generate`` on ``engine``, for :func:`medllm.bench.child.serve`.
+    """``cpt``, ``rpo`` and ``generate`` on ``engine``, for :func:`medllm.child.serve`.
 
     Args:
         engine: Which engine does the work.

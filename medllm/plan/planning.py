@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from medllm.bench.child import measure_in
+from medllm.child import measure_in
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.plan.models import model_config

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from medllm.bench.memory import physical_bytes
 from medllm.errors import UserError
+from medllm.process_memory import physical_bytes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: ``python -m jax_medllm.bench NAME SETTINGS`` prints one line of JSON."""
+"""Work in a process of its own: ``python -m jax_medllm.plan NAME SETTINGS`` prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def measure_in(
         RuntimeError: the process failed, or took longer than ``timeout``.
     """
     command = [sys.executable, "-m", module, name, json.dumps(settings)]
-    with tempfile.TemporaryDirectory(prefix="medllm-bench-") as nothing_compiled:  # so that compiling is measured too
+    with tempfile.TemporaryDirectory(prefix="medllm-child-") as nothing_compiled:  # so that compiling is measured too
         variables = {**(os.environ if environment is None else environment), "JAX_COMPILATION_CACHE_DIR": nothing_compiled}
         done = run_process(command, timeout=timeout, environment=variables, log=log)
     said = done.stderr.strip().splitlines()
