@@ -190,7 +190,9 @@ class JaxEngine:
         for held in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
             self.__dict__.pop(held, None)
         with self._on_mesh():
-            return load_model(opened, lora=continued or config.lora)
+            model = load_model(opened, lora=continued or config.lora)
+            lay_codes(model)
+        return model
 
     def _on_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._layout is None else self._layout.in_use()
@@ -206,7 +208,6 @@ class JaxEngine:
     ) -> TrainSummary:
         training = config.training
         with self._on_mesh():
-            lay_codes(model)
             chosen = None
             remat = training.remat
             if remat == "auto":

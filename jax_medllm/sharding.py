@@ -326,7 +326,7 @@ def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
 
 
 def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Devices in the form of a mesh; the chips of a TPU slice so that the devices of an axis are neighbours."""
+    """Devices in the form of a mesh; the chips of a TPU slice in the order that JAX recommends for the links between them."""
     if devices[0].platform == "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(shape)

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 
 LANES = 128
-CODES = "packed"
+_PACKED = "packed"
 """Name of the codes in :class:`jax_medllm.linear.PackedWeight`."""
 
 
@@ -47,5 +47,5 @@ def laid_codes(state: nnx.State, turned: Callable[[Any, Format], Any], platform:
 
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(
-        {path: variable.replace(laid(variable.get_value())) if path[-1] == CODES else variable for path, variable in flat}
+        {path: variable.replace(laid(variable.get_value())) if path[-1] == _PACKED else variable for path, variable in flat}
     )

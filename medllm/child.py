@@ -12,25 +12,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from medllm.engine import require
 from medllm.errors import UserError
 
-_MODULES = {"jax": ("jax_medllm.bench", "jax"), "torch": ("torch_ref.bench", "torch")}
 
-
-def measure(engine: str, name: str, **settings: Any) -> dict[str, Any]:
-    """Run the measurement ``name`` of an engine in a fresh process and return what it found.
-
-    Raises:
-        UserError: the engine is not installed, or refuses the settings (its own one-line reason).
-        RuntimeError: the process failed.
-    """
-    module, package = _MODULES[engine]
-    require(f"engine '{engine}'", package, package)
-    return measure_in(module, name, settings)
-
-
-def measure_in(
+def run_in_child(
     module: str,
     name: str,
     settings: Mapping[str, Any],
@@ -39,7 +24,7 @@ def measure_in(
     environment: Mapping[str, str] | None = None,
     log: TextIO | None = None,
 ) -> dict[str, Any]:
-    """Run the measurement ``name`` of ``module``, which :func:`serve` serves, in a fresh process and return what it found.
+    """Run ``name`` of ``module``, which :func:`serve` serves, in a fresh process and return what it found.
 
     Args:
         module: Where it is.
@@ -54,7 +39,7 @@ def measure_in(
         RuntimeError: the process failed, or took longer than ``timeout``.
     """
     command = [sys.executable, "-m", module, name, json.dumps(settings)]
-    with tempfile.TemporaryDirectory(prefix="medllm-child-") as nothing_compiled:  # so that compiling is measured too
+    with tempfile.TemporaryDirectory(prefix="medllm-child-") as nothing_compiled:  # so that the time to compile is seen
         variables = {**(os.environ if environment is None else environment), "JAX_COMPILATION_CACHE_DIR": nothing_compiled}
         done = run_process(command, timeout=timeout, environment=variables, log=log)
     said = done.stderr.strip().splitlines()
@@ -63,7 +48,7 @@ def measure_in(
     if done.returncode != 0:
         # A process that a signal ends, as the kernel does for its memory, often says nothing, or nothing to the point.
         reason = _signal(done.returncode) or (said[-1] if said else f"exit code {done.returncode}")
-        raise RuntimeError(f"the measuring process ended early: {reason}")
+        raise RuntimeError(f"the child process ended early: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -98,11 +83,11 @@ def _signal(code: int) -> str | None:
     return f"ended by {signal.Signals(-code).name}" if code < 0 else None
 
 
-def serve(measurements: Mapping[str, Callable[..., dict[str, Any]]], argv: list[str]) -> int:
-    """The child's side: run the measurement named in ``argv`` with the settings that follow it."""
+def serve(functions: Mapping[str, Callable[..., dict[str, Any]]], argv: list[str]) -> int:
+    """The child's side: run what is named in ``argv`` with the settings that follow it."""
     name, settings = argv
     try:
-        found = measurements[name](**json.loads(settings))
+        found = functions[name](**json.loads(settings))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax_medllm.attention import Visibility, attend, backend_for, cudnn, using, xla
 from jax_medllm.plan.flops import matrix_flops
 from medllm.errors import UserError
+from tests.attention_on_devices import CASES
 from tests.dense_attention import case, computed, expected, far_apart, in_pieces
 
 LENGTHS = [
@@ -43,6 +49,22 @@ def test_pieces_of_a_row_equal_the_dense_computation_in_float64(length, pieces, 
     with jax.enable_x64(True):
         found = computed(in_pieces(lambda *inputs: xla.attend(*inputs, chunk=32), length, pieces), given, "float64")
     assert max(far_apart(found, expected(given)).values()) < 1e-13
+
+
+@pytest.fixture(scope="module")
+def on_devices():
+    """What :mod:`tests.attention_on_devices` found on eight devices."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.attention_on_devices"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: " ".join(map(str, key)))
+def test_rows_over_several_devices_equal_the_dense_computation_in_float64(on_devices, key):
+    mesh, rules, length = key
+    assert on_devices[f"{mesh} {rules} {length}"] < 1e-13
 
 
 @pytest.mark.parametrize("pieces", [2, 8, 16])

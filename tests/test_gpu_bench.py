@@ -30,7 +30,7 @@ from jax_medllm.train import cpt_loss_fn, preference_loss_fn
 from medllm.bench import arithmetic, device
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SMOKE, DeviceShape, device_shape
 from medllm.bench.shapes import ModelShape
-from medllm.child import measure_in, run_process
+from medllm.child import run_in_child, run_process
 from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
 
@@ -160,11 +160,11 @@ def answers(monkeypatch, failing=()):
     def child(module, name, settings, **_):
         engine = module.split("_")[0]
         if (engine, name) in failing:
-            raise RuntimeError("the measuring process ended early: OutOfMemoryError: tried to allocate 9 GiB\nmore")
+            raise RuntimeError("the child process ended early: OutOfMemoryError: tried to allocate 9 GiB\nmore")
         found = dict(FOUND[name])
         return {**found, "units": found["units"] / len(PAIRS)} if (engine, name) == ("torch", "rpo") else found
 
-    monkeypatch.setattr(device, "measure_in", child)
+    monkeypatch.setattr(device, "run_in_child", child)
 
 
 def test_a_part_that_fails_says_why_and_the_others_go_on(monkeypatch):
@@ -203,7 +203,7 @@ def test_targets_are_judged_by_what_was_measured(monkeypatch):
 
 def test_ended_from_outside_it_still_prints_what_it_has(monkeypatch, capsys, tmp_path):
     answers(monkeypatch)
-    answered = device.measure_in
+    answered = device.run_in_child
 
     def child(module, name, settings, **given):
         if name == "rpo":
@@ -211,7 +211,7 @@ def test_ended_from_outside_it_still_prints_what_it_has(monkeypatch, capsys, tmp
             time.sleep(5)
         return answered(module, name, settings, **given)
 
-    monkeypatch.setattr(device, "measure_in", child)
+    monkeypatch.setattr(device, "run_in_child", child)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert device.main(["--sizes", "7b", "--parts", "cpt", "rpo", "--out", str(tmp_path / "gpu.json")]) == 1
@@ -235,7 +235,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
     def child(*_, **__):
         raise UserError("no GPU here")
 
-    monkeypatch.setattr(device, "measure_in", child)
+    monkeypatch.setattr(device, "run_in_child", child)
     assert device.main([]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
@@ -250,12 +250,12 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_p
 def test_a_child_that_sees_no_gpu_refuses_to_measure_the_host():
     given = {"side": 8, "copied": 64, "smoke": False}
     with pytest.raises(UserError, match="JAX sees no GPU"):
-        measure_in("jax_medllm.device_bench", "rates", given, environment={**os.environ, "JAX_PLATFORMS": "cpu"})
+        run_in_child("jax_medllm.device_bench", "rates", given, environment={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
 def test_the_last_line_of_a_failed_child_is_its_error():
     with pytest.raises(RuntimeError, match="ended early: TypeError: "):
-        measure_in(
+        run_in_child(
             "jax_medllm.device_bench",
             "cpt",
             {"shape": SMOKE.to_json() | {"name": ["72B"], "rows": "one"}, "seconds": 1, "smoke": True},

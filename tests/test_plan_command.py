@@ -43,7 +43,7 @@ def nothing_is_compiled(monkeypatch):
     def compile_(*_: Any, **__: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(planning, "measure_in", compile_)
+    monkeypatch.setattr(planning, "run_in_child", compile_)
 
 
 # --- a plan ----------------------------------------------------------------------------------------------------------------

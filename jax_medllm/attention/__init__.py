@@ -69,7 +69,7 @@ def _attend_on_mesh(layout: Layout, q: Array, k: Array, v: Array, visible: Visib
         backend = _BACKENDS[backend_for(q)]
         if queries[1] is None:
             return backend.attend(q, k, v, visible)
-        return attend_share(backend.attend, q, k, v, visible, queries[1], layout.pieces(queries[1]))
+        return attend_share(backend.attend, q, k, v, visible, queries[1])
 
     specs = (queries, keys, keys, jax.tree.map(lambda _: rows, visible))
     # Kernels do not say over which mesh axes their results vary.

@@ -2,8 +2,9 @@
 
 A token sees those before it, so the device that holds the last run of a row would have the most to do, and the others would
 wait for it. Each run is cut in two, and device i of n gives its second half to device n - 1 - i for that one's: with an early
-piece and a late one all have the same number of queries, which see the same number of keys (as in Llama 3's training,
-arXiv 2407.21783, section 3.3.2). What is computed goes back the same way.
+piece and a late one all have the same number of queries, and as many keys before them (as in Llama 3's training,
+arXiv 2407.21783, section 3.3.2); what is computed goes back the same way. In a row of several documents a device may still see
+less than another.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ def attend_share(
     v: Float[Array, "b t k x"],
     visible: Visibility,
     axes: Any,
-    devices: int,
 ) -> Float[Array, "b s h x"]:
     """Attention of this device's run of queries to the whole row; in ``shard_map``.
 
@@ -44,13 +44,13 @@ def attend_share(
         v: Values of the row.
         visible: Of the row.
         axes: Mesh axes over which the row is cut.
-        devices: Along them.
     """
     run, half = q.shape[1], q.shape[1] // 2
-    own = jax.lax.axis_index(axes)
+    own, devices = jax.lax.axis_index(axes), jax.lax.axis_size(axes)
     if not half:
         return attend(q, k, v, replace(visible, first_query=own))
     across = devices - 1 - own
+    # Whatever the order in which several axes are counted, this is the same exchange.
     exchanged = partial(jax.lax.ppermute, axis_name=axes, perm=[(i, devices - 1 - i) for i in range(devices)])
     early = attend(q[:, :half], k, v, replace(visible, first_query=own * run))
     late = attend(exchanged(q[:, half:]), k, v, replace(visible, first_query=across * run + half))
@@ -99,4 +99,5 @@ def _choice(q: Array, k: Array, visible: Visibility) -> Array:
 
 
 def _count(q: Array, k: Array) -> int:
-    return min(PREFIXES, -(-k.shape[1] // q.shape[1]))
+    keys, queries = k.shape[1], q.shape[1]
+    return min(PREFIXES, -(-keys // queries), -(-keys // _WHOLE_TILES))

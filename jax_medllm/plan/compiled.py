@@ -115,7 +115,7 @@ def _facts(stage: Stage, layout: Layout, seconds: float) -> dict[str, Any]:
 
 
 def _text(compiled: Any) -> str | None:
-    """The compiled program; None where this JAX cannot read what a newer compiler has written (some of a v6e's programs)."""
+    """The compiled program; None where this JAX cannot read what a newer compiler has written."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:

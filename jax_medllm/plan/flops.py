@@ -13,7 +13,7 @@ def matrix_flops(jaxpr: Jaxpr | ClosedJaxpr, while_trips: int = 1) -> int:
 
     XLA's own analysis counts the body of a scanned layer once. Here a scan counts as often as it is run, the kernel of a
     Pallas call once for each point of its grid, what runs on each device of a mesh as often as there are devices, and the
-    branches of a choice as if each were taken as often as the others: they are, where devices share a row's queries.
+    branches of a choice that have products as if each were taken equally often: they are, where devices share a row's queries.
 
     Args:
         jaxpr: What was traced.
@@ -32,7 +32,8 @@ def _equation(equation: Any, while_trips: int) -> int:
         return _attention(equation, backward="bwd" in name)
     inner = [matrix_flops(value, while_trips) for value in _jaxprs(params)]
     if name == "cond":
-        return sum(inner) // max(1, len(inner))
+        products = [count for count in inner if count]
+        return sum(products) // max(1, len(products))
     times = 1
     if name == "scan":
         times = params["length"]

@@ -12,8 +12,9 @@ from jax.experimental import topologies
 from medllm.errors import UserError
 
 READABLE: Mapping[str, dict[str, Any]] = {"tpu": {"xla_tpu_offload_gather_to_sparsecore": False}}
-"""Options of a platform's compiler under which jaxlib can read what it has compiled. A v5p's and a v6e's sparse core looks the
-embedding up in a way that jaxlib 0.10.2 has no text for; it is planned for the main core. Memory is the same."""
+"""Options of a platform's compiler under which jaxlib can read what it has compiled. The sparse core of a v5p or v6e looks
+the embedding up in a way that jaxlib 0.10.2 has no text for; it is planned for the main core, as on chips that have no other.
+Memory is the same."""
 
 _CUDNN = 91000
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from medllm.bench.engines import measure
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
-from medllm.child import measure
 from medllm.errors import UserError
 from medllm.run import environment
 

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
-from medllm.child import measure
 from medllm.errors import UserError
 from medllm.run import environment
 

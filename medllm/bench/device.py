@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from medllm.bench.arithmetic import cpt_step, decode_bytes, grouped_step, paired_step, training_flops
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SIZES, SMOKE, DeviceShape, device_shape
-from medllm.child import measure_in, run_process
+from medllm.child import run_in_child, run_process
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.run import environment, write_json
@@ -176,7 +176,7 @@ def _child(
     require(f"engine '{engine}'", engine, engine)
     timed = {} if name == "rates" else {"seconds": _SHARE_TIMED * seconds}
     given = {**settings, **timed, "smoke": smoke}
-    return measure_in(_MODULES[engine], name, given, timeout=seconds, environment=_environment(smoke), log=log)
+    return run_in_child(_MODULES[engine], name, given, timeout=seconds, environment=_environment(smoke), log=log)
 
 
 def _parity(seconds: float, *, smoke: bool, log: TextIO | None) -> dict[str, Any]:

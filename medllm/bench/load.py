@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from medllm.child import measure
+from medllm.bench.engines import measure
 from medllm.errors import UserError
 from medllm.model_directory import write_model
 from medllm.random_model import qwen2_config, random_tensors

@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from medllm.child import measure_in
+from medllm.child import run_in_child
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.plan.models import model_config
@@ -28,7 +28,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     check_installed(target)
     check_context(request, config)
     settings = request.settings()
-    found = measure_in(
+    found = run_in_child(
         "jax_medllm.plan",
         "compile",
         {
