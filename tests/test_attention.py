@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from jax_medllm.plan.flops import matrix_flops
 from medllm.errors import UserError
 from tests.attention_on_devices import CASES
 from tests.dense_attention import case, computed, expected, far_apart, in_pieces
+from tests.test_sharding import EIGHT
 
 LENGTHS = [
     pytest.param(96, 16, id="whole chunks"),
@@ -54,9 +54,8 @@ def test_pieces_of_a_row_equal_the_dense_computation_in_float64(length, pieces, 
 @pytest.fixture(scope="module")
 def on_devices():
     """What :mod:`tests.attention_on_devices` found on eight devices."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.attention_on_devices"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=EIGHT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

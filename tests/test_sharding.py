@@ -14,7 +14,12 @@ import pytest
 from jax_medllm.sharding import MESH_AXES, RULES, Axis, Layout, entry
 from medllm.errors import UserError
 
-EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+EIGHT = {
+    **os.environ,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}",
+    "JAX_PLATFORMS": "cpu",
+}
 MESHES = (
     "fsdp=8",
     "fsdp=8@reversed",
