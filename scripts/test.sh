@@ -10,5 +10,6 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports"
 "$venv/bin/mypy"
-# A file of tests stays in one process, which makes its expensive fixtures once.
-"$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# A file of tests stays in one process, which makes its expensive fixtures once. Files come in their own order: by their number of
+# tests, those with few long ones would all come last, and one process would wait for the other.
+"$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
