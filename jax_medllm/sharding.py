@@ -115,10 +115,8 @@ class Layout:
         sizes = _sizes(mesh, len(devices))
         # An axis of one device would only add collectives among one.
         shape = {name: size for name, size in sizes.items() if size > 1} or {MESH_AXES[0]: 1}
-        return cls(
-            Mesh(_arranged(devices, tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)),
-            _parsed_rules(rules),
-        )
+        array = _arranged(devices, tuple(shape.values()))
+        return cls(Mesh(array, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), _parsed_rules(rules))
 
     def in_use(self) -> AbstractContextManager[None]:
         """Arrays are laid out so in what is traced within."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,7 +12,7 @@ from jax_medllm.plan.flops import matrix_flops
 from medllm.errors import UserError
 from tests.attention_on_devices import CASES
 from tests.dense_attention import case, computed, expected, far_apart, in_pieces
-from tests.test_sharding import EIGHT
+from tests.forced_devices import found_on_eight
 
 LENGTHS = [
     pytest.param(96, 16, id="whole chunks"),
@@ -54,10 +50,7 @@ def test_pieces_of_a_row_equal_the_dense_computation_in_float64(length, pieces, 
 @pytest.fixture(scope="module")
 def on_devices():
     """What :mod:`tests.attention_on_devices` found on eight devices."""
-    command = [sys.executable, "-m", "tests.attention_on_devices"]
-    done = subprocess.run(command, env=EIGHT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_on_eight("tests.attention_on_devices")
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: " ".join(map(str, key)))

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +13,7 @@ from jax_medllm.batches import response_rows
 from jax_medllm.logprobs import response_logprobs, token_logprobs
 from jax_medllm.model import LoraParam, Qwen2
 from medllm.config import LoraConfig
+from tests.forced_devices import found_on_eight
 from tests.small_model import small_config
 
 SMALL = small_config(tie_embeddings=False, max_positions=64)
@@ -145,12 +140,7 @@ def test_temporary_memory_is_one_chunk_of_logits_whatever_the_length_and_the_voc
 @pytest.fixture(scope="module")
 def sharded():
     """What :mod:`tests.sharded_logprobs` found on eight devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[1]
-    child = [sys.executable, "-m", "tests.sharded_logprobs"]
-    done = subprocess.run(child, capture_output=True, text=True, check=False, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return found_on_eight("tests.sharded_logprobs")
 
 
 @pytest.mark.parametrize("mesh", ["vocab=8", "batch=2,vocab=4"])

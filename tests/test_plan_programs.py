@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.test_sharding import EIGHT
+from tests.forced_devices import found_on_eight
 
 GIB = 2**30
 
@@ -17,10 +14,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def eight() -> dict[str, Any]:
     """What :mod:`tests.plan_on_eight_devices` found."""
-    command = [sys.executable, "-m", "tests.plan_on_eight_devices"]
-    done = subprocess.run(command, env=EIGHT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_on_eight("tests.plan_on_eight_devices")
 
 
 ROUNDS = 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -25,7 +24,7 @@ from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
-from tests.test_sharding import QUICK_TO_COMPILE
+from tests.forced_devices import environment
 
 MESH = ("--mesh", "fsdp=4,tensor=2")  # each process holds half of the rows, and half of the weights
 OTHER_MESH = ("--mesh", "data=2,fsdp=2,tensor=2")
@@ -34,11 +33,7 @@ TRAINING = ("--lora.rank", "4", "--training.accumulation", "1", "--training.epoc
 HEARTBEAT = 5
 TWO_MINUTES = 120
 """What is promised; on two busy cores it can take most of one (docs/sharding.md)."""
-FOUR = {
-    **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK_TO_COMPILE}",
-    "JAX_PLATFORMS": "cpu",
-}
+FOUR = environment(4)
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from jax_medllm.engine import JaxEngine
 from medllm.config import MeshConfig, ModelConfig
 from medllm.engine import open_engine
 from medllm.errors import UserError
-from tests.test_sharding import EIGHT
+from tests.forced_devices import found_on_eight
 
 
 @pytest.mark.parametrize(("quantization", "mesh"), [("nf4", "data=2,tensor=2,fsdp=2"), ("none", "sequence=2,fsdp=4")])
 def test_what_the_engine_does_on_a_mesh_is_what_it_does_on_one_device(quantization, mesh):
     """Adapters after a few steps differ by more than one step's rounding: Adam divides small gradients by themselves."""
-    command = [sys.executable, "-m", "tests.sharded_engine", quantization, mesh]
-    done = subprocess.run(command, env=EIGHT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = found_on_eight("tests.sharded_engine", quantization, mesh)
     assert found["same texts"]
     assert found["logprobs"] < 1e-5
     assert max(found["cpt"], found["resumed on one device"], found["rpo"]) < 1e-3, found

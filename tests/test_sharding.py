@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 from jax_medllm.sharding import MESH_AXES, RULES, Axis, Layout, entry
 from medllm.errors import UserError
+from tests.forced_devices import found_on_eight
 
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
-EIGHT = {
-    **os.environ,
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}",
-    "JAX_PLATFORMS": "cpu",
-}
 MESHES = (
     "fsdp=8",
     "fsdp=8@reversed",
@@ -69,11 +59,7 @@ def test_chips_of_a_tpu_are_neighbours_along_the_innermost_axis(mesh):
 
 
 def trained(stage: str, quantization: str, *meshes: str) -> dict[str, dict]:
-    command = [sys.executable, "-m", "tests.sharded_training", stage, quantization, *meshes]
-    done = subprocess.run(command, env=EIGHT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Involuntary full rematerialization" not in done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return found_on_eight("tests.sharded_training", stage, quantization, *meshes)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def attend_prefix(
     Where the queries stand is known when the program runs, so that chooses one of :data:`PREFIXES` programs. The backward pass
     attends anew, in the program of the same prefix: what a choice hands on would be the sum of what all its programs do.
     """
-    programs = [lambda q, k, v, visible, end=end: attend(q, k[:, :end], v[:, :end], visible) for end in _ends(q, k)]
+    programs = [partial(_attend_first, attend, end) for end in _ends(q, k)]
     return jax.lax.switch(_choice(q, k, visible), programs, q, k, v, visible)
 
 
@@ -78,13 +78,17 @@ def _backward(attend: Attend, kept: tuple[Any, ...], slope: Array) -> tuple[Arra
     q, k, v, visible = kept
 
     def pulled_back(end: int, q: Array, k: Array, v: Array, visible: Visibility, slope: Array) -> tuple[Array, Array, Array]:
-        return jax.vjp(lambda q, k, v: attend(q, k[:, :end], v[:, :end], visible), q, k, v)[1](slope)
+        return jax.vjp(lambda q, k, v: _attend_first(attend, end, q, k, v, visible), q, k, v)[1](slope)
 
     programs = [partial(pulled_back, end) for end in _ends(q, k)]
     return *jax.lax.switch(_choice(q, k, visible), programs, q, k, v, visible, slope), None
 
 
 attend_prefix.defvjp(_forward, _backward)
+
+
+def _attend_first(attend: Attend, end: int, q: Array, k: Array, v: Array, visible: Visibility) -> Array:
+    return attend(q, k[:, :end], v[:, :end], visible)
 
 
 def _ends(q: Array, k: Array) -> list[int]:

@@ -1,0 +1,24 @@
+"""A CPU cut into devices, for child processes: how many a process has is settled when JAX starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The variables of a process with so many devices. LLVM's passes, most of the time to compile, are left out."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def found_on_eight(module: str, *arguments: str) -> Any:
+    """What ``python -m module arguments`` prints in its last line, as JSON, where it has eight devices."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Involuntary full rematerialization" not in done.stderr, "XLA gathers a whole array to lay it out anew"
+    return json.loads(done.stdout.splitlines()[-1])
