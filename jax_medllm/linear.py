@@ -8,6 +8,9 @@ shardings from the logical axes they carry.
 
 A NF4 weight is dequantized where it is used, and again in the backward pass: between the two only the packed codes stay in
 memory, never the dense weight.
+
+In fp32 and wider, where there are more tokens than it pays for, the update is added to the weight instead, W + scaling · B A:
+one product in place of three, and no further array as large as the output. Narrower types would round the update away.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -99,11 +102,12 @@ class Lora(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         """scaling · (x Aᵀ) Bᵀ in the type of ``x``."""
-        a, b = (
-            gathered(matrix[...].astype(x.dtype), matrix.axes[1:], used)
-            for matrix, used in zip((self.A, self.B), self._used, strict=True)
-        )
-        return (self.scaling[...] * matmul(matmul(x, a), b)).astype(x.dtype)
+        return low_rank_matmul(x, *self.matrices(x.dtype))
+
+    def matrices(self, dtype: jnp.dtype) -> tuple[Float[Array, "r in"], Float[Array, "out r"]]:
+        """A and scaling · B in a type, where they are used."""
+        a, b = self.A[...].astype(dtype), (self.scaling[...] * self.B[...]).astype(dtype)
+        return gathered(a, self.A.axes[1:], self._used[0]), gathered(b, self.B.axes[1:], self._used[1])
 
 
 class Linear(nnx.Module):
@@ -152,16 +156,20 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*b in"], *, adapter: bool = True) -> Float[Array, "*b out"]:
         """Apply the layer; ``adapter=False`` leaves the trained adapter out, at trace time."""
         x = self._spread(x, self.axes[1])
+        loras = [lora for lora in (*self.frozen_loras, self.lora if adapter else self.reference_lora) if lora is not None]
         if self.quantized is not None:
             y = nf4_matmul(x, self.quantized.value(), self.axes)
         else:
             assert self.weight is not None
-            y = matmul(x, gathered(self.weight[...], self.axes))
+            weight = gathered(self.weight[...], self.axes)
+            if loras and _pays_to_add(x, weight):
+                y, loras = adapted_matmul(x, weight, tuple(lora.matrices(x.dtype) for lora in loras)), []
+            else:
+                y = matmul(x, weight)
         if self.bias is not None:
             y = y + self.bias[...]
-        for lora in (*self.frozen_loras, self.lora if adapter else self.reference_lora):
-            if lora is not None:
-                y = y + lora(x)
+        for lora in loras:
+            y = y + lora(x)
         return self._spread(y, self.axes[0])
 
     def _spread(self, activation: Float[Array, "*b n"], axis: Axis) -> Float[Array, "*b n"]:
@@ -194,6 +202,79 @@ class PackedWeight(nnx.Module):
 def matmul(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> Float[Array, "*b out"]:
     """x Wᵀ with a weight in Hugging Face's orientation, at full precision for fp32 and float64."""
     return jnp.einsum("...i,oi->...o", x, weight, precision=matmul_precision(x.dtype))
+
+
+def matmul_back(g: Float[Array, "*b out"], weight: Float[Array, "out in"]) -> Float[Array, "*b in"]:
+    """g W, the gradient of :func:`matmul` by its input."""
+    return jnp.einsum("...o,oi->...i", g, weight, precision=matmul_precision(g.dtype))
+
+
+Matrices = tuple[Float[Array, "r in"], Float[Array, "out r"]]
+"""A and scaling · B of a low-rank update."""
+
+
+@jax.custom_vjp
+def low_rank_matmul(x: Float[Array, "*b in"], a: Float[Array, "r in"], b: Float[Array, "out r"]) -> Float[Array, "*b out"]:
+    """(x Aᵀ) Bᵀ."""
+    return matmul(matmul(x, a), b)
+
+
+def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    narrow = matmul(x, a)
+    return matmul(narrow, b), (x, narrow, a, b)
+
+
+def _low_rank_backward(kept: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    x, narrow, a, b = kept
+    narrow_slope = matmul_back(g, b)
+    return matmul_back(narrow_slope, a), *_matrix_slopes(x, narrow, g, narrow_slope)
+
+
+low_rank_matmul.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+@jax.custom_vjp
+def adapted_matmul(
+    x: Float[Array, "*b in"], weight: Float[Array, "out in"], updates: tuple[Matrices, ...]
+) -> Float[Array, "*b out"]:
+    """x (W + Σ B A)ᵀ. The weight has no gradient."""
+    return matmul(x, _adapted(weight, updates))
+
+
+def _adapted_forward(x: Array, weight: Array, updates: tuple[Matrices, ...]) -> tuple[Array, tuple[Any, ...]]:
+    return adapted_matmul(x, weight, updates), (x, weight, updates)
+
+
+def _adapted_backward(kept: tuple[Any, ...], g: Array) -> tuple[Array, None, tuple[Matrices, ...]]:
+    x, weight, updates = kept
+    slopes = tuple(_matrix_slopes(x, matmul(x, a), g, matmul_back(g, b)) for a, b in updates)
+    return matmul_back(g, _adapted(weight, updates)), None, slopes
+
+
+adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
+
+
+def _adapted(weight: Float[Array, "out in"], updates: tuple[Matrices, ...]) -> Float[Array, "out in"]:
+    return sum((matmul_back(b, a) for a, b in updates), weight)
+
+
+def _pays_to_add(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> bool:
+    """B A takes fewer operations than (x Aᵀ) Bᵀ, the sum is precise enough, and no device would compute it for others."""
+    tokens = math.prod(x.shape[:-1])
+    return x.dtype.itemsize >= 4 and in_use() is None and tokens * sum(weight.shape) > math.prod(weight.shape)
+
+
+def _matrix_slopes(
+    x: Float[Array, "*b in"], narrow: Float[Array, "*b r"], g: Float[Array, "*b out"], narrow_slope: Float[Array, "*b r"]
+) -> Matrices:
+    """Gradients of A and B from x, x Aᵀ, the output's gradient g and g B.
+
+    Both are products [r, ·]: a CPU's library takes five times as long for the same numbers as [out, r]. The barrier keeps the
+    compiler from folding the transpose after them into the product, or into a copy of g.
+    """
+    over_tokens = partial(jnp.tensordot, axes=(tuple(range(x.ndim - 1)),) * 2, precision=matmul_precision(x.dtype))
+    of_a, of_b = jax.lax.optimization_barrier((over_tokens(narrow_slope, x), over_tokens(narrow, g)))
+    return of_a, of_b.T
 
 
 def packed_axes(out_axis: Axis, in_axis: Axis) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis]]:
@@ -230,7 +311,7 @@ def _nf4_matmul_backward(
     axes: tuple[Axis, Axis] | None, weight: NF4Weight, g: Float[Array, "*b out"]
 ) -> tuple[Float[Array, "*b in"], None]:
     g, weight = jax.lax.optimization_barrier((g, _gathered(weight, axes)))
-    slopes = jnp.einsum("...o,oi->...i", g, _dense(weight, axes, g.dtype), precision=matmul_precision(g.dtype))
+    slopes = matmul_back(g, _dense(weight, axes, g.dtype))
     even, odd = jnp.split(slopes.reshape(*g.shape[:-1], _pieces(axes), -1), 2, axis=-1)
     return jnp.stack([even, odd], axis=-1).reshape(slopes.shape), None
 

@@ -20,8 +20,8 @@ RematPolicy = Literal["none", "projections", "attention", "layer"]
 - ``none``: everything. Fastest, where it fits: short rows, small models.
 - ``projections``: what the layer's matrices give (but ``down_proj``, which only the next layer reads). The matrices are not
   multiplied again, norms, rotation, attention weights and SiLU are: most of the memory for little time.
-- ``attention``: only the results as wide as the model or narrower, those of q, k, v and o. The MLP's two wide ones, about three
-  quarters of them in Qwen2.5, are computed again.
+- ``attention``: only the results as wide as the model or narrower, those of q, k, v, o and of attention itself. The MLP's two
+  wide ones, most of them in Qwen2.5, are computed again.
 - ``layer``: each layer's input alone, one more forward pass. The least memory: 72B on long rows.
 """
 

@@ -14,20 +14,23 @@ from tests.attention_on_devices import CASES
 from tests.dense_attention import case, computed, expected, far_apart, in_pieces
 from tests.forced_devices import found_on_eight
 
-LENGTHS = [
-    pytest.param(96, 16, id="whole chunks"),
-    pytest.param(101, 16, id="chunks that do not divide"),
-    pytest.param(17, 16, id="one span"),
-    pytest.param(16, 16, id="one chunk"),
+TILES = [
+    pytest.param(96, xla.Tile(16, 16), id="whole tiles"),
+    pytest.param(101, xla.Tile(16, 32), id="tiles that do not divide"),
+    pytest.param(101, xla.Tile(32, 16), id="more queries than keys"),
+    pytest.param(17, xla.Tile(16, 16), id="a token too many"),
+    pytest.param(16, xla.Tile(16, 16), id="one tile"),
+    pytest.param(101, xla.Tile(32, None), id="all keys at once"),
+    pytest.param(300, None, id="the tile of a short row"),
 ]
 
 
 @pytest.mark.parametrize("groups", [False, True], ids=["packed", "groups"])
-@pytest.mark.parametrize(("length", "chunk"), LENGTHS)
-def test_chunks_equal_the_dense_computation_in_float64(length, chunk, groups):
+@pytest.mark.parametrize(("length", "tile"), TILES)
+def test_tiles_equal_the_dense_computation_in_float64(length, tile, groups):
     given = case(length, heads=6, kv_heads=2, width=16, groups=groups)
     with jax.enable_x64(True):
-        found = computed(lambda *inputs: xla.attend(*inputs, chunk=chunk), given, "float64")
+        found = computed(lambda *inputs: xla.attend(*inputs, tile=tile), given, "float64")
     assert max(far_apart(found, expected(given)).values()) < 1e-13
 
 
@@ -43,7 +46,9 @@ def test_fp32_is_fp32_and_bf16_accumulates_in_fp32():
 def test_pieces_of_a_row_equal_the_dense_computation_in_float64(length, pieces, groups):
     given = case(length, heads=4, kv_heads=2, width=8, groups=groups)
     with jax.enable_x64(True):
-        found = computed(in_pieces(lambda *inputs: xla.attend(*inputs, chunk=32), length, pieces), given, "float64")
+        found = computed(
+            in_pieces(lambda *inputs: xla.attend(*inputs, tile=xla.Tile(32, 32)), length, pieces), given, "float64"
+        )
     assert max(far_apart(found, expected(given)).values()) < 1e-13
 
 

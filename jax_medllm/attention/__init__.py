@@ -9,7 +9,7 @@ backend     taken for                      what it is
 ``pallas``  TPU, but for float64           our flash kernel: :mod:`jax_medllm.attention.pallas`
 ``cudnn``   NVIDIA from Ampere on, bf16    cuDNN's flash kernel: :mod:`jax_medllm.attention.cudnn`
             and fp16
-``xla``     everything else                chunks of queries, in plain XLA: :mod:`jax_medllm.attention.xla`
+``xla``     everything else                tiles of the scores, in plain XLA: :mod:`jax_medllm.attention.xla`
 ==========  =============================  =======================================================================
 
 The backend is taken when a function is traced: for the devices of the layout in use (:mod:`jax_medllm.sharding`) or of the mesh
@@ -29,10 +29,9 @@ import jax
 from jaxtyping import Array, Float
 
 from jax_medllm.attention import cudnn, pallas, xla
-from jax_medllm.attention.pallas import KERNEL_OUTPUT
 from jax_medllm.attention.shares import attend_share
 from jax_medllm.attention.visibility import Visibility
-from jax_medllm.attention.xla import matmul_precision
+from jax_medllm.attention.xla import KERNEL_OUTPUT, matmul_precision
 from jax_medllm.sharding import Layout, in_use
 from medllm.errors import UserError
 

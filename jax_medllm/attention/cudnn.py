@@ -36,7 +36,7 @@ def _attend(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
     indices = jnp.arange(q.shape[1]) if whole else visible.first_query + jnp.arange(q.shape[1])
     # Whole rows are causal in cuDNN's own terms, which skips what lies above the diagonal; a part of one is in the mask's.
     ids = Visibility(_even(visible.segments), None if visible.parents is None else _even(visible.parents))
-    mask = ids.mask(indices, k.shape[1])[:, None]
+    mask = ids.mask(indices, jnp.arange(k.shape[1]))[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=whole, implementation="cudnn")[:, :length]
 
 

@@ -24,13 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jax_medllm.attention.visibility import Visibility
-from jax_medllm.attention.xla import matmul_precision
-
-UNSEEN = -1e30
-"""Score of a key that is not seen. Finite: a query may meet a tile of which it sees nothing before one of which it does."""
-
-KERNEL_OUTPUT = "attention output"
-"""Name, for remat policies, of what the backward pass needs of the forward kernel; where it is kept, that is not run again."""
+from jax_medllm.attention.xla import KERNEL_OUTPUT, UNSEEN, matmul_precision
 
 TILE = 1024
 """Queries times heads of a tile, and twice its keys: all arrays of a step fit into 16 MiB, the memory of a v5e core."""

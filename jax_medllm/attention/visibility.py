@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
@@ -25,14 +24,15 @@ class Visibility:
     parents: Int[Array, "b s"] | None = None
     first_query: Int[Array, ""] | None = None
 
-    def mask(self, queries: Int[Array, "q"], keys: int) -> Bool[Array, "b q t"]:
-        """True where one of the tokens at the indices ``queries`` sees one of the row's first ``keys`` tokens.
+    def mask(self, queries: Int[Array, "q"], keys: Int[Array, "t"]) -> Bool[Array, "b q t"]:
+        """True where one of the tokens at the indices ``queries`` sees one of those at the indices ``keys``.
 
-        Padding sees padding, so that no row of the softmax is empty.
+        Padding sees padding, so that no row of the softmax is empty. An index beyond the row stands for a token after all
+        others, which none of them sees.
         """
-        seen = self.segments[:, None, :keys]
+        seen = self.segments[:, None, keys]
         same = self.segments[:, queries, None] == seen
         if self.parents is not None:
             parents = self.parents[:, queries, None]
             same |= (parents == seen) & (parents != 0)
-        return same & (jnp.arange(keys) <= queries[:, None])
+        return same & (keys <= queries[:, None])
