@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -76,6 +77,15 @@ def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
         say=say,
         **settings,
     )
-    for line in table(action, result):
+    for line in [*table(action, result), *_where_the_time_goes(action, shape, values.profile, result)]:
         say(line)
     return result
+
+
+def _where_the_time_goes(action: str, shape: Any, profile: str | None, result: dict[str, Any]) -> list[str]:
+    """Lines about it, and what they say into ``result``."""
+    from medllm.bench.profile import add_tables
+    from medllm.bench.share import add_shares
+
+    said = [] if action == "generate" else add_shares(shape, result)
+    return said + (add_tables(Path(profile), shape, result) if profile else [])

@@ -27,6 +27,7 @@ _PLACES = {
     "jax_medllm/nf4.py": "weights",
 }
 _ORDER = ("weights", "LoRA", "attention", "attention, rest", "head", "head, rest", "elementwise and copies", "optimizer", "unknown")
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mkldnn_linear"})
 _PHASES = ("forward", "recomputed", "backward", "")
 
 
@@ -149,6 +150,24 @@ def rows(found: Profile, steps: int, least: float = 0.002) -> list[Row]:
     if rest:
         table.append(Row(_REST, sum(seconds[key] for key in rest), sum(flops[key] for key in rest)))
     return [*table, Row(BETWEEN, max(0.0, whole - sum(seconds.values())), 0.0)]
+
+
+def operator_rows(operators: Sequence[Mapping[str, Any]], steps: int) -> list[Row]:
+    """The table of a framework that runs operators one by one.
+
+    Args:
+        operators: Of each the ``name``, the ``seconds`` it took without those it calls, and its ``flops``.
+        steps: Steps in the trace.
+    """
+    found = {name: [0.0, 0.0] for name in ("matrix products", "attention", "elementwise, copies and the rest")}
+    products, attention, rest = found.values()
+    for one in operators:
+        name = one["name"]
+        attends = "attention" in name or "flash" in name
+        kind = attention if attends else products if name.rsplit("::", 1)[-1] in _PRODUCTS else rest
+        kind[0] += one["seconds"] / steps
+        kind[1] += one["flops"] / steps if kind is products else 0.0
+    return [Row(name, seconds, flops) for name, (seconds, flops) in found.items()]
 
 
 def lines(table: Sequence[Row], matrix_gflops: float | None) -> list[str]:
