@@ -15,6 +15,7 @@ from flax import nnx
 
 from jax_medllm import linear
 from jax_medllm.batches import CptBatch
+from jax_medllm.floor import floor
 from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
 from jax_medllm.operations import recorded
 from jax_medllm.optimizer import learning_rate, make_optimizer
@@ -104,4 +105,4 @@ if __name__ == "__main__":
     compilations = _Compilations()
     stages = measurements("jax", profiler, lambda: compilations.seconds)
     stages = {name: partial(recorded, stage) for name, stage in stages.items()}
-    sys.exit(serve({"load": load, "matmul": matmul, "compile_step": compile_step, **stages}, sys.argv[1:]))
+    sys.exit(serve({"load": load, "matmul": matmul, "compile_step": compile_step, "floor": floor, **stages}, sys.argv[1:]))

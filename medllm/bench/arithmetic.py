@@ -10,11 +10,11 @@ T tokens, P (query, key) pairs that see each other, h heads of width x and l lay
 
 Attention is two products of 2·x operations a pair and head, and four of them backward. The base is frozen, so backward it has
 the product for the activations alone; an adapter has both. Recomputing a layer ends before the product with ``down_proj`` (and
-with its adapter's B): the sum it goes into needs no value for its derivative. What else a step may keep
-(:data:`medllm.config.RematPolicy`) is not recomputed: with ``attention`` the products with q, k, v and o are left out, with
-``projections`` those with gate and up too, but not an adapter's A, whose result its gradient needs; with ``none`` all. The head,
-frozen too, is 2·V·d a predicted token forward and again backward. A reference, with the adapter off, is 2TN + A and the head
-once.
+with its adapter's B): the sum it goes into needs no value for its derivative. A step that keeps more
+(:data:`medllm.config.RematPolicy`) recomputes less: with ``attention`` not the products with q, k, v and o, with
+``projections`` not those with gate and up either, in both but for an adapter's A, whose result its gradient needs; with
+``none`` nothing. The head, frozen too, is 2·V·d a predicted token forward and again backward. A reference, with the adapter
+off, is 2TN + A and the head once.
 
 What a program does beyond this (pairs that do not see each other, the softmax, dequantization) is not counted as work.
 """
@@ -86,8 +86,8 @@ def work_of(shape: CptShape | RpoShape, *, pairwise: bool = False) -> Step:
 def training_flops(model: ModelShape, step: Step, remat: RematPolicy = "layer") -> int:
     """Operations of an optimizer step that keeps for its backward pass what ``remat`` says."""
     t, layers = step.tokens, model.layers
-    base = layers * sum(out * width for out, width in _linears(model).values())
-    adapter = layers * model.rank * sum(out + width for out, width in _linears(model).values())
+    base = layers * sum(out * width for out, width in linear_shapes(model).values())
+    adapter = layers * model.rank * sum(out + width for out, width in linear_shapes(model).values())
     attention = 4 * layers * model.width * step.visible
     head = 2 * model.vocabulary * model.width * step.predicted
     forward = 2 * t * (base + adapter) + attention
@@ -104,7 +104,7 @@ def _recomputed(model: ModelShape, remat: RematPolicy) -> int:
         kept |= {"q_proj", "k_proj", "v_proj", "o_proj"}
     if remat == "projections":
         kept |= {"gate_proj", "up_proj"}
-    shapes = _linears(model).items()
+    shapes = linear_shapes(model).items()
     narrow = sum(width * model.rank for _, (_, width) in shapes)
     return narrow + sum(out * (width + model.rank) for name, (out, width) in shapes if name not in kept)
 
@@ -112,7 +112,7 @@ def _recomputed(model: ModelShape, remat: RematPolicy) -> int:
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
-    linears = _linears(model)
+    linears = linear_shapes(model)
     packed = sum(out * width for out, width in linears.values()) * _NF4_BYTES + 4 * len(linears)
     biases = 2 * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
     layers = model.layers * (packed + biases + 2 * 2 * model.width)
@@ -121,7 +121,7 @@ def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     return round(layers + head + cache)
 
 
-def _linears(model: ModelShape) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: ModelShape) -> dict[str, tuple[int, int]]:
     """Output and input width of the linear layers of one decoder layer."""
     kv = model.width // model.heads * model.kv_heads
     return {

@@ -92,7 +92,7 @@ def read_compiled(text: str) -> CompiledText:
     computations = _computations(text)
     files = _files(text)
     inner = {called for lines in computations.values() for line in lines if line.opcode == "fusion" for called in _called(line)}
-    found = {}
+    found: dict[str, Instruction] = {}
     for name, lines in computations.items():
         if name not in inner:
             found |= {line.name: _instruction(line, lines, computations, files) for line in lines}
@@ -120,8 +120,10 @@ def _instruction(
         if one.opcode == "dot":
             products.append(_product(one, {other.name: other.shape for other in around}))
             source = one
-    operation = _OPERATION.search(source.rest) or next((found for one in called if (found := _OPERATION.search(one.rest))), None)
-    frame = _FRAME.search(source.rest) or next((found for one in called if (found := _FRAME.search(one.rest))), None)
+    operation, frame = (
+        next((found for one in (source, *called) if (found := pattern.search(one.rest))), None)
+        for pattern in (_OPERATION, _FRAME)
+    )
     return Instruction(
         opcode=line.opcode,
         operation=operation[1] if operation else "",

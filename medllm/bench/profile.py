@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from medllm.bench.compiled_text import read_compiled
-from medllm.bench.profile_table import Row, lines, operator_rows, profile, read_events, rows, tab_separated
+from medllm.bench.profile_table import Row, lines, longest, operator_rows, profile, read_events, rows, tab_separated
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
 
 PROGRAMS, OPERATORS = "programs", "operations.json"
@@ -57,12 +56,12 @@ def _compiled(folder: Path, shape: CptShape | RpoShape | GenerateShape, steps: i
     texts = [read_compiled(file.read_text(encoding="utf-8")) for file in sorted((folder / PROGRAMS).glob("*.txt"))]
     found = profile(events, texts, shape.model.rank if training else 0)
     (folder / "operations.tsv").write_text(tab_separated(found, steps), encoding="utf-8")
-    remarks = [f"every operation: {folder / 'operations.tsv'}"]
+    remarks = ["most time:", *longest(found, steps), f"every operation: {folder / 'operations.tsv'}"]
     if len(trace["traceEvents"]) >= _MOST_EVENTS:
         remarks.append("the trace is full: what came later is missing; profile less work")
     return rows(found, steps), remarks
 
 
-def _operators(folder: Path, steps: int) -> Sequence[Row]:
+def _operators(folder: Path, steps: int) -> list[Row]:
     file = folder / OPERATORS
     return operator_rows(json.loads(file.read_text(encoding="utf-8")), steps) if file.exists() else []

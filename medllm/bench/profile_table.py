@@ -26,7 +26,10 @@ _PLACES = {
     "jax_medllm/linear.py": "weights",
     "jax_medllm/nf4.py": "weights",
 }
-_ORDER = ("weights", "LoRA", "attention", "attention, rest", "head", "head, rest", "elementwise and copies", "optimizer", "unknown")
+_ORDER = (
+    *("weights", "LoRA", "attention", "attention, rest", "head", "head, rest"),
+    *("elementwise and copies", "optimizer", "unknown"),
+)
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mkldnn_linear"})
 _PHASES = ("forward", "recomputed", "backward", "")
 
@@ -180,6 +183,18 @@ def lines(table: Sequence[Row], matrix_gflops: float | None) -> list[str]:
             rate = row.flops / row.seconds / 1e9
             line += f" {rate:>8.1f}" + (f" {rate / matrix_gflops:>19.0%}" if matrix_gflops else "")
         said.append(line)
+    return said
+
+
+def longest(found: Profile, steps: int, count: int = 5) -> list[str]:
+    """The instructions that take most, a line each: seconds of a step, share, result, and the end of their operation's path."""
+    said = []
+    for one in found.operations[:count]:
+        shape, operation = (one.instruction.shape.split("{")[0], one.instruction.operation) if one.instruction else ("", "")
+        where = "/".join(operation.split("/")[-2:])
+        kind = ", ".join(filter(None, (one.part, one.phase)))
+        spent = f"{one.seconds / steps:>9.4f} {one.seconds / found.seconds:>7.1%}"
+        said.append(f"{one.name:<36} {spent}  {kind}: {shape} {where}")
     return said
 
 
