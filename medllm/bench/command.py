@@ -28,7 +28,13 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
         parser.add_class_arguments(getattr(shapes, kind), as_group=True)
         parser.add_argument("--engines", type=list[Literal["jax", "torch"]], default=["jax", "torch"], help="who is measured")
         parser.add_argument("--runs", type=int, default=3, help="measurements of each engine, alternating")
-        parser.add_argument("--profile", type=str | None, default=None, metavar="DIR", help="also write a trace of each engine")
+        parser.add_argument(
+            "--profile",
+            type=str | None,
+            default=None,
+            metavar="DIR",
+            help="also write a trace of each engine, and print where its time went",
+        )
         if name != "generate":
             parser.add_argument("--remat", type=RematPolicy, default="layer", help="what is kept for the backward pass")
         if name == "rpo":

@@ -30,7 +30,7 @@ def add_tables(folder: Path, shape: CptShape | RpoShape | GenerateShape, result:
         shape: What was profiled.
         result: As :func:`medllm.bench.compare.compare` gives it.
     """
-    steps = 1 if isinstance(shape, GenerateShape) else shape.steps
+    steps, unit = (1, "pass") if isinstance(shape, GenerateShape) else (shape.steps, "step")
     tables: dict[str, list[dict[str, Any]]] = {}
     said: list[str] = []
     for engine in result["runs"]:
@@ -38,8 +38,8 @@ def add_tables(folder: Path, shape: CptShape | RpoShape | GenerateShape, result:
             table, remarks = _compiled(folder / engine, shape, steps)
         else:
             table, remarks = _operators(folder / engine, steps), []
-        said += ["", f"profile of {engine}, {'the whole pass' if steps == 1 else f'mean of {steps} steps'}:"]
-        said += [*(lines(table, result[engine]["matmul_gflops"]) if table else []), *remarks]
+        said += ["", f"profile of {engine}, {'a whole pass' if unit == 'pass' else f'mean of {steps} steps'}:"]
+        said += [*(lines(table, result[engine]["matmul_gflops"], unit) if table else []), *remarks]
         tables[engine] = [asdict(row) for row in table]
     result["profile"] = tables
     return said

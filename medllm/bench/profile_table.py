@@ -173,11 +173,17 @@ def operator_rows(operators: Sequence[Mapping[str, Any]], steps: int) -> list[Ro
     return [Row(name, seconds, flops) for name, (seconds, flops) in found.items()]
 
 
-def lines(table: Sequence[Row], matrix_gflops: float | None) -> list[str]:
-    """The table as text: what, seconds, share of the step, and for products their rate and its share of ``matrix_gflops``."""
+def lines(table: Sequence[Row], matrix_gflops: float | None, unit: str = "step") -> list[str]:
+    """The table as text: what, seconds, share of the whole, and for products their rate and its share of ``matrix_gflops``.
+
+    Args:
+        table: Its rows.
+        matrix_gflops: The machine's rate, where it is known.
+        unit: What the whole is.
+    """
     whole = sum(row.seconds for row in table) or 1.0
-    said = [f"{'':<36} {'s a step':>9} {'share':>7} {'GFLOP/s':>8} {'of the matrix rate':>19}"]
-    for row in [*table, Row("step", whole, sum(row.flops for row in table))]:
+    said = [f"{'':<36} {f's a {unit}':>9} {'share':>7} {'GFLOP/s':>8} {'of the matrix rate':>19}"]
+    for row in [*table, Row(unit, whole, sum(row.flops for row in table))]:
         line = f"{row.name:<36} {row.seconds:>9.4f} {row.seconds / whole:>7.1%}"
         if row.flops and row.seconds:
             rate = row.flops / row.seconds / 1e9
