@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 
 import numpy as np
 import pytest
 
+from jax_medllm import operations
 from medllm.bench import arithmetic, floor
 from medllm.bench.compiled_text import read_compiled
 from medllm.bench.profile import add_tables
@@ -294,6 +296,28 @@ def test_where_no_operation_was_recorded_the_table_says_so(tmp_path):
     result = {"runs": {"jax": []}, "jax": {"matmul_gflops": 1.0}}
     assert "no operation was recorded" in add_tables(tmp_path, CptShape(TINY), result)[-1]
     assert result["profile"] == {"jax": []}
+
+
+@pytest.mark.parametrize("flag", ["--xla_cpu_enable_xprof_traceme=true", "--xla_that_nobody_knows=true"])
+def test_a_flag_this_jaxlib_does_not_know_is_left_out(tmp_path, monkeypatch, flag):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(operations, "_FLAG", flag)
+    seen = []
+    assert operations.recorded(lambda **given: seen.append(os.environ["XLA_FLAGS"].split()) or given, profile=str(tmp_path))
+    (flags,) = seen
+    assert (flag in flags) == ("nobody" not in flag)
+    assert flags[0] == "--xla_force_host_platform_device_count=1"
+    assert any(one.startswith("--xla_dump_to=") for one in flags)
+
+
+def test_nothing_is_asked_of_a_process_that_writes_no_trace(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert operations.recorded(lambda **given: {"flags": os.environ["XLA_FLAGS"], **given}, profile=None, rows=2) == {
+        "flags": "",
+        "profile": None,
+        "rows": 2,
+    }
 
 
 def test_the_floor_is_the_slower_of_products_and_bytes():

@@ -27,7 +27,7 @@ from itertools import groupby
 from medllm.bench.shapes import CptShape, ModelShape, RpoShape
 from medllm.config import RematPolicy
 
-_NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64
 """A weight: its code, and its share of an 8-bit scale a block of 64 and of an fp32 scale a 256 blocks."""
 
 
@@ -113,7 +113,7 @@ def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
     linears = linear_shapes(model)
-    packed = sum(out * width for out, width in linears.values()) * _NF4_BYTES + 4 * len(linears)
+    packed = sum(out * width for out, width in linears.values()) * NF4_BYTES + 4 * len(linears)
     biases = 2 * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
     layers = model.layers * (packed + biases + 2 * 2 * model.width)
     head = 2 * model.width * (model.vocabulary + 1)
