@@ -1,6 +1,7 @@
 """Times the operations of a training step one by one, as the product's own modules compute them (:mod:`medllm.bench.floor`).
 
-A backward pass is timed alone: the forward pass runs before, and what it leaves is an argument.
+A backward pass is timed alone: the forward pass runs before, and what it leaves is an argument. So are weights and masks: of
+constants the compiler would compute ahead what a step computes each time.
 """
 
 from __future__ import annotations
@@ -66,23 +67,23 @@ def _linear(layers: linear.Linear, target: str, dtype: str, rows: int, length: i
     graph, state = nnx.split(layers)
     first = jax.tree.map(lambda array: array[0], state)
 
-    def dense(x: Array) -> Array:
-        return nnx.merge(graph, first)(x, adapter=False)
+    def dense(x: Array, state: Any) -> Array:
+        return nnx.merge(graph, state)(x, adapter=False)
 
-    yield f"{target}: x Wᵀ", dense, (x,)
-    yield _backward(f"{target}: g W", dense, x, g)
+    yield f"{target}: x Wᵀ", dense, (x, first)
+    yield _backward(f"{target}: g W", dense, g, x, first)
     lora = nnx.merge(graph, first).lora
-    split, a, *without_a = nnx.split(lora, nnx.PathContains("A"), ...)
-    _, b, *without_b = nnx.split(lora, nnx.PathContains("B"), ...)
+    parts: Any = nnx.split(lora, nnx.PathContains("A"), nnx.PathContains("B"), ...)
+    split, a, b, *rest = parts
 
-    def low(x: Array, *parts: Any) -> Array:
-        adapter: Any = nnx.merge(split, *(parts or (a, *without_a)))
+    def low(x: Array, a: Any, b: Any, rest: Any) -> Array:
+        adapter: Any = nnx.merge(split, a, b, *rest)
         return adapter(x)
 
-    yield f"{target} LoRA: (x Aᵀ) Bᵀ", low, (x,)
-    yield _backward(f"{target} LoRA: (g B) A", low, x, g)
-    yield _backward(f"{target} LoRA: dA = (g B)ᵀ x", lambda a: low(x, a, *without_a), a, g)
-    yield _backward(f"{target} LoRA: dB = gᵀ (x Aᵀ)", lambda b: low(x, b, *without_b), b, g)
+    yield f"{target} LoRA: (x Aᵀ) Bᵀ", low, (x, a, b, rest)
+    yield _backward(f"{target} LoRA: (g B) A", low, g, x, a, b, rest)
+    yield _backward(f"{target} LoRA: dA = (g B)ᵀ x", lambda a, x, b, rest: low(x, a, b, rest), g, a, x, b, rest)
+    yield _backward(f"{target} LoRA: dB = gᵀ (x Aᵀ)", lambda b, x, a, rest: low(x, a, b, rest), g, b, x, a, rest)
 
 
 def _attention(shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
@@ -92,11 +93,11 @@ def _attention(shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     )
     visible = Visibility(jnp.ones((rows, length), jnp.int32))
 
-    def attended(given: tuple[Array, Array, Array]) -> Array:
+    def attended(given: tuple[Array, Array, Array], visible: Visibility) -> Array:
         return attend(*given, visible)
 
-    yield "attention: forward", attended, ((q, k, v),)
-    yield _backward("attention: backward", attended, (q, k, v), _random(3, *q.shape, dtype=shape.dtype))
+    yield "attention: forward", attended, ((q, k, v), visible)
+    yield _backward("attention: backward", attended, _random(3, *q.shape, dtype=shape.dtype), (q, k, v), visible)
 
 
 def _head(model: Qwen2, rows: int, length: int) -> Iterator[Case]:
@@ -104,50 +105,54 @@ def _head(model: Qwen2, rows: int, length: int) -> Iterator[Case]:
     hidden = _random(0, rows, length, head.shape[1], dtype=head.dtype)
     targets = jax.random.randint(jax.random.key(1), (rows, length), 0, head.shape[0])
 
-    def logprobs(hidden: Array) -> Array:
-        return token_logprobs(hidden, head, targets)
+    def gradient(hidden: Array, head: Array, targets: Array) -> tuple[Array, Array]:
+        return jax.value_and_grad(lambda hidden: token_logprobs(hidden, head, targets).sum())(hidden)
 
-    def gradient(hidden: Array) -> tuple[Array, Array]:
-        return jax.value_and_grad(lambda hidden: logprobs(hidden).sum())(hidden)
-
-    yield "head: log-probabilities", logprobs, (hidden,)
-    yield "head: log-probabilities and gradient", gradient, (hidden,)
+    yield "head: log-probabilities", token_logprobs, (hidden, head, targets)
+    yield "head: log-probabilities and gradient", gradient, (hidden, head, targets)
 
 
 def _elementwise(model: Qwen2, shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     x, g = (_random(key, rows, length, shape.width, dtype=shape.dtype) for key in range(2))
     gate, up, wide = (_random(key, rows, length, shape.mlp, dtype=shape.dtype) for key in range(3))
+    graph, state = nnx.split(model.norm)
+
+    def normalized(x: Array, state: Any) -> Array:
+        return nnx.merge(graph, state)(x)
 
     def activated(given: tuple[Array, Array]) -> Array:
         return jax.nn.silu(given[0]) * given[1]
 
-    yield "RMSNorm: forward", model.norm, (x,)
-    yield _backward("RMSNorm: backward", model.norm, x, g)
+    yield "RMSNorm: forward", normalized, (x, state)
+    yield _backward("RMSNorm: backward", normalized, g, x, state)
     yield "SiLU(gate) · up: forward", activated, ((gate, up),)
-    yield _backward("SiLU(gate) · up: backward", activated, (gate, up), wide)
+    yield _backward("SiLU(gate) · up: backward", activated, wide, (gate, up))
 
 
 def _layers(model: Qwen2, shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, shape.vocabulary)
     segments = jnp.ones((rows, length), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(length), segments.shape)
+    batch = {"tokens": tokens, "segment_ids": segments, "positions": jnp.broadcast_to(jnp.arange(length), segments.shape)}
     g = _random(1, rows, length, shape.width, dtype=shape.dtype)
     graph, trained, *others = nnx.split(model, LoraParam, ...)
 
-    def hidden(trained: Any, rest: Any, remat: Any = "none") -> Array:
-        return nnx.merge(graph, trained, rest).hidden(tokens, segment_ids=segments, positions=positions, remat=remat)
+    def hidden(trained: Any, rest: Any, batch: dict[str, Array], remat: Any = "none") -> Array:
+        return nnx.merge(graph, trained, rest).hidden(**batch, remat=remat)
 
-    def gradient(trained: Any, rest: Any) -> Any:
-        return jax.grad(lambda trained: (hidden(trained, rest, "layer") * g).sum())(trained)
+    def gradient(trained: Any, rest: Any, batch: dict[str, Array], g: Array) -> Any:
+        return jax.grad(lambda trained: (hidden(trained, rest, batch, "layer") * g).sum())(trained)
 
-    yield f"{shape.layers} layers: forward", hidden, (trained, *others)
-    yield f"{shape.layers} layers: forward, recomputed, backward", gradient, (trained, *others)
+    yield f"{shape.layers} layers: forward", hidden, (trained, *others, batch)
+    yield f"{shape.layers} layers: forward, recomputed, backward", gradient, (trained, *others, batch, g)
 
 
-def _backward(name: str, function: Callable[..., Any], given: Any, g: Array) -> Case:
-    """The backward pass of ``function`` alone."""
-    pull = jax.jit(lambda given: jax.vjp(function, given)[1])(given)
-    return name, lambda pull, g: pull(g), (pull, g)
+def _backward(name: str, function: Callable[..., Any], g: Array, given: Any, *fixed: Any) -> Case:
+    """The backward pass of ``function(given, *fixed)`` alone, for the gradient of ``given``."""
+
+    def forward(given: Any, fixed: tuple[Any, ...]) -> Any:
+        return jax.vjp(lambda given: function(given, *fixed), given)[1]
+
+    return name, lambda pull, g: pull(g), (jax.jit(forward)(given, fixed), g)
 
 
 def _random(key: int, *shape: int, dtype: Any) -> Float[Array, "..."]:
