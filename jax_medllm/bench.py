@@ -15,7 +15,9 @@ from flax import nnx
 
 from jax_medllm import linear
 from jax_medllm.batches import CptBatch
+from jax_medllm.floor import floor
 from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.operations import recorded
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import cpt_loss_fn, make_step
 from jax_medllm.weights import load_model
@@ -81,8 +83,10 @@ def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dic
 
 
 def profiler(folder: str) -> AbstractContextManager[Any]:
-    """Writes a trace for TensorBoard and Perfetto into ``folder``."""
-    return jax.profiler.trace(folder, create_perfetto_trace=True)
+    """Writes a trace for TensorBoard and Perfetto into ``folder``; Python's own calls, which would fill it, are left out."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options)
 
 
 class _Compilations:
@@ -100,4 +104,5 @@ class _Compilations:
 if __name__ == "__main__":
     compilations = _Compilations()
     stages = measurements("jax", profiler, lambda: compilations.seconds)
-    sys.exit(serve({"load": load, "matmul": matmul, "compile_step": compile_step, **stages}, sys.argv[1:]))
+    stages = {name: partial(recorded, stage) for name, stage in stages.items()}
+    sys.exit(serve({"load": load, "matmul": matmul, "compile_step": compile_step, "floor": floor, **stages}, sys.argv[1:]))

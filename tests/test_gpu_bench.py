@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from medllm.bench import arithmetic, device
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SMOKE, DeviceShape, device_shape
 from medllm.bench.shapes import ModelShape
 from medllm.child import run_in_child, run_process
-from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
+from medllm.config import LoraConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_bench.sh"
@@ -92,12 +93,13 @@ def compiled_flops(loss_fn, batch) -> float:
     return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
 
-def test_operations_of_a_cpt_step_are_those_xla_counts(whole_attention):
+@pytest.mark.parametrize("remat", get_args(RematPolicy))
+def test_operations_of_a_cpt_step_are_those_xla_counts(whole_attention, remat):
     work = DeviceShape("counted", COUNTED, 1, 192, 0, 0, 1, 1)
     rows, config = work.cpt_rows(1), TrainingConfig(epochs=1, batch_size=1, accumulation=1)
     batch = cpt_step(rows, steps_of(1, config)[0])[0]
-    found = compiled_flops(partial(cpt_loss_fn, remat="layer"), batch)
-    counted = arithmetic.training_flops(ONE_LAYER, arithmetic.Step(192, 192**2, 191))
+    found = compiled_flops(partial(cpt_loss_fn, remat=remat), batch)
+    counted = arithmetic.training_flops(ONE_LAYER, arithmetic.Step(192, 192**2, 191), remat)
     assert counted <= found <= 1.06 * counted
 
 

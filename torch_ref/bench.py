@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from medllm.bench.profile import OPERATORS
 from medllm.bench.work import measurements
 from medllm.child import serve
+from medllm.run import write_json
 
 
 def matmul(rows: int, inner: int, columns: int, repeats: int = 20) -> dict[str, Any]:
@@ -29,11 +31,18 @@ def matmul(rows: int, inner: int, columns: int, repeats: int = 20) -> dict[str, 
 
 @contextmanager
 def profiler(folder: str) -> Iterator[None]:
-    """Writes a trace for Perfetto or chrome://tracing into ``folder``."""
+    """Writes a trace for Perfetto or chrome://tracing into ``folder``, and what each operator took."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile() as trace:
+    with torch.profiler.profile(with_flops=True) as trace:
         yield
     trace.export_chrome_trace(str(Path(folder) / "trace.json.gz"))
+    operators = [
+        {"name": one.key, "runs": one.count, "seconds": one.self_cpu_time_total / 1e6, "flops": one.flops}
+        for one in trace.key_averages()
+        if one.key.startswith("aten::")
+    ]
+    operators.sort(key=lambda one: -one["seconds"])
+    write_json(Path(folder) / OPERATORS, operators)
 
 
 if __name__ == "__main__":

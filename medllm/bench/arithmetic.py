@@ -10,8 +10,11 @@ T tokens, P (query, key) pairs that see each other, h heads of width x and l lay
 
 Attention is two products of 2·x operations a pair and head, and four of them backward. The base is frozen, so backward it has
 the product for the activations alone; an adapter has both. Recomputing a layer ends before the product with ``down_proj`` (and
-with its adapter's B): the sum it goes into needs no value for its derivative. The head, frozen too, is 2·V·d a predicted token
-forward and again backward. A reference, with the adapter off, is 2TN + A and the head once.
+with its adapter's B): the sum it goes into needs no value for its derivative. A step that keeps more
+(:data:`medllm.config.RematPolicy`) recomputes less: with ``attention`` not the products with q, k, v and o, with
+``projections`` not those with gate and up either, in both but for an adapter's A, whose result its gradient needs; with
+``none`` nothing. The head, frozen too, is 2·V·d a predicted token forward and again backward. A reference, with the adapter
+off, is 2TN + A and the head once.
 
 What a program does beyond this (pairs that do not see each other, the softmax, dequantization) is not counted as work.
 """
@@ -19,10 +22,12 @@ What a program does beyond this (pairs that do not see each other, the softmax, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
-from medllm.bench.shapes import ModelShape
+from medllm.bench.shapes import CptShape, ModelShape, RpoShape
+from medllm.config import RematPolicy
 
-_NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64
 """A weight: its code, and its share of an 8-bit scale a block of 64 and of an fp32 scale a 256 blocks."""
 
 
@@ -58,27 +63,57 @@ def paired_step(prompt: int, response: int, pairs: int) -> Step:
     return Step(rows * length, rows * causal_pairs(length), rows * response, reference=True)
 
 
-def training_flops(model: ModelShape, step: Step) -> int:
-    """Operations of an optimizer step with every layer recomputed."""
+def work_of(shape: CptShape | RpoShape, *, pairwise: bool = False) -> Step:
+    """An optimizer step of ``medllm bench``: the documents of its rows see themselves alone.
+
+    Args:
+        shape: What is measured.
+        pairwise: Preferences are computed pair by pair, not problem by problem.
+    """
+    if isinstance(shape, CptShape):
+        documents = [len(list(run)) for row in shape.data().segment_ids.tolist() for _, run in groupby(row)]
+        visible = sum(causal_pairs(length) for length in documents) // shape.steps
+        predicted = shape.rows * shape.length - len(documents) // shape.steps
+        return Step(shape.rows * shape.length, visible, predicted)
+    if pairwise:
+        one = paired_step(shape.prompt, shape.response, shape.pairs)
+    else:
+        one = grouped_step(shape.prompt, shape.response, 1 + shape.chosen + shape.rejected)
+    count = shape.problems
+    return Step(count * one.tokens, count * one.visible, count * one.predicted, reference=True)
+
+
+def training_flops(model: ModelShape, step: Step, remat: RematPolicy = "layer") -> int:
+    """Operations of an optimizer step that keeps for its backward pass what ``remat`` says."""
     t, layers = step.tokens, model.layers
-    base = layers * sum(out * width for out, width in _linears(model).values())
-    adapter = layers * model.rank * sum(out + width for out, width in _linears(model).values())
-    out, width = _linears(model)["down_proj"]
-    down = layers * out * (width + model.rank)
+    base = layers * sum(out * width for out, width in linear_shapes(model).values())
+    adapter = layers * model.rank * sum(out + width for out, width in linear_shapes(model).values())
     attention = 4 * layers * model.width * step.visible
     head = 2 * model.vocabulary * model.width * step.predicted
     forward = 2 * t * (base + adapter) + attention
-    recomputed = forward - 2 * t * down
+    recomputed = 0 if remat == "none" else 2 * t * layers * _recomputed(model, remat) + attention
     backward = 2 * t * (base + 2 * adapter) + 2 * attention
     reference = 2 * t * base + attention + head if step.reference else 0
     return forward + recomputed + backward + 2 * head + reference
 
 
+def _recomputed(model: ModelShape, remat: RematPolicy) -> int:
+    """Multiplications of a token with the weights of a layer and its adapter that are done again."""
+    kept = {"down_proj"}  # which nobody needs again
+    if remat != "layer":
+        kept |= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if remat == "projections":
+        kept |= {"gate_proj", "up_proj"}
+    shapes = linear_shapes(model).items()
+    narrow = sum(width * model.rank for _, (_, width) in shapes)
+    return narrow + sum(out * (width + model.rank) for name, (out, width) in shapes if name not in kept)
+
+
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
-    linears = _linears(model)
-    packed = sum(out * width for out, width in linears.values()) * _NF4_BYTES + 4 * len(linears)
+    linears = linear_shapes(model)
+    packed = sum(out * width for out, width in linears.values()) * NF4_BYTES + 4 * len(linears)
     biases = 2 * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
     layers = model.layers * (packed + biases + 2 * 2 * model.width)
     head = 2 * model.width * (model.vocabulary + 1)
@@ -86,7 +121,7 @@ def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     return round(layers + head + cache)
 
 
-def _linears(model: ModelShape) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: ModelShape) -> dict[str, tuple[int, int]]:
     """Output and input width of the linear layers of one decoder layer."""
     kv = model.width // model.heads * model.kv_heads
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
@@ -27,7 +28,13 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
         parser.add_class_arguments(getattr(shapes, kind), as_group=True)
         parser.add_argument("--engines", type=list[Literal["jax", "torch"]], default=["jax", "torch"], help="who is measured")
         parser.add_argument("--runs", type=int, default=3, help="measurements of each engine, alternating")
-        parser.add_argument("--profile", type=str | None, default=None, metavar="DIR", help="also write a trace of each engine")
+        parser.add_argument(
+            "--profile",
+            type=str | None,
+            default=None,
+            metavar="DIR",
+            help="also write a trace of each engine, and print where its time went",
+        )
         if name != "generate":
             parser.add_argument("--remat", type=RematPolicy, default="layer", help="what is kept for the backward pass")
         if name == "rpo":
@@ -41,10 +48,21 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
     compile_.add_class_arguments(shapes.ModelShape, "model")
     compile_.add_argument("--depths", type=list[int], default=[8, 80], help="decoder layers")
     compile_.add_argument("--runs", type=int, default=3, help="measurements of each depth, alternating")
+    _add_floor(add)
     load = add("load", "open a generated checkpoint: seconds, and memory beyond the model itself")
     load.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
     load.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
     load.add_argument("--quantization", type=Literal["none", "nf4"], default="nf4", help="how its weights are held")
+
+
+def _add_floor(add: Callable[[str, str], ArgumentParser]) -> None:
+    from medllm.bench import shapes
+
+    floor = add("floor", "the operations of a training step against this machine's matrix and copy rates (JAX)")
+    floor.add_class_arguments(shapes.ModelShape, "model")
+    floor.add_argument("--rows", type=int, default=8, help="rows of a step, of one document each")
+    floor.add_argument("--length", type=int, default=256, help="tokens of a row")
+    floor.add_argument("--seconds", type=float, default=0.5, help="spent on each operation, at least three runs")
 
 
 def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
@@ -55,6 +73,10 @@ def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
         found = bench_load(values.gigabytes, values.engine, values.quantization, say)
         say(summary(found))
         return found
+    if action == "floor":
+        from medllm.bench import floor
+
+        return floor.run(values, say)
     if action == "compile":
         from medllm.bench.compilation import bench_compile, summary
 
@@ -76,6 +98,15 @@ def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
         say=say,
         **settings,
     )
-    for line in table(action, result):
+    for line in [*table(action, result), *_where_the_time_goes(action, shape, values.profile, result)]:
         say(line)
     return result
+
+
+def _where_the_time_goes(action: str, shape: Any, profile: str | None, result: dict[str, Any]) -> list[str]:
+    """Lines about it, and what they say into ``result``."""
+    from medllm.bench.profile import add_tables
+    from medllm.bench.share import add_shares
+
+    said = [] if action == "generate" else add_shares(shape, result)
+    return said + (add_tables(Path(profile), shape, result) if profile else [])
