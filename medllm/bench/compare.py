@@ -1,4 +1,7 @@
-"""Both engines on the same work, on this machine, one after the other, several times: medians, and their ratio."""
+"""Both engines on the same work, on this machine, one after the other, several times: medians, and their ratio.
+
+The reference runs as the fastest of its variants (:mod:`medllm.bench.variants`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 from medllm.bench.engines import measure
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
+from medllm.bench.variants import ALL, Choice, choose, variant_lines
 from medllm.errors import UserError
 from medllm.run import environment
 
@@ -23,6 +27,7 @@ def compare(
     *,
     engines: Sequence[str] = ("jax", "torch"),
     runs: int = 3,
+    torch_variant: str = ALL,
     profile: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -37,6 +42,7 @@ def compare(
         shape: Its sizes.
         engines: Which engines; the first is held against the second.
         runs: Measurements of each.
+        torch_variant: How the reference is set; ``all`` tries every variant once, shortly, and measures the fastest.
         profile: Folder for a trace of each engine, taken in a run beside the measured ones.
         say: Told what was measured, as it comes.
         settings: More arguments of the measurement.
@@ -44,6 +50,7 @@ def compare(
     Returns:
         ``ratio`` of the rates (None with one engine) and ``memory_ratio``, for each engine the medians ``rate``,
         ``peak_rss_gib`` and ``compile_s`` with the fp32 matrix rate of its framework here, every run, the shape, the machine.
+        ``torch_variant`` is the name of what was measured of the reference, ``torch_variants`` the trials.
 
     Raises:
         UserError: an engine is not installed, comes twice, or there is not at least one run.
@@ -56,14 +63,16 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
         model = dataclasses.asdict(shape.model.write(Path(scratch)))
         given = {"model": model, "shape": dataclasses.asdict(shape), **settings}
+        choice = choose(torch_variant, name, shape, given, say) if "torch" in engines else Choice()
+        arguments = {engine: given | (choice.settings if engine == "torch" else {}) for engine in engines}
         for run in range(1, runs + 1):
             for engine in engines:
-                one = measure(engine, name, **given, profile=None)
+                one = measure(engine, name, **arguments[engine], profile=None)
                 found[engine].append(one)
                 say(f"bench {name}: run {run} of {runs}, {engine}: {one['rate']:.4g} {UNITS[name]}")
         for engine in engines if profile else ():
             folder = Path(profile or "") / engine
-            measure(engine, name, **given, profile=str(folder))
+            measure(engine, name, **arguments[engine], profile=str(folder))
             say(f"bench {name}: trace of {engine}: {folder}")
         matrix = {engine: measure(engine, "matmul", **_matrix(shape))["gflops"] for engine in engines}
     medians = {engine: _medians(ones) | {"matmul_gflops": matrix[engine]} for engine, ones in found.items()}
@@ -72,6 +81,7 @@ def compare(
         "memory_ratio": _ratio(medians, engines, "peak_rss_gib"),
         "unit": UNITS[name],
         **medians,
+        **choice.to_json(),
         "shape": dataclasses.asdict(shape),
         "settings": settings,
         "runs": found,
@@ -88,6 +98,7 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
             f"{engine:>6}  {one['rate']:>10.4g} {result['unit']}   peak {one['peak_rss_gib']:.2f} GiB   "
             f"compile {one['compile_s']:.1f} s   matrix rate {one['matmul_gflops']:.0f} GFLOP/s"
         )
+    lines += variant_lines(name, result)
     if result["ratio"] is not None:
         first, second = result["runs"]
         lines.append(
