@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import time
 
 import numpy as np
@@ -32,6 +31,7 @@ from medllm.preferences.records import Preference, Sample
 from medllm.run import Run
 from tests.small_torch_model import TEXTS, write_small_model
 from torch_ref import TorchEngine, open_model
+from torch_ref import switches as switches_here
 from torch_ref.cpt import RowFeatures, one_long_row
 from torch_ref.rpo import dpo_trainer
 
@@ -192,7 +192,7 @@ def test_flash_attention_gets_rows_end_to_end_and_liger_is_asked_of_the_trainers
 def test_a_switch_that_cannot_be_had_here_is_refused(dense, monkeypatch, capability, switches, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(switches_here, "_installed", lambda module: False)
     with pytest.raises(UserError, match=expected) as refused:
         TorchEngine(dense, TorchConfig(**switches))
     assert "\n" not in str(refused.value)
@@ -201,8 +201,8 @@ def test_a_switch_that_cannot_be_had_here_is_refused(dense, monkeypatch, capabil
 def test_flash_attention_is_refused_in_fp32(dense, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(UserError, match="computes in bf16 only, and --model.dtype is 'float32'"):
+    monkeypatch.setattr(switches_here, "_installed", lambda module: True)
+    with pytest.raises(UserError, match=r"computes in bf16 only, and --model\.dtype is 'float32'"):
         TorchEngine(dense, TorchConfig("flash_attention_2"))
 
 

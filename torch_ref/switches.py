@@ -45,5 +45,9 @@ def _require_gpu(setting: str, generation: int, otherwise: str) -> None:
 
 
 def _require_package(setting: str, module: str, package: str) -> None:
-    if importlib.util.find_spec(module) is None:
+    if not _installed(module):
         raise UserError(f"{setting}: needs the package '{package}', which is not installed: pip install {package}")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -200,11 +200,15 @@ def _lacking(variant: Variant, given: Mapping[str, Any]) -> str | None:
         return "TRL takes --nll_reduction sequence only one pair a pass"
     modules = [need for need in variant.needs if need != GPU]
     for module in modules:
-        if importlib.util.find_spec(module) is None:
+        if not _installed(module):
             return f"the package '{module}' is not installed"
     if GPU in variant.needs and "devices" not in environment():
         return f"it needs {GPU}"
     return None
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _different(action: str, shape: CptShape | RpoShape | GenerateShape) -> Sequence[Variant]:
