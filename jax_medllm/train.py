@@ -88,7 +88,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run went: steps done, last logged loss, seconds in all, units a second without compilation, seconds of that."""
+    """How a run went: steps done, last logged loss, seconds in all, units a second after the first step and without
+    compilation, seconds of that."""
 
     steps: int
     loss: float
@@ -291,6 +292,9 @@ class _Loop:
                 batch = next(batches, ())
                 log.write(self._compile_seconds)  # of earlier steps, with this one under way
                 log.add(done, metrics, self._task.units(self._task.steps[done - 1]))
+                if done == start + 1:
+                    jax.block_until_ready(metrics)  # the one time that the host waits: to know when the first step was over
+                    log.first_is_done(self._compile_seconds)
                 if done % config.log_every == 0:
                     log.close()
                 if done == last or (config.checkpoint_every and done % config.checkpoint_every == 0):
@@ -328,6 +332,15 @@ class _Window:
     units: int = 0
 
 
+@dataclass(frozen=True)
+class _Rated:
+    """From where on the rate counts: the time, and the seconds of compilation and the units there were until then."""
+
+    began: float
+    compiled: float = 0.0
+    units: int = 0
+
+
 class _Log:
     """Lines of ``metrics.jsonl``: means over windows of steps, fetched from the device when they are written."""
 
@@ -337,12 +350,19 @@ class _Log:
         self._open, self._closed = _Window([]), _Window([])
         self._units = 0
         self._loss: float | None = None
-        self._seconds = self._compiled = 0.0
+        self._compiled = 0.0
         self._mark = time.perf_counter()
+        self._rated = _Rated(self._mark)
+        self._after_first: _Rated | None = None
 
     def start(self) -> None:
         """Time runs from here."""
         self._mark = time.perf_counter()
+        self._rated = _Rated(self._mark)
+
+    def first_is_done(self, compile_seconds: float) -> None:
+        """The first step, just added and over, pays for allocations: where another follows, the rate counts from here."""
+        self._after_first = _Rated(time.perf_counter(), compile_seconds, self._open.units)
 
     def add(self, step: int, metrics: StepMetrics, units: int) -> None:
         """A step that was started."""
@@ -367,15 +387,19 @@ class _Log:
         now = time.perf_counter()
         seconds = max(now - self._mark - (compile_seconds - self._compiled), 1e-9)
         self._mark, self._compiled = now, compile_seconds
-        self._units, self._seconds = self._units + window.units, self._seconds + seconds
+        self._units += window.units
+        if self._after_first is not None and self._units > self._after_first.units:  # there is a second step
+            self._rated = self._after_first
         means = _means(steps)
         self._loss = means["loss"]
         self._run.log(steps[-1][0], **means, **{f"{self._unit}_per_second": window.units / seconds})
 
     @property
     def rate(self) -> float:
-        """Units a second over all lines, without compilation."""
-        return self._units / max(self._seconds, 1e-9)
+        """Units a second over all steps but the first, without compilation; of the first if it is the only one."""
+        since = self._rated
+        seconds = self._mark - since.began - (self._compiled - since.compiled)
+        return (self._units - since.units) / max(seconds, 1e-9)
 
     def last_loss(self) -> float:
         """The last loss of this session, or of an earlier one that completed the run."""

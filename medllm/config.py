@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from medllm.errors import UserError
@@ -233,6 +233,29 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class TorchConfig:
+    """How the reference engine does its work: the same numbers but for rounding, at another speed. The JAX engine has none.
+
+    Args:
+        attention: transformers' attention. ``sdpa`` is PyTorch's scaled-dot-product attention, what transformers takes by
+            itself; ``eager`` is written out in matrix products; ``flash_attention_2`` and ``flash_attention_3`` are packages of
+            their own, for bf16 on an NVIDIA GPU.
+        liger: Liger's fused Triton kernels for norms, rotation and MLP, and in continued pretraining for head and loss. Needs
+            the package ``liger-kernel`` and a GPU.
+        precompute_reference: Preference training computes the reference's log-probabilities of all pairs once, before the first
+            step, instead of in every step (TRL's ``precompute_ref_log_probs``). Worth it from the second epoch on.
+    """
+
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    liger: bool = False
+    precompute_reference: bool = False
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not at their default, by name."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+
+
+@dataclass(frozen=True)
 class CptConfig(MeshConfig):
     """Stage 1: continued pretraining. Two epochs is the paper's figure."""
 
@@ -243,6 +266,11 @@ class CptConfig(MeshConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     resume: bool = False
+    torch: TorchConfig = field(default_factory=TorchConfig)
+
+    def __post_init__(self) -> None:
+        precomputed = self.torch.precompute_reference
+        _require(not precomputed, "torch.precompute_reference", precomputed, "false: continued pretraining has no reference")
 
 
 @dataclass(frozen=True)
@@ -372,6 +400,7 @@ class RpoConfig(MeshConfig):
         reference_cache: Folder for the reference's log-probabilities, which later runs over the same model and data then read.
             Unset, they are kept in the run folder where more than one epoch reads them, and computed in each step where not.
             The JAX engine's.
+        torch: How the reference engine does its work.
     """
 
     model: ModelConfig
@@ -385,6 +414,7 @@ class RpoConfig(MeshConfig):
     resume: bool = False
     handover: Literal["merge", "stack", "continue"] = "merge"
     reference_cache: str | None = None
+    torch: TorchConfig = field(default_factory=TorchConfig)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from medllm.errors import UserError
 
 if TYPE_CHECKING:
-    from medllm.config import CptConfig, MeshConfig, ModelConfig, RematPolicy, RpoConfig, Sampling
+    from medllm.config import CptConfig, MeshConfig, ModelConfig, RematPolicy, RpoConfig, Sampling, TorchConfig
     from medllm.corpus.packing import PackedRows
     from medllm.preferences.records import Preference
     from medllm.run import Run
@@ -58,9 +58,10 @@ class Continuation:
 class TrainSummary:
     """Result of a training run.
 
-    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second without compilation, which took
-    ``compile_seconds`` of all ``seconds``. ``padding`` is the share of all positions computed that hold padding, where known,
-    ``remat`` what was kept for the backward pass, where that was the engine's choice.
+    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second after the first optimizer step,
+    without compilation, which took ``compile_seconds`` of all ``seconds``; with a single step it is that step's. Opening the
+    model is in neither. ``padding`` is the share of all positions computed that hold padding, where known, ``remat`` what was
+    kept for the backward pass, where that was the engine's choice.
     """
 
     steps: int
@@ -109,16 +110,27 @@ _ENGINES = {
 def open_engine(name: EngineName, model: ModelConfig, mesh: MeshConfig | None = None) -> Engine:
     """Open ``model`` on the engine called ``name``, spread over ``mesh``; the framework is imported only here.
 
+    ``mesh`` is the config of the stage: one that trains has the reference engine's own settings too.
+
     Raises:
-        UserError: the engine's packages are not installed (the message has the install command), or it has no meshes.
+        UserError: the engine's packages are not installed (the message has the install command), it has no meshes, or the
+            settings are another engine's or cannot be had here.
     """
     spread = mesh is not None and (mesh.mesh or mesh.rules)
     if spread and name != "jax":
         hint = "start the command with torchrun, one process a GPU" if name == "torch" else "leave them out"
         raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
+    switches: TorchConfig | None = getattr(mesh, "torch", None)
+    for setting, value in switches.changed().items() if switches is not None and name != "torch" else ():
+        given = f"--torch.{setting} is {value!r}"
+        raise UserError(
+            f"{given}, a setting of the torch engine alone; add --engine torch, or leave it out for --engine {name}"
+        )
     module, attribute, package, extra = _ENGINES[name]
     require(f"engine '{name}'", package, extra)
     engine = getattr(importlib.import_module(module), attribute)
+    if name == "torch" and switches is not None:
+        return engine(model, switches)
     return engine(model, mesh) if spread else engine(model)
 
 

@@ -40,6 +40,7 @@ _FREE_ON_RESUME = {
     "rules",
     *("run", "resume"),
     *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
+    *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
 }
 
 

@@ -76,7 +76,7 @@ def test_the_result_is_medians_and_ratios_of_alternating_runs(monkeypatch):
         return {"rate": rates[engine][run], "compile_s": 3.0, "peak_rss_bytes": (1 if engine == "jax" else 4) * 2**30}
 
     monkeypatch.setattr(comparing, "measure", measured)
-    result = compare("cpt", CptShape(TINY), runs=3)
+    result = compare("cpt", CptShape(TINY), runs=3, torch_variant="kept")
     assert asked == ["jax", "torch"] * 3
     assert result["jax"]["rate"] == 4.0
     assert result["torch"]["rate"] == 2.0
@@ -86,7 +86,7 @@ def test_the_result_is_medians_and_ratios_of_alternating_runs(monkeypatch):
     assert len(result["runs"]["torch"]) == 3
     assert "2.00 times as fast" in table("cpt", result)[-1]
     asked.clear()
-    alone = compare("cpt", CptShape(TINY), engines=("torch",), runs=1)
+    alone = compare("cpt", CptShape(TINY), engines=("jax",), runs=1)
     assert alone["ratio"] is None
     assert len(table("cpt", alone)) == 1
 
@@ -96,12 +96,14 @@ def test_the_result_is_medians_and_ratios_of_alternating_runs(monkeypatch):
     [
         ("cpt", ["--rows=2", "--length=16", "--steps=2"]),
         ("rpo", ["--problems=1", "--prompt=12", "--response=6", "--steps=2"]),
-        ("generate", ["--problems=3", "--header=32", "--question=8", "--answer=5", "--batch_size=2", "--torch_batch_size=3"]),
+        ("generate", ["--problems=3", "--header=32", "--question=8", "--answer=5", "--batch_size=2"]),
     ],
 )
 def test_both_engines_do_the_same_work(tmp_path, action, words):
     out = tmp_path / "result.json"
-    assert main(["bench", action, *TINY_WORDS, *words, "--runs=1", "--json", str(out)]) == 0
+    variant = {"cpt": "kept", "rpo": "pair-precomputed", "generate": "batch-16"}[action]
+    words = [*words, f"--torch_variant={variant}", "--runs=1", "--json", str(out)]
+    assert main(["bench", action, *TINY_WORDS, *words]) == 0
     result = json.loads(out.read_text())
     for engine in ("jax", "torch"):
         figures = result[engine]
@@ -145,6 +147,11 @@ def test_a_training_step_compiles_from_shapes_alone(tmp_path):
         (["cpt", "--engines", "jax", "jax"], "name each engine once"),
         (["cpt", "--steps=1"], "--steps is 1; at least 2"),
         (["rpo", "--model.heads=3"], "3 heads"),
+        (
+            ["cpt", "--torch_variant=fast"],
+            "--torch_variant is 'fast'; expected all, or one of recomputed, kept, eager, flash, liger",
+        ),
+        (["rpo", "--torch_variant=batch", "--nll_reduction=sequence"], "only one pair a pass"),
         (["generate", "--problems=0"], "--problems is 0"),
         (["compile", "--depths", "8"], "two depths"),
     ],

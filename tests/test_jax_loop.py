@@ -63,6 +63,37 @@ def test_metrics_are_fetched_when_they_are_logged_and_the_next_step_is_under_way
     assert [line["step"] for line in run.metrics()] == {1: [1, 2, 3, 4, 5, 6], 2: [2, 4, 6], 9: [6]}[log_every]
 
 
+@pytest.mark.parametrize("log_every", [1, 4, 9])
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_the_rate_counts_the_steps_after_the_first_or_the_only_one(tmp_path, log_every, steps):
+    config = TrainingConfig(epochs=1, batch_size=1, accumulation=1, log_every=log_every, max_steps=steps)
+    plan = plan_steps(6, config)
+    heavy = Task(
+        cpt_loss_fn, plan, lambda step: cpt_step(rows(), step), lambda step: 10**12 if step == plan[0] else 1, "tokens", {}
+    )
+    trained = train(small_model(), heavy, OPTIMIZER, config, Run(tmp_path / "run", config))
+    assert (trained.rate > 10**9) == (steps == 1)
+    assert trained.rate > 0
+
+
+def test_the_rate_leaves_out_the_time_of_the_first_step_and_all_compilation(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    metrics = loop.StepMetrics(loop.CptMetrics(1.0), 1.0, 1.0)
+    log = loop._Log(Run(tmp_path / "run", TrainingConfig()), "tokens")
+    log.start()
+    compiled = 0.0
+    for step, (seconds, compiling) in enumerate([(50.0, 20.0), (2.0, 0.0), (9.0, 7.0)], 1):
+        now[0] += seconds
+        compiled += compiling
+        log.add(step, metrics, 10)
+        if step == 1:
+            log.first_is_done(compiled)
+        log.close()
+        log.write(compiled)
+    assert log.rate == pytest.approx(20 / 4)
+
+
 def test_steps_are_laid_out_in_other_threads_before_they_are_needed(tmp_path):
     laid_out, threads = [], set()
     enough = threading.Event()

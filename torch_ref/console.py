@@ -4,6 +4,7 @@ Progress bars stay on a terminal, where loading 72B takes minutes, and only in t
 """
 
 import logging
+import os
 import sys
 
 import datasets
@@ -20,3 +21,4 @@ logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD 
 if not (sys.stderr.isatty() and is_primary_process()):
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's own bar, while it computes the reference ahead

@@ -2,12 +2,17 @@
 
     rows → input_ids, position_ids, labels → Trainer (AdamW, cosine with warmup, clipping) → PEFT adapter
 
+With flash attention the rows of a pass become one long row, because transformers reads document boundaries for it from a single
+row only.
+
 The loss is one token mean over all targets of an optimizer step, over accumulation and devices alike: the Trainer counts the
 labels of a whole step before it divides. Where the rows do not divide over the devices, accelerate fills an epoch's last batch
 with rows from its beginning.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset, default_collate
@@ -45,6 +50,11 @@ class RowFeatures(Dataset):
         return {"input_ids": self._tokens[index], "position_ids": self._positions[index], "labels": self._labels[index]}
 
 
+def one_long_row(features: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows of a pass end to end, ``[1, rows * length]``: a row begins where positions restart, as a document does."""
+    return {name: torch.cat([feature[name] for feature in features])[None] for name in features[0]}
+
+
 def train_cpt(rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
     """Train a LoRA adapter on ``rows`` and leave it in ``run.path/adapter``; the rate is in tokens a second.
 
@@ -62,11 +72,13 @@ def train_cpt(rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
             run,
             batch=per_process(config.training.batch_size, "--training.batch_size"),
             accumulation=config.training.accumulation,
-        )
+        ),
+        use_liger_kernel=config.torch.liger,
     )
-    model = add_adapter(open_model(config.model), config.lora)
+    model = add_adapter(open_model(config.model, config.torch), config.lora)
     # A cache would switch off the reading of document boundaries from position_ids.
     model.config.use_cache = False
     log = RunLog(run, config.training)
-    trainer = Trainer(model=model, args=arguments, train_dataset=RowFeatures(rows), data_collator=default_collate)
+    collator = one_long_row if config.torch.attention.startswith("flash") else default_collate
+    trainer = Trainer(model=model, args=arguments, train_dataset=RowFeatures(rows), data_collator=collator)
     return run_trainer(trainer, log, run, resume=config.resume, units_per_epoch=int((rows.segment_ids > 0).sum()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling
+from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling, TorchConfig
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation, Prompt, TrainSummary
 from medllm.preferences.records import Preference
@@ -17,6 +17,7 @@ from torch_ref.cpt import train_cpt
 from torch_ref.generate import generate, logprobs
 from torch_ref.model import check_model, open_model, open_tokenizer
 from torch_ref.rpo import train_preferences
+from torch_ref.switches import check_switches
 
 
 class TorchEngine:
@@ -27,15 +28,17 @@ class TorchEngine:
 
     Args:
         model: What to open.
+        switches: What training is going to ask for, to be refused at once where it cannot be had.
 
     Raises:
-        UserError: the model, adapter or tokenizer folder cannot be used.
+        UserError: the model, adapter or tokenizer folder cannot be used, or a switch cannot be had here.
     """
 
     name = "torch"
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, switches: TorchConfig | None = None):
         self.config = model
+        check_switches(switches or TorchConfig(), model)
         check_model(model)
         self.tokenizer = open_tokenizer(model)
 

@@ -20,10 +20,11 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from medllm.adapter_directory import open_adapters
-from medllm.config import LoraConfig, ModelConfig
+from medllm.config import LoraConfig, ModelConfig, TorchConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
 from medllm.tokenizer import check_vocabulary, load_tokenizer
+from torch_ref.switches import check_switches
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,16 +61,19 @@ def check_model(model: ModelConfig) -> None:
     open_adapters(model.adapters, folder)
 
 
-def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
-    """The weights of ``model``, frozen, in evaluation mode, on this process's device.
+def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTrainedModel | peft.PeftModel:
+    """The weights of ``model``, frozen, in evaluation mode, on this process's device, with the attention of ``switches``.
 
     With ``model.adapter`` the result is a ``PeftModel`` whose adapters are frozen too, and all on.
 
     Raises:
-        UserError: the folder cannot be opened as a causal language model.
+        UserError: the folder cannot be opened as a causal language model, or a switch cannot be had here.
     """
     check_model(model)
+    switches = switches or TorchConfig()
+    check_switches(switches, model)
     dtype = DTYPES[model.dtype]
+    attention = {} if switches.attention == "sdpa" else {"attn_implementation": switches.attention}
     quantization: dict[str, Any] = {}
     # A directory stored in 4 bits says so in its config and is opened as it is.
     if model.quantization == "nf4" and "quantization_config" not in ModelDirectory(model.path).config:
@@ -87,6 +91,7 @@ def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **attention,
             **quantization,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -115,14 +120,14 @@ def open_model(model: ModelConfig) -> PreTrainedModel | peft.PeftModel:
     return adapted.eval()
 
 
-def open_continued(model: ModelConfig) -> peft.PeftModel:
+def open_continued(model: ModelConfig, switches: TorchConfig | None = None) -> peft.PeftModel:
     """``model`` with its last adapter trainable; earlier ones stay on underneath, frozen.
 
     Raises:
         UserError: as for :func:`open_model`.
     """
     *earlier, last = model.adapters
-    base = trainable_base(open_model(dataclasses.replace(model, adapter=tuple(earlier) or None)))
+    base = trainable_base(open_model(dataclasses.replace(model, adapter=tuple(earlier) or None), switches))
     return peft.PeftModel.from_pretrained(base, last, is_trainable=True)
 
 

@@ -4,12 +4,15 @@
 
 TRL removed ``rpo_alpha``; the two weighted terms are its documented successor. The reference is the policy with the adapter
 switched off, so no second model is held. Where stage 1's adapter is itself trained further (``handover: continue``), TRL is
-given the model with it and keeps a frozen copy beside it as the reference.
+given the model with it and keeps a frozen copy beside it as the reference. With ``torch.precompute_reference`` the reference
+is computed once for all pairs, before the first step.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import peft
 from datasets import Dataset
@@ -47,10 +50,23 @@ def train_preferences(preferences: Sequence[Preference], config: RpoConfig, run:
         raise UserError(f"--pairs.max_length is {config.pairs.max_length}: every prompt is at least that long; raise it")
     # Where the batch was counted in problems, the log says how many pairs a step came to.
     log = RunLog(run, config.training, pairs_per_step=batch * accumulation * processes(), dropped_pairs=len(rows) - kept)
-    return run_trainer(trainer, log, run, resume=config.resume, units_per_epoch=kept)
+    return run_trainer(trainer, log, run, resume=config.resume, units_per_epoch=kept, seconds_ahead=trainer.reference_seconds)
 
 
-def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batch: int, accumulation: int) -> DPOTrainer:
+class ReferenceTimer(DPOTrainer):
+    """TRL's trainer; notes the seconds it spends on the reference before training, 0 where each step computes it."""
+
+    reference_seconds = 0.0
+
+    def _precompute_ref_logps(self, *arguments: Any, **settings: Any) -> Dataset:
+        _round_reference(self.model)
+        began = time.monotonic()
+        dataset = super()._precompute_ref_logps(*arguments, **settings)
+        self.reference_seconds += time.monotonic() - began
+        return dataset
+
+
+def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batch: int, accumulation: int) -> ReferenceTimer:
     """TRL's trainer over ``rows``, set up as its documentation describes QLoRA and RPO.
 
     Args:
@@ -67,10 +83,13 @@ def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batc
         loss_weights=[1.0, loss.alpha] if loss.alpha else [1.0],
         beta=loss.beta,
         max_length=config.pairs.max_length,
+        precompute_ref_log_probs=config.torch.precompute_reference,
+        use_liger_kernel=config.torch.liger,
     )
     continued = continued_adapter(config) is not None
-    trainer = DPOTrainer(
-        model=open_continued(config.model) if continued else trainable_base(open_model(config.model)),
+    opened = open_continued(config.model, config.torch) if continued else trainable_base(open_model(config.model, config.torch))
+    trainer = ReferenceTimer(
+        model=opened,
         ref_model=None,
         args=arguments,
         train_dataset=Dataset.from_list(rows),

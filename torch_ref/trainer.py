@@ -133,15 +133,17 @@ class RunLog(TrainerCallback):
             numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
             self._run.log(state.global_step, **numbers, **self._constants)
 
-    def epochs_per_second(self) -> float:
-        """Speed after the first step, which pays for allocations and kernel selection; of that step if it is the only one."""
+    def seconds_per_epoch(self) -> float:
+        """By the steps after the first, which pays for allocations and kernel selection; by that step if it is the only one."""
         if len(self._marks) < 2:
-            return 0.0
+            return math.inf
         (began, start), (ended, end) = self._marks[-2:]
-        return (end - start) / (ended - began)
+        return (ended - began) / (end - start)
 
 
-def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_per_epoch: int) -> TrainSummary:
+def run_trainer(
+    trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_per_epoch: int, seconds_ahead: float = 0.0
+) -> TrainSummary:
     """Train (from the run's last checkpoint with ``resume``), write ``run.path/adapter`` and sum up.
 
     Args:
@@ -150,6 +152,7 @@ def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_
         run: The run folder.
         resume: Go on from ``checkpoints``; a run that had not reached its first checkpoint begins anew.
         units_per_epoch: Tokens or pairs in one pass over the data, for the rate.
+        seconds_ahead: What was spent on all the data before the first step; every epoch bears its share in the rate.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(log)
@@ -159,7 +162,7 @@ def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_
     reached = TrainerState.load_from_json(str(Path(last) / "trainer_state.json")).global_step if last else 0
     if log.max_steps and reached >= log.max_steps:  # the Trainer would take one more step before it asks whether to stop
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
-        return TrainSummary(reached, losses[-1] if losses else float("nan"), 0.0, 0.0, str(adapter))
+        return TrainSummary(reached, losses[-1] if losses else float("nan"), seconds_ahead, 0.0, str(adapter))
     began = time.monotonic()
     # The optimizer's state is this run's own file; transformers reads it with torch's restricted loader (weights_only).
     trainer.train(resume_from_checkpoint=last)
@@ -171,8 +174,8 @@ def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_
     return TrainSummary(
         steps=trainer.state.global_step,
         loss=losses[-1] if losses else float("nan"),
-        seconds=seconds,
-        rate=units_per_epoch * log.epochs_per_second(),
+        seconds=seconds_ahead + seconds,
+        rate=units_per_epoch / (log.seconds_per_epoch() + seconds_ahead / trainer.args.num_train_epochs),
         adapter=str(adapter),
     )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from medllm.bench.variants import ALL, names
 from medllm.config import RematPolicy
 
 SHAPES = {"cpt": "CptShape", "rpo": "RpoShape", "generate": "GenerateShape"}
@@ -28,6 +29,7 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
         parser.add_class_arguments(getattr(shapes, kind), as_group=True)
         parser.add_argument("--engines", type=list[Literal["jax", "torch"]], default=["jax", "torch"], help="who is measured")
         parser.add_argument("--runs", type=int, default=3, help="measurements of each engine, alternating")
+        parser.add_argument("--torch_variant", type=str, default=ALL, metavar="NAME", help=_variants_help(name))
         parser.add_argument(
             "--profile",
             type=str | None,
@@ -36,13 +38,13 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
             help="also write a trace of each engine, and print where its time went",
         )
         if name != "generate":
-            parser.add_argument("--remat", type=RematPolicy, default="layer", help="what is kept for the backward pass")
+            parser.add_argument("--remat", type=RematPolicy, default="layer", help="what JAX keeps for the backward pass")
         if name == "rpo":
             parser.add_argument(
                 "--nll_reduction",
                 type=Literal["micro_batch_tokens", "sequence"],
                 default="micro_batch_tokens",
-                help="the mean that TRL takes over a whole batch of pairs at once, or only one pair at a time",
+                help="the mean of the preferred likelihood; TRL takes 'sequence' only one pair at a time",
             )
     compile_ = add("compile", "how the time to compile a training step grows with depth (JAX)")
     compile_.add_class_arguments(shapes.ModelShape, "model")
@@ -63,6 +65,10 @@ def _add_floor(add: Callable[[str, str], ArgumentParser]) -> None:
     floor.add_argument("--rows", type=int, default=8, help="rows of a step, of one document each")
     floor.add_argument("--length", type=int, default=256, help="tokens of a row")
     floor.add_argument("--seconds", type=float, default=0.5, help="spent on each operation, at least three runs")
+
+
+def _variants_help(name: str) -> str:
+    return f"{ALL}: the fastest of what the reference can be set to is measured; or one of {', '.join(names(name))}"
 
 
 def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
@@ -94,6 +100,7 @@ def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
         shape,
         engines=tuple(values.engines),
         runs=values.runs,
+        torch_variant=values.torch_variant,
         profile=values.profile,
         say=say,
         **settings,

@@ -1,4 +1,7 @@
-"""Both engines on the same work, on this machine, one after the other, several times: medians, and their ratio."""
+"""Both engines on the same work, on this machine, one after the other, several times: medians, and their ratio.
+
+The reference runs as the fastest of its variants (:mod:`medllm.bench.variants`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 from medllm.bench.engines import measure
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
+from medllm.bench.variants import ALL, Choice, choose, variant_lines
 from medllm.errors import UserError
 from medllm.run import environment
 
@@ -23,6 +27,7 @@ def compare(
     *,
     engines: Sequence[str] = ("jax", "torch"),
     runs: int = 3,
+    torch_variant: str = ALL,
     profile: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -37,13 +42,15 @@ def compare(
         shape: Its sizes.
         engines: Which engines; the first is held against the second.
         runs: Measurements of each.
+        torch_variant: How the reference is set; ``all`` tries every variant once, shortly, and measures the fastest.
         profile: Folder for a trace of each engine, taken in a run beside the measured ones.
         say: Told what was measured, as it comes.
         settings: More arguments of the measurement.
 
     Returns:
         ``ratio`` of the rates (None with one engine) and ``memory_ratio``, for each engine the medians ``rate``,
-        ``peak_rss_gib`` and ``compile_s`` with the fp32 matrix rate of its framework here, every run, the shape, the machine.
+        ``peak_rss_gib`` and ``compile_s`` with the fp32 matrix rate of its framework here, what it kept for the backward pass, every run, the shape, the machine.
+        ``torch_variant`` is the name of what was measured of the reference, ``torch_variants`` the trials.
 
     Raises:
         UserError: an engine is not installed, comes twice, or there is not at least one run.
@@ -56,22 +63,28 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
         model = dataclasses.asdict(shape.model.write(Path(scratch)))
         given = {"model": model, "shape": dataclasses.asdict(shape), **settings}
+        choice = choose(torch_variant, name, shape, given, say) if "torch" in engines else Choice()
+        arguments = {engine: given | (choice.settings if engine == "torch" else {}) for engine in engines}
         for run in range(1, runs + 1):
             for engine in engines:
-                one = measure(engine, name, **given, profile=None)
+                one = measure(engine, name, **arguments[engine], profile=None)
                 found[engine].append(one)
                 say(f"bench {name}: run {run} of {runs}, {engine}: {one['rate']:.4g} {UNITS[name]}")
         for engine in engines if profile else ():
             folder = Path(profile or "") / engine
-            measure(engine, name, **given, profile=str(folder))
+            measure(engine, name, **arguments[engine], profile=str(folder))
             say(f"bench {name}: trace of {engine}: {folder}")
         matrix = {engine: measure(engine, "matmul", **_matrix(shape))["gflops"] for engine in engines}
-    medians = {engine: _medians(ones) | {"matmul_gflops": matrix[engine]} for engine, ones in found.items()}
+    medians: dict[str, dict[str, Any]] = {
+        engine: _medians(ones) | {"matmul_gflops": matrix[engine], "remat": arguments[engine].get("remat")}
+        for engine, ones in found.items()
+    }
     return {
         "ratio": _ratio(medians, engines, "rate"),
         "memory_ratio": _ratio(medians, engines, "peak_rss_gib"),
         "unit": UNITS[name],
         **medians,
+        **choice.to_json(),
         "shape": dataclasses.asdict(shape),
         "settings": settings,
         "runs": found,
@@ -88,6 +101,7 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
             f"{engine:>6}  {one['rate']:>10.4g} {result['unit']}   peak {one['peak_rss_gib']:.2f} GiB   "
             f"compile {one['compile_s']:.1f} s   matrix rate {one['matmul_gflops']:.0f} GFLOP/s"
         )
+    lines += variant_lines(name, result)
     if result["ratio"] is not None:
         first, second = result["runs"]
         lines.append(
@@ -109,7 +123,7 @@ def _medians(ones: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"rate": median("rate"), "peak_rss_gib": median("peak_rss_bytes") / 2**30, "compile_s": median("compile_s")}
 
 
-def _ratio(medians: dict[str, dict[str, float]], engines: Sequence[str], figure: str) -> float | None:
+def _ratio(medians: dict[str, dict[str, Any]], engines: Sequence[str], figure: str) -> float | None:
     if len(engines) != 2:
         return None
     first, second = engines

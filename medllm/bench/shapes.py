@@ -172,8 +172,6 @@ class GenerateShape:
         question: Tokens of the longest question; the shortest has half of them.
         answer: Tokens of each answer. All are of one length, which favours a batch that waits for its longest.
         batch_size: Answers the JAX engine generates at a time.
-        torch_batch_size: Answers the reference does, which keeps every prompt in full for each: of 16, 32 and 64 the fastest on
-            two cores.
     """
 
     model: ModelShape = field(default_factory=ModelShape)
@@ -182,10 +180,9 @@ class GenerateShape:
     question: int = 256
     answer: int = 256
     batch_size: int = 64
-    torch_batch_size: int = 32
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "problems", "question", "answer", "batch_size", "torch_batch_size")
+        _at_least(1, self, "problems", "question", "answer", "batch_size")
         _at_least(0, self, "header")
 
     def data(self) -> list[str]:

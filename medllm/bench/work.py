@@ -1,6 +1,7 @@
 """What a child process of ``medllm bench`` does: one stage on one engine, through the same calls as the commands.
 
-Rates are those the engine itself reports: without compilation, and for the Trainer without its first step.
+Rates are those the engine itself reports, alike on both: from the end of the first optimizer step to that of the last, without
+opening the model and without compilation. A reference that is computed ahead counts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from medllm.config import (
     RematPolicy,
     RpoConfig,
     Sampling,
+    TorchConfig,
     TrainingConfig,
 )
 from medllm.engine import EngineName, TrainSummary, open_engine
@@ -50,15 +52,25 @@ def measurements(
     }
 
 
-def _cpt(engine: EngineName, profiler: Profiler, *, model: dict, shape: dict, remat: RematPolicy, profile: str | None) -> dict:
+def _cpt(
+    engine: EngineName,
+    profiler: Profiler,
+    *,
+    model: dict,
+    shape: dict,
+    remat: RematPolicy,
+    torch: dict | None = None,
+    profile: str | None,
+) -> dict:
     work = _shaped(CptShape, shape)
-    training = TrainingConfig(epochs=1, batch_size=work.rows, accumulation=1, remat=_remat(engine, remat))
+    training = TrainingConfig(epochs=1, batch_size=work.rows, accumulation=1, remat=remat)
+    switches = TorchConfig(**(torch or {}))
     rows = work.data()
 
     def train(run: str) -> TrainSummary:
-        config = CptConfig(ModelConfig(**model), run, lora=LoraConfig(rank=work.model.rank), training=training)
+        config = CptConfig(ModelConfig(**model), run, lora=LoraConfig(rank=work.model.rank), training=training, torch=switches)
         with Run(run, config) as folder:
-            return open_engine(engine, config.model).train_cpt(rows, config, folder)
+            return open_engine(engine, config.model, config).train_cpt(rows, config, folder)
 
     return _trained(train, profiler, profile, 1)
 
@@ -71,10 +83,11 @@ def _rpo(
     shape: dict,
     remat: RematPolicy,
     nll_reduction: Any,
+    torch: dict | None = None,
     profile: str | None,
 ) -> dict:
     work = _shaped(RpoShape, shape)
-    training = TrainingConfig(epochs=1, batch_size=work.problems, accumulation=1, remat=_remat(engine, remat))
+    training = TrainingConfig(epochs=1, batch_size=work.problems, accumulation=1, remat=remat)
     preferences = work.data()
 
     def train(run: str) -> TrainSummary:
@@ -86,9 +99,10 @@ def _rpo(
             pairs=PairConfig(work.chosen, work.rejected, max_length=work.prompt + work.response),
             lora=LoraConfig(rank=work.model.rank),
             training=training,
+            torch=TorchConfig(**(torch or {})),
         )
         with Run(run, config) as folder:
-            return open_engine(engine, config.model).train_preferences(preferences, config, folder)
+            return open_engine(engine, config.model, config).train_preferences(preferences, config, folder)
 
     return _trained(train, profiler, profile, work.pairs)
 
@@ -111,16 +125,17 @@ def _generate(
     *,
     model: dict,
     shape: dict,
+    batch_size: int | None = None,
     profile: str | None,
 ) -> dict[str, Any]:
     work = _shaped(GenerateShape, shape)
     opened = open_engine(engine, ModelConfig(**model))
     prompts = work.data()
-    batch_size = work.torch_batch_size if engine == "torch" else work.batch_size
+    at_a_time = batch_size or work.batch_size
 
     def answer(prompts: list[str], tokens: int = work.answer) -> tuple[float, int]:
         start = time.perf_counter()
-        answers = opened.generate(prompts, Sampling(max_new_tokens=tokens), batch_size)
+        answers = opened.generate(prompts, Sampling(max_new_tokens=tokens), at_a_time)
         return time.perf_counter() - start, sum(len(generation.tokens) for samples in answers for generation in samples)
 
     if compile_seconds is None:
@@ -139,11 +154,6 @@ def _generate(
         "peak_rss_bytes": peak,
         "tokens": tokens,
     }
-
-
-def _remat(engine: EngineName, policy: RematPolicy) -> RematPolicy:
-    """The policy, or what comes next to it: transformers recomputes whole layers or nothing."""
-    return policy if engine == "jax" or policy == "none" else "layer"
 
 
 def _shaped(kind: Any, shape: dict[str, Any]) -> Any:
