@@ -58,8 +58,8 @@ def paired_step(prompt: int, response: int, pairs: int) -> Step:
     return Step(rows * length, rows * causal_pairs(length), rows * response, reference=True)
 
 
-def training_flops(model: ModelShape, step: Step) -> int:
-    """Operations of an optimizer step with every layer recomputed."""
+def training_flops(model: ModelShape, step: Step, *, recomputed: bool) -> int:
+    """Operations of an optimizer step, with every layer computed again in the backward pass (``recomputed``) or none."""
     t, layers = step.tokens, model.layers
     base = layers * sum(out * width for out, width in _linears(model).values())
     adapter = layers * model.rank * sum(out + width for out, width in _linears(model).values())
@@ -68,10 +68,10 @@ def training_flops(model: ModelShape, step: Step) -> int:
     attention = 4 * layers * model.width * step.visible
     head = 2 * model.vocabulary * model.width * step.predicted
     forward = 2 * t * (base + adapter) + attention
-    recomputed = forward - 2 * t * down
+    again = forward - 2 * t * down if recomputed else 0
     backward = 2 * t * (base + 2 * adapter) + 2 * attention
     reference = 2 * t * base + attention + head if step.reference else 0
-    return forward + recomputed + backward + 2 * head + reference
+    return forward + again + backward + 2 * head + reference
 
 
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
