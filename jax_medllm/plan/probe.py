@@ -56,7 +56,9 @@ def probe(*, stage: str, settings: dict[str, Any], kind: str | None, seconds: fl
     device = jax.devices()[0]
     here = _KINDS.get(device.platform, device.platform)
     if kind is not None and kind != here:
-        raise UserError(f"a {kind} device is asked for, and JAX sees {device.platform} ({device.device_kind}) here")
+        raise UserError(
+            f"--target asks for a {kind} device, and JAX sees {device.platform} ({device.device_kind}) here; leave it out"
+        )
     layout = Layout.of("fsdp=1", "", [device])
     on_host = here == "cpu"
     rates = product_rates(settings, repeats=3 if on_host else 7, calls=1 if on_host else 5)
