@@ -69,6 +69,11 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
+def this_machine() -> str:
+    """The processor of this machine, and how many cores this process may use."""
+    return f"{_processor()}, {_cpus()} cores"
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and git commit that a figure depends on."""
     versions = {}
@@ -82,7 +87,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         **({"devices": gpus} if (gpus := _gpus()) else {}),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": _cpus(),
         "packages": versions,
         "git_commit": _git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -211,6 +216,10 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: this folder cannot be made ({error.strerror}); give another path") from error
+
+
+def _cpus() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor() -> str:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Parity and speed of both engines on one NVIDIA GPU, in under nine minutes; the table comes last.
+# Speed and parity of both engines on one NVIDIA GPU, in under nine minutes: a pre-flight, what is worth most first, a table.
 #
-#   bash scripts/gpu_bench.sh --out gpu.json                     # 72B and 7B; gpu.json.log holds what the processes said
+#   bash scripts/gpu_bench.sh --out gpu.json                     # 7B and 72B; gpu.json.log holds what the processes said
 #   bash scripts/gpu_bench.sh --sizes 7b --parts cpt rpo decode  # a part of it
+#   bash scripts/gpu_bench.sh --engines jax                      # without the reference and its packages
 #   bash scripts/gpu_bench.sh --smoke                            # tiny shapes on the CPU
 #
 # MEDLLM_PYTHON names a Python that has the packages (jax with its CUDA plugin, flax, optax, orbax-checkpoint, torch, bitsandbytes,

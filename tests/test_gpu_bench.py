@@ -24,11 +24,11 @@ from jax_medllm.adapters import variables
 from jax_medllm.batches import PreferenceData, cpt_step
 from jax_medllm.batches import plan_steps as steps_of
 from jax_medllm.decoder import CHUNK, Decoder
-from jax_medllm.device_bench import random_model
 from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.random_weights import random_model
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn
-from medllm.bench import arithmetic, device
+from medllm.bench import arithmetic, device, device_goals, device_table
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SMOKE, DeviceShape, device_shape
 from medllm.bench.shapes import ModelShape
 from medllm.child import run_in_child, run_process
@@ -54,7 +54,7 @@ def test_pairs_that_see_each_other_are_counted_as_a_look_at_every_pair_counts_th
 
 
 def test_a_group_has_half_the_tokens_of_its_pairs_or_less():
-    shape = device_shape("72b", 139 * GIB)
+    shape = device_shape("72b", "rpo", 139 * GIB)
     group = arithmetic.grouped_step(shape.prompt, shape.response, RESPONSES)
     pairs = arithmetic.paired_step(shape.prompt, shape.response, len(PAIRS))
     assert (group.tokens, pairs.tokens) == (3072, 12288)
@@ -112,13 +112,13 @@ def test_operations_of_a_preference_step_are_those_xla_counts(whole_attention):
     step = arithmetic.grouped_step(96, 32, RESPONSES)
     assert step.tokens <= tokens + 1
     # The row is padded, and the head looks at all of it.
-    counted = arithmetic.training_flops(ONE_LAYER, arithmetic.Step(tokens, tokens**2, tokens, reference=True))
+    counted = arithmetic.training_flops(ONE_LAYER, arithmetic.Step(tokens, tokens**2, tokens, reference=True), "layer")
     assert counted <= found <= 1.06 * counted
 
 
 @pytest.mark.parametrize("size", ["72b", "7b"])
 def test_bytes_of_a_decoding_step_are_those_of_the_arrays_it_reads(size):
-    shape = device_shape(size, 139 * GIB)
+    shape = device_shape(size, "decode", 139 * GIB)
 
     def build() -> Qwen2:
         config = Qwen2Config.from_hf(shape.model.config())
@@ -132,75 +132,165 @@ def test_bytes_of_a_decoding_step_are_those_of_the_arrays_it_reads(size):
 
 
 def test_bytes_of_a_cache_are_those_of_the_decoders():
-    model = random_model(SMOKE.model, adapter=False)
+    model = random_model(SMOKE.model.config(), quantization="nf4", dtype="bfloat16", rank=None)
     held = jax.tree.leaves(Decoder(model, end=0).empty(SMOKE.decode_rows, SMOKE.decode_tokens).own)
     tokens = SMOKE.decode_tokens + CHUNK
     cache = arithmetic.decode_bytes(SMOKE.model, SMOKE.decode_rows, tokens) - arithmetic.decode_bytes(SMOKE.model, 0, 0)
     assert cache == sum(part.nbytes for part in held)
 
 
-def test_a_device_with_less_memory_gets_a_72b_with_fewer_layers_and_says_so():
-    assert device_shape("72b", 139 * GIB).model.layers == 80
-    smaller = device_shape("72b", 47 * GIB)
+def test_operations_without_recomputation_are_those_of_two_thirds():
+    """Forward, and backward alike for a frozen base; what is computed again is a forward pass less one product."""
+    shape = device_shape("7b", "cpt", 139 * GIB)
+    step = arithmetic.cpt_step(1, 4096)
+    with_, without = (arithmetic.training_flops(shape.model, step, remat) for remat in ("layer", "none"))
+    assert without == pytest.approx(4 * 6.5e9 * 4096 + 4 * 152064 * 3584 * 4095, rel=0.1)
+    assert 0.2 < (with_ - without) / with_ < 1 / 3
+
+
+def test_a_device_with_less_memory_generates_with_fewer_layers_and_says_so():
+    assert device_shape("72b", "decode", 139 * GIB).model.layers == 80
+    smaller = device_shape("72b", "decode", 47 * GIB)
     assert smaller.model.layers == 40
     assert "40 of 80 layers" in smaller.name
-    assert device_shape("72b", 72.8 * GIB).model.layers == 80  # what JAX may take of an H100
-    assert device_shape("7b", 47 * GIB).model == device_shape("7b", 139 * GIB).model
+    assert device_shape("72b", "decode", 72.8 * GIB).model.layers == 80  # what JAX may take of an H100
+    assert device_shape("7b", "decode", 47 * GIB).model == device_shape("7b", "decode", 139 * GIB).model
 
 
+def test_the_7b_is_trained_on_dense_weights_and_the_72b_by_depth():
+    assert device_shape("7b", "cpt", 139 * GIB).model.quantization == "none"
+    deep = device_shape("72b", "cpt", 139 * GIB)
+    assert (deep.model.quantization, deep.model.layers, deep.depths) == ("nf4", 80, (4, 12))
+    assert DeviceShape.from_json(json.loads(json.dumps(deep.to_json()))) == deep
+
+
+def trained(*steps: tuple[int, float], units: float, **more) -> dict:
+    """What a training part finds: seconds of a step at each number of layers."""
+    depths = [{"layers": layers, "step_s": seconds, "steps_s": [seconds] * 3} for layers, seconds in steps]
+    return {"depths": depths, "compile_s": 30.0, "peak_bytes": 40 * GIB, "units": units, **more}
+
+
+PLAN = {"layers": 28, "flops": 3e14, "bytes": 1e12, "gib": 40.4}
+PROBES = [
+    {"layers": layers, "flops": layers * 1e13 + 2e13, "bytes": layers * 3e10 + 1e11, "step_s": 0.02 * layers + 0.04}
+    for layers in (2, 4)
+]
 FOUND = {
-    "rates": {"device": "a GPU", "memory_bytes": 139 * GIB, "matrix_flops": 8e14, "copy_bytes": 4e12},
-    "cpt": {"step_s": 4.0, "steps_s": [4.0, 4.1, 3.9], "compile_s": 30.0, "peak_bytes": 60 * GIB, "units": 4096},
-    "rpo": {"step_s": 4.0, "steps_s": [4.0], "compile_s": 30.0, "peak_bytes": 60 * GIB, "units": 1},
+    "rates": {"device": "NVIDIA H100 80GB HBM3", "memory_bytes": 79 * GIB, "matrix_flops": 8e14, "copy_bytes": 3e12},
+    ("7B", "cpt"): trained((28, 0.55), units=8192, plan=PLAN),
+    ("72B NF4", "cpt"): trained((4, 0.28), (12, 0.68), units=4096, plan={**PLAN, "layers": 12}),
+    ("7B NF4", "rpo"): trained((28, 0.5), units=1, plan=PLAN),
+    ("72B NF4", "rpo"): trained((4, 0.28), (12, 0.68), units=1, plan={**PLAN, "layers": 12}),
+    "calibrate": {"matrix_flops": 6e14, "copy_bytes": 3e12, "probes": PROBES, "versions": {}, "products": []},
     "decode": {"step_s": 0.02, "steps_s": [0.02], "compile_s": 9.0, "peak_bytes": 60 * GIB, "units": 32},
 }
 
 
-def answers(monkeypatch, failing=()):
-    """Children that answer at once, but for those that fail."""
+def answers(monkeypatch, failing=(), on="NVIDIA H100 80GB HBM3"):
+    """Children that answer at once, but for those that fail. The reference takes twice as long, and as much memory."""
 
     def child(module, name, settings, **_):
         engine = module.split("_")[0]
         if (engine, name) in failing:
             raise RuntimeError("the child process ended early: OutOfMemoryError: tried to allocate 9 GiB\nmore")
+        if name in ("cpt", "rpo"):
+            found = dict(FOUND[settings["shape"]["name"], name])
+            if engine == "torch":
+                slow = [(one["layers"], 2 * one["step_s"]) for one in found["depths"]]
+                ways = [
+                    {"variant": "slow", "error": "OutOfMemoryError: no"},
+                    {"variant": "quick", "step_s": 1.0, "peak_bytes": GIB},
+                ]
+                found = trained(*slow, units=found["units"] / (len(PAIRS) if name == "rpo" else 1), tried=ways, variant="quick")
+            return found
         found = dict(FOUND[name])
-        return {**found, "units": found["units"] / len(PAIRS)} if (engine, name) == ("torch", "rpo") else found
+        return {**found, "device": on} if name == "rates" else found
 
     monkeypatch.setattr(device, "run_in_child", child)
+    monkeypatch.setattr(device, "preflight", lambda *_, **__: {"versions": {}})
+
+
+def test_what_is_worth_most_comes_first(monkeypatch):
+    answers(monkeypatch)
+    result = device.bench_device(smoke=False, parts=["cpt", "calibrate", "rpo", "decode"])
+    ran = list(dict.fromkeys((found["model"], found["part"]) for found in result["parts"][2:]))
+    assert ran == [
+        ("7B", "cpt"),
+        ("72B NF4", "cpt"),
+        ("7B NF4", "rpo"),
+        ("72B NF4", "decode"),
+        ("7B", "calibrate"),
+        ("7B NF4", "decode"),
+        ("72B NF4", "rpo"),
+    ]
+
+
+def test_one_engine_runs_by_itself(monkeypatch):
+    answers(monkeypatch)
+    result = device.bench_device(smoke=False, parts=["cpt", "rpo", "decode"], engines=["jax"])
+    assert {found["engine"] for found in result["parts"]} == {"jax"}
+    over = next(one for one in result["targets"] if "best torch" in one["target"])
+    assert (over["found"], over["met"]) == (None, None)
 
 
 def test_a_part_that_fails_says_why_and_the_others_go_on(monkeypatch):
     answers(monkeypatch, failing={("torch", "rpo")})
     saved = []
-    result = device.bench_device(smoke=False, sizes=["72b"], parts=["cpt", "rpo", "decode"], save=saved.append)
+    result = device.bench_device(smoke=False, sizes=["7b"], parts=["cpt", "rpo", "decode"], save=saved.append)
     failed = [found for found in result["parts"] if not found["ok"]]
     assert [(found["part"], found["engine"]) for found in failed] == [("rpo", "torch")]
     assert len(result["parts"]) == 7
     assert len(saved) == 8
-    text = device.table(result)
+    text = device_table.table(result)
     assert any("torch" in line and line.endswith("OutOfMemoryError: tried to allocate 9 GiB") for line in text)
     missing = [one for one in result["targets"] if one["found"] is None]
     assert [one["target"] for one in missing] == [
-        "72B rpo: rate, JAX over torch",
-        "72B rpo: peak memory, JAX over torch",
+        "7B NF4 rpo: problems/s, JAX over the best torch",
+        "7B NF4 rpo: peak memory, JAX over torch",
     ]
     assert all(one["met"] is None for one in missing)
 
 
-def test_targets_are_judged_by_what_was_measured(monkeypatch):
+def judged(result) -> dict[str, tuple[float | None, bool | None]]:
+    return {one["target"]: (one["found"], one["met"]) for one in result["targets"]}
+
+
+def test_goals_are_judged_by_what_was_measured(monkeypatch):
     answers(monkeypatch)
-    result = device.bench_device(smoke=False, sizes=["72b"], parts=["cpt", "rpo", "decode"])
-    met = {one["target"]: (one["found"], one["met"]) for one in result["targets"]}
-    shape = device_shape("72b", 139 * GIB)
-    work = arithmetic.training_flops(shape.model, arithmetic.cpt_step(1, 4096))
-    assert met["72B cpt: share of the matrix rate"] == (pytest.approx(work / 4.0 / 8e14), work / 4.0 / 8e14 >= 0.6)
-    assert met["72B cpt: rate, JAX over torch"] == (1.0, False)
-    assert met["72B cpt: peak memory, JAX over torch"] == (1.0, True)
-    assert met["72B rpo: rate, JAX over torch"] == (pytest.approx(3.0), False)
-    read = arithmetic.decode_bytes(shape.model, 32, 1024)
-    assert met["72B decode: share of the copy bandwidth"] == (pytest.approx(read / 0.02 / 4e12), True)
-    # 72B parameters forward, again, and backward: about three forward passes of 2 operations a parameter and token.
-    assert work == pytest.approx(3 * 2 * 70e9 * 4096, rel=0.1)
+    result = device.bench_device(smoke=False, parts=["cpt", "calibrate", "rpo", "decode"])
+    found = judged(result)
+    assert found["7B cpt: tokens/s"] == (pytest.approx(8192 / 0.55), True)
+    # 0.05 s a layer and 0.08 s beside them.
+    assert found["72B NF4 cpt: tokens/s by depth"] == (pytest.approx(4096 / (80 * 0.05 + 0.08)), False)
+    assert found["7B NF4 rpo: problems/s, JAX over the best torch"] == (pytest.approx(6.0), True)
+    assert found["7B cpt: peak memory, JAX over torch"] == (1.0, False)
+    assert found["7B cpt: memory, plan against run, off by"] == (pytest.approx(0.01), True)
+    read = arithmetic.decode_bytes(device_shape("72b", "decode", 79 * GIB).model, 32, 1024)
+    assert found["72B NF4 decode: share of the copy bandwidth"] == (
+        pytest.approx(read / 0.02 / 3e12),
+        read / 0.02 / 3e12 >= 0.6,
+    )
+    # The plan's operations are those of the probe's layers: 28 of 0.02 s and 0.04 s beside them, against 0.55 s.
+    assert found["7B cpt: time, plan after calibration against run, off by"] == (pytest.approx(0.60 / 0.55 - 1), True)
+    text = "\n".join(device_table.table(result))
+    assert "extrapolated from 4 and 12 to 80 layers" in text
+    assert "tokens/s (extrapolated)" in text
+    assert "7B cpt torch, slow: OutOfMemoryError: no" in text
+    assert "7B cpt torch, quick: 1 s a step, peak 1.0 GiB (in the table)" in text
+
+
+def test_a_goal_of_another_device_is_not_judged(monkeypatch):
+    answers(monkeypatch, on="NVIDIA H200")
+    result = device.bench_device(smoke=False, sizes=["7b"], parts=["cpt"])
+    assert judged(result)["7B cpt: tokens/s"] == (pytest.approx(8192 / 0.55), None)
+    assert any("a goal of an H100: not judged" in line and "14,895" in line for line in device_table.table(result))
+    assert judged(result)["7B cpt: peak memory, JAX over torch"][1] is False
+
+
+def test_a_step_that_was_run_whole_is_not_extrapolated():
+    assert device_goals.at_depth([{"layers": 28, "step_s": 2.0, "steps_s": [2.0]}], 28)["extrapolated"] is False
+    with pytest.raises(RuntimeError, match="nothing to extrapolate from"):
+        device_goals.at_depth([{"layers": n, "step_s": 1.0, "steps_s": [1.0]} for n in (4, 12)], 80)
 
 
 def test_ended_from_outside_it_still_prints_what_it_has(monkeypatch, capsys, tmp_path):
@@ -240,8 +330,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(device, "run_in_child", child)
     assert device.main([]) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert "--smoke" in said[0]
+    assert said == ["gpu_bench: pre-flight: torch: no GPU here; --engines jax measures without it"]
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_path, capsys):
@@ -283,10 +372,13 @@ def test_everything_runs_once_on_tiny_shapes(tmp_path):
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
+    assert set(result["preflight"]) == {"versions", "jax", "torch"}
+    assert set(result["preflight"]["jax"]["errors"]) == {"attention by xla", "NF4 product"}
     parts = {(found["part"], found["engine"]): found for found in result["parts"]}
     assert set(parts) == {
         *itertools.product(("rates", "cpt", "rpo"), ("jax", "torch")),
         ("decode", "jax"),
+        ("calibrate", "jax"),
         ("parity", None),
     }
     assert all(found["ok"] for found in parts.values())
@@ -296,8 +388,10 @@ def test_everything_runs_once_on_tiny_shapes(tmp_path):
         # Random weights know nothing: a token costs ln V, and RPO's two terms are ln 2 and alpha times that.
         assert parts["cpt", engine]["loss"] == pytest.approx(uniform, rel=0.03)
         assert parts["rpo", engine]["loss"] == pytest.approx(math.log(2) + 10 * uniform, rel=0.03)
-        assert 1 <= len(parts["cpt", engine]["steps_s"]) <= 3
-    assert parts["rpo", "torch"]["flops"] * len(PAIRS) > 2 * parts["rpo", "jax"]["flops"]
+        assert [one["layers"] for one in parts["cpt", engine]["depths"]] == [1, 2]
+        assert parts["cpt", engine]["extrapolated"]
+    assert any("step_s" in way for way in parts["rpo", "torch"]["tried"])
+    assert parts["cpt", "jax"]["plan"]["flops"] > 0
     for found in parts.values():
         assert "share" not in found or 0 < found["share"] < 2
     assert result["targets"] == []

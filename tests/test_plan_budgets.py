@@ -119,3 +119,17 @@ def test_operations_are_those_of_the_products_with_the_weights(plans, key):
 def test_a_search_would_have_compiled_it(plans, key):
     plan, (target, stage) = plans[key], key
     assert least_gib(Request("qwen2.5-72b", stage, target), plan["mesh"], 1, "layer", plan["model"]) < plan["gib_per_device"]
+
+
+def test_one_device_attends_as_each_of_two_that_share_the_rows_does():
+    """A layout of one device is not in use; attention is still that of the device planned for, not of the one that plans."""
+    try:
+        check_installed(Target.parse("h100:1"))
+    except UserError as missing:
+        pytest.skip(str(missing).replace("[plan]", "[test]"))
+    work = {"quantization": "bf16", "length": 1024}
+    alone, both = (
+        make_plan(Request("qwen2.5-0.5b", target=target, mesh=mesh, **work))
+        for target, mesh in (("h100:1", ""), ("h100:2", "data=2"))
+    )
+    assert alone["flops"] == both["flops"]

@@ -2,15 +2,19 @@
 
 The model is transformers' own on the meta device, its linear layers replaced by bitsandbytes' ``Linear4bit``: of each shape one
 random weight is quantized on the device, by bitsandbytes, and every layer gets a copy. Steps are those of the Trainers as the
-recipes set them up, on rows that are tokens already.
+recipes set them up, on rows that are tokens already, in each of several ways: the fastest counts, the others are named.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +48,40 @@ from torch_ref.trainer import trainer_arguments
 STEPS = 3
 """Steps that are timed, after one that is not; fewer where the time for them is up, at least one."""
 _SPREAD = 0.02
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to set a trainer.
+
+    Attributes:
+        name: What the table calls it.
+        keeps_all: Nothing is recomputed in the backward pass; else each layer keeps its input alone.
+        pairs: Pairs of a problem that are computed together (RPO; 1 for CPT).
+        reference_before: The reference's log-probabilities are computed before training, and not in the step's time.
+        liger: Liger's fused kernels.
+    """
+
+    name: str
+    keeps_all: bool = False
+    pairs: int = 1
+    reference_before: bool = False
+    liger: bool = False
+
+
+CPT_VARIANTS = (
+    Variant("all kept, Liger", keeps_all=True, liger=True),
+    Variant("all kept", keeps_all=True),
+    Variant("recomputed"),
+)
+"""The fastest come first, so that where the time ends early it was not spent on the others."""
+RPO_VARIANTS = (
+    Variant("all pairs together, reference before", pairs=len(PAIRS), reference_before=True),
+    Variant("all pairs together, reference before, Liger", pairs=len(PAIRS), reference_before=True, liger=True),
+    Variant("a pair a pass, reference before, all kept", keeps_all=True, reference_before=True),
+    Variant("all pairs together", pairs=len(PAIRS)),
+    Variant("a pair a pass"),
+)
 _END = "</s>"
 
 
@@ -63,44 +101,117 @@ def rates(*, side: int, copied: int, smoke: bool) -> dict[str, Any]:
 
 
 def cpt(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]:
-    """A continued-pretraining step of transformers' Trainer."""
+    """A continued-pretraining step of transformers' Trainer, set the fastest way that runs."""
     where, work = _device(smoke), DeviceShape.from_json(shape)
-    rows = work.cpt_rows(STEPS + 1)
-    model = add_adapter(random_model(work.model, where), _lora(work.model))
-    model.config.use_cache = False
-    with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
-        arguments = TrainingArguments(**_arguments(work, scratch, work.rows))
-        trainer = Trainer(model=model, args=arguments, train_dataset=RowFeatures(rows), data_collator=default_collate)
-        found = _trained(trainer, seconds)
-    return {**found, "peak_bytes": _peak(where), "units": work.rows * work.length}
+
+    def trainer(one: DeviceShape, variant: Variant, scratch: str) -> Trainer:
+        model = add_adapter(random_model(one.model, where), _lora(one.model))
+        model.config.use_cache = False
+        arguments = TrainingArguments(**_arguments(one, scratch, one.rows, variant))
+        rows = RowFeatures(one.cpt_rows(STEPS + 1))
+        return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_collate)
+
+    return {**_best(CPT_VARIANTS, work, trainer, seconds, where), "units": work.rows * work.length}
 
 
 def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]:
-    """A preference step of TRL's DPOTrainer over one pair of a problem; a problem is as many steps as it has pairs."""
+    """A preference step of TRL's DPOTrainer over pairs of a problem, set the fastest way that runs."""
     where, work = _device(smoke), DeviceShape.from_json(shape)
     loss = PreferenceLoss()
     pairs = [
         {"prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
         for prompt, chosen, rejected in work.group().pair_tokens()
     ]
-    with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
+
+    def trainer(one: DeviceShape, variant: Variant, scratch: str) -> Trainer:
         arguments = DPOConfig(
-            **_arguments(work, scratch, 1),
+            **_arguments(one, scratch, variant.pairs, variant),
             loss_type=["sigmoid", "sft"],
             loss_weights=[1.0, loss.alpha],
             beta=loss.beta,
-            max_length=work.prompt + work.response,
+            max_length=one.prompt + one.response,
+            precompute_ref_log_probs=variant.reference_before,
         )
-        trainer = _TokenTrainer(
-            model=random_model(work.model, where),
+        made = _TokenTrainer(
+            model=random_model(one.model, where),
             args=arguments,
-            train_dataset=Dataset.from_list([pairs[step % len(pairs)] for step in range(STEPS + 1)]),
+            train_dataset=Dataset.from_list([pairs[row % len(pairs)] for row in range((STEPS + 1) * variant.pairs)]),
             processing_class=_one_word_tokenizer(),
-            peft_config=peft_config(_lora(work.model)),
+            peft_config=peft_config(_lora(one.model)),
         )
-        initialize_adapter(trainer.model, 0)
-        found = _trained(trainer, seconds)
-    return {**found, "peak_bytes": _peak(where), "units": 1 / len(PAIRS)}
+        initialize_adapter(made.model, 0)
+        return made
+
+    found = _best(RPO_VARIANTS, work, trainer, seconds, where)
+    return {**found, "units": found["pairs"] / len(PAIRS)}
+
+
+def _best(
+    variants: Sequence[Variant],
+    work: DeviceShape,
+    trainer: Callable[[DeviceShape, Variant, str], Trainer],
+    seconds: float,
+    where: torch.device,
+) -> dict[str, Any]:
+    """Measure each way to set the trainer, within the time for them; the fastest by the work done, and of all what they took.
+
+    Raises:
+        RuntimeError: none ran; says why the last did not.
+    """
+    begun, tried, best = time.perf_counter(), [], None
+    for variant in variants:
+        line: dict[str, Any] = {"variant": variant.name}
+        if variant.liger and importlib.util.find_spec("liger_kernel") is None:
+            tried.append({**line, "error": "liger_kernel is not installed"})
+            continue
+        if best is not None and time.perf_counter() - begun > 2 * seconds:
+            tried.append({**line, "error": "not begun: the time for it is up"})
+            continue
+        try:
+            found = _measured(variant, work, trainer, seconds / len(variants), where)
+        except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError, AttributeError) as error:
+            tried.append({**line, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"})
+        else:
+            tried.append({**line, "step_s": found["depths"][-1]["step_s"], "peak_bytes": found["peak_bytes"]})
+            if best is None or _cost(found) < _cost(best):
+                best = found
+        _forget()
+    if best is None:
+        raise RuntimeError(f"no way to set the trainer ran; {tried[-1]['variant']}: {tried[-1]['error']}")
+    return {**best, "tried": tried}
+
+
+def _measured(
+    variant: Variant,
+    work: DeviceShape,
+    trainer: Callable[[DeviceShape, Variant, str], Trainer],
+    seconds: float,
+    where: torch.device,
+) -> dict[str, Any]:
+    """Steps at each depth of the shape; the peak is the deepest's."""
+    depths: list[dict[str, Any]] = []
+    for layers in work.depths or (work.model.layers,):
+        _forget()
+        one = replace(work, model=replace(work.model, layers=layers))
+        with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
+            found = _trained(trainer(one, variant, scratch), seconds / max(1, len(work.depths)))
+        depths.append({"layers": layers, "step_s": found["step_s"], "steps_s": found["steps_s"]})
+    kept = {"loss": found["loss"], "variant": variant.name, "pairs": variant.pairs}
+    kept["reference"] = not variant.reference_before
+    return {"compile_s": 0.0, "depths": depths, "peak_bytes": _peak(where), **kept}
+
+
+def _cost(found: dict[str, Any]) -> float:
+    """Seconds a unit of work, at the deepest depth."""
+    return found["depths"][-1]["step_s"] / found["pairs"]
+
+
+def _forget() -> None:
+    """Give back what the last trainer held, and count the peak anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class _TokenTrainer(DPOTrainer):
@@ -129,7 +240,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
-    """A frozen model of this shape on a device, linear layers in NF4 as bitsandbytes packs random weights."""
+    """A frozen model of this shape on a device, linear layers in NF4 as bitsandbytes packs random weights or dense."""
     dtype = DTYPES[shape.dtype]
     config = Qwen2Config.from_dict(shape.config())
     with torch.device("meta"):
@@ -138,7 +249,7 @@ def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
-                if isinstance(linear, torch.nn.Linear):
+                if isinstance(linear, torch.nn.Linear) and shape.quantization == "nf4":
                     setattr(block, name, _packed(linear, packed, dtype, where))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -152,7 +263,7 @@ def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
     if left:
         raise RuntimeError(f"transformers' Qwen2 has {left[0]}, which this measurement leaves without a value")
     model.config.dtype = dtype
-    model.is_loaded_in_4bit = True  # what PEFT, TRL and accelerate go by
+    model.is_loaded_in_4bit = shape.quantization == "nf4"  # what PEFT, TRL and accelerate go by
     return model.requires_grad_(False).eval()
 
 
@@ -179,13 +290,13 @@ def _packed(
     return layer
 
 
-def _arguments(work: DeviceShape, scratch: str, batch: int) -> dict[str, Any]:
+def _arguments(work: DeviceShape, scratch: str, batch: int, variant: Variant) -> dict[str, Any]:
     """The recipes' own, but for what is written to disk."""
     model = ModelConfig("generated", quantization=work.model.quantization, dtype=work.model.dtype)
-    training = TrainingConfig(epochs=1, accumulation=1, remat="layer")
+    training = TrainingConfig(epochs=1, accumulation=1, remat="none" if variant.keeps_all else "layer")
     run: Any = SimpleNamespace(path=Path(scratch))
     arguments = trainer_arguments(model, OptimizerConfig(), training, run, batch=batch, accumulation=1)
-    return {**arguments, "save_strategy": "no", "disable_tqdm": True}
+    return {**arguments, "save_strategy": "no", "disable_tqdm": True, "use_liger_kernel": variant.liger}
 
 
 def _trained(trainer: Trainer, seconds: float) -> dict[str, Any]:
@@ -197,7 +308,6 @@ def _trained(trainer: Trainer, seconds: float) -> dict[str, Any]:
     return {
         "step_s": statistics.median(timed),
         "steps_s": timed,
-        "compile_s": 0.0,
         "loss": losses[-1],
     }
 

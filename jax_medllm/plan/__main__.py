@@ -1,4 +1,7 @@
-"""The child process of :mod:`medllm.plan`: ``python -m jax_medllm.plan compile SETTINGS`` prints one line of JSON."""
+"""The child process of :mod:`medllm.plan`: ``python -m jax_medllm.plan compile SETTINGS`` prints one line of JSON.
+
+``probe`` in place of ``compile`` runs a few layers on the device that is here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from jax_medllm.plan.compiled import measure
+from jax_medllm.plan.probe import probe
 from jax_medllm.plan.programs import trace
 from jax_medllm.plan.targets import devices_of
 from jax_medllm.sharding import Layout
@@ -26,4 +30,4 @@ def _compiler(kind: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(serve({"compile": compile_stage}, sys.argv[1:]))
+    sys.exit(serve({"compile": compile_stage, "probe": probe}, sys.argv[1:]))

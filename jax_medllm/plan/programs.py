@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jax_medllm.attention import Backend, backend_for, using
 from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
 from jax_medllm.decoder import CHUNK, SLOT_AXES, Decoder, Fill
 from jax_medllm.logprobs import cut
@@ -71,8 +72,20 @@ def trace(stage: str, settings: Mapping[str, Any], layout: Layout) -> Stage:
         settings: As :class:`medllm.plan.request.Request` has them.
         layout: Of the devices planned for.
     """
-    with layout.in_use():
+    with layout.in_use(), using(_attention(settings, layout)):
         return _STAGES[stage](settings, layout)
+
+
+def _attention(settings: Mapping[str, Any], layout: Layout) -> Backend | None:
+    """The attention backend of the device that is planned for; None where the layout in use says it.
+
+    A layout of one device is not in use, and attention would be that of the machine which plans.
+    """
+    if layout.mesh.size > 1:
+        return None
+    dtype = jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
+    with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
+        return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Qwen2Config.from_hf(settings["model"]).head_dim), dtype))
 
 
 def _cpt(settings: Mapping[str, Any], layout: Layout) -> Stage:

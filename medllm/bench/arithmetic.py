@@ -11,7 +11,7 @@ T tokens, P (query, key) pairs that see each other, h heads of width x and l lay
 Attention is two products of 2·x operations a pair and head, and four of them backward. The base is frozen, so backward it has
 the product for the activations alone; an adapter has both. Recomputing a layer ends before the product with ``down_proj`` (and
 with its adapter's B): the sum it goes into needs no value for its derivative. A step that keeps more
-(:data:`medllm.config.RematPolicy`) recomputes less: with ``attention`` not the products with q, k, v and o, with
+(:data:`medllm.config.RematPolicy`) recomputes less: with ``attention`` not A and the products with q, k, v and o, with
 ``projections`` not those with gate and up either, in both but for an adapter's A, whose result its gradient needs; with
 ``none`` nothing. The head, frozen too, is 2·V·d a predicted token forward and again backward. A reference, with the adapter
 off, is 2TN + A and the head once.
@@ -91,7 +91,7 @@ def training_flops(model: ModelShape, step: Step, remat: RematPolicy = "layer") 
     attention = 4 * layers * model.width * step.visible
     head = 2 * model.vocabulary * model.width * step.predicted
     forward = 2 * t * (base + adapter) + attention
-    recomputed = 0 if remat == "none" else 2 * t * layers * _recomputed(model, remat) + attention
+    recomputed = 0 if remat == "none" else 2 * t * layers * _recomputed(model, remat) + (attention if remat == "layer" else 0)
     backward = 2 * t * (base + 2 * adapter) + 2 * attention
     reference = 2 * t * base + attention + head if step.reference else 0
     return forward + recomputed + backward + 2 * head + reference

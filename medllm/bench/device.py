@@ -1,9 +1,9 @@
-"""``scripts/gpu_bench.sh``: parity on a GPU, then Qwen2.5's own sizes on both engines, side by side on one device.
+"""``scripts/gpu_bench.sh``: Qwen2.5's own sizes on both engines, side by side on one device, and parity there.
 
-Every part is a process of its own with a limit of its own, so that peaks are its own and nothing that goes wrong takes the rest
-with it. The table comes last; the JSON is written anew after every part. Work is counted by :mod:`medllm.bench.arithmetic`, and
-held against what the same run measured the device to be capable of: a bf16 matrix product and a copy, whichever framework's is
-faster.
+A pre-flight comes first (:mod:`medllm.bench.preflight`). Every part is a process of its own with a limit of its own, so that
+peaks are its own and nothing that goes wrong takes the rest with it. The table comes last; the JSON is written anew after every
+part. Work is counted by :mod:`medllm.bench.arithmetic`, and held against what the same run measured the device to be capable
+of: a bf16 matrix product and a copy, whichever framework's is faster.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from medllm.bench.arithmetic import cpt_step, decode_bytes, grouped_step, paired_step, training_flops
-from medllm.bench.device_shapes import PAIRS, RESPONSES, SIZES, SMOKE, DeviceShape, device_shape
+from medllm.bench.device_goals import hold_plans, judge, targets
+from medllm.bench.device_shapes import SIZES, SMOKE, DeviceShape, device_shape
+from medllm.bench.device_table import outcome, table
+from medllm.bench.preflight import LIMIT as PREFLIGHT_LIMIT
+from medllm.bench.preflight import preflight
 from medllm.child import run_in_child, run_process
 from medllm.engine import require
 from medllm.errors import UserError
@@ -30,16 +33,31 @@ from medllm.run import environment, write_json
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 525.0
 """Seconds for everything; nine minutes less what starting and printing take."""
-PARTS = ("parity", "cpt", "rpo", "decode")
+PARTS = ("cpt", "calibrate", "rpo", "decode", "parity")
+ENGINES = ("jax", "torch")
+_BY_BOTH = ("cpt", "rpo")
+_ORDER: tuple[tuple[str | None, str], ...] = (
+    ("7b", "cpt"),
+    ("72b", "cpt"),
+    ("7b", "rpo"),
+    ("72b", "decode"),
+    ("7b", "calibrate"),
+    ("7b", "decode"),
+    (None, "parity"),
+    ("72b", "rpo"),
+)
+"""What is worth most comes first: the time for everything may be up before the last."""
+_SMOKE_ORDER = (("7b", "cpt"), ("7b", "calibrate"), ("7b", "rpo"), ("7b", "decode"), (None, "parity"))
 _MODULES = {"jax": "jax_medllm.device_bench", "torch": "torch_ref.device_bench"}
-_LIMITS = {"rates": 60.0, "parity": 90.0, "cpt": 110.0, "rpo": 110.0, "decode": 90.0}
+_LIMITS = {"rates": 60.0, "parity": 90.0, "cpt": 110.0, "rpo": 110.0, "decode": 90.0, "calibrate": 90.0}
 """Longest a part may take, in seconds. Most take half; what they leave is there for the others."""
+_PATIENCE = 4.0
+"""How much longer everything may take with tiny shapes: that is for a busy CPU, and measures nothing."""
 _SHARE_TIMED = 0.3
 _LEAST = 10.0
 """Seconds below which a part is not begun."""
 _DEVICE_RATES = {"side": 8192, "copied": 2**32}
 _SMOKE_RATES = {"side": 256, "copied": 2**20}
-_UNITS = {"cpt": "tokens/s", "rpo": "problems/s", "decode": "tokens/s"}
 _OWN_TESTS = ("test_gpu.py",)
 _TESTS = (
     *_OWN_TESTS,
@@ -49,7 +67,6 @@ _TESTS = (
     "test_model.py::test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_72b",
 )
 """Those of the parity suite that compute on whatever device the two frameworks have."""
-_BOUNDS = {"matrix": 0.6, "cpt": 1.5, "rpo": 4.0, "peak": 1.0, "decode": 0.5}
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class Part:
     """One line of the table.
 
     Attributes:
-        name: ``rates``, ``parity``, ``cpt``, ``rpo`` or ``decode``.
+        name: ``rates``, or one of :data:`PARTS`.
         engine: Who does it; None for the parity suite.
         run: Does it within so many seconds; answers with what was found.
         shape: The model and its work, where there is one.
@@ -79,18 +96,20 @@ def bench_device(
     smoke: bool,
     sizes: Sequence[str] = SIZES,
     parts: Sequence[str] = PARTS,
+    engines: Sequence[str] = ENGINES,
     limit: float = LIMIT,
     attention: str | None = None,
     log: TextIO | None = None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure, and hold what was found against the targets.
+    """Check what can go wrong, measure, and hold what was found against the goals.
 
     Args:
         smoke: Tiny shapes on the CPU.
         sizes: Which models, of :data:`medllm.bench.device_shapes.SIZES`.
         parts: Which of :data:`PARTS`.
+        engines: Which of :data:`ENGINES`.
         limit: Seconds for everything.
         attention: The JAX engine's attention backend in training; by device when unset.
         log: Gets what the processes wrote to their standard error.
@@ -98,66 +117,78 @@ def bench_device(
         say: Told what was measured, as it comes.
 
     Returns:
-        ``parts``, ``targets``, the ``device`` and ``environment``; ``stopped`` where an interrupt ended it early.
+        ``preflight``, ``parts``, ``targets``, the ``device``, ``environment``; ``stopped`` where an interrupt ended it early.
 
     Raises:
-        UserError: there is no GPU, and tiny shapes were not asked for.
+        UserError: the pre-flight found something wrong, or there is no GPU and tiny shapes were not asked for.
     """
+    patience = _PATIENCE if smoke else 1.0
+    limit *= patience
     ends = time.monotonic() + limit
     child = partial(_child, smoke=smoke, log=log)
     result: dict[str, Any] = {"smoke": smoke, "parts": [], "targets": [], "environment": environment()}
 
     def run(part: Part) -> dict[str, Any]:
-        found = _run(part, min(_LIMITS[part.name], ends - time.monotonic()))
-        if part.shape is not None and found["ok"]:
-            _judge(found, part.shape, result["device"])
+        found = _run(part, min(patience * _LIMITS[part.name], ends - time.monotonic()), result.get("device"), smoke)
         result["parts"].append(found)
+        hold_plans(result["parts"], on_host=smoke)
         result["seconds"] = limit - (ends - time.monotonic())
         save(result)
-        say(f"{part.title}: {_outcome(found)}")
+        say(f"{part.title}: {outcome(found)}")
         return found
 
+    check = partial(_child_check, smoke=smoke, log=log)
+    least = min(patience * PREFLIGHT_LIMIT, ends - time.monotonic())
+    begun = time.monotonic()
+    result["preflight"] = preflight(engines, least, check, attention=attention, parity="parity" in parts)
+    say(f"pre-flight: all well in {time.monotonic() - begun:.0f} s")
     given = _SMOKE_RATES if smoke else _DEVICE_RATES
-    rates = [run(Part("rates", engine, partial(child, engine, "rates", given))) for engine in _MODULES]
+    rates = [run(Part("rates", engine, partial(child, engine, "rates", given))) for engine in engines]
     measured = [found for found in rates if found["ok"]]
     if not measured:
         reasons = "; ".join(f"{found['engine']}: {found['error']}" for found in rates)
         raise UserError(f"no device could be measured ({reasons}); --smoke runs tiny shapes on the CPU")
     result["device"] = _best(measured)
-    memory = result["device"]["memory_bytes"] or 0
-    shapes = [SMOKE] if smoke else [device_shape(size, memory) for size in sizes]
-    result["shapes"] = [shape.to_json() for shape in shapes]
+    planned = _planned(sizes, parts, engines, attention, child, partial(_parity, smoke=smoke, log=log), result["device"], smoke)
+    result["shapes"] = [(part.name, part.shape.to_json()) for part in planned if part.shape and part.engine == engines[0]]
     try:
-        for part in _planned(parts, shapes, attention, child, partial(_parity, smoke=smoke, log=log)):
+        for part in planned:
             run(part)
     except KeyboardInterrupt:
         result["stopped"] = True
-    result["targets"] = [] if smoke else _targets(result["parts"], shapes)
+    result["targets"] = [] if smoke else targets(result["parts"], result["device"])
     save(result)
     return result
 
 
 def _planned(
+    sizes: Sequence[str],
     parts: Sequence[str],
-    shapes: Sequence[DeviceShape],
+    engines: Sequence[str],
     attention: str | None,
     child: Callable[..., dict[str, Any]],
     parity: Callable[..., dict[str, Any]],
+    device: Mapping[str, Any],
+    smoke: bool,
 ) -> list[Part]:
-    """Everything but the rates, in order."""
-    planned = [Part("parity", None, parity)] if "parity" in parts else []
-    for shape in shapes:
-        for name in ("cpt", "rpo", "decode"):
-            engines = ("jax",) if name == "decode" else tuple(_MODULES)
-            for engine in engines if name in parts else ():
-                settings: dict[str, Any] = {"shape": shape.to_json()}
-                if engine == "jax" and name != "decode":
-                    settings["attention"] = attention
-                planned.append(Part(name, engine, partial(child, engine, name, settings), shape))
+    """Everything but the rates, what is worth most first."""
+    planned: list[Part] = []
+    for size, name in _SMOKE_ORDER if smoke else _ORDER:
+        if name not in parts or (size is not None and not smoke and size not in sizes):
+            continue
+        if size is None:
+            planned.append(Part(name, None, parity))
+            continue
+        shape = SMOKE if smoke else device_shape(size, name, device["memory_bytes"] or 0)
+        for engine in engines if name in _BY_BOTH else tuple(engine for engine in engines if engine == "jax"):
+            settings: dict[str, Any] = {"shape": shape.to_json()}
+            if engine == "jax" and name != "decode":
+                settings["attention"] = attention
+            planned.append(Part(name, engine, partial(child, engine, name, settings), shape))
     return planned
 
 
-def _run(part: Part, seconds: float) -> dict[str, Any]:
+def _run(part: Part, seconds: float, device: Mapping[str, Any] | None, smoke: bool) -> dict[str, Any]:
     """What a part found, or the line that says why it did not."""
     line = {"part": part.name, "engine": part.engine, "model": part.shape.name if part.shape else None}
     begun = time.monotonic()
@@ -165,6 +196,8 @@ def _run(part: Part, seconds: float) -> dict[str, Any]:
         if seconds < _LEAST:
             raise RuntimeError("not begun: the time for everything is up")
         found = {**line, "ok": True, **part.run(seconds)}
+        if part.shape is not None and device is not None:
+            judge(found, part.shape, device, strict=not smoke)
     except (UserError, RuntimeError, OSError, ValueError, IndexError) as error:
         found = {**line, "ok": False, "error": str(error).strip().split("\n")[0]}
     return {**found, "seconds": time.monotonic() - begun}
@@ -177,6 +210,13 @@ def _child(
     timed = {} if name == "rates" else {"seconds": _SHARE_TIMED * seconds}
     given = {**settings, **timed, "smoke": smoke}
     return run_in_child(_MODULES[engine], name, given, timeout=seconds, environment=_environment(smoke), log=log)
+
+
+def _child_check(
+    module: str, settings: Mapping[str, Any], seconds: float, *, smoke: bool, log: TextIO | None
+) -> dict[str, Any]:
+    variables = _environment(smoke)
+    return run_in_child(module, "check", {**settings, "smoke": smoke}, timeout=seconds, environment=variables, log=log)
 
 
 def _parity(seconds: float, *, smoke: bool, log: TextIO | None) -> dict[str, Any]:
@@ -223,109 +263,9 @@ def _best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _judge(found: dict[str, Any], shape: DeviceShape, device: Mapping[str, Any]) -> None:
-    """Add to what a part measured what follows from it: its rate, and the share of what the device can do."""
-    found["rate"], found["unit"] = found["units"] / found["step_s"], _UNITS[found["part"]]
-    if found["part"] == "decode":
-        found["bytes"] = decode_bytes(shape.model, shape.decode_rows, shape.decode_tokens)
-        found["share"] = found["bytes"] / found["step_s"] / device["copy_bytes"]
-        return
-    if found["part"] == "cpt":
-        step = cpt_step(shape.rows, shape.length)
-    elif found["engine"] == "jax":
-        step = grouped_step(shape.prompt, shape.response, RESPONSES)
-    else:
-        step = paired_step(shape.prompt, shape.response, round(found["units"] * len(PAIRS)))
-    found["flops"] = training_flops(shape.model, step)
-    found["share"] = found["flops"] / found["step_s"] / device["matrix_flops"]
-
-
-def _targets(parts: Sequence[dict[str, Any]], shapes: Sequence[DeviceShape]) -> list[dict[str, Any]]:
-    """Each target with its bound, what was found (None where it was not measured) and whether that meets it."""
-    ran = {(found["model"], found["part"], found["engine"]): found for found in parts if found["ok"]}
-    targets: list[dict[str, Any]] = []
-
-    def target(text: str, bound: float, found: float | None, *, at_most: bool = False) -> None:
-        met = None if found is None else (found <= bound if at_most else found >= bound)
-        targets.append({"target": text, "at_most": at_most, "bound": bound, "found": found, "met": met})
-
-    def ratio(name: str, part: str, figure: str) -> float | None:
-        ours, theirs = (ran.get((name, part, engine)) for engine in _MODULES)
-        return ours[figure] / theirs[figure] if ours and theirs else None
-
-    def share(name: str, part: str) -> float | None:
-        ours = ran.get((name, part, "jax"))
-        return ours["share"] if ours else None
-
-    for name in (shape.name for shape in shapes):
-        for part in ("cpt", "rpo"):
-            target(f"{name} {part}: share of the matrix rate", _BOUNDS["matrix"], share(name, part))
-            target(f"{name} {part}: rate, JAX over torch", _BOUNDS[part], ratio(name, part, "rate"))
-            target(
-                f"{name} {part}: peak memory, JAX over torch", _BOUNDS["peak"], ratio(name, part, "peak_bytes"), at_most=True
-            )
-        target(f"{name} decode: share of the copy bandwidth", _BOUNDS["decode"], share(name, "decode"))
-    return targets
-
-
-def table(result: Mapping[str, Any]) -> list[str]:
-    """The result as lines of text."""
-    device = result["device"]
-    memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if device["memory_bytes"] else ""
-    lines = [
-        f"{device['name']}{memory}: bf16 matrix rate {device['matrix_flops'] / 1e12:.4g} TFLOP/s "
-        f"({device['matrix_flops_by']}), copy {device['copy_bytes'] / 1e9:.4g} GB/s ({device['copy_bytes_by']})"
-    ]
-    for shape in result["shapes"]:
-        work = DeviceShape.from_json(shape)
-        lines.append(
-            f"{work.name}: {work.model.layers} layers of width {work.model.width}, NF4, LoRA r={work.model.rank}; "
-            f"cpt {work.rows} x {work.length} tokens; rpo prompt {work.prompt}, {RESPONSES} responses of {work.response}, "
-            f"{len(PAIRS)} pairs; decode {work.decode_rows} rows at {work.decode_tokens} tokens"
-        )
-    lines.append("rpo torch: TRL's DPOTrainer, one pair a step; a problem is its pairs' steps. Every layer is recomputed.")
-    rows = [("model", "part", "engine", "rate", "step", "share", "peak GiB", "compile", "steps")]
-    lines += _aligned(rows + [_row(found) for found in result["parts"] if found["part"] not in ("rates", "parity")])
-    lines += [f"parity: {_outcome(found)}" for found in result["parts"] if found["part"] == "parity"]
-    lines += [f"rates {found['engine']}: {_outcome(found)}" for found in result["parts"] if found["part"] == "rates"]
-    for one in result["targets"]:
-        found = "not measured" if one["found"] is None else f"{one['found']:.3g}"
-        verdict = {True: "met", False: "MISSED", None: "-"}[one["met"]]
-        lines.append(f"{one['target']}: {found} (target {'<=' if one['at_most'] else '>='} {one['bound']:g}) {verdict}")
-    remarks = [", tiny shapes on the CPU"] * result["smoke"] + [", stopped early"] * result.get("stopped", False)
-    lines.append(f"gpu_bench: {result['seconds']:.0f} s{''.join(remarks)}")
-    return lines
-
-
-def _row(found: Mapping[str, Any]) -> tuple[str, ...]:
-    head = (str(found["model"]), found["part"], found["engine"] or "")
-    if not found["ok"]:
-        return (*head, f"failed: {found['error']}")
-    figures = (f"{found['rate']:.4g} {found['unit']}", f"{found['step_s']:.4g} s", _share(found))
-    return (*head, *figures, f"{found['peak_bytes'] / 2**30:.1f}", f"{found['compile_s']:.0f} s", str(len(found["steps_s"])))
-
-
-def _share(found: Mapping[str, Any]) -> str:
-    return f"{100 * found['share']:.1f} % of {'copy' if found['part'] == 'decode' else 'matrix'}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their cells; a row that ends early (a failure) does not widen them."""
-    whole = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
-    for row in rows:
-        widths[:3] = [max(width, len(cell)) for width, cell in zip(widths, row[:3], strict=False)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-
-
-def _outcome(found: Mapping[str, Any]) -> str:
-    if not found["ok"]:
-        return f"failed: {found['error']}"
-    if found["part"] == "parity":
-        return found["tests"]
-    if found["part"] == "rates":
-        return f"{found['matrix_flops'] / 1e12:.4g} TFLOP/s, {found['copy_bytes'] / 1e9:.4g} GB/s, {found['device']}"
-    return f"{found['rate']:.4g} {found['unit']}, {_share(found)}, compiled in {found['compile_s']:.0f} s"
+def _parts(asked: Sequence[str] | None, engines: Sequence[str]) -> Sequence[str]:
+    """What was asked for, or all that the engines can do: parity takes both."""
+    return asked or [part for part in PARTS if part != "parity" or len(set(engines)) == len(ENGINES)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -334,7 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON, and beside it FILE.log")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: does it all run?")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which models")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured, beside the device's rates")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=None, help="what is measured, beside the device's rates")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="who is measured")
     parser.add_argument(
         "--attention", metavar="BACKEND", help="the JAX engine's in training, xla or cudnn; by device otherwise"
     )
@@ -353,7 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
             result = bench_device(
                 smoke=values.smoke,
                 sizes=values.sizes,
-                parts=values.parts,
+                parts=_parts(values.parts, values.engines),
+                engines=[engine for engine in ENGINES if engine in values.engines],
                 limit=values.seconds,
                 attention=values.attention,
                 log=log,

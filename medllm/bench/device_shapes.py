@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from medllm.bench.shapes import ModelShape
+from medllm.config import RematPolicy
 from medllm.corpus.packing import PackedRows
 from medllm.preferences.pairs import Rank
 from medllm.preferences.tokenization import TokenizedGroup
@@ -30,6 +31,9 @@ class DeviceShape:
         response: Tokens of each of its three responses.
         decode_rows: Continuations generated at a time.
         decode_tokens: Tokens each of them has in its cache.
+        remat: What the JAX engine keeps of a training step for its backward pass.
+        depths: Numbers of layers that are trained in place of the model's own, which then is extrapolated from them; none: its
+            own.
     """
 
     name: str
@@ -40,6 +44,8 @@ class DeviceShape:
     response: int = 512
     decode_rows: int = 32
     decode_tokens: int = 1024
+    remat: RematPolicy = "layer"
+    depths: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a child process is given it."""
@@ -48,7 +54,7 @@ class DeviceShape:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> DeviceShape:
         """What :meth:`to_json` gave."""
-        return cls(**{**value, "model": ModelShape(**value["model"])})
+        return cls(**{**value, "model": ModelShape(**value["model"]), "depths": tuple(value["depths"])})
 
     def cpt_rows(self, steps: int) -> PackedRows:
         """Rows of ``steps`` steps, one document each."""
@@ -75,23 +81,18 @@ class DeviceShape:
         return np.random.default_rng(len(shape)).integers(1, self.model.vocabulary, shape)
 
 
-_SIZES = {
-    "72b": DeviceShape(
-        name="72B",
-        model=ModelShape(80, 8192, 29568, 64, 8, 152064, rank=16, dtype="bfloat16", quantization="nf4"),
-        rows=1,
-    ),
-    "7b": DeviceShape(
-        name="7B",
-        model=ModelShape(28, 3584, 18944, 28, 4, 152064, rank=16, dtype="bfloat16", quantization="nf4"),
-        rows=4,
-    ),
+_MODELS = {
+    "7b": ModelShape(28, 3584, 18944, 28, 4, 152064, rank=16, dtype="bfloat16"),
+    "72b": ModelShape(80, 8192, 29568, 64, 8, 152064, rank=16, dtype="bfloat16"),
 }
-SIZES = tuple(_SIZES)
+SIZES = tuple(_MODELS)
+DEPTHS = (4, 12)
+"""Layers of the 72B that are trained in place of its 80, which would leave little of nine minutes for anything else."""
 SMOKE = DeviceShape(
     name="smoke",
-    model=ModelShape(2, 128, 192, 4, 1, 512, rank=4, dtype="bfloat16", quantization="nf4"),
+    model=ModelShape(3, 128, 192, 4, 1, 512, rank=4, dtype="bfloat16", quantization="nf4"),
     rows=1,
+    depths=(1, 2),
     length=64,
     prompt=48,
     response=16,
@@ -99,15 +100,24 @@ SMOKE = DeviceShape(
     decode_tokens=32,
 )
 _LARGE = 70 * 2**30
-"""What 80 layers take on either engine, with something to spare: about 60 GiB."""
+"""What 80 layers take to generate, with something to spare: about 60 GiB."""
 
 
-def device_shape(size: str, memory: float) -> DeviceShape:
-    """A model size and its work on a device with ``memory`` bytes; below 70 GiB half of the 72B's layers or the 7B's rows."""
-    shape = _SIZES[size]
-    if memory >= _LARGE:
-        return shape
-    if size == "72b":
-        layers = shape.model.layers // 2
-        return replace(shape, name=f"72B, {layers} of 80 layers", model=replace(shape.model, layers=layers))
-    return replace(shape, rows=shape.rows // 2)
+def device_shape(size: str, part: str, memory: float) -> DeviceShape:
+    """What a part (``cpt``, ``rpo``, ``decode``, ``calibrate``) runs of a model size on a device with ``memory`` bytes.
+
+    CPT of the 7B is LoRA on dense bf16 weights, two rows a step; everything else is from NF4. The 72B is trained by depth.
+    Below 70 GiB the 7B's CPT keeps each layer's input alone, and half of the 72B's layers generate.
+    """
+    model, small = _MODELS[size], memory < _LARGE
+    if size == "7b" and part in ("cpt", "calibrate"):
+        return DeviceShape("7B", model, rows=2, remat="layer" if small else "projections")
+    packed = replace(model, quantization="nf4")
+    if size == "7b":
+        return DeviceShape("7B NF4", packed, rows=2)
+    if part == "decode" and small:
+        half = packed.layers // 2
+        return DeviceShape(f"72B NF4, {half} of {packed.layers} layers", replace(packed, layers=half), rows=1)
+    if part == "decode":
+        return DeviceShape("72B NF4", packed, rows=1)
+    return DeviceShape("72B NF4", packed, rows=1, depths=DEPTHS, remat="layer" if small else "attention")

@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from medllm.errors import UserError
+from medllm.plan.calibration import Calibration
 from medllm.plan.request import Request
 from medllm.plan.wording import KINDS, mesh_words
 
@@ -18,6 +19,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(Request, as_group=True)
     parser.add_argument("--search", type=bool, nargs="?", const=True, default=False, help="try meshes, remat policies and rows")
     parser.add_argument("--most", type=int, default=48, help="with --search: candidates that are compiled at most")
+    parser.add_argument(
+        "--calibrate",
+        type=str | None,
+        default=None,
+        metavar="FILE",
+        help="run two and four layers of the model on the device that is here, three minutes at most, and write FILE",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=str | None,
+        default=None,
+        metavar="FILE",
+        help="what --calibrate wrote: also predict a step's time",
+    )
     parser.add_argument("--html", type=str | None, default=None, metavar="FILE", help="also write the plan as a page")
 
 
@@ -30,7 +45,12 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
     request = Request.of(values)
     if values.html and Path(values.html).is_dir():
         raise UserError(f"--html {values.html}: is a folder; name a file")
-    found = search(request, values.most, say) if values.search else make_plan(request)
+    if values.calibrate:
+        return _calibrate(request, values, say)
+    if values.search and values.calibration:
+        raise UserError("--search ranks by the roofline; give --calibration with the --mesh, --rows and --remat that it finds")
+    calibration = Calibration.read(Path(values.calibration)) if values.calibration else None
+    found = search(request, values.most, say) if values.search else make_plan(request, calibration)
     for line in _candidate_lines(found) if values.search else ():
         say(line)
     plan = found["best"] if values.search else found
@@ -40,6 +60,19 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
         write_page(Path(values.html), found)
         say(f"plan: {values.html}")
     return found
+
+
+def _calibrate(request: Request, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    from medllm.plan.calibrating import calibrate, calibration_lines
+
+    for name in ("search", "calibration", "html"):
+        if values[name]:
+            raise UserError(f"--calibrate measures and plans nothing; leave --{name} out")
+    file = Path(values.calibrate)
+    written = calibrate(request, file)
+    for line in calibration_lines(written, file):
+        say(line)
+    return written
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -75,6 +108,17 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     for what, amount in amounts.items():
         yield f"  {what:<13}{seconds[what]:8.3f} s   {amount}"
     yield f"  {plan['step_s']:.3f} s, bound by {plan['bound']}: at most {plan['tokens_per_s']:,.0f} tokens/s on all devices"
+    if "predicted" in plan:
+        yield from _prediction_lines(plan["predicted"], plan["devices"])
+
+
+def _prediction_lines(found: dict[str, Any], devices: int) -> Iterator[str]:
+    yield f"predicted from {found['probed']} on {found['hardware']}, {found['measured']}:"
+    yield f"  layers       {found['layers_s']:9.3f} s   {found['layer_factor']:.3g} x their roofline at the measured rates"
+    yield f"  the rest     {found['rest_s']:9.3f} s   {found['rest_factor']:.3g} x"
+    if devices > 1:
+        yield f"  interconnect {found['interconnect_s']:9.3f} s   at peak rate, not calibrated, nothing hidden"
+    yield f"  {found['step_s']:.3f} s a step: {found['tokens_per_s']:,.0f} tokens/s on all devices"
 
 
 def _digits(value: float) -> str:

@@ -5,41 +5,42 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import asdict
 from typing import Any
 
 from medllm.child import run_in_child
 from medllm.engine import require
 from medllm.errors import UserError
+from medllm.plan.calibration import Calibration, Work
 from medllm.plan.models import model_config
 from medllm.plan.request import Request
 from medllm.plan.targets import Device, Target
+from medllm.run import this_machine
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"), "cpu": ()}
+_SHALLOW = (2, 3)
+"""Layers of the model that a plan is held against to see what a layer takes; the second where it has as many as the first."""
 
 
-def make_plan(request: Request) -> dict[str, Any]:
+def make_plan(request: Request, calibration: Calibration | None = None) -> dict[str, Any]:
     """Compile the stage's programs for the target and say what they take; the JSON of ``medllm plan --json``.
 
+    Args:
+        request: What is planned.
+        calibration: Of the target's device: the plan then has ``predicted``, the time that a step takes.
+
     Raises:
-        UserError: an unknown model, device or mesh, arrays that the mesh does not divide, or a compiler is not installed.
+        UserError: an unknown model, device or mesh, arrays that the mesh does not divide, a compiler is not installed, or the
+            calibration is of something else.
         RuntimeError: the compiler failed.
     """
-    target, config = Target.parse(request.target), model_config(request.model)
+    target, config = Target.parse(request.planned_for), model_config(request.model)
     check_installed(target)
     check_context(request, config)
-    settings = request.settings()
-    found = run_in_child(
-        "jax_medllm.plan",
-        "compile",
-        {
-            "target": target.to_json(),
-            "mesh": request.mesh or default_mesh(request, target, config),
-            "rules": request.rules,
-            "stage": request.stage,
-            "settings": {**settings, "model": config},
-        },
-        environment=_environment(target),
-    )
+    if calibration is not None:
+        hardware = this_machine() if target.device.kind == "cpu" else None
+        calibration.check(target.device.name, target.count, request.stage, request.quantization, hardware)
+    found = _compiled(request, target, config)
     memory = sum(found["by_kind"].values()) if found["by_kind"] else found.pop("refused_gib")
     fits = bool(found["by_kind"]) and memory <= target.memory_gib
     rates = target.device
@@ -48,13 +49,59 @@ def make_plan(request: Request) -> dict[str, Any]:
         "fits": fits,
         **asked(request, target, model_sizes(request.model, config)),
         "rules": request.rules,
-        "settings": settings,
+        "settings": request.settings(),
         "gib_per_device": memory,
         "headroom_gib": target.memory_gib - memory,
         "rates": {name: getattr(rates, name) for name in ("flops", "memory_bytes", "link_bytes", "source")},
         **found,
     }
-    return {**plan, **_roofline(plan, rates)} if found["by_kind"] else plan
+    if not found["by_kind"]:
+        return plan
+    plan |= _roofline(plan, rates)
+    return plan if calibration is None else {**plan, "predicted": _predicted(plan, calibration, request, target, config)}
+
+
+def _compiled(request: Request, target: Target, config: dict[str, Any]) -> dict[str, Any]:
+    return run_in_child(
+        "jax_medllm.plan",
+        "compile",
+        {
+            "target": target.to_json(),
+            "mesh": request.mesh or default_mesh(request, target, config),
+            "rules": request.rules,
+            "stage": request.stage,
+            "settings": {**request.settings(), "model": config},
+        },
+        environment=_environment(target),
+    )
+
+
+def _predicted(
+    plan: dict[str, Any], calibration: Calibration, request: Request, target: Target, config: dict[str, Any]
+) -> dict[str, Any]:
+    """The time of a step by a calibration: its work at two depths says what is a layer's and what is not."""
+    layers = config["num_hidden_layers"]
+    shallow = next(depth for depth in _SHALLOW if depth != layers)
+    other = _compiled(request, target, {**config, "num_hidden_layers": shallow})
+    if not other.get("by_kind") or "bytes" not in other or "bytes" not in plan:
+        raise UserError("a calibration needs the memory traffic of a step, and this JAX cannot read the compiled program")
+    found = calibration.predict(
+        Work(layers, plan["flops"], plan["bytes"]),
+        Work(shallow, other["flops"], other["bytes"]),
+        plan["seconds"]["interconnect"],
+    )
+    return {
+        **asdict(found),
+        "step_s": found.step_s,
+        "tokens_per_s": plan["tokens_per_step"] / found.step_s,
+        "layer_factor": calibration.layer_factor,
+        "rest_factor": calibration.rest_factor,
+        "matrix_flops": calibration.matrix_flops,
+        "copy_bytes": calibration.copy_bytes,
+        "hardware": calibration.hardware,
+        "probed": f"{calibration.shallow.work.layers} and {calibration.deep.work.layers} layers of {calibration.model}",
+        "measured": calibration.measured,
+    }
 
 
 def asked(request: Request, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:

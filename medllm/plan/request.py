@@ -18,7 +18,8 @@ class Request:
     Args:
         model: A name (qwen2.5-72b), or a model folder, of which only config.json is read.
         stage: cpt: packed rows; rpo: problems, each a prompt with all its responses in one row; generate: slots of text.
-        target: a100-80g:4, v5e:4x4, cpu:8: a kind of device, and how many or which slice.
+        target: a100-80g:4 (unset), v5e:4x4, cpu:8: a kind of device, and how many or which slice. With --calibrate: the device
+            that is here, which needs no name.
         mesh: Devices along each mesh axis (fsdp=8,tensor=2); unset: fsdp over all to train, tensor first to generate.
         rules: Which mesh axes an axis of the arrays is spread over, where not as usual.
         rows: Rows in a micro-batch of each group of devices that hold rows (cpt, rpo: 1); slots in all (generate: 64).
@@ -34,7 +35,7 @@ class Request:
 
     model: str
     stage: Stage = "cpt"
-    target: str = "a100-80g:4"
+    target: str | None = None
     mesh: str = ""
     rules: str = ""
     rows: int | None = None
@@ -62,6 +63,11 @@ class Request:
             raise UserError(
                 f"--prompt is {settings['prompt']} and --length {settings['length']}: a slot holds a prompt and what follows it"
             )
+
+    @property
+    def planned_for(self) -> str:
+        """The target, where it was left open too."""
+        return self.target or "a100-80g:4"
 
     def settings(self) -> dict[str, Any]:
         """The numbers of the stage, those that were left open filled in."""

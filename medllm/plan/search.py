@@ -59,7 +59,7 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
         raise UserError(f"--most is {most}; at least 1 is needed")
     if request.mesh:
         raise UserError(f"--search tries all meshes, and --mesh {request.mesh} names one; leave one of them out")
-    target = Target.parse(request.target)
+    target = Target.parse(request.planned_for)
     check_installed(target)
     config = model_config(request.model)
     check_context(request, config)
