@@ -49,8 +49,9 @@ def compare(
 
     Returns:
         ``ratio`` of the rates (None with one engine) and ``memory_ratio``, for each engine the medians ``rate``,
-        ``peak_rss_gib`` and ``compile_s`` with the fp32 matrix rate of its framework here and what it kept for the
-        backward pass, every run, the shape, the machine. ``torch_variant`` is the name of what was measured of the reference, ``torch_variants`` the trials.
+        ``peak_rss_gib`` and ``compile_s`` with the fp32 matrix rate of its framework here and what it kept for the backward
+        pass, every run, the shape, the machine. ``torch_variant`` is the name of what was measured of the reference,
+        ``torch_variants`` the trials.
 
     Raises:
         UserError: an engine is not installed, comes twice, or there is not at least one run.
