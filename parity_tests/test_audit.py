@@ -289,8 +289,8 @@ def jax_engine(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     jax.clear_caches()
 
 
-def mask_off_by_one(self: attention.Visibility, queries: jax.Array, keys: int) -> jax.Array:
-    return (self.segments[:, queries, None] == self.segments[:, None, :keys]) & (jnp.arange(keys) <= queries[:, None] + 1)
+def mask_off_by_one(self: attention.Visibility, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return (self.segments[:, queries, None] == self.segments[:, None, keys]) & (keys <= queries[:, None] + 1)
 
 
 def heads_in_turn(q: jax.Array, k: jax.Array, v: jax.Array, visible: attention.Visibility) -> jax.Array:
@@ -303,8 +303,8 @@ def interleaved(self: Any, heads: jax.Array) -> jax.Array:
     return heads * self.cos[:, :, None] + turned * self.sin[:, :, None]
 
 
-def unscaled(self: Any, x: jax.Array) -> jax.Array:
-    return linear.matmul(linear.matmul(x, self.A[...]), self.B[...])
+def unscaled(self: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return self.A[...].astype(dtype), self.B[...].astype(dtype)
 
 
 def gelu(self: Any, x: jax.Array, adapter: bool) -> jax.Array:
@@ -320,7 +320,7 @@ IN_JAX = [
     (attention.Visibility, "mask", mask_off_by_one, {}, "self_attn", "attention output"),
     (model, "attend", heads_in_turn, {}, "self_attn", "attention output"),
     (model.Rotary, "__call__", interleaved, {}, "self_attn", "q after rotary"),
-    (linear.Lora, "__call__", unscaled, {"adapter": True}, "self_attn.q_proj", "q before rotary"),
+    (linear.Lora, "matrices", unscaled, {"adapter": True}, "self_attn.q_proj", "q before rotary"),
     (model.Mlp, "__call__", gelu, {}, "mlp", "activation product"),
     (linear, "dequantize_halves", low_nibble_first, {"quantization": "nf4"}, "self_attn.q_proj", "q before rotary"),
 ]

@@ -132,7 +132,8 @@ def test_a_step_is_two_operations_for_each_weight_and_token_in_each_pass(remat):
     width, kv, mlp = shape.width, shape.width // 2, shape.mlp
     linear = width * (2 * width + 2 * kv) + 3 * width * mlp
     adapters = shape.rank * (6 * width + 2 * kv + 3 * (width + mlp))
-    attention = length * width  # of one of its products, for each token
+    # Of one of its products, for each token: of two tiles of queries the first attends to half of the row.
+    attention = length * width * 3 // 4
     again = {"none": 0, "layer": linear + adapters + 2 * attention - (width * mlp + shape.rank * width)}[remat]
     # Backward, the adapters' matrices have a slope too, and attention computes its scores again.
     a_layer = (linear + adapters + 2 * attention) + (linear + 2 * adapters + 5 * attention) + again

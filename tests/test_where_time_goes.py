@@ -29,6 +29,7 @@ from medllm.bench.shapes import CptShape, ModelShape, RpoShape
 from medllm.bench.share import add_shares
 from medllm.cli import main
 
+ENGINES = ("jax", "torch")
 TINY = ModelShape(layers=2, width=32, mlp=48, heads=2, kv_heads=1, vocabulary=128, rank=2)
 TINY_WORDS = [f"--model.{name}={value}" for name, value in dataclasses.asdict(TINY).items() if isinstance(value, int)]
 RANK = 16
@@ -247,19 +248,20 @@ def test_preferences_pair_by_pair_are_more_work_than_problem_by_problem():
 
 def test_the_share_of_the_matrix_rate_counts_what_each_engine_recomputes():
     shape = CptShape(TINY, rows=3, length=16, steps=2)
-    figures = {"rate": 96.0, "matmul_gflops": 1e-2}
     shares = {}
-    for remat in ("none", "attention", "layer"):
-        runs = {"jax": [], "torch": []}
-        result = {"runs": runs, "settings": {"remat": remat}, "jax": dict(figures), "torch": dict(figures)}
+    for ours, theirs in (("none", "none"), ("attention", "layer"), ("layer", "none")):
+        figures = {
+            engine: {"rate": 96.0, "matmul_gflops": 1e-2, "remat": kept}
+            for engine, kept in zip(ENGINES, (ours, theirs), strict=True)
+        }
+        result = {"runs": {"jax": [], "torch": []}, **figures}
         said = add_shares(shape, result)
-        shares[remat] = {engine: result[engine]["matrix_share"] for engine in runs}
-        flops = arithmetic.training_flops(TINY, arithmetic.work_of(shape), remat)
+        shares[ours], shares["torch " + theirs] = (result[engine]["matrix_share"] for engine in ENGINES)
+        flops = arithmetic.training_flops(TINY, arithmetic.work_of(shape), ours)
         assert result["jax"]["step_gflops"] == pytest.approx(2 * flops / 1e9)  # two steps a second
-        assert f"{shares[remat]['jax']:.0%} of its matrix rate" in said[0]
-    assert shares["none"]["jax"] == shares["none"]["torch"]
-    assert shares["none"]["jax"] < shares["attention"]["jax"] < shares["layer"]["jax"]
-    assert shares["attention"]["torch"] == shares["layer"]["torch"]  # transformers has nothing between
+        assert f"{shares[ours]:.0%} of its matrix rate" in said[0]
+    assert shares["none"] < shares["attention"] < shares["layer"]
+    assert (shares["none"], shares["layer"]) == (shares["torch none"], shares["torch layer"])
 
 
 def test_a_profile_of_training_shows_the_products_of_a_step_on_paper(tmp_path, capsys):
