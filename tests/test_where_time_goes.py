@@ -266,7 +266,7 @@ def test_the_share_of_the_matrix_rate_counts_what_each_engine_recomputes():
 
 def test_a_profile_of_training_shows_the_products_of_a_step_on_paper(tmp_path, capsys):
     out = tmp_path / "result.json"
-    words = ["--rows=2", "--length=32", "--steps=2", "--runs=1", "--engines", "jax"]
+    words = ["--rows=2", "--length=32", "--steps=2", "--runs=1", "--remat=layer", "--engines", "jax"]
     assert main(["bench", "cpt", *TINY_WORDS, *words, "--profile", str(tmp_path / "profile"), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     flops = {row["name"]: row["flops"] for row in result["profile"]["jax"]}

@@ -38,7 +38,7 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
             help="also write a trace of each engine, and print where its time went",
         )
         if name != "generate":
-            parser.add_argument("--remat", type=RematPolicy, default="layer", help="what JAX keeps for the backward pass")
+            parser.add_argument("--remat", type=RematPolicy, default="projections", help="what JAX keeps for the backward pass")
         if name == "rpo":
             parser.add_argument(
                 "--nll_reduction",
