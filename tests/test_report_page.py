@@ -369,8 +369,35 @@ def test_a_file_that_is_not_what_its_stage_writes_is_named(folders, tmp_path, na
 
 
 def test_a_cell_read_back_is_the_cell_that_was_scored(folders):
-    cell = read_cell(folders[3])
+    cell = read_cell(read_run(folders[3]), folders[3])
     assert (cell.model, cell.setting) == ("base", "3-shot")
     stored = json.loads((folders[3] / "result.json").read_text(encoding="utf-8"))["score"]
     assert sum(result.points for result in cell.results if result.correct) == stored["points"]
     assert [result.problem_id for result in cell.results] == [problem.problem_id for problem in problems()]
+
+
+def test_two_folders_of_one_name_are_two_sets_of_preference_data(folders, tmp_path):
+    again = copy_run(folders[1], tmp_path)
+    kept = report_from_runs([folders[1], again, *folders[3:5]], draw=DRAW).preferences
+    assert list(kept) == [f"{folders[1].parent.name}/curate", f"{tmp_path.name}/curate"]
+    assert report_from_runs([folders[1], *folders[3:5]], draw=DRAW).preferences.keys() == {"curate"}
+
+
+def options_run(path: Path, **changes) -> Path:
+    with Run(path, EvaluateConfig(MODEL, "options", ("exam.jsonl",), method="options")) as run:
+        shares = {"accuracy": 0.25, "normalized_accuracy": 0.5}
+        run.finish({"stage": "options", "model": "the options model", "questions": 37, **shares, **changes})
+    return path
+
+
+def test_an_exam_by_likelihood_stands_beside_the_table(folders, tmp_path):
+    text = render(report_from_runs([*folders[3:5], options_run(tmp_path / "options")], draw=DRAW))
+    row = text[text.index("Zero-shot choice by likelihood") :].split("</tbody>")[0]
+    assert re.search(r"the options model</th>\s*<td[^>]*>37</td>\s*<td[^>]*>0\.25\d*</td>\s*<td[^>]*>0\.50*</td>", row)
+
+
+def test_an_exam_by_likelihood_alone_is_no_report(folders, tmp_path):
+    with pytest.raises(UserError, match="method options gives no points"):
+        report_from_runs([options_run(tmp_path / "options")])
+    with pytest.raises(UserError, match=r"result\.json: 'accuracy' is missing or not float"):
+        read_run(options_run(tmp_path / "odd", accuracy="most"))

@@ -27,7 +27,10 @@ LIMITATIONS = (
     "An exam that was public before a model was trained may have been seen in training.",
 )
 _RATES = {"cpt": "tokens/s", "rpo": "pairs/s"}
-_SHOWN_ELSEWHERE = {"stage", "engine", "steps", "loss", "seconds", "rate", "adapter", "model", "setting", "score", "pairs"}
+_SHOWN_ELSEWHERE = {
+    *("stage", "engine", "steps", "loss", "seconds", "rate", "adapter", "model", "setting", "score", "pairs"),
+    *("questions", "accuracy", "normalized_accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def render(study: ReportInput) -> str:
         findings=wording.findings(table),
         method=wording.method(table),
         figures=_figures(study, table),
+        by_likelihood=[run.result for run in study.runs if run.stage == "options"],
         curves=[figure for run in study.runs if (figure := plots.training_curves(run))],
         costs=[stage_cost(run) for run in study.runs],
         settings=[(run, yaml.safe_dump(_plain(run.config), sort_keys=False, allow_unicode=True)) for run in study.runs],

@@ -13,15 +13,14 @@ import numpy as np
 
 from medllm.errors import UserError
 from medllm.exam.scoring import ProblemResult
+from medllm.exam.setting import explained, explains
 from medllm.report import statistics
 from medllm.report.statistics import BOOTSTRAP, Bootstrap, Comparison, Estimate, StabilityChange
-
-EXPLAINED = " with explanation"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model in one setting, problem by problem. A setting that ends in ``with explanation`` explains before it answers."""
+    """One model in one setting (named by :mod:`medllm.exam.setting`), problem by problem."""
 
     model: str
     setting: str
@@ -96,7 +95,7 @@ def build_table(cells: Sequence[Cell], *, previous: Mapping[str, str] | None = N
     if not cells:
         raise UserError("a table needs at least one evaluated model: give the run folder of a 'medllm evaluate'")
     models = list(dict.fromkeys(cell.model for cell in cells))
-    settings = tuple(sorted(dict.fromkeys(cell.setting for cell in cells), key=lambda setting: setting.endswith(EXPLAINED)))
+    settings = tuple(sorted(dict.fromkeys(cell.setting for cell in cells), key=explains))
     if previous is None:
         previous = dict(zip(models[1:], models, strict=False))
     for name in {*previous, *previous.values()} - set(models):
@@ -125,7 +124,7 @@ def breakdown(cells: Sequence[Cell], kinds: Mapping[str, str]) -> dict[str, dict
 
 
 def _stability_settings(settings: Sequence[str]) -> tuple[str, str] | None:
-    return next(((plain, plain + EXPLAINED) for plain in settings if plain + EXPLAINED in settings), None)
+    return next(((plain, explained(plain)) for plain in settings if explained(plain) in settings), None)
 
 
 def _align(cells: Sequence[Cell]) -> tuple[np.ndarray, dict[tuple[str, str], np.ndarray]]:

@@ -6,6 +6,7 @@ Each stage leaves ``config.yaml``, ``environment.json`` and ``result.json``; tra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from medllm.report.results import Cell
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
 from medllm.report.study import ReportInput, RunSummary, choose_examples, composition
 
-STAGES = ("cpt", "curate", "rpo", "evaluate")
+STAGES = ("cpt", "curate", "rpo", "evaluate", "options")
 _MOST_KINDS = 25  # a breakdown into more than this is a list, not a picture
 
 
@@ -47,20 +48,22 @@ def report_from_runs(
     Raises:
         UserError: a folder or a file in it is missing or not as its stage writes it, or no evaluation is among the folders.
     """
-    runs = tuple(read_run(path) for path in paths)
+    names = _names([Path(path) for path in paths])
+    runs = tuple(dataclasses.replace(read_run(path), name=name) for path, name in zip(paths, names, strict=True))
     cells: list[Cell] = []
     explanations: dict[tuple[str, str], dict[str, str]] = {}
     problems: dict[str, Problem] = {}
     for path, run in zip(paths, runs, strict=True):
         if run.stage == "evaluate":
-            cell = read_cell(path)
+            cell = read_cell(run, path)
             cells.append(cell)
             predictions = read_predictions(_present(Path(path) / "predictions.jsonl", "evaluation writes it"))
             explanations[cell.model, cell.setting] = {answer.problem_id: answer.explanation for answer in predictions}
             problems = problems or _problems_of(run)
     if not cells:
         given = ", ".join(map(str, paths)) or "none"
-        raise UserError(f"a report needs the run folder of at least one 'medllm evaluate'; given: {given}")
+        more = " (--method options gives no points)" if any(run.stage == "options" for run in runs) else ""
+        raise UserError(f"a report needs the run folder of at least one 'medllm evaluate'; given: {given}{more}")
     kind_name, kinds = _kinds([problems[r.problem_id] for r in cells[0].results if r.problem_id in problems])
     return ReportInput(
         title=title,
@@ -96,17 +99,18 @@ def read_run(path: str | Path) -> RunSummary:
     stage = result.get("stage")
     if stage not in STAGES:
         raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
+    if stage == "options":
+        _check_options(result, folder / "result.json")
     return RunSummary(folder.resolve().name, stage, config, tuple(_metrics(folder / "metrics.jsonl")), result, environment)
 
 
-def read_cell(path: str | Path) -> Cell:
-    """The model, setting and per-problem results of a finished evaluation.
+def read_cell(run: RunSummary, path: str | Path) -> Cell:
+    """The model, setting and per-problem results of a finished evaluation, :func:`read_run` of ``path``.
 
     Raises:
-        UserError: a missing file, or a ``result.json`` without label, setting or per-problem rows.
+        UserError: its ``result.json`` is without label, setting or per-problem rows.
     """
-    file = Path(path) / "result.json"
-    result = _read_json(file, "the run has not finished; finish it, or leave it out")
+    file, result = Path(path) / "result.json", run.result
     for name in ("model", "setting"):
         if not isinstance(result.get(name), str):
             raise UserError(f"{file}: '{name}' is missing or no text; run 'medllm evaluate' again to write it")
@@ -116,6 +120,23 @@ def read_cell(path: str | Path) -> Cell:
         raise UserError(f"{file}: 'score.results' holds no per-problem rows; run 'medllm evaluate' again to write them")
     results = tuple(_problem_result(row, f"{file}: score.results[{index}]") for index, row in enumerate(rows))
     return Cell(result["model"], result["setting"], results)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Each folder's own name; where two have the same, as much of their paths as tells them apart."""
+    every = [folder.resolve().parts for folder in folders]
+
+    def shortest(parts: tuple[str, ...]) -> str:
+        endings = (parts[-length:] for length in range(1, len(parts)))
+        return "/".join(next((end for end in endings if sum(other[-len(end) :] == end for other in every) == 1), parts))
+
+    return [shortest(parts) for parts in every]
+
+
+def _check_options(result: Mapping[str, Any], file: Path) -> None:
+    for name, kind in (("model", str), ("questions", int), ("accuracy", float), ("normalized_accuracy", float)):
+        if not isinstance(result.get(name), kind):
+            raise UserError(f"{file}: '{name}' is missing or not {kind.__name__}; run 'medllm evaluate' again to write it")
 
 
 def _metrics(file: Path) -> Iterator[dict[str, float]]:

@@ -19,8 +19,8 @@ class RunSummary:
     """One run folder.
 
     Attributes:
-        name: Name of the folder.
-        stage: ``cpt``, ``curate``, ``rpo`` or ``evaluate``.
+        name: Name of the folder, with as much of its path as tells it from the others.
+        stage: ``cpt``, ``curate``, ``rpo``, ``evaluate`` or ``options`` (an exam by the likelihood of its options).
         config: The resolved configuration.
         metrics: The lines of ``metrics.jsonl``, each with its ``step``.
         result: What the stage ended with.
