@@ -324,9 +324,7 @@ class Qwen2(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores over the vocabulary, accumulated in fp32 (float64 for float64)."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        precision = matmul_precision(self.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, self.head_weight(), precision=precision, preferred_element_type=wide)
+        return head_logits(hidden, self.head_weight(), self.dtype)
 
     def head_weight(self) -> Float[Array, "v d"]:
         """The output matrix: the embedding where the two are tied."""
@@ -378,6 +376,12 @@ class Qwen2(nnx.Module):
             policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, self.embed_tokens(tokens), (stacked, cache))
+
+
+def head_logits(hidden: Float[Array, "*b d"], table: Float[Array, "v d"], dtype: jnp.dtype) -> Float[Array, "*b v"]:
+    """Scores over a vocabulary, or a part of it, in the matrix precision of ``dtype`` and accumulated in fp32 or wider."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden, table, precision=matmul_precision(dtype), preferred_element_type=wide)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from transformers import Qwen2Config as HfConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import Qwen2, Qwen2Config, RMSNorm
+from jax_medllm.model import Qwen2Config, RMSNorm, head_logits
 from medllm.model_directory import ModelDirectory
 from medllm_parity.measure import Values, magnitude, relative
 from medllm_parity.oracle import lift
@@ -174,7 +173,7 @@ def _slices(vocab: int, width: int) -> Iterator[tuple[int, int]]:
 @jax.jit
 def _logits(hidden: Array, table: Array) -> Array:
     """The product's own logits, of a part of the vocabulary."""
-    return Qwen2.logits(SimpleNamespace(dtype=hidden.dtype, head_weight=lambda: table), hidden)  # type: ignore[arg-type]
+    return head_logits(hidden, table, hidden.dtype)
 
 
 @partial(jax.jit, donate_argnums=0)
