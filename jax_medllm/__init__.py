@@ -11,7 +11,7 @@ The parts a notebook uses::
     from jax_medllm.optimizer import make_optimizer, learning_rate
     from jax_medllm.generate import generate
     from jax_medllm.sharding import Layout                          # a mesh, and what lies where on it
-    from jax_medllm.engine import JaxEngine                         # all of it behind medllm.engine.Engine
+    from jax_medllm.engine import JaxEngine                         # all of it behind what medllm asks of an engine
 
 The names in ``__all__`` are the same objects, imported when first asked for.
 """

@@ -1,7 +1,8 @@
-"""The JAX engine: :class:`medllm.engine.Engine` over :mod:`jax_medllm`'s parts."""
+"""The JAX engine: what :class:`medllm.engine.Generates`, ``Scores`` and :class:`medllm.training.Trains` ask for."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -27,18 +28,18 @@ from jax_medllm.sharding import Layout, place_rows
 from jax_medllm.tiles import lay_codes
 from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
-from medllm.adapter_directory import open_adapters, write_adapter
-from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
+from medllm.adapter_directory import Adapter, open_adapters, write_adapter
+from medllm.config import FREE_ON_RESUME, LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
-from medllm.engine import Continuation, Generation, Prompt, TrainSummary
+from medllm.engine import Continuation, Generation
 from medllm.errors import UserError
 from medllm.handover import continued_adapter
 from medllm.model_directory import ModelDirectory
-from medllm.preferences.records import Preference
-from medllm.preferences.tokenization import tokenize_preferences
+from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.processes import is_primary_process
 from medllm.run import Run
-from medllm.tokenizer import check_vocabulary, encode_prompt, end_token, load_tokenizer
+from medllm.tokenizer import Prompt, check_vocabulary, encode_prompt, end_token, load_tokenizer
+from medllm.training import TrainSummary
 
 
 class JaxEngine:
@@ -62,10 +63,10 @@ class JaxEngine:
         join(mesh.mesh if mesh is not None else "")
         self._layout = Layout.of(mesh.mesh, mesh.rules) if mesh is not None and mesh.mesh else None
         self._config = model
-        self._directory = ModelDirectory(model.path)
-        sizes = Qwen2Config.from_hf(self._directory.config)
-        self._context = sizes.max_positions
-        open_adapters(model.adapters, self._directory)
+        directory = ModelDirectory(model.path)
+        sizes = Qwen2Config.from_hf(directory.config)
+        self.context = sizes.max_positions
+        open_adapters(model.adapters, directory)
         self.tokenizer = load_tokenizer(model.tokenizer or model.path)
         check_vocabulary(self.tokenizer, sizes.vocab_size, model.tokenizer or model.path)
 
@@ -83,20 +84,20 @@ class JaxEngine:
     def _scorer(self) -> Scorer:
         return Scorer(self.model)
 
-    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
-        """See :class:`medllm.engine.Engine`.
+    def with_weights(self, folder: str) -> JaxEngine:
+        """See :class:`medllm.training.Trains`."""
+        other = copy.copy(self)
+        other._release()
+        other._config = dataclasses.replace(self._config, path=folder, adapter=None)
+        return other
+
+    def train_cpt(self, rows: PackedRows, recipe: Recipe, run: Run) -> TrainSummary:
+        """See :class:`medllm.training.Trains`.
 
         Raises:
-            UserError: rows longer than the context, no rows, or what :func:`jax_medllm.train.train` raises.
+            UserError: what :func:`jax_medllm.train.train` raises.
         """
-        length = rows.tokens.shape[1]
-        if length > self._context:
-            raise UserError(f"corpus.length {length} is longer than the model's context of {self._context}; lower it")
-        if not rows.targets.any():
-            raise UserError("the corpus has no token to predict: every document is a single token, or empty")
-        training = config.training
-        steps = plan_steps(len(rows.tokens), training)
-
+        steps = plan_steps(len(rows.tokens), recipe.training)
         digest = _digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
 
         def tokens(step: Step) -> int:
@@ -108,40 +109,27 @@ class JaxEngine:
             batches=partial(cpt_step, rows),
             units=tokens,
             unit="tokens",
-            settings=_settings(config, training, {"rows": len(rows.tokens), "length": length, "data": digest}),
+            settings=self._settings(recipe, {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "data": digest}),
         )
         return self._train(
-            self._trainable(config), task, config, run, rows.padding, largest=lambda: cpt_step(rows, steps[0])[0]
+            self._trainable(recipe.lora), task, recipe, run, rows.padding, largest=lambda: cpt_step(rows, steps[0])[0]
         )
 
-    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
-        """See :class:`medllm.engine.Engine`.
+    def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
+        """See :class:`medllm.training.Trains`.
 
         Raises:
-            UserError: no pairs, a prompt and response beyond the context, or what :func:`jax_medllm.train.train` raises.
+            UserError: the model has an adapter that is to be merged, or what :func:`jax_medllm.train.train` raises.
         """
-        tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs)
-        groups = tokenized.groups
-        if not groups:
-            raise UserError(
-                f"{config.preferences}: no pair to train on: {tokenized.unpaired} problems have none, and in "
-                f"{tokenized.dropped_pairs} pairs the prompt alone fills pairs.max_length {config.pairs.max_length}"
-            )
-        for group in groups:
-            length = len(group.prompt) + max(len(response) for response in group.responses)
-            if length > self._context:
-                raise UserError(
-                    f"{config.preferences}: problem {group.problem_id}: prompt and response have {length} tokens, the model's "
-                    f"context is {self._context}; set --pairs.max_length {self._context}"
-                )
-        if (tokenized.dropped_pairs or tokenized.truncated) and not config.resume:
-            run.log(0, dropped_pairs=tokenized.dropped_pairs, truncated_responses=tokenized.truncated)
-        training = config.training
-        data = PreferenceData(single_pairs(groups) if config.pairs.unit == "pair" else groups, training)
-        facts = {"groups": len(data.groups), "pairs": tokenized.pairs, "data": _digest(repr(groups).encode())}
-        settings = _settings(config, training, facts)
-        model = self._trainable(config)
-        folder = _reference_folder(config, data, run)
+        groups = preferences.groups
+        if (preferences.dropped_pairs or preferences.truncated) and not recipe.resume:
+            run.log(0, dropped_pairs=preferences.dropped_pairs, truncated_responses=preferences.truncated)
+        training = recipe.training
+        data = PreferenceData(single_pairs(groups) if recipe.pairs.unit == "pair" else groups, training)
+        facts = {"groups": len(data.groups), "pairs": preferences.pairs, "data": _digest(repr(groups).encode())}
+        settings = self._settings(recipe, facts)
+        model = self._trainable(continued_adapter(self._config, recipe) or recipe.lora)
+        folder = _reference_folder(recipe, data, run)
         if folder is not None:
             kept = ReferenceFile(folder, self._config, data.groups)
             sums = kept.read()
@@ -152,17 +140,17 @@ class JaxEngine:
                     kept.write(sums)
             data = PreferenceData(data.groups, training, sums)
         task = Task(
-            loss_fn=partial(preference_loss_fn, loss_config=config.loss),
+            loss_fn=partial(preference_loss_fn, loss_config=recipe.loss),
             steps=data.plan(),
             batches=data.step,
             units=data.pairs,
             unit="pairs",
-            settings={**settings, "loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)},
+            settings={**settings, "loss": dataclasses.asdict(recipe.loss), "pairing": dataclasses.asdict(recipe.pairs)},
         )
-        return self._train(model, task, config, run, data.padding, largest=data.largest)
+        return self._train(model, task, recipe, run, data.padding, largest=data.largest)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
-        """See :class:`medllm.engine.Engine`.
+        """See :class:`medllm.engine.Generates`.
 
         Raises:
             UserError: an empty prompt, or one that does not fit the context.
@@ -173,7 +161,7 @@ class JaxEngine:
             return generate(self._decoder, ids, sampling, decode, batch_size)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
-        """See :class:`medllm.engine.Engine`.
+        """See :class:`medllm.engine.Scores`.
 
         Raises:
             UserError: an empty prompt, or one that does not fit the context.
@@ -181,18 +169,35 @@ class JaxEngine:
         with self._on_mesh():
             return self._scorer.logprobs(continuations, batch_size)
 
-    def _trainable(self, config: CptConfig | RpoConfig) -> Qwen2:
+    def _trainable(self, lora: LoraConfig | Adapter) -> Qwen2:
         """The model with a fresh adapter on top of those it has, or to train the last of these (``handover: continue``)."""
-        continued = continued_adapter(config) if isinstance(config, RpoConfig) else None
         opened = self._config
-        if continued is not None:
+        if isinstance(lora, Adapter):
             opened = dataclasses.replace(opened, adapter=opened.adapters[:-1])
-        for held in ("model", "_decoder", "_scorer"):  # one copy of the base at a time
-            self.__dict__.pop(held, None)
+        self._release()
         with self._on_mesh():
-            model = load_model(opened, lora=continued or config.lora)
+            model = load_model(opened, lora=lora)
             lay_codes(model)
         return model
+
+    def _release(self) -> None:
+        """Let go of the weights: there is one copy of the base at a time."""
+        for held in ("model", "_decoder", "_scorer"):
+            self.__dict__.pop(held, None)
+
+    def _settings(self, recipe: Recipe, facts: dict[str, Any]) -> dict[str, object]:
+        """What a trajectory depends on, in JSON's types."""
+        loop = {
+            name: value
+            for name, value in dataclasses.asdict(recipe.training).items()
+            if f"training.{name}" not in FREE_ON_RESUME
+        }
+        lora = dataclasses.asdict(recipe.lora)
+        adapter = {name: list(value) if isinstance(value, tuple) else value for name, value in lora.items()}
+        optimizer = dataclasses.asdict(recipe.optimizer)
+        optimizer["betas"] = list(optimizer["betas"])
+        weights = {"quantization": self._config.quantization, "dtype": self._config.dtype}
+        return {**facts, "training": loop, "lora": adapter, "optimizer": optimizer, **weights}
 
     def _on_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._layout is None else self._layout.in_use()
@@ -201,12 +206,12 @@ class JaxEngine:
         self,
         model: Qwen2,
         task: Task,
-        config: CptConfig | RpoConfig,
+        recipe: Recipe,
         run: Run,
         padding: float,
         largest: Callable[[], Any],
     ) -> TrainSummary:
-        training = config.training
+        training = recipe.training
         with self._on_mesh():
             chosen = None
             remat = training.remat
@@ -214,7 +219,7 @@ class JaxEngine:
                 batch = place_rows(largest())
                 remat = chosen = fitting_policy(model, task.loss_fn, batch, accumulates=training.accumulation > 1)
             task = dataclasses.replace(task, loss_fn=partial(task.loss_fn, remat=remat))
-            trained = train(model, task, config.optimizer, training, run, resume=config.resume)
+            trained = train(model, task, recipe.optimizer, training, run, resume=recipe.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
         tensors = adapter_tensors(model)
@@ -232,11 +237,11 @@ class JaxEngine:
         )
 
 
-def _reference_folder(config: RpoConfig, data: PreferenceData, run: Run) -> Path | None:
+def _reference_folder(recipe: PreferenceRecipe, data: PreferenceData, run: Run) -> Path | None:
     """Where the reference's log-probabilities are kept: where asked for, or in the run where a second epoch reads them."""
-    if config.reference_cache is not None:
-        return Path(config.reference_cache)
-    steps = data.plan()[: config.training.max_steps or None]
+    if recipe.reference_cache is not None:
+        return Path(recipe.reference_cache)
+    steps = data.plan()[: recipe.training.max_steps or None]
     return run.path if steps[-1].epoch > 0 else None
 
 
@@ -246,18 +251,6 @@ def _digest(*parts: bytes) -> str:
     for part in parts:
         state.update(part)
     return state.hexdigest()
-
-
-def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: dict[str, Any]) -> dict[str, object]:
-    """What a trajectory depends on, in JSON's types."""
-    lora: LoraConfig = config.lora
-    free = {"log_every", "checkpoint_every", "max_steps", "remat"}
-    loop = {name: value for name, value in dataclasses.asdict(training).items() if name not in free}
-    adapter = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(lora).items()}
-    optimizer = dataclasses.asdict(config.optimizer)
-    optimizer["betas"] = list(optimizer["betas"])
-    weights = {"quantization": config.model.quantization, "dtype": config.model.dtype}
-    return {**facts, "training": loop, "lora": adapter, "optimizer": optimizer, **weights}
 
 
 def _keep_compilations() -> None:

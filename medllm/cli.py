@@ -7,7 +7,6 @@ traceback. Nothing heavier than the configuration is imported before a command i
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from medllm import __version__
 from medllm.command_words import gather_lists, name_presets
 from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
-from medllm.engine import EngineName, require
+from medllm.engines import EngineName, load, require
 from medllm.errors import UserError
 from medllm.processes import ended, is_primary_process
 
@@ -247,8 +246,7 @@ def _parity(values: Any) -> dict[str, Any]:
         raise UserError(f"--out {out}: is a file; name a folder")
     require("medllm parity", "jax", "jax")
     require("medllm parity", "torch", "torch")
-    audits = importlib.import_module("medllm_parity.audit")
-    pages = importlib.import_module("medllm_parity.page")
+    audits, pages = load("parity", "audit"), load("parity", "page")
     with _progress("parity") as progress:
         audit = audits.run_audit(_config(values, AuditConfig), progress)
     result = pages.write_audit(out, audit)
@@ -265,7 +263,7 @@ def _mini_arguments(parser: ArgumentParser) -> None:
 
 
 def _mini(values: Any) -> dict[str, Any]:
-    from medllm.mini.study import run_and_report
+    from medllm.mini.report import run_and_report
 
     return run_and_report(values.engine, Path(values.out), values.preset, _say)
 
@@ -296,11 +294,15 @@ def _plan(values: Any) -> dict[str, Any]:
 
 
 def _bench_arguments(parser: ArgumentParser) -> None:
-    importlib.import_module("medllm.bench.command").add_actions(_actions(parser))
+    from medllm.bench.command import add_actions
+
+    add_actions(_actions(parser))
 
 
 def _bench(values: Any) -> dict[str, Any]:
-    return importlib.import_module("medllm.bench.command").run(values.action, values[values.action], _say)
+    from medllm.bench.command import run
+
+    return run(values.action, values[values.action], _say)
 
 
 def _data_arguments(parser: ArgumentParser) -> None:

@@ -255,18 +255,38 @@ class TorchConfig:
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
 
 
-@dataclass(frozen=True)
-class CptConfig(MeshConfig):
-    """Stage 1: continued pretraining. Two epochs is the paper's figure."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(MeshConfig):
+    """How a model is trained, whichever it is: what an engine that is opened on one is given.
 
-    model: ModelConfig
-    run: str
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    Args:
+        lora: The adapter.
+        optimizer: AdamW and its schedule.
+        training: The loop.
+        resume: Go on from the run's last checkpoint.
+        torch: How the reference engine does its work.
+    """
+
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     resume: bool = False
     torch: TorchConfig = field(default_factory=TorchConfig)
+
+
+@dataclass(frozen=True)
+class CptConfig(Recipe):
+    """Stage 1: continued pretraining. Two epochs is the paper's figure.
+
+    Args:
+        model: The model that is trained on.
+        run: Run folder.
+        corpus: What is read.
+    """
+
+    model: ModelConfig
+    run: str
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
     def __post_init__(self) -> None:
         precomputed = self.torch.precompute_reference
@@ -380,41 +400,43 @@ class PairConfig:
         _require(self.max_length >= 2, "pairs.max_length", self.max_length, "at least 2 tokens")
 
 
-@dataclass(frozen=True)
-class RpoConfig(MeshConfig):
-    """Stage 2: preference training. One epoch over all pairs is the paper's figure.
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRecipe(Recipe):
+    """How a model is trained on preferences. One epoch over all pairs is the paper's figure.
 
     Args:
-        model: The model that is trained on. Its adapter, where it has one, is that of stage 1.
-        run: Run folder.
-        preferences: The preference file.
         loss: RPO or DPO.
         pairs: Which pairs.
         lora: The adapter; under ``continue`` it is stage 1's own.
         handover: What becomes of ``model.adapter``. ``merge`` (the paper's way) adds it to the unquantized weights, into
             ``<run>/merged``, and trains on those. ``stack`` leaves it as it is and trains a second one on top. ``continue``
             trains it further; the reference is a frozen copy of it.
-        optimizer: AdamW and its schedule.
-        training: The loop.
-        resume: Go on from the run's last checkpoint.
         reference_cache: Folder for the reference's log-probabilities, which later runs over the same model and data then read.
             Unset, they are kept in the run folder where more than one epoch reads them, and computed in each step where not.
             The JAX engine's.
-        torch: How the reference engine does its work.
+    """
+
+    loss: PreferenceLoss = field(default_factory=PreferenceLoss)
+    pairs: PairConfig = field(default_factory=PairConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=1))
+    handover: Literal["merge", "stack", "continue"] = "merge"
+    reference_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class RpoConfig(PreferenceRecipe):
+    """Stage 2: preference training.
+
+    Args:
+        model: The model that is trained on. Its adapter, where it has one, is that of stage 1.
+        run: Run folder.
+        preferences: The preference file.
     """
 
     model: ModelConfig
     run: str
     preferences: str
-    loss: PreferenceLoss = field(default_factory=PreferenceLoss)
-    pairs: PairConfig = field(default_factory=PairConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=1))
-    resume: bool = False
-    handover: Literal["merge", "stack", "continue"] = "merge"
-    reference_cache: str | None = None
-    torch: TorchConfig = field(default_factory=TorchConfig)
 
 
 @dataclass(frozen=True)
@@ -484,3 +506,14 @@ class AuditConfig:
         _require(self.tokens >= 8, "tokens", self.tokens, "at least 8")
         _require(self.rows >= 3, "rows", self.rows, "at least 3: a whole, a packed and a padded one")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+FREE_ON_RESUME = frozenset(
+    {
+        *("run", "resume", "mesh", "rules", "reference_cache"),
+        *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
+        *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
+    }
+)
+"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, and how the same numbers are
+computed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medllm.adapter_directory import merge_adapter
-from medllm.engine import require
+from medllm.engines import load, require
 from medllm.errors import UserError
 from medllm.handover import held_rows, measure_handovers
 from medllm.run import write_json
@@ -35,7 +34,7 @@ def convert_model(
         adapters: PEFT folders to merge, in order.
         quantization: ``nf4`` stores the linear kinds as bitsandbytes does (needs JAX).
         dtype: With ``nf4``, the type of the weights that stay dense.
-        held_text: Documents to measure the hand-overs on (:func:`medllm.handover.measure_handovers`).
+        held_text: Documents to measure the hand-overs on (:func:`medllm.handover.measure_handovers`), held out of training.
         text_column: Column that holds a document's text.
         progress: Called with (models measured, models in all).
 
@@ -52,19 +51,16 @@ def convert_model(
     if held_text is not None:
         if not adapters:
             raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
-        held_rows(model, held_text, text_column)  # a text that cannot be read is said before anything is written
+        rows = held_rows(model, held_text, text_column)  # a text that cannot be read is said before anything is written
     result: dict[str, Any] = {"model": out}
     merged = target.with_name(f".{target.name}.{os.getpid()}.merged") if packed else target
     try:
         if adapters:
             merge_adapter(model, adapters, merged)
         if held_text is not None:
-            result |= measure_handovers(
-                model, adapters, merged, held_text, quantization, text_column=text_column, progress=progress
-            )
+            result |= measure_handovers(model, adapters, merged, rows, quantization, progress)
         if packed:
-            weights = importlib.import_module("jax_medllm.weights")
-            weights.write_quantized(merged if adapters else model, target, dtype)
+            load("jax", "weights").write_quantized(merged if adapters else model, target, dtype)
     finally:
         if packed:
             shutil.rmtree(merged, ignore_errors=True)

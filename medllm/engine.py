@@ -1,40 +1,18 @@
-"""What an engine is: the one Protocol behind ``--engine jax``, ``--engine torch`` and ``--engine openai``.
+"""What a language model can be asked for, whichever engine holds it: text (:class:`Generates`), likelihoods (:class:`Scores`).
 
-An engine is opened on one model. Training writes a PEFT adapter into the run folder and never changes the opened model:
-the next stage opens base + adapter anew. All texts pass through :mod:`medllm.tokenizer`, so that both engines see the same
-tokens.
+Training is :mod:`medllm.training`'s, where the engines are :mod:`medllm.engines`'s.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from medllm.errors import UserError
-
-if TYPE_CHECKING:
-    from medllm.config import CptConfig, MeshConfig, ModelConfig, RematPolicy, RpoConfig, Sampling, TorchConfig
-    from medllm.corpus.packing import PackedRows
-    from medllm.preferences.records import Preference
-    from medllm.run import Run
-
-EngineName = Literal["jax", "torch", "openai"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a chat prompt. ``role`` is ``system``, ``user`` or ``assistant``."""
-
-    role: str
-    content: str
-
-
-Prompt = str | tuple[Message, ...]
+from medllm.config import Sampling
+from medllm.tokenizer import Prompt
 
 
 @dataclass(frozen=True)
@@ -54,38 +32,10 @@ class Continuation:
     completion: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class TrainSummary:
-    """Result of a training run.
-
-    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second after the first optimizer step,
-    without compilation, which took ``compile_seconds`` of all ``seconds``; with a single step it is that step's. Opening the
-    model is in neither. ``padding`` is the share of all positions computed that hold padding, where known, ``remat`` what was
-    kept for the backward pass, where that was the engine's choice.
-    """
-
-    steps: int
-    loss: float
-    seconds: float
-    rate: float
-    adapter: str
-    compile_seconds: float = 0.0
-    padding: float | None = None
-    remat: RematPolicy | None = None
-
-
-class Engine(Protocol):
-    """A language model opened from a :class:`medllm.config.ModelConfig`."""
+class Generates(Protocol):
+    """A model that writes text."""
 
     name: str
-
-    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
-        """Continued pretraining on packed rows; leaves a PEFT adapter in ``run.path/adapter``."""
-        ...
-
-    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
-        """DPO or RPO over the pairs of the hierarchy; leaves a PEFT adapter in ``run.path/adapter``."""
-        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
         """``sampling.samples`` continuations for each prompt, in the order of the prompts.
@@ -95,54 +45,17 @@ class Engine(Protocol):
         """
         ...
 
+
+class Scores(Protocol):
+    """A model that says how likely it finds a given text; ``tokenizer`` is its own (:mod:`medllm.tokenizer`)."""
+
+    name: str
+    tokenizer: Any
+
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
-        """Per-token log-probabilities (fp32, natural log) of each completion given its prompt."""
+        """Per-token log-probabilities (fp32, natural log) of each completion given its prompt.
+
+        Raises:
+            UserError: an empty prompt, or one that does not fit the model's context.
+        """
         ...
-
-
-_ENGINES = {
-    "jax": ("jax_medllm.engine", "JaxEngine", "jax", "jax"),
-    "torch": ("torch_ref.engine", "TorchEngine", "torch", "torch"),
-    "openai": ("medllm.openai_engine", "OpenAIEngine", "openai", "eval"),
-}
-
-
-def open_engine(name: EngineName, model: ModelConfig, mesh: MeshConfig | None = None) -> Engine:
-    """Open ``model`` on the engine called ``name``, spread over ``mesh``; the framework is imported only here.
-
-    ``mesh`` is the config of the stage: one that trains has the reference engine's own settings too.
-
-    Raises:
-        UserError: the engine's packages are not installed (the message has the install command), it has no meshes, or the
-            settings are another engine's or cannot be had here.
-    """
-    spread = mesh is not None and (mesh.mesh or mesh.rules)
-    if spread and name != "jax":
-        hint = "start the command with torchrun, one process a GPU" if name == "torch" else "leave them out"
-        raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
-    switches: TorchConfig | None = getattr(mesh, "torch", None)
-    for setting, value in switches.changed().items() if switches is not None and name != "torch" else ():
-        given = f"--torch.{setting} is {value!r}"
-        raise UserError(
-            f"{given}, a setting of the torch engine alone; add --engine torch, or leave it out for --engine {name}"
-        )
-    module, attribute, package, extra = _ENGINES[name]
-    require(f"engine '{name}'", package, extra)
-    engine = getattr(importlib.import_module(module), attribute)
-    if name == "torch" and switches is not None:
-        return engine(model, switches)
-    return engine(model, mesh) if spread else engine(model)
-
-
-def require(what: str, package: str, extra: str) -> None:
-    """Refuse, with the install command, where ``package`` is not installed.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # what it is a part of is missing
-        found = False
-    if not found:
-        raise UserError(f"{what} needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")

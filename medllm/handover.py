@@ -16,15 +16,14 @@ With the base W, as Q(W) where it is quantized, the adapter's update U = s·BA a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medllm.adapter_directory import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
-from medllm.config import CorpusConfig, LoraConfig, ModelConfig, RpoConfig
-from medllm.engine import require
+from medllm.config import CorpusConfig, LoraConfig, ModelConfig, PreferenceRecipe, RpoConfig
+from medllm.engines import load, require
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
 from medllm.run import MERGED, Run, is_primary_process
@@ -48,52 +47,50 @@ def check_handover(config: RpoConfig) -> None:
     if config.handover == "merge":
         refuse_packed(base)
     else:
-        continued_adapter(config)
+        continued_adapter(config.model, config)
 
 
-def merges(config: RpoConfig) -> bool:
-    """Whether training runs on merged weights rather than on ``config.model`` itself."""
-    return bool(config.model.adapters) and config.handover == "merge"
+def merges(model: ModelConfig, recipe: PreferenceRecipe) -> bool:
+    """Whether training runs on merged weights rather than on ``model`` itself."""
+    return bool(model.adapters) and recipe.handover == "merge"
 
 
-def training_model(config: RpoConfig, run: Run) -> ModelConfig:
-    """The model that ``run`` trains on: ``config.model``, or under ``merge`` its merged weights in the run folder.
+def merged_weights(config: RpoConfig, run: Run) -> str:
+    """The folder in ``run``'s with the weights of ``config.model`` and its adapters merged.
 
-    One process of several writes the merged weights, the others wait for them. A resumed run finds them there.
+    One process of several writes them, the others wait for them. A resumed run finds them there.
 
     Raises:
         UserError: as for :func:`medllm.adapter_directory.merge_adapter`.
     """
-    if not merges(config):
-        return config.model
     folder = run.path / MERGED
     if is_primary_process() and not folder.exists():
         merge_adapter(config.model.path, config.model.adapters, folder)
     while not folder.exists():  # it appears when it is complete; a launcher ends all processes where the writer fails
         time.sleep(1)
-    return dataclasses.replace(config.model, path=str(folder), adapter=None)
+    return str(folder)
 
 
-def continued_adapter(config: RpoConfig) -> Adapter | None:
-    """The adapter that is trained further; None where a fresh one is.
+def continued_adapter(model: ModelConfig, recipe: PreferenceRecipe) -> Adapter | None:
+    """The adapter of ``model`` that is trained further; None where a fresh one is.
 
     Raises:
-        UserError: the adapter is to be merged (:func:`training_model` does that before an engine is opened), or
-            ``config.lora`` is neither left alone nor the adapter's own.
+        UserError: the adapter is to be merged (:func:`merged_weights` does that before training begins), or ``recipe.lora`` is
+            neither left alone nor the adapter's own.
     """
-    if not config.model.adapters:
+    if not model.adapters:
         return None
-    if merges(config):
+    if merges(model, recipe):
         raise UserError(
-            "handover merge: medllm.stages.run_rpo merges the adapter before it opens an engine; call it, or set the handover "
-            "to stack or continue"
+            "handover merge: medllm.stages.run_rpo merges the adapter before it trains; call it, or set the handover to stack "
+            "or continue"
         )
-    if config.handover == "stack":
+    if recipe.handover == "stack":
         return None
-    adapter = read_adapter(config.model.adapters[-1])
-    own = dataclasses.replace(adapter.lora, seed=config.lora.seed)
+    adapter = read_adapter(model.adapters[-1])
+    own = dataclasses.replace(adapter.lora, seed=recipe.lora.seed)
     for field in dataclasses.fields(LoraConfig):
-        asked, default = getattr(config.lora, field.name), getattr(LoraConfig(seed=config.lora.seed), field.name)
+        asked, default = getattr(recipe.lora, field.name), getattr(LoraConfig(seed=recipe.lora.seed), field.name)
         if asked not in (default, getattr(own, field.name)):
             raise UserError(
                 f"lora.{field.name} is {asked}, but handover continue trains {adapter.path} further, which has "
@@ -104,7 +101,7 @@ def continued_adapter(config: RpoConfig) -> Adapter | None:
 
 def opened_as(config: RpoConfig, run: Path, adapter: str) -> ModelConfig:
     """How the trained model is opened: its weights and its adapters, in order."""
-    if merges(config):
+    if merges(config.model, config):
         return dataclasses.replace(config.model, path=str(run / MERGED), adapter=adapter)
     earlier = config.model.adapters[:-1] if config.handover == "continue" else config.model.adapters
     return dataclasses.replace(config.model, adapter=(*earlier, adapter) if earlier else adapter)
@@ -114,10 +111,8 @@ def measure_handovers(
     model: str,
     adapters: Sequence[str],
     merged: str | Path,
-    held_text: str,
+    rows: PackedRows,
     quantization: Literal["none", "nf4"],
-    *,
-    text_column: str = "text",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """What each hand-over of ``adapters`` costs: relative weight error, and KL on a text held out of training.
@@ -126,17 +121,15 @@ def measure_handovers(
         model: Folder of the unquantized weights, with a tokenizer.
         adapters: Adapter folders.
         merged: Folder the adapters were merged into.
-        held_text: Documents, as for continued pretraining.
+        rows: The text (:func:`held_rows`).
         quantization: How stage 2 stores the frozen weights.
-        text_column: Column that holds a document's text.
         progress: Called with (models measured, models in all).
 
     Raises:
-        UserError: JAX is not installed, or a folder or the text cannot be used.
+        UserError: a folder cannot be used.
     """
-    rows = held_rows(model, held_text, text_column)
     base = ModelDirectory(model)
-    errors = importlib.import_module("jax_medllm.handover").handover_errors(
+    errors = load("jax", "handover").handover_errors(
         base, open_adapters(adapters, base), ModelDirectory(merged), rows, quantization, progress
     )
     return {"quantization": quantization, "held_tokens": int((rows.segment_ids > 0).sum()), "handovers": errors}

@@ -13,20 +13,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import openai
 
-from medllm.engine import Continuation, Generation, Prompt, TrainSummary
+from medllm.engine import Generation
 from medllm.errors import UserError
+from medllm.tokenizer import Prompt
 
 if TYPE_CHECKING:
-    from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling
-    from medllm.corpus.packing import PackedRows
-    from medllm.preferences.records import Preference
-    from medllm.run import Run
+    from medllm.config import ModelConfig, Sampling
 
 _RETRIES = 5  # the client backs off exponentially on 408, 409, 429 and 5xx
 _TIMEOUT_SECONDS = 600.0  # a long explanation by a large model on a busy server
@@ -77,33 +74,6 @@ class OpenAIEngine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
-        """Not available: the API does not score given text.
-
-        Raises:
-            UserError: always.
-        """
-        self._refuse("give log-probabilities of a given text")
-
-    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
-        """Not available.
-
-        Raises:
-            UserError: always.
-        """
-        self._refuse("train")
-
-    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
-        """Not available.
-
-        Raises:
-            UserError: always.
-        """
-        self._refuse("train")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise UserError(f"engine 'openai' cannot {what}; use --engine jax or --engine torch with the model's weights")
-
     def _continue(self, prompt: Prompt, sampling: Sampling, sample: int) -> Generation:
         settings: dict[str, Any] = {"model": self._model, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.stop:
@@ -128,7 +98,7 @@ class OpenAIEngine:
         if isinstance(prompt, str):
             reply = self._client.completions.create(prompt=prompt, max_tokens=limit, **settings)
         else:
-            turns: Any = [{"role": message.role, "content": message.content} for message in prompt]
+            turns: Any = [message.to_json() for message in prompt]
             settings[self._chat_limit] = limit
             reply = self._client.chat.completions.create(messages=turns, **settings)
         if not reply.choices:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from medllm.config import FREE_ON_RESUME
 from medllm.errors import UserError
 from medllm.processes import is_primary_process
 
@@ -35,13 +36,6 @@ MERGED = "merged"
 """Folder of a run for the weights it is trained on, where stage 1's adapter was merged into them."""
 
 _OPENING_FILES = {"config.yaml", "environment.json"}
-_FREE_ON_RESUME = {
-    "mesh",
-    "rules",
-    *("run", "resume"),
-    *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
-    *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
-}
 
 
 @contextmanager
@@ -176,7 +170,7 @@ class Run:
         """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
         then = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         before, after = dict(_flat(then)), dict(_flat(now))
-        for name in sorted((before.keys() | after.keys()) - _FREE_ON_RESUME):
+        for name in sorted((before.keys() | after.keys()) - FREE_ON_RESUME):
             if before.get(name) != after.get(name):
                 raise UserError(
                     f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "

@@ -1,18 +1,19 @@
 """The stages of the study as functions: what each command does, for scripts and notebooks.
 
-Every stage checks all of its input before it makes its run folder, and returns what it wrote as ``result.json``.
+Every stage opens its model once, checks all of its input (``check_…``) before it makes its run folder, and returns what it
+wrote as ``result.json``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, RpoConfig
-from medllm.engine import Engine, EngineName, open_engine
+from medllm.engine import Generates, Scores
+from medllm.engines import EngineName, open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.run import Run, is_primary_process
@@ -30,16 +31,13 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
         UserError: the model, tokenizer, documents or run folder cannot be used.
     """
     from medllm.corpus.documents import load_documents
-    from medllm.corpus.packing import pack, tokenize_documents
-    from medllm.model_directory import ModelDirectory
-    from medllm.tokenizer import load_tokenizer
+    from medllm.corpus.packing import check_rows, pack, tokenize_documents
 
-    ModelDirectory(config.model.path)  # before a framework is imported: a wrong folder is said at once
-    model = open_engine(engine, config.model, config)  # several processes meet here, before each reads the corpus
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    model = open_trainer(engine, config.model, config)  # several processes meet here, before each reads the corpus
     corpus = load_documents(config.corpus)
-    tokens = tokenize_documents(tokenizer, corpus.documents)
-    rows = pack(tokens, config.corpus.length, tokenizer.pad_token_id, config.corpus.packing)
+    tokens = tokenize_documents(model.tokenizer, corpus.documents)
+    rows = pack(tokens, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing)
+    check_rows(rows, model.context)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = {
@@ -67,22 +65,31 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     problems, skipped = _load(config.problems)
     shots = _load_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
-    return build_preferences(open_engine(engine, config.model, config), problems, shots, config, progress, left_out=skipped)
+    return _curate(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 
 def build_preferences(
-    model: Engine,
+    model: Generates,
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: CurateConfig,
     progress: Progress | None = None,
-    *,
-    left_out: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """:func:`run_curate` on a model that is already open, and problems that are already read.
+    """:func:`run_curate` on a model that is already open, and problems that are already read."""
+    from medllm.preferences.curation import check_problems
 
-    ``left_out`` counts the rows of the problem files that could not be used, by reason.
-    """
+    check_problems(problems, shots, config)
+    return _curate(model, problems, shots, config, progress, {})
+
+
+def _curate(
+    model: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: CurateConfig,
+    progress: Progress | None,
+    left_out: Mapping[str, int],
+) -> dict[str, Any]:
     from medllm.preferences.curation import curate
     from medllm.preferences.records import write_preferences
 
@@ -94,7 +101,7 @@ def build_preferences(
             "engine": model.name,
             "seconds": time.monotonic() - began,
             **asdict(curation.report),
-            "left_out": dict(left_out or {}),
+            "left_out": dict(left_out),
         }
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)
@@ -112,27 +119,26 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
         UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
             train on.
     """
-    from medllm.handover import check_handover, opened_as, training_model
-    from medllm.preferences.pairs import training_pairs
+    from medllm.handover import check_handover, merged_weights, merges, opened_as
     from medllm.preferences.records import read_preferences
+    from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 
-    preferences = read_preferences(config.preferences)
-    pairs = len(training_pairs(preferences, config.pairs))
-    if not pairs:
-        raise UserError(f"{config.preferences}: no pair to train on: every problem lacks both chosen and rejected responses")
+    read = read_preferences(config.preferences)
     check_handover(config)
-    open_engine(engine, config.model, config)  # a folder that cannot be opened is said before anything is written
+    model = open_trainer(engine, config.model, config)
+    preferences = tokenize_preferences(model.tokenizer, read, config.pairs)
+    check_preferences(preferences, config.pairs.max_length, model.context, config.preferences)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
-        trained_on = training_model(config, run)
-        model = open_engine(engine, trained_on, config)
-        summary = model.train_preferences(preferences, dataclasses.replace(config, model=trained_on), run)
+        if merges(config.model, config):
+            model = model.with_weights(merged_weights(config, run))
+        summary = model.train_preferences(preferences, config, run)
         opened = opened_as(config, run.path, summary.adapter)
         result = {
             "stage": "rpo",
             "engine": engine,
             **asdict(summary),
-            "problems": len(preferences),
-            "pairs": pairs,
+            "problems": len(read),
+            "pairs": len(preferences.texts),
             **({"handover": config.handover} if config.model.adapters else {}),
             "opened_as": {"path": opened.path, "adapters": list(opened.adapters)},
         }
@@ -146,31 +152,44 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
+    from medllm.exam.evaluation import check_exam
+    from medllm.exam.problem import check_ids
+
     problems, skipped = _load(config.problems)
     problems = problems[: config.limit] if config.limit else problems
     if config.method == "options":
-        if engine == "openai":
-            raise UserError("engine 'openai' gives no log-probabilities of given options; use --method generate")
-        return _choose_options(open_engine(engine, config.model, config), problems, config, skipped)
+        check_ids(problems)
+        return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
     shots = _load_shots(config.shots, config.shot_count)
-    return sit_exam(open_engine(engine, config.model, config), problems, shots, config, progress, left_out=skipped)
+    check_exam(problems, shots, config)
+    return _sit(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 
 def sit_exam(
-    model: Engine,
+    model: Generates,
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: EvaluateConfig,
     progress: Progress | None = None,
-    *,
-    left_out: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """:func:`run_evaluate` with a model that is already open, and problems that are already read.
+    """:func:`run_evaluate` with a model that is already open, and problems that are already read."""
+    from medllm.exam.evaluation import check_exam
 
-    ``left_out`` counts the rows of the problem files that could not be used, by reason.
-    """
+    check_exam(problems, shots, config)
+    return _sit(model, problems, shots, config, progress, {})
+
+
+def _sit(
+    model: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: EvaluateConfig,
+    progress: Progress | None,
+    left_out: Mapping[str, int],
+) -> dict[str, Any]:
     from medllm.exam.evaluation import evaluate, write_predictions
     from medllm.exam.scoring import score
+    from medllm.exam.setting import setting_name
 
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
@@ -181,9 +200,9 @@ def sit_exam(
             "stage": "evaluate",
             "engine": model.name,
             "model": config.label or model_label(config.model),
-            "setting": setting_label(config),
+            "setting": setting_name(config.shot_count, explanation=config.explanation),
             "seconds": time.monotonic() - began,
-            "left_out": dict(left_out or {}),
+            "left_out": dict(left_out),
             "score": score(problems, predictions, lenient=config.lenient).to_json(),
         }
         run.finish(result)
@@ -191,15 +210,13 @@ def sit_exam(
 
 
 def _choose_options(
-    model: Engine, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
+    model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
 ) -> dict[str, Any]:
     from medllm.exam.evaluation import score_options
-    from medllm.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
-        scores = score_options(model, tokenizer, problems, batch_size=config.batch_size)
+        scores = score_options(model, model.tokenizer, problems, batch_size=config.batch_size)
         result = {
             "stage": "options",
             "engine": model.name,
@@ -221,12 +238,6 @@ def model_label(model: ModelConfig) -> str:
     return " + ".join((model.path, *model.adapters))
 
 
-def setting_label(config: EvaluateConfig) -> str:
-    """The paper's column names: ``3-shot``, ``3-shot with explanation``."""
-    shots = f"{config.shot_count}-shot" if config.shot_count else "zero-shot"
-    return f"{shots} with explanation" if config.explanation else shots
-
-
 def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
     from medllm.exam.loaders import load_problems
 
@@ -239,12 +250,6 @@ def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
         problems += loaded.problems
         for reason, count in loaded.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
-    seen: dict[str, Problem] = {}
-    for problem in problems:
-        if problem.problem_id in seen:
-            first = seen[problem.problem_id].source
-            raise UserError(f"{problem.source}: problem {problem.problem_id} is also in {first}; give each problem once")
-        seen[problem.problem_id] = problem
     return tuple(problems), skipped
 
 

@@ -86,7 +86,7 @@ def test_twenty_fp32_steps_follow_the_reference_recipe(tiny_model, tmp_path, mon
     model = ModelConfig(str(base), dtype="float32")
     config = CptConfig(model, str(tmp_path / "torch"), lora=LORA, optimizer=OPTIMIZER, training=TRAINING)
     record = record_trainers(monkeypatch)
-    summary = train_cpt(documents(), config, Run(config.run, config))
+    summary = train_cpt(model, documents(), config, Run(config.run, config))
     own = Run(tmp_path / "jax", config)
     found = train_from(base, record.adapter, task_of(record), own)
     assert len(record.steps) == STEPS

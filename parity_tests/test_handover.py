@@ -31,7 +31,7 @@ from medllm.config import (
     TrainingConfig,
 )
 from medllm.corpus.packing import PackedRows, pack
-from medllm.engine import open_engine
+from medllm.engines import open_trainer
 from medllm.model_directory import ModelDirectory
 from medllm.preferences.records import write_preferences
 from medllm.run import Run
@@ -71,11 +71,11 @@ def rpo_config(base: Path, cpt: Path, preference_file: Path, run: Path, handover
         ModelConfig(str(base), str(cpt), dtype="float32"),
         str(run),
         str(preference_file),
-        PreferenceLoss(alpha=0.0, nll_reduction="micro_batch_tokens"),
-        PairConfig(unit="pair", max_length=40),
-        LoraConfig() if handover == "continue" else LoraConfig(rank=3, alpha=6.0),
-        OptimizerConfig(1e-2, weight_decay=0.1, warmup_ratio=0.0),
-        TrainingConfig(epochs=4, batch_size=8, accumulation=1, remat="none"),
+        loss=PreferenceLoss(alpha=0.0, nll_reduction="micro_batch_tokens"),
+        pairs=PairConfig(unit="pair", max_length=40),
+        lora=LoraConfig() if handover == "continue" else LoraConfig(rank=3, alpha=6.0),
+        optimizer=OptimizerConfig(1e-2, weight_decay=0.1, warmup_ratio=0.0),
+        training=TrainingConfig(epochs=4, batch_size=8, accumulation=1, remat="none"),
         handover=handover,
     )
 
@@ -181,7 +181,7 @@ def test_continued_pretraining_goes_on_top_of_an_adapter_on_both_engines(base, c
                 training=TrainingConfig(epochs=4, batch_size=2, accumulation=1, remat="none"),
             )
             run = Run(config.run, config)
-            summary = open_engine(engine, config.model).train_cpt(rows, config, run)
+            summary = open_trainer(engine, config.model).train_cpt(rows, config, run)
             losses = [line["loss"] for line in run.metrics()]
             assert losses[-1] < losses[0] - 0.01
             assert read_adapter(summary.adapter).lora.rank == 2, "a second adapter, not the first one trained further"

@@ -22,7 +22,9 @@ from jax_medllm.optimizer import warmup_steps
 from jax_medllm.train import Task, preference_loss_fn
 from medllm.adapter_directory import read_adapter
 from medllm.config import ModelConfig, PairConfig, PreferenceLoss, RpoConfig, TrainingConfig
+from medllm.preferences.pairs import trl_rows
 from medllm.run import Run
+from medllm.tokenizer import load_tokenizer
 from medllm_parity.oracle import float64_model
 from medllm_parity.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.jax_results import open_trainable
@@ -67,9 +69,13 @@ def test_more_than_twenty_fp32_steps_follow_trl(tiny_model, tmp_path, monkeypatc
     training = TrainingConfig(epochs=7, batch_size=batch_size, accumulation=accumulation, seed=7)
     pairs = PairConfig(PAIRS.max_chosen, PAIRS.max_rejected, "pair", PAIRS.max_length)
     loss = PreferenceLoss(beta=0.5, alpha=2.0, nll_reduction=reduction)
-    config = RpoConfig(model, str(tmp_path / "torch"), "memory", loss, pairs, LORA, OPTIMIZER, training)
+    config = RpoConfig(
+        *(model, str(tmp_path / "torch"), "memory"), loss=loss, pairs=pairs, lora=LORA, optimizer=OPTIMIZER, training=training
+    )
     record = record_trainers(monkeypatch)
-    summary = train_preferences(preferences(), config, Run(config.run, config))
+    summary = train_preferences(
+        model, load_tokenizer(tmp_path / "tokenizer"), trl_rows(preferences(), pairs), config, Run(config.run, config)
+    )
 
     data = PreferenceData(single_pairs(groups()), training)
     units = {next(group.pair_tokens()): index for index, group in enumerate(data.groups)}

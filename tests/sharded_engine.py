@@ -21,6 +21,7 @@ from medllm.adapter_directory import read_adapter
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, RpoConfig, Sampling, TrainingConfig
 from medllm.engine import Continuation
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 
 SHAPE = ModelShape(layers=2, width=128, mlp=192, heads=8, kv_heads=4, vocabulary=64, rank=4)
@@ -53,7 +54,8 @@ class Work:
         config = dataclasses.replace(config, reference_cache=str(self.folder / f"{name}-reference"))
         with Run(run, config, engine="jax") as opened:
             engine = JaxEngine(self.model, config)
-            return read_adapter(engine.train_preferences(self.preferences, config, opened).adapter).tensors
+            preferences = tokenize_preferences(engine.tokenizer, self.preferences, config.pairs)
+            return read_adapter(engine.train_preferences(preferences, config, opened).adapter).tensors
 
     def answers(self, mesh: str) -> tuple[list[Any], list[np.ndarray]]:
         """Greedy and sampled texts, and log-probabilities of given ones."""

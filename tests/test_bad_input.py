@@ -52,7 +52,7 @@ def test_a_model_of_another_architecture(folder, capsys, engine):
     for file in BASE.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     (other / "config.json").write_text(json.dumps(ModelDirectory(BASE).config | {"model_type": "llama"}))
-    assert "llama" in refused(folder, capsys, *cpt("--engine", engine, model="other"))
+    assert "llama" in refused(folder, capsys, *cpt("--engine", engine, "--corpus.length", "64", model="other"))
 
 
 def test_a_malformed_line_is_named_by_file_and_number(folder, capsys):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medllm.corpus.documents import Document
-from medllm.corpus.packing import PackedRows, pack, tokenize_documents
+from medllm.corpus.packing import PackedRows, check_rows, pack, tokenize_documents
 from medllm.errors import UserError
 
 PAD = -1
@@ -143,10 +143,9 @@ def test_a_row_of_one_token_is_refused():
         pack([[1, 2]], 1, PAD, "packed")
 
 
-def test_every_document_ends_with_the_end_token_and_gets_no_other_special_token():
+def test_every_document_ends_with_the_end_token():
     class Tokenizer(SimpleNamespace):
         def __call__(self, texts, add_special_tokens, verbose):
-            assert not add_special_tokens
             return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
     seen = []
@@ -154,3 +153,12 @@ def test_every_document_ends_with_the_end_token_and_gets_no_other_special_token(
     tokenized = tokenize_documents(Tokenizer(eos_token_id=7), documents, lambda *done: seen.append(done))
     assert [tokens.tolist() for tokens in tokenized] == [[97, 98] * (index % 3) + [7] for index in range(600)]
     assert seen == [(256, 600), (512, 600), (600, 600)]
+
+
+def test_rows_that_cannot_be_trained_on_are_refused():
+    check_rows(pack([[1, 2, 3]], 4, PAD), 4)
+    with pytest.raises(UserError, match=r"corpus\.length 4 is longer than the model's context of 3"):
+        check_rows(pack([[1, 2, 3]], 4, PAD), 3)
+    for documents in ([[1], [2]], []):
+        with pytest.raises(UserError, match="no token to predict"):
+            check_rows(pack(documents, 4, PAD), 4)

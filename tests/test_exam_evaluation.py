@@ -1,12 +1,14 @@
 """An exam is sat prompt by prompt, and options are compared by their likelihood."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from medllm.config import EvaluateConfig, ModelConfig, Sampling
 from medllm.engine import Generation
 from medllm.errors import UserError
-from medllm.exam.evaluation import OPTION_PROMPTS, evaluate, score_options, write_predictions
+from medllm.exam.evaluation import OPTION_PROMPTS, check_exam, evaluate, score_options, write_predictions
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
@@ -91,12 +93,18 @@ def test_progress_reaches_the_number_of_problems_in_steps_of_batches():
 def test_a_problem_is_not_asked_after_its_own_answer_was_shown():
     shown = Problem("another id", PROBLEMS[3].text, CHOICES, ("d",))
     with pytest.raises(UserError, match="problem q3 is asked and is also shown with its answer as example another id"):
-        evaluate(ScriptedEngine(lambda prompt: "a"), PROBLEMS, [shown], config())
+        check_exam(PROBLEMS, [shown], config())
+
+
+def test_a_problem_is_not_asked_twice():
+    twice = [dataclasses.replace(one, source=f"e.jsonl:{line}") for line, one in enumerate(PROBLEMS[:1] * 2, 1)]
+    with pytest.raises(UserError, match=r"e\.jsonl:2: problem q0 was already in e\.jsonl:1"):
+        check_exam(twice, (), config())
 
 
 def test_several_samples_are_refused():
     with pytest.raises(UserError, match=r"set --sampling\.samples to 1, not 4"):
-        evaluate(ScriptedEngine(lambda prompt: "a"), PROBLEMS, (), config(sampling=Sampling(samples=4, temperature=1.0)))
+        check_exam(PROBLEMS, (), config(sampling=Sampling(samples=4, temperature=1.0)))
 
 
 def test_predictions_written_are_the_predictions_read(tmp_path):
@@ -108,9 +116,8 @@ def test_predictions_written_are_the_predictions_read(tmp_path):
 class CharacterTokenizer:
     """One token a character, but ``：X`` is a single token, so that an option can merge into the prompt's end."""
 
-    def __call__(self, text, add_special_tokens, verbose):
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text.replace("：X", "×")]}
+    def __call__(self, texts, add_special_tokens, verbose):
+        return {"input_ids": [[ord(letter) for letter in text.replace("：X", "×")] for text in texts]}
 
 
 class LikelihoodEngine:

@@ -1,6 +1,7 @@
 """Handing stage 1's adapter to stage 2: what is refused, what is written, how it is resumed and measured."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from medllm.adapter_directory import merge_adapter, module_name, read_adapter, tensor_name, write_adapter
 from medllm.cli import main
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, RpoConfig, TrainingConfig
+from medllm.engines import HOMES, load
 from medllm.errors import UserError
 from medllm.handover import continued_adapter
 from medllm.mini.study import BASE
@@ -93,23 +95,43 @@ def test_an_adapter_trained_further_keeps_its_settings(folder, capsys):
     assert "lora.rank is 8" in line
     assert "has 2" in line
     same = config(folder, "run", "continue", lora=LoraConfig(rank=2, alpha=4.0))
-    adapter = continued_adapter(same)
+    adapter = continued_adapter(same.model, same)
     assert adapter is not None
     assert adapter.lora == CPT
-    assert continued_adapter(dataclasses.replace(same, handover="stack")) is None
+    assert continued_adapter(same.model, dataclasses.replace(same, handover="stack")) is None
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_an_engine_itself_does_not_merge(folder, tmp_path, engine):
     """Called without ``run_rpo``, it would otherwise train beside an adapter that was to be merged."""
     pytest.importorskip(engine)
-    from medllm.engine import open_engine
+    from medllm.engines import open_trainer
     from medllm.preferences.records import read_preferences
+    from medllm.preferences.tokenization import tokenize_preferences
     from medllm.run import Run
 
     asked = config(folder, tmp_path / "run", "merge")
+    opened = open_trainer(engine, asked.model)
+    preferences = tokenize_preferences(opened.tokenizer, read_preferences(asked.preferences), asked.pairs)
     with pytest.raises(UserError, match="run_rpo merges the adapter"):
-        open_engine(engine, asked.model).train_preferences(read_preferences(asked.preferences), asked, Run(asked.run, asked))
+        opened.train_preferences(preferences, asked, Run(asked.run, asked))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+@pytest.mark.parametrize("handover", ["merge", "stack"])
+def test_the_model_and_its_tokenizer_are_opened_once(folder, tmp_path, monkeypatch, engine, handover):
+    pytest.importorskip(engine)
+    home = HOMES[engine]
+    kind = getattr(load(engine, "engine"), home.engine)
+    loader = load(engine, "engine") if engine == "jax" else importlib.import_module("torch_ref.model")
+    opened, loaded = [], []
+    begin, read = kind.__init__, loader.load_tokenizer
+    monkeypatch.setattr(kind, "__init__", lambda self, model, *rest: opened.append(model) or begin(self, model, *rest))
+    monkeypatch.setattr(loader, "load_tokenizer", lambda path: loaded.append(path) or read(path))
+    asked = config(folder, tmp_path / "run", handover)
+    run_rpo(asked, engine)
+    assert opened == [asked.model]
+    assert loaded == [asked.model.path]
 
 
 def test_merge_leaves_the_weights_it_trained_on_in_the_run_folder(folder, tmp_path):

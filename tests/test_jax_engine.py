@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from flax import nnx
@@ -32,6 +30,7 @@ from medllm.engine import Continuation
 from medllm.errors import UserError
 from medllm.model_directory import write_model
 from medllm.preferences.records import Preference, Sample
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from tests.small_model import small_config
 
@@ -105,6 +104,12 @@ def preference(index):
     )
 
 
+def train(config, count, run):
+    engine = JaxEngine(config.model)
+    data = tokenize_preferences(engine.tokenizer, [preference(i) for i in range(count)], config.pairs)
+    return engine.train_preferences(data, config, run)
+
+
 @pytest.mark.parametrize("unit", ["problem", "pair"])
 def test_rpo_raises_the_margin_of_the_hierarchy(directory, tmp_path, unit):
     config = RpoConfig(
@@ -118,7 +123,7 @@ def test_rpo_raises_the_margin_of_the_hierarchy(directory, tmp_path, unit):
         training=TrainingConfig(epochs=8, batch_size=3, accumulation=1),
     )
     run = Run(config.run, config)
-    summary = JaxEngine(config.model).train_preferences([preference(i) for i in range(3)], config, run)
+    summary = train(config, 3, run)
     lines = run.metrics()
     assert summary.steps == len(lines) == (8 if unit == "problem" else 24)
     assert lines[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -149,27 +154,12 @@ def test_a_later_run_over_the_same_data_reads_the_reference_from_the_folder_that
             reference_cache=cache and str(tmp_path / cache),
         )
         run = Run(config.run, config)
-        summary = JaxEngine(config.model).train_preferences([preference(i) for i in range(count)], config, run)
+        summary = train(config, count, run)
         losses.append(summary.loss)
     assert computed == [3, 2]
     assert losses[0] == losses[1] == pytest.approx(losses[3], abs=1e-6)
     assert len(list((tmp_path / "kept").iterdir())) == 2
     assert {file.parent.name for file in tmp_path.glob("*/reference-*")} == {"kept"}
-
-
-def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):
-    engine = JaxEngine(model_config(directory))
-    rpo = RpoConfig(model_config(directory), str(tmp_path / "rpo"), "few.jsonl", pairs=PairConfig(max_length=64))
-    lonely = Preference("p", "question:", Sample(" a.", "a"))
-    with pytest.raises(UserError, match=r"few\.jsonl: no pair"):
-        engine.train_preferences([lonely], rpo, Run(rpo.run, rpo))
-    long = Preference("p7", "question:", Sample(" a.", "a"), (Sample(" b" * 120, "b"),))
-    with pytest.raises(UserError, match=r"problem p7: .* context is 96; set --pairs\.max_length 96"):
-        engine.train_preferences([long], dataclasses.replace(rpo, pairs=PairConfig()), Run(tmp_path / "long", rpo))
-    cpt = CptConfig(model_config(directory), str(tmp_path / "cpt"))
-    rows = PackedRows(*(np.ones((1, 97), np.int32) for _ in range(3)))
-    with pytest.raises(UserError, match="longer than the model's context of 96"):
-        engine.train_cpt(rows, cpt, Run(cpt.run, cpt))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_on_opening(directory, tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from medllm.errors import UserError
-from medllm.mini.study import PREVIOUS, load_preset, run_and_report, run_study
+from medllm.mini.report import run_and_report
+from medllm.mini.study import PREVIOUS, load_preset, run_study
 
 MODELS = ["base", *PREVIOUS]
 

@@ -12,10 +12,11 @@ pytest.importorskip("openai", reason="openai is not installed: pip install 'medl
 
 from medllm import openai_engine
 from medllm.config import EvaluateConfig, ModelConfig, Sampling
-from medllm.engine import Message, open_engine
+from medllm.engines import open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.evaluation import evaluate
 from medllm.exam.problem import Problem
+from medllm.tokenizer import Message
 
 KEY = "sk-secret-of-the-test"
 CHAT = (Message("system", "解きます。"), Message("user", "空は何色か。"))
@@ -204,13 +205,10 @@ def test_openais_own_server_gets_its_own_name_for_the_limit(server, monkeypatch)
 
 
 def test_what_an_api_cannot_do_is_refused(server, monkeypatch):
-    for call in (
-        lambda: engine().train_cpt(None, None, None),
-        lambda: engine().train_preferences([], None, None),
-        lambda: engine().logprobs([]),
-    ):
+    for opened in (open_trainer, open_scorer):
         with pytest.raises(UserError, match=r"engine 'openai' cannot .*; use --engine jax or --engine torch"):
-            call()
+            opened("openai", ModelConfig("tiny-model"))
+    assert not {"train_cpt", "train_preferences", "logprobs"} & set(dir(engine()))
     with pytest.raises(UserError, match=r"cannot apply --model\.adapter"):
         open_engine("openai", ModelConfig("tiny-model", adapter="adapter"))
     monkeypatch.delenv("OPENAI_API_KEY")

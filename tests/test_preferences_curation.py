@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import pytest
 
 from medllm.config import CurateConfig, ModelConfig, Sampling
-from medllm.engine import Generation, Prompt
+from medllm.engine import Generation
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt
-from medllm.preferences.curation import curate
+from medllm.preferences.curation import check_problems, curate
 from medllm.preferences.records import Sample
+from medllm.stages import build_preferences
+from medllm.tokenizer import Prompt
 
 
 class ScriptedEngine:
@@ -169,23 +171,24 @@ def test_unexplained_problems_and_those_over_the_limit_are_skipped_with_a_count(
 
 def test_without_any_explanation_there_is_nothing_to_curate():
     with pytest.raises(UserError, match="none of the 1 problems has a verified explanation"):
-        curate(ScriptedEngine({}), [problem(1, explanation=None)], [], config())
+        check_problems([problem(1, explanation=None)], [], config())
 
 
 @pytest.mark.parametrize("as_shot", [False, True])
-def test_a_held_out_exam_is_refused_before_anything_is_generated(as_shot):
+def test_a_held_out_exam_is_refused_before_anything_is_generated_or_written(as_shot, tmp_path):
     held_out = problem(2, year=2018)
     engine = ScriptedEngine({})
     problems, shots = ([problem(1)], [held_out]) if as_shot else ([problem(1), held_out], [])
     with pytest.raises(UserError, match=r"p\.jsonl:2: problem 110A2 is of 2018, but only exams up to 2017"):
-        curate(engine, problems, shots, config(limit=1))
+        build_preferences(engine, problems, shots, config(limit=1, run=str(tmp_path / "run")))
     assert not engine.prompts
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_problem_id_that_comes_twice_is_refused():
     twice = [problem(1), dataclasses.replace(problem(2), problem_id="110A1")]
     with pytest.raises(UserError, match=r"p\.jsonl:2: problem 110A1 was already in p\.jsonl:1"):
-        curate(ScriptedEngine({}), twice, [], config())
+        check_problems(twice, [], config())
 
 
 def test_batches_keep_the_order_of_the_problems_and_report_progress():

@@ -9,9 +9,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medllm.config import PairConfig
+from medllm.errors import UserError
 from medllm.preferences.pairs import Rank, training_pairs
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import tokenize_completion, tokenize_group, tokenize_preferences
+from medllm.preferences.tokenization import check_preferences, tokenize_completion, tokenize_group, tokenize_preferences
 
 ALL = PairConfig(max_chosen=0, max_rejected=0)
 
@@ -110,3 +111,17 @@ def test_every_pair_is_what_it_would_be_on_its_own(tokenizer, prompt, truth, cho
             assert single.pair_starts == (0,)
             alone.append((single.prompt, *single.responses))
     assert (list(group.pair_tokens()) if group else []) == alone
+
+
+def test_preferences_that_cannot_be_trained_on_are_refused(tokenizer):
+    def check(*given: Preference, max_length: int = 64, context: int = 64) -> None:
+        data = tokenize_preferences(tokenizer, given, PairConfig(max_length=max_length))
+        check_preferences(data, max_length, context, "p.jsonl")
+
+    check(preference("ab", "c", "d"))
+    with pytest.raises(UserError, match=r"p\.jsonl: no pair to train on: 1 problems have none, and in 0 pairs"):
+        check(preference("ab", "c"))
+    with pytest.raises(UserError, match=r"1 pairs the prompt alone fills pairs\.max_length 2"):
+        check(preference("aab", "c", "a"), max_length=2)
+    with pytest.raises(UserError, match=r"problem 110A1: .* have 13 tokens, .* context is 8; set --pairs\.max_length 8"):
+        check(preference("ab", "c" * 10, "d"), context=8)

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from medllm.config import CptConfig, EvaluateConfig, LoraConfig, ModelConfig
+from medllm.config import FREE_ON_RESUME, CptConfig, EvaluateConfig, LoraConfig, ModelConfig, RpoConfig
 from medllm.errors import UserError
 from medllm.run import Run, atomic_path
 
@@ -101,6 +101,23 @@ def test_a_run_goes_on_only_with_the_engine_and_settings_it_was_begun_with(tmp_p
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     longer = dataclasses.replace(begun, training=dataclasses.replace(begun.training, max_steps=9))
     assert Run(tmp_path / "run", longer, engine="jax", resume=True).metrics() == [{"step": 1, "loss": 1.0}]
+
+
+def test_where_the_reference_is_kept_may_change_on_resuming(tmp_path):
+    """It is the same numbers, found there or computed anew."""
+    begun = RpoConfig(ModelConfig("base"), str(tmp_path / "run"), "preferences.jsonl", reference_cache="here")
+    Run(begun.run, begun).log(1, loss=1.0)
+    for elsewhere in ("there", None):
+        assert Run(begun.run, dataclasses.replace(begun, reference_cache=elsewhere), resume=True).metrics()
+
+
+def test_every_setting_that_is_free_on_resuming_is_one_of_a_training_stage():
+    settings = dataclasses.asdict(RpoConfig(ModelConfig("base"), "run", "preferences.jsonl"))
+    for name in FREE_ON_RESUME:
+        found = settings
+        for part in name.split("."):
+            assert part in found, name
+            found = found[part]
 
 
 def test_only_a_stage_that_can_resume_is_advised_to(tmp_path):

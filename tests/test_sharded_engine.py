@@ -6,7 +6,7 @@ import pytest
 
 from jax_medllm.engine import JaxEngine
 from medllm.config import MeshConfig, ModelConfig
-from medllm.engine import open_engine
+from medllm.engines import open_engine
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
 

@@ -53,9 +53,9 @@ import sys
 import numpy as np
 from medllm.bench.shapes import CptShape, ModelShape
 from medllm.config import CptConfig, ModelConfig, Sampling, TrainingConfig
-from medllm.engine import open_engine
+from medllm.engines import open_trainer
 from medllm.run import Run
-engine = open_engine("jax", ModelConfig({str(BASE)!r}, dtype="float32"))
+engine = open_trainer("jax", ModelConfig({str(BASE)!r}, dtype="float32"))
 shape = CptShape(ModelShape(vocabulary=64), rows=1, length=8, steps=2)
 config = CptConfig(ModelConfig({str(BASE)!r}, dtype="float32"), {str(tmp_path / "run")!r}, training=TrainingConfig(1, 1, 1))
 with Run(config.run, config) as run:

@@ -36,6 +36,7 @@ from medllm.engine import Continuation
 from medllm.errors import UserError
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from tests.small_torch_model import END, TEXTS, write_small_model
 from torch_ref import TorchEngine, add_adapter, open_model
@@ -101,7 +102,7 @@ def train(config, work):
     engine = TorchEngine(config.model)
     if isinstance(config, CptConfig):
         return run, engine.train_cpt(work, config, run)
-    return run, engine.train_preferences(work, config, run)
+    return run, engine.train_preferences(tokenize_preferences(engine.tokenizer, work, config.pairs), config, run)
 
 
 def adapter_of(summary):
@@ -358,8 +359,9 @@ def test_qlora_runs_through_both_stages(nf4, tmp_path):
 def test_the_adapter_is_trained_in_bf16_over_nf4_and_in_fp32_over_dense_weights(dense, nf4, tmp_path):
     for model, dtype in ((dense, torch.float32), (nf4, torch.bfloat16)):
         config = rpo_config(model, tmp_path / model.quantization)
-        run = Run(config.run, config)
-        trainer = dpo_trainer(trl_rows(preferences(), PairConfig()), config, run, batch=1, accumulation=1)
+        pairs = trl_rows(preferences(), PairConfig())
+        tokenizer = TorchEngine(model).tokenizer
+        trainer = dpo_trainer(model, tokenizer, pairs, config, Run(config.run, config), batch=1, accumulation=1)
         assert {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad} == {dtype}
 
 
@@ -393,13 +395,6 @@ def test_what_cannot_be_opened_or_trained_is_refused_in_one_line(dense, folder, 
         TorchEngine(dataclasses.replace(dense, path=str(foreign)))
     with pytest.raises(UserError, match=r"prompt 0: \d+ tokens.*context of 256"):
         TorchEngine(dense).generate(["a"], Sampling(max_new_tokens=256))
-    with pytest.raises(UserError, match="no token to predict"):
-        train(cpt_config(dense, tmp_path / "empty"), pack([np.array([3])], 8, 0))
-    lonely = [dataclasses.replace(preferences(1)[0], chosen=(), rejected=())]
-    with pytest.raises(UserError, match="no pair to train on"):
-        train(rpo_config(dense, tmp_path / "lonely"), lonely)
-    with pytest.raises(UserError, match="max_length is 3"):
-        train(rpo_config(dense, tmp_path / "short", max_length=3), preferences())
     partly = cpt_config(dense, tmp_path / "partly", remat="projections")
     with pytest.raises(UserError, match=r"training\.remat is 'projections': engine torch knows 'none' and 'layer'"):
         train(partly, rows())

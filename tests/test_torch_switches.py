@@ -24,10 +24,11 @@ from medllm.config import (
     TrainingConfig,
 )
 from medllm.corpus.packing import pack
-from medllm.engine import open_engine
+from medllm.engines import open_trainer
 from medllm.errors import UserError
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from tests.small_torch_model import TEXTS, write_small_model
 from torch_ref import TorchEngine, open_model
@@ -86,10 +87,11 @@ def rows():
 
 def train(config):
     run = Run(config.run, config, resume=config.resume)
-    engine = open_engine("torch", config.model, config)
+    engine = open_trainer("torch", config.model, config)
     if isinstance(config, CptConfig):
         return run.metrics, engine.train_cpt(rows(), config, run)
-    return run.metrics, engine.train_preferences(preferences(), config, run)
+    data = tokenize_preferences(engine.tokenizer, preferences(), config.pairs)
+    return run.metrics, engine.train_preferences(data, config, run)
 
 
 def figures(lines, *names):
@@ -172,7 +174,8 @@ def test_flash_attention_gets_rows_end_to_end_and_liger_is_asked_of_the_trainers
         assert asked["data_collator"] is collator
         assert asked["args"].use_liger_kernel
     config = rpo_config(dense, tmp_path / "rpo", liger=True)
-    built = dpo_trainer(trl_rows(preferences(), PairConfig()), config, Run(config.run, config), batch=1, accumulation=1)
+    pairs, run = trl_rows(preferences(), PairConfig()), Run(config.run, config)
+    built = dpo_trainer(dense, TorchEngine(dense).tokenizer, pairs, config, run, batch=1, accumulation=1)
     assert built.args.use_liger_kernel
     assert not built.precompute_ref_logps
 

@@ -9,7 +9,7 @@ It is what the JAX engine is measured against, and what someone with A100s runs.
     switches.py  which of the engine's own settings can be had on this machine
     trainer.py   what the two training recipes share: arguments, the log, the summary
     console.py   what the libraries may print
-    engine.py    the four behind medllm.engine.Engine
+    engine.py    these behind what medllm asks of an engine: Generates, Scores, Trains
 """
 
 import torch_ref.console  # noqa: F401  (first: it quietens what the imports below print)

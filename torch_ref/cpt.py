@@ -18,11 +18,10 @@ import torch
 from torch.utils.data import Dataset, default_collate
 from transformers import Trainer, TrainingArguments
 
-from medllm.config import CptConfig
+from medllm.config import ModelConfig, Recipe
 from medllm.corpus.packing import PackedRows
-from medllm.engine import TrainSummary
-from medllm.errors import UserError
 from medllm.run import Run
+from medllm.training import TrainSummary
 from torch_ref.model import add_adapter, open_model
 from torch_ref.trainer import RunLog, per_process, run_trainer, trainer_arguments
 
@@ -55,30 +54,27 @@ def one_long_row(features: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
     return {name: torch.cat([feature[name] for feature in features])[None] for name in features[0]}
 
 
-def train_cpt(rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
+def train_cpt(model: ModelConfig, rows: PackedRows, recipe: Recipe, run: Run) -> TrainSummary:
     """Train a LoRA adapter on ``rows`` and leave it in ``run.path/adapter``; the rate is in tokens a second.
 
     Raises:
-        UserError: there is no target to train on, the batch does not divide over the processes, or the model cannot be
-            opened.
+        UserError: the batch does not divide over the processes, or the model cannot be opened.
     """
-    if not rows.targets.any():
-        raise UserError("the corpus holds no token to predict: every document is empty or a single token long")
     arguments = TrainingArguments(
         **trainer_arguments(
-            config.model,
-            config.optimizer,
-            config.training,
+            model,
+            recipe.optimizer,
+            recipe.training,
             run,
-            batch=per_process(config.training.batch_size, "--training.batch_size"),
-            accumulation=config.training.accumulation,
+            batch=per_process(recipe.training.batch_size, "--training.batch_size"),
+            accumulation=recipe.training.accumulation,
         ),
-        use_liger_kernel=config.torch.liger,
+        use_liger_kernel=recipe.torch.liger,
     )
-    model = add_adapter(open_model(config.model, config.torch), config.lora)
+    opened = add_adapter(open_model(model, recipe.torch), recipe.lora)
     # A cache would switch off the reading of document boundaries from position_ids.
-    model.config.use_cache = False
-    log = RunLog(run, config.training)
-    collator = one_long_row if config.torch.attention.startswith("flash") else default_collate
-    trainer = Trainer(model=model, args=arguments, train_dataset=RowFeatures(rows), data_collator=collator)
-    return run_trainer(trainer, log, run, resume=config.resume, units_per_epoch=int((rows.segment_ids > 0).sum()))
+    opened.config.use_cache = False
+    log = RunLog(run, recipe.training)
+    collator = one_long_row if recipe.torch.attention.startswith("flash") else default_collate
+    trainer = Trainer(model=opened, args=arguments, train_dataset=RowFeatures(rows), data_collator=collator)
+    return run_trainer(trainer, log, run, resume=recipe.resume, units_per_epoch=int((rows.segment_ids > 0).sum()))

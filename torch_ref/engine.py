@@ -1,18 +1,23 @@
-"""The reference engine behind :class:`medllm.engine.Engine`."""
+"""The reference engine: what :class:`medllm.engine.Generates`, ``Scores`` and :class:`medllm.training.Trains` ask for."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from medllm.config import CptConfig, ModelConfig, RpoConfig, Sampling, TorchConfig
+from medllm.config import ModelConfig, PreferenceRecipe, Recipe, Sampling, TorchConfig
 from medllm.corpus.packing import PackedRows
-from medllm.engine import Continuation, Generation, Prompt, TrainSummary
-from medllm.preferences.records import Preference
+from medllm.engine import Continuation, Generation
+from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
+from medllm.tokenizer import Prompt
+from medllm.training import TrainSummary
 from torch_ref.cpt import train_cpt
 from torch_ref.generate import generate, logprobs
 from torch_ref.model import check_model, open_model, open_tokenizer
@@ -39,23 +44,31 @@ class TorchEngine:
     def __init__(self, model: ModelConfig, switches: TorchConfig | None = None):
         self.config = model
         check_switches(switches or TorchConfig(), model)
-        check_model(model)
-        self.tokenizer = open_tokenizer(model)
+        sizes = check_model(model).config
+        self.context = sizes.get("max_position_embeddings", sys.maxsize)
+        self.tokenizer = open_tokenizer(model, sizes["vocab_size"])
 
     @cached_property
     def model(self) -> Any:
         """The opened model: frozen, in evaluation mode."""
         return open_model(self.config)
 
-    def train_cpt(self, rows: PackedRows, config: CptConfig, run: Run) -> TrainSummary:
+    def with_weights(self, folder: str) -> TorchEngine:
+        """See :class:`medllm.training.Trains`."""
+        other = copy.copy(self)
+        other._release()
+        other.config = dataclasses.replace(self.config, path=folder, adapter=None)
+        return other
+
+    def train_cpt(self, rows: PackedRows, recipe: Recipe, run: Run) -> TrainSummary:
         """See :func:`torch_ref.cpt.train_cpt`."""
         self._release()
-        return train_cpt(rows, config, run)
+        return train_cpt(self.config, rows, recipe, run)
 
-    def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
+    def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
         """See :func:`torch_ref.rpo.train_preferences`."""
         self._release()
-        return train_preferences(preferences, config, run)
+        return train_preferences(self.config, self.tokenizer, [pair.trl_row() for pair in preferences.texts], recipe, run)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
         """See :func:`torch_ref.generate.generate`."""

@@ -16,9 +16,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from medllm.config import Sampling
-from medllm.engine import Continuation, Generation, Prompt
+from medllm.engine import Continuation, Generation
 from medllm.errors import PromptError, UserError
-from medllm.tokenizer import encode_prompt, end_token
+from medllm.tokenizer import Prompt, encode_prompt, end_token
 
 
 def generate(

@@ -34,7 +34,7 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def open_tokenizer(model: ModelConfig) -> Any:
+def open_tokenizer(model: ModelConfig, vocab_size: int) -> Any:
     """The tokenizer of a model, checked against its vocabulary.
 
     Raises:
@@ -42,12 +42,12 @@ def open_tokenizer(model: ModelConfig) -> Any:
     """
     folder = model.tokenizer or model.path
     tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, ModelDirectory(model.path).config["vocab_size"], folder)
+    check_vocabulary(tokenizer, vocab_size, folder)
     return tokenizer
 
 
-def check_model(model: ModelConfig) -> None:
-    """Refuse, before gigabytes are read, a model or adapter folder that cannot be opened.
+def check_model(model: ModelConfig) -> ModelDirectory:
+    """Refuse, before gigabytes are read, a model or adapter folder that cannot be opened; the model's folder, checked.
 
     Raises:
         UserError: a folder or file is missing, incomplete or of a kind that is not read.
@@ -59,6 +59,7 @@ def check_model(model: ModelConfig) -> None:
     if "vocab_size" not in folder.config:
         raise UserError(f"{model.path}/config.json: no vocab_size; a causal language model was expected")
     open_adapters(model.adapters, folder)
+    return folder
 
 
 def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTrainedModel | peft.PeftModel:
@@ -69,14 +70,14 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
     Raises:
         UserError: the folder cannot be opened as a causal language model, or a switch cannot be had here.
     """
-    check_model(model)
+    folder = check_model(model)
     switches = switches or TorchConfig()
     check_switches(switches, model)
     dtype = DTYPES[model.dtype]
     attention = {} if switches.attention == "sdpa" else {"attn_implementation": switches.attention}
     quantization: dict[str, Any] = {}
     # A directory stored in 4 bits says so in its config and is opened as it is.
-    if model.quantization == "nf4" and "quantization_config" not in ModelDirectory(model.path).config:
+    if model.quantization == "nf4" and "quantization_config" not in folder.config:
         quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )

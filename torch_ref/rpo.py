@@ -11,7 +11,6 @@ is computed once for all pairs, before the first step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -19,38 +18,39 @@ from datasets import Dataset
 from huggingface_hub import constants
 from trl import DPOConfig, DPOTrainer
 
-from medllm.config import RpoConfig
-from medllm.engine import TrainSummary
-from medllm.errors import UserError
+from medllm.config import ModelConfig, PreferenceRecipe
 from medllm.handover import continued_adapter
-from medllm.preferences.pairs import trl_rows
-from medllm.preferences.records import Preference
 from medllm.run import Run
-from torch_ref.model import initialize_adapter, open_continued, open_model, open_tokenizer, peft_config, trainable_base
+from medllm.training import TrainSummary
+from torch_ref.model import initialize_adapter, open_continued, open_model, peft_config, trainable_base
 from torch_ref.trainer import RunLog, per_process, processes, run_trainer, trainer_arguments
 
 # TRL reports every trainer it constructs to the Hub; training here contacts nobody.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
-def train_preferences(preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
-    """Train a LoRA adapter on the pairs of ``preferences`` and leave it in ``run.path/adapter``; the rate is in pairs a second.
+def train_preferences(
+    model: ModelConfig, tokenizer: Any, rows: list[dict[str, str]], recipe: PreferenceRecipe, run: Run
+) -> TrainSummary:
+    """Train a LoRA adapter on pairs and leave it in ``run.path/adapter``; the rate is in pairs a second.
+
+    Args:
+        model: What is trained on.
+        tokenizer: Its tokenizer.
+        rows: Columns ``prompt``, ``chosen`` and ``rejected``; TRL drops those whose prompt fills ``pairs.max_length``.
+        recipe: The stage's settings.
+        run: Where log, checkpoints and adapter go.
 
     Raises:
-        UserError: there is no pair to train on, the batch does not divide over the processes, or the model cannot be opened.
+        UserError: the batch does not divide over the processes, or the model cannot be opened.
     """
-    rows = trl_rows(preferences, config.pairs)
-    if not rows:
-        raise UserError(f"{config.preferences}: no pair to train on; every problem has a ground truth and nothing below it")
     problems = len({row["prompt"] for row in rows})
-    batch, accumulation = _micro_batches(config, pairs_per_problem=len(rows) / problems)
-    trainer = dpo_trainer(rows, config, run, batch=batch, accumulation=accumulation)
+    batch, accumulation = _micro_batches(recipe, pairs_per_problem=len(rows) / problems)
+    trainer = dpo_trainer(model, tokenizer, rows, recipe, run, batch=batch, accumulation=accumulation)
     kept = len(trainer.train_dataset)
-    if not kept:
-        raise UserError(f"--pairs.max_length is {config.pairs.max_length}: every prompt is at least that long; raise it")
     # Where the batch was counted in problems, the log says how many pairs a step came to.
-    log = RunLog(run, config.training, pairs_per_step=batch * accumulation * processes(), dropped_pairs=len(rows) - kept)
-    return run_trainer(trainer, log, run, resume=config.resume, units_per_epoch=kept, seconds_ahead=trainer.reference_seconds)
+    log = RunLog(run, recipe.training, pairs_per_step=batch * accumulation * processes(), dropped_pairs=len(rows) - kept)
+    return run_trainer(trainer, log, run, resume=recipe.resume, units_per_epoch=kept, seconds_ahead=trainer.reference_seconds)
 
 
 class ReferenceTimer(DPOTrainer):
@@ -66,42 +66,53 @@ class ReferenceTimer(DPOTrainer):
         return dataset
 
 
-def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batch: int, accumulation: int) -> ReferenceTimer:
+def dpo_trainer(
+    model: ModelConfig,
+    tokenizer: Any,
+    rows: list[dict[str, str]],
+    recipe: PreferenceRecipe,
+    run: Run,
+    *,
+    batch: int,
+    accumulation: int,
+) -> ReferenceTimer:
     """TRL's trainer over ``rows``, set up as its documentation describes QLoRA and RPO.
 
     Args:
+        model: What is trained on.
+        tokenizer: Its tokenizer.
         rows: Columns ``prompt``, ``chosen`` and ``rejected``.
-        config: The stage's settings.
+        recipe: The stage's settings.
         run: Where checkpoints go.
         batch: Pairs of one forward pass of one process.
         accumulation: Forward passes added up before a step; TRL takes the mean of their losses.
     """
-    loss = config.loss
+    loss = recipe.loss
     arguments = DPOConfig(
-        **trainer_arguments(config.model, config.optimizer, config.training, run, batch=batch, accumulation=accumulation),
+        **trainer_arguments(model, recipe.optimizer, recipe.training, run, batch=batch, accumulation=accumulation),
         loss_type=["sigmoid", "sft"] if loss.alpha else ["sigmoid"],
         loss_weights=[1.0, loss.alpha] if loss.alpha else [1.0],
         beta=loss.beta,
-        max_length=config.pairs.max_length,
-        precompute_ref_log_probs=config.torch.precompute_reference,
-        use_liger_kernel=config.torch.liger,
+        max_length=recipe.pairs.max_length,
+        precompute_ref_log_probs=recipe.torch.precompute_reference,
+        use_liger_kernel=recipe.torch.liger,
     )
-    continued = continued_adapter(config) is not None
-    opened = open_continued(config.model, config.torch) if continued else trainable_base(open_model(config.model, config.torch))
+    continued = continued_adapter(model, recipe) is not None
+    opened = open_continued(model, recipe.torch) if continued else trainable_base(open_model(model, recipe.torch))
     trainer = ReferenceTimer(
         model=opened,
         ref_model=None,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=open_tokenizer(config.model),
-        peft_config=None if continued else peft_config(config.lora),
+        processing_class=tokenizer,
+        peft_config=None if continued else peft_config(recipe.lora),
     )
     # Over a quantized base TRL casts the adapter to bf16, as the QLoRA paper trains it, and AdamW's moments follow. It is left
     # so: this is what a reader of TRL's documentation gets. Over a dense base the adapter is fp32, as in the JAX engine.
     if continued:
         _round_reference(trainer.model)
     else:
-        initialize_adapter(trainer.model, config.lora.seed)
+        initialize_adapter(trainer.model, recipe.lora.seed)
     return trainer
 
 
@@ -112,7 +123,7 @@ def _round_reference(model: peft.PeftModel) -> None:
             parameter.data = parameter.data.to(model.get_parameter(name.replace(".ref.", ".default.")).dtype)
 
 
-def _micro_batches(config: RpoConfig, pairs_per_problem: float) -> tuple[int, int]:
+def _micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float) -> tuple[int, int]:
     """(pairs of one forward pass of one process, accumulation).
 
     TRL trains on single pairs: a batch counted in problems becomes their average number of pairs. And its SFT term is a mean
@@ -120,10 +131,10 @@ def _micro_batches(config: RpoConfig, pairs_per_problem: float) -> tuple[int, in
     that is the mean over the response's own tokens, and the mean over micro-batches is Pang et al.'s: so ``sequence`` puts
     the batch into accumulation.
     """
-    training, share = config.training, processes()
+    training, share = recipe.training, processes()
     pairs = training.batch_size
-    if config.pairs.unit == "problem":
+    if recipe.pairs.unit == "problem":
         pairs = share * max(1, round(pairs * pairs_per_problem / share))
-    if config.loss.nll_reduction == "sequence":
+    if recipe.loss.nll_reduction == "sequence":
         return 1, per_process(pairs, "--training.batch_size (in pairs)") * training.accumulation
     return per_process(pairs, "--training.batch_size (in pairs)"), training.accumulation

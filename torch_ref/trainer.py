@@ -15,9 +15,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import get_last_checkpoint
 
 from medllm.config import ModelConfig, OptimizerConfig, TrainingConfig
-from medllm.engine import TrainSummary
 from medllm.errors import UserError
 from medllm.run import Run, atomic_path, is_primary_process
+from medllm.training import TrainSummary
 
 _FAR_AWAY = 1_000_000_000
 

@@ -26,7 +26,7 @@ from medllm.bench.device_table import outcome, table
 from medllm.bench.preflight import LIMIT as PREFLIGHT_LIMIT
 from medllm.bench.preflight import preflight
 from medllm.child import run_in_child, run_process
-from medllm.engine import require
+from medllm.engines import module_of, require_engine
 from medllm.errors import UserError
 from medllm.run import environment, write_json
 
@@ -48,7 +48,6 @@ _ORDER: tuple[tuple[str | None, str], ...] = (
 )
 """What is worth most comes first: the time for everything may be up before the last."""
 _SMOKE_ORDER = (("7b", "cpt"), ("7b", "calibrate"), ("7b", "rpo"), ("7b", "decode"), (None, "parity"))
-_MODULES = {"jax": "jax_medllm.device_bench", "torch": "torch_ref.device_bench"}
 _LIMITS = {"rates": 60.0, "parity": 90.0, "cpt": 110.0, "rpo": 110.0, "decode": 90.0, "calibrate": 90.0}
 """Longest a part may take, in seconds. Most take half; what they leave is there for the others."""
 _PATIENCE = 4.0
@@ -206,10 +205,11 @@ def _run(part: Part, seconds: float, device: Mapping[str, Any] | None, smoke: bo
 def _child(
     engine: str, name: str, settings: Mapping[str, Any], seconds: float, *, smoke: bool, log: TextIO | None
 ) -> dict[str, Any]:
-    require(f"engine '{engine}'", engine, engine)
+    require_engine(engine)
     timed = {} if name == "rates" else {"seconds": _SHARE_TIMED * seconds}
     given = {**settings, **timed, "smoke": smoke}
-    return run_in_child(_MODULES[engine], name, given, timeout=seconds, environment=_environment(smoke), log=log)
+    module, variables = module_of(engine, "device bench"), _environment(smoke)
+    return run_in_child(module, name, given, timeout=seconds, environment=variables, log=log)
 
 
 def _child_check(

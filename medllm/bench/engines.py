@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from medllm.child import run_in_child
-from medllm.engine import require
-
-_MODULES = {"jax": ("jax_medllm.bench", "jax"), "torch": ("torch_ref.bench", "torch")}
+from medllm.engines import module_of, require_engine
 
 
 def measure(engine: str, name: str, **settings: Any) -> dict[str, Any]:
@@ -17,6 +15,5 @@ def measure(engine: str, name: str, **settings: Any) -> dict[str, Any]:
         UserError: the engine is not installed, or refuses the settings (its own one-line reason).
         RuntimeError: the process failed.
     """
-    module, package = _MODULES[engine]
-    require(f"engine '{engine}'", package, package)
-    return run_in_child(module, name, settings)
+    require_engine(engine)
+    return run_in_child(module_of(engine, "bench"), name, settings)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from medllm.bench.device_shapes import SMOKE
+from medllm.engines import module_of
 from medllm.errors import UserError
 
 LIMIT = 90.0
 """Seconds it may take."""
-MODULES = {"torch": "torch_ref.preflight", "jax": "jax_medllm.preflight"}
-"""In order: the reference leaves a weight for the other."""
+_ORDER = ("torch", "jax")  # the reference leaves a weight for the other
 _PACKAGES = {
     "torch": ("torch", "transformers", "bitsandbytes", "peft", "trl", "accelerate", "datasets", "tokenizers"),
     "jax": ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "jaxtyping", "numpy"),
@@ -54,19 +54,19 @@ def preflight(
     ends = time.monotonic() + seconds
     versions = {package: _version(package, engine) for engine in engines for package in _PACKAGES[engine]}
     if parity:
-        if set(engines) != set(MODULES):
+        if set(engines) != set(_ORDER):
             raise UserError("pre-flight: the part parity compares both engines; leave it out of --parts, or --engines out")
         versions["pytest"] = _version("pytest", "the part parity")
     result: dict[str, Any] = {"versions": versions}
     shape = {**SMOKE.to_json(), "depths": ()}
     with tempfile.TemporaryDirectory(prefix="medllm-preflight-") as folder:
         nf4 = str(Path(folder) / "nf4.npz") if "torch" in engines else None
-        for engine, module in MODULES.items():
+        for engine in _ORDER:
             if engine not in engines:
                 continue
             settings = {"shape": shape, "nf4": nf4, **({"attention": attention} if engine == "jax" else {})}
             try:
-                result[engine] = child(module, settings, max(1.0, ends - time.monotonic()))
+                result[engine] = child(module_of(engine, "preflight"), settings, max(1.0, ends - time.monotonic()))
                 _check_loss(result[engine]["loss"])
             except (UserError, RuntimeError) as error:
                 raise UserError(f"pre-flight: {engine}: {_one_line(error)}{_way_out(engine, engines)}") from error
@@ -78,7 +78,7 @@ def _version(package: str, needed_by: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         missing = f"pre-flight: {needed_by} needs the package '{package}', which is not installed"
-        raise UserError(f"{missing}{_way_out(needed_by, tuple(MODULES))}") from None
+        raise UserError(f"{missing}{_way_out(needed_by, _ORDER)}") from None
 
 
 def _check_loss(loss: float) -> None:

@@ -26,9 +26,11 @@ from medllm.config import (
     TorchConfig,
     TrainingConfig,
 )
-from medllm.engine import EngineName, TrainSummary, open_engine
+from medllm.engines import EngineName, open_engine, open_trainer
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.process_memory import peak_resident_bytes
 from medllm.run import Run
+from medllm.training import TrainSummary
 
 Profiler = Callable[[str], AbstractContextManager[Any]]
 """Makes a context that writes a trace of what runs in it into a folder."""
@@ -70,7 +72,7 @@ def _cpt(
     def train(run: str) -> TrainSummary:
         config = CptConfig(ModelConfig(**model), run, lora=LoraConfig(rank=work.model.rank), training=training, torch=switches)
         with Run(run, config) as folder:
-            return open_engine(engine, config.model, config).train_cpt(rows, config, folder)
+            return open_trainer(engine, config.model, config).train_cpt(rows, config, folder)
 
     return _trained(train, profiler, profile, 1)
 
@@ -102,7 +104,9 @@ def _rpo(
             torch=TorchConfig(**(torch or {})),
         )
         with Run(run, config) as folder:
-            return open_engine(engine, config.model, config).train_preferences(preferences, config, folder)
+            opened = open_trainer(engine, config.model, config)
+            data = tokenize_preferences(opened.tokenizer, preferences, config.pairs)
+            return opened.train_preferences(data, config, folder)
 
     return _trained(train, profiler, profile, work.pairs)
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int32
 from numpy import ndarray
 
 from medllm.errors import UserError
-from medllm.tokenizer import end_token
+from medllm.tokenizer import encode_texts, end_token
 
 if TYPE_CHECKING:
     from medllm.corpus.documents import Document
@@ -75,8 +75,7 @@ def tokenize_documents(
     tokenized = []
     for start in range(0, len(documents), _TOKENIZED_AT_A_TIME):
         texts = [document.text for document in documents[start : start + _TOKENIZED_AT_A_TIME]]
-        batch = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        tokenized += [np.asarray([*ids, end], dtype=np.int32) for ids in batch]
+        tokenized += [np.asarray([*ids, end], dtype=np.int32) for ids in encode_texts(tokenizer, texts)]
         if progress:
             progress(len(tokenized), len(documents))
     return tokenized
@@ -105,6 +104,19 @@ def pack(
     if packing == "wrapped":
         return _wrap(documents, length, pad_id)
     return _pack(documents, length, pad_id)
+
+
+def check_rows(rows: PackedRows, context: int) -> None:
+    """Refuse rows that cannot be trained on.
+
+    Raises:
+        UserError: they are longer than the model's ``context``, or hold no token to predict.
+    """
+    length = rows.tokens.shape[1]
+    if length > context:
+        raise UserError(f"corpus.length {length} is longer than the model's context of {context}; lower it")
+    if not rows.targets.any():
+        raise UserError("the corpus has no token to predict: every document is a single token, or empty")
 
 
 def _wrap(documents: list[ndarray], length: int, pad_id: int) -> PackedRows:

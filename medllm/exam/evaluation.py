@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medllm.config import EvaluateConfig
-from medllm.engine import Continuation, Engine
+from medllm.engine import Continuation, Generates, Scores
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.predictions import Prediction, write_predictions
-from medllm.exam.problem import LETTERS, Problem
+from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
-from medllm.tokenizer import encode
+from medllm.tokenizer import encode_continuation
 
 __all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
 
@@ -30,8 +30,26 @@ OPTION_PROMPTS = {
 """JMedBench's prompts (``templates/mcqa.py`` of nii-nlp/med-eval), under its own names."""
 
 
+def check_exam(problems: Sequence[Problem], shots: Sequence[Problem], config: EvaluateConfig) -> None:
+    """Refuse what cannot be sat before a model is opened for it.
+
+    Raises:
+        UserError: a problem id comes twice, a problem that is asked is also an example, or several samples are asked for.
+    """
+    check_ids(problems)
+    if config.sampling.samples != 1:
+        raise UserError(f"an exam is sat once: set --sampling.samples to 1, not {config.sampling.samples}")
+    shown = {(shot.text, shot.choices): shot.problem_id for shot in shots}
+    for problem in problems:
+        if (problem.text, problem.choices) in shown:
+            raise UserError(
+                f"problem {problem.problem_id} is asked and is also shown with its answer as example "
+                f"{shown[problem.text, problem.choices]}; take the examples from other problems (--shots)"
+            )
+
+
 def evaluate(
-    engine: Engine,
+    engine: Generates,
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: EvaluateConfig,
@@ -41,18 +59,15 @@ def evaluate(
 
     Args:
         engine: The model.
-        problems: The exam, every one of them asked (``config.limit`` is the caller's to apply).
+        problems: The exam, which passed :func:`check_exam`; every problem is asked (``config.limit`` is the caller's to apply).
         shots: Examples shown before each question.
         config: Template, format, sampling. A base model (``completion``) is also stopped where it begins the next question.
         progress: Called with (problems done, problems in all).
 
     Raises:
-        UserError: a problem that is asked is also an example, several samples are asked for, or the engine refuses a prompt.
+        UserError: the engine refuses a prompt.
     """
-    _refuse_shown(problems, shots)
     sampling = config.sampling
-    if sampling.samples != 1:
-        raise UserError(f"an exam is sat once: set --sampling.samples to 1, not {sampling.samples}")
     if config.format == "completion":
         sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
     prompts = [
@@ -125,7 +140,7 @@ class OptionScores:
 
 
 def score_options(
-    engine: Engine,
+    engine: Scores,
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
@@ -183,19 +198,7 @@ def _continuation(tokenizer: Any, problem: Problem, choice: str, prompt: str) ->
     lettered = zip(LETTERS.upper(), problem.choices, strict=False)
     options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
     asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=options)
-    before = encode(tokenizer, asked)
-    # Tokens may merge across the boundary until nothing is left after the prompt; the option is then tokenized by itself.
-    completion = encode(tokenizer, asked + choice)[len(before) :] or encode(tokenizer, choice)
+    before, completion = encode_continuation(tokenizer, asked, choice)
     if not completion:
         raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
     return Continuation(tuple(before), tuple(completion))
-
-
-def _refuse_shown(problems: Sequence[Problem], shots: Sequence[Problem]) -> None:
-    shown = {(shot.text, shot.choices): shot.problem_id for shot in shots}
-    for problem in problems:
-        if (problem.text, problem.choices) in shown:
-            raise UserError(
-                f"problem {problem.problem_id} is asked and is also shown with its answer as example "
-                f"{shown[problem.text, problem.choices]}; take the examples from other problems (--shots)"
-            )

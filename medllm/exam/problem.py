@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from medllm.errors import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OR = " or "
@@ -57,3 +60,17 @@ class Problem:
     def answer_count(self) -> int:
         """How many options are to be chosen."""
         return len(self.accepted[0])
+
+
+def check_ids(problems: Iterable[Problem]) -> None:
+    """Refuse problems of which two have one id: answers and preferences are found by it.
+
+    Raises:
+        UserError: a problem id comes twice.
+    """
+    seen: dict[str, Problem] = {}
+    for problem in problems:
+        if problem.problem_id in seen:
+            first = seen[problem.problem_id].source
+            raise UserError(f"{problem.source}: problem {problem.problem_id} was already in {first}; give each problem once")
+        seen[problem.problem_id] = problem

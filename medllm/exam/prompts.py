@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from medllm.engine import Message, Prompt
 from medllm.errors import PromptError, UserError
 from medllm.exam.problem import LETTERS, Problem
+from medllm.tokenizer import Message, Prompt
 
 AnswerAs = Literal["letters", "text"]
 Template = Literal["igakuqa", "curation"]

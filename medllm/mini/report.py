@@ -5,20 +5,50 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from dataclasses import asdict
 from io import StringIO
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from medllm.mini.study import PREVIOUS, StudyResult
+from medllm.engines import EngineName
+from medllm.mini.study import PREVIOUS, Say, StudyResult, run_study
+from medllm.report.page import write_report
 from medllm.report.results import StudyTable, build_table
 from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput
-from medllm.report.tables import terminal_table
+from medllm.report.tables import terminal_table, to_json
+from medllm.run import is_primary_process, write_json
 
 _SUMMARY = (
     "This is the embedded study: a model of a million parameters in a generated world. All diseases, drugs, tests and "
     "findings are invented; nothing here is medical knowledge, and no figure says how a large model would fare.",
 )
+
+
+def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
+    """:func:`run_study`, its report as ``report.html`` and its figures as ``result.json``; returns the figures."""
+    result = run_study(engine_name, out_dir, preset, progress)
+    report = study_report(result)
+    table = study_table(report)
+    page = Path(out_dir) / "report.html"
+    figures = {
+        "stage": "mini",
+        "engine": engine_name,
+        "preset": preset,
+        "seconds": result.seconds,
+        "scores": result.scores(),
+        "table": to_json(table),
+        "training": {model: asdict(summary) for model, summary in result.training.items()},
+        "report": str(page),
+    }
+    if is_primary_process():
+        write_report(page, report)
+        write_json(Path(out_dir) / "result.json", figures)
+    progress(table_text(table))
+    progress(f"mini: {result.seconds:.0f} s on {engine_name}; report: {page}")
+    return figures
 
 
 def study_report(result: StudyResult) -> ReportInput:

@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,15 +32,17 @@ from medllm.config import (
     Sampling,
     TrainingConfig,
 )
-from medllm.engine import Engine, EngineName, TrainSummary, open_engine
+from medllm.engine import Generates
+from medllm.engines import EngineName, open_engine
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
-from medllm.run import atomic_path, is_primary_process, write_json
+from medllm.run import atomic_path
 from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
+from medllm.training import TrainSummary
 
 BASE = Path(__file__).parent / "data" / "base"
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -178,34 +180,6 @@ def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyC
     return _Study(engine_name, out, config, progress).run()
 
 
-def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
-    """:func:`run_study`, its report as ``report.html`` and its figures as ``result.json``; returns the figures."""
-    from medllm.mini.report import study_report, study_table, table_text
-    from medllm.report.page import write_report
-    from medllm.report.tables import to_json
-
-    result = run_study(engine_name, out_dir, preset, progress)
-    report = study_report(result)
-    table = study_table(report)
-    page = Path(out_dir) / "report.html"
-    figures = {
-        "stage": "mini",
-        "engine": engine_name,
-        "preset": preset,
-        "seconds": result.seconds,
-        "scores": result.scores(),
-        "table": to_json(table),
-        "training": {model: asdict(summary) for model, summary in result.training.items()},
-        "report": str(page),
-    }
-    if is_primary_process():
-        write_report(page, report)
-        write_json(Path(out_dir) / "result.json", figures)
-    progress(table_text(table))
-    progress(f"mini: {result.seconds:.0f} s on {engine_name}; report: {page}")
-    return figures
-
-
 class _Study:
     """The stages, one method each; what they share are the files of the world."""
 
@@ -272,7 +246,7 @@ class _Study:
         folder, stage = self.out / "cpt", self.config.cpt
         self.say(f"CPT: {len(self.corpus)} documents")
         corpus = CorpusConfig(documents=(str(self._corpus_file),), length=self.config.row_length)
-        config = CptConfig(base, str(folder), corpus, stage.lora, stage.optimizer, stage.training)
+        config = CptConfig(base, str(folder), corpus, lora=stage.lora, optimizer=stage.optimizer, training=stage.training)
         return self._trained("CPT", base, folder, run_cpt(config, self.engine_name))
 
     def _preference(self, label: str, name: str, start: ModelConfig, preferences: Path, alpha: float) -> ModelConfig:
@@ -280,7 +254,14 @@ class _Study:
         self.say(f"{label}: preference training, alpha {alpha:g}")
         loss = dataclasses.replace(self.config.loss, alpha=alpha)
         config = RpoConfig(
-            start, str(folder), str(preferences), loss, self.config.pairs, stage.lora, stage.optimizer, stage.training
+            start,
+            str(folder),
+            str(preferences),
+            loss=loss,
+            pairs=self.config.pairs,
+            lora=stage.lora,
+            optimizer=stage.optimizer,
+            training=stage.training,
         )
         return self._trained(label, start, folder, run_rpo(config, self.engine_name))
 
@@ -300,7 +281,7 @@ class _Study:
         self.sittings[label] = [self._sit(label, engine, model, explanation) for explanation in (False, True)]
         return self._curate(engine, model, curate_as) if curate_as else Path()
 
-    def _sit(self, label: str, engine: Engine, model: ModelConfig, explanation: bool) -> Sitting:
+    def _sit(self, label: str, engine: Generates, model: ModelConfig, explanation: bool) -> Sitting:
         slug = label.lower().replace("+", "-").replace(" ", "-")
         folder = self.out / f"evaluate-{slug}{'-explained' if explanation else ''}"
         config = EvaluateConfig(
@@ -322,7 +303,7 @@ class _Study:
         self.say(f"{label}, {result['setting']}: {points} of {possible} points ({points / possible:.3f})")
         return Sitting(label, result["setting"], points, possible, folder)
 
-    def _curate(self, engine: Engine, model: ModelConfig, name: str) -> Path:
+    def _curate(self, engine: Generates, model: ModelConfig, name: str) -> Path:
         folder = self.out / name
         config = CurateConfig(
             model,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.child import run_in_child
-from medllm.engine import require
+from medllm.engines import module_of, require
 from medllm.errors import UserError
 from medllm.plan.calibration import Calibration
 from medllm.plan.models import model_config
@@ -103,7 +103,7 @@ def _probed(request: Request, target: Target | None, config: dict[str, Any]) -> 
         "seconds": LIMIT * _SHARE_TIMED,
     }
     try:
-        return run_in_child("jax_medllm.plan", "probe", settings, timeout=LIMIT, environment=variables)
+        return run_in_child(module_of("jax", "plan"), "probe", settings, timeout=LIMIT, environment=variables)
     except RuntimeError as error:
         if "not done after" not in str(error):
             raise

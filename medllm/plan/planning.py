@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from medllm.child import run_in_child
-from medllm.engine import require
+from medllm.engines import module_of, require
 from medllm.errors import UserError
 from medllm.plan.calibration import Calibration, Work
 from medllm.plan.models import model_config
@@ -63,7 +63,7 @@ def make_plan(request: Request, calibration: Calibration | None = None) -> dict[
 
 def _compiled(request: Request, target: Target, config: dict[str, Any]) -> dict[str, Any]:
     return run_in_child(
-        "jax_medllm.plan",
+        module_of("jax", "plan"),
         "compile",
         {
             "target": target.to_json(),

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from medllm.config import CurateConfig, PairConfig, Sampling
 from medllm.corpus.documents import refuse_held_out
-from medllm.engine import Engine, Generation
+from medllm.engine import Generates, Generation
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
-from medllm.exam.problem import Problem
+from medllm.exam.problem import Problem, check_ids
 from medllm.exam.prompts import curation_prompt, curation_response, naming_problems, stop_strings
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
@@ -59,7 +59,7 @@ class Curation:
 
 
 def curate(
-    engine: Engine,
+    engine: Generates,
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: CurateConfig,
@@ -69,16 +69,15 @@ def curate(
 
     Args:
         engine: The model that answers.
-        problems: Training problems.
+        problems: Training problems; they and the shots passed :func:`check_problems`.
         shots: Examples before the question, ``config.shot_count`` of them. A problem is never its own example: there, and
             where they do not suffice, the first problems with an explanation step in.
         config: Shots, sampling and limits.
         progress: Called with (problems done, problems in all).
 
     Raises:
-        UserError: see :func:`check_problems`, or fewer usable shots than ``config.shot_count``.
+        UserError: fewer usable shots than ``config.shot_count``, or the engine refuses a prompt.
     """
-    check_problems(problems, shots, config)
     explained = [problem for problem in problems if problem.explanation]
     wanted = explained[: config.limit] if config.limit else explained
     asked = {shot.text for shot in shots}
@@ -116,17 +115,9 @@ def check_problems(problems: Sequence[Problem], shots: Sequence[Problem], config
         UserError: a problem or shot of a year after ``config.problems_until``, a problem id that comes twice, or no problem
             with a verified explanation.
     """
-    seen: dict[str, Problem] = {}
-    for problem in problems:
+    check_ids(problems)
+    for problem in (*problems, *shots):
         refuse_held_out(problem, config.problems_until, "--problems_until")
-        if problem.problem_id in seen:
-            raise UserError(
-                f"{problem.source}: problem {problem.problem_id} was already in {seen[problem.problem_id].source}; "
-                "a preference file has one line a problem, so give each its own problem_id"
-            )
-        seen[problem.problem_id] = problem
-    for shot in shots:
-        refuse_held_out(shot, config.problems_until, "--problems_until")
     if not any(problem.explanation for problem in problems):
         raise UserError(f"none of the {len(problems)} problems has a verified explanation, so there is no ground truth to rank")
 

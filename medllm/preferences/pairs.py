@@ -46,6 +46,10 @@ class Pair:
     chosen: str
     rejected: str
 
+    def trl_row(self) -> dict[str, str]:
+        """Exactly the columns ``prompt``, ``chosen`` and ``rejected``."""
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+
 
 def select_pairs(preference: Preference, config: PairConfig) -> PairedResponses:
     """Keep the first distinct samples of each rank and pair every rank with those below it.
@@ -78,11 +82,8 @@ def training_pairs(preferences: Iterable[Preference], config: PairConfig) -> lis
 
 
 def trl_rows(preferences: Iterable[Preference], config: PairConfig) -> list[dict[str, str]]:
-    """The pairs as rows of TRL's DPOTrainer: exactly the columns ``prompt``, ``chosen`` and ``rejected``."""
-    return [
-        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        for pair in training_pairs(preferences, config)
-    ]
+    """All pairs of all problems as rows of TRL's DPOTrainer."""
+    return [pair.trl_row() for pair in training_pairs(preferences, config)]
 
 
 def export_trl(preferences: Sequence[Preference], path: str | Path, config: PairConfig | None = None) -> int:

@@ -24,8 +24,10 @@ from typing import Any
 
 from medllm.config import PairConfig
 from medllm.engine import Continuation
-from medllm.preferences.pairs import Rank, select_pairs
+from medllm.errors import UserError
+from medllm.preferences.pairs import Pair, Rank, select_pairs, training_pairs
 from medllm.preferences.records import Preference
+from medllm.tokenizer import encode_texts
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ class TokenizedGroup:
 
 @dataclass(frozen=True)
 class TokenizedPreferences:
-    """All groups of a preference file.
+    """Preferences as they are trained on.
 
     Attributes:
+        texts: All pairs of all problems, in the order of the file: what an engine reads that makes its own tokens.
         groups: One for each problem that has a pair left.
         pairs: Pairs in all groups.
         dropped_pairs: Pairs dropped because their prompt fills ``max_length``.
@@ -67,6 +70,7 @@ class TokenizedPreferences:
         truncated: Responses cut at ``max_length``.
     """
 
+    texts: tuple[Pair, ...]
     groups: tuple[TokenizedGroup, ...]
     pairs: int
     dropped_pairs: int
@@ -107,7 +111,34 @@ def tokenize_preferences(
             groups.append(group)
         if progress:
             progress(done, len(preferences))
-    return TokenizedPreferences(tuple(groups), sum(len(group.pairs) for group in groups), dropped, unpaired, truncated)
+    texts, pairs = training_pairs(preferences, config), sum(len(group.pairs) for group in groups)
+    return TokenizedPreferences(tuple(texts), tuple(groups), pairs, dropped, unpaired, truncated)
+
+
+def check_preferences(data: TokenizedPreferences, max_length: int, context: int, where: str) -> None:
+    """Refuse preferences that cannot be trained on.
+
+    Args:
+        data: The preferences, tokenized.
+        max_length: ``pairs.max_length``, which they were cut at.
+        context: The longest row the model takes.
+        where: Their file.
+
+    Raises:
+        UserError: there is no pair, or a prompt and response beyond the context.
+    """
+    if not data.groups:
+        raise UserError(
+            f"{where}: no pair to train on: {data.unpaired} problems have none, and in {data.dropped_pairs} pairs the prompt "
+            f"alone fills pairs.max_length {max_length}"
+        )
+    for group in data.groups:
+        length = len(group.prompt) + max(len(response) for response in group.responses)
+        if length > context:
+            raise UserError(
+                f"{where}: problem {group.problem_id}: prompt and response have {length} tokens, the model's context is "
+                f"{context}; set --pairs.max_length {context}"
+            )
 
 
 def _tokenize_group(tokenizer: Any, preference: Preference, config: PairConfig) -> tuple[TokenizedGroup | None, int, int]:
@@ -134,10 +165,10 @@ def _tokenize_group(tokenizer: Any, preference: Preference, config: PairConfig) 
 
 
 def _encode(tokenizer: Any, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt alone and of prompt + response for each response, special tokens as the tokenizer adds them."""
+    """Token ids of the prompt alone and of prompt + response for each response."""
     end = tokenizer.eos_token
     texts = [prompt + (response if response.endswith(end) else response + end) for response in responses]
-    prompt_ids, *sequences = tokenizer([prompt, *texts], verbose=False)["input_ids"]
+    prompt_ids, *sequences = encode_texts(tokenizer, [prompt, *texts])
     return prompt_ids, sequences
 
 

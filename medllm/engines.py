@@ -1,0 +1,170 @@
+"""Where the engines are: the one table by which the study finds code that it does not import.
+
+A framework is imported when an engine is opened, and no sooner.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from medllm.errors import UserError
+
+if TYPE_CHECKING:
+    from medllm.config import MeshConfig, ModelConfig, TorchConfig
+    from medllm.engine import Generates, Scores
+    from medllm.training import Trains
+
+EngineName = Literal["jax", "torch", "openai"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where an engine, or the audit, is.
+
+    Attributes:
+        package: The package that must be installed.
+        extra: The extra of this project that installs it.
+        modules: The module that each of its parts is in.
+        engine: The class in its part ``engine``; none for the audit.
+        has_weights: Whether it has the model's weights, and so can train it and score given text.
+    """
+
+    package: str
+    extra: str
+    modules: Mapping[str, str]
+    engine: str = ""
+    has_weights: bool = True
+
+
+HOMES = {
+    "jax": Home(
+        package="jax",
+        extra="jax",
+        modules={
+            "engine": "jax_medllm.engine",
+            "weights": "jax_medllm.weights",
+            "handover": "jax_medllm.handover",
+            "plan": "jax_medllm.plan",
+            "bench": "jax_medllm.bench",
+            "device bench": "jax_medllm.device_bench",
+            "preflight": "jax_medllm.preflight",
+        },
+        engine="JaxEngine",
+    ),
+    "torch": Home(
+        package="torch",
+        extra="torch",
+        modules={
+            "engine": "torch_ref.engine",
+            "bench": "torch_ref.bench",
+            "device bench": "torch_ref.device_bench",
+            "preflight": "torch_ref.preflight",
+        },
+        engine="TorchEngine",
+    ),
+    "openai": Home(
+        package="openai",
+        extra="eval",
+        modules={"engine": "medllm.openai_engine"},
+        engine="OpenAIEngine",
+        has_weights=False,
+    ),
+    "parity": Home(
+        package="torch",
+        extra="torch",
+        modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page"},
+    ),
+}
+
+
+def open_engine(name: EngineName, model: ModelConfig, stage: MeshConfig | None = None) -> Generates:
+    """Open ``model`` on the engine called ``name``, as ``stage`` has it set: its mesh, and the reference engine's switches.
+
+    Weights are read when they are first needed.
+
+    Raises:
+        UserError: the engine's packages are not installed (the message has the install command), it has no meshes, the
+            settings are another engine's or cannot be had here, or the model's folder cannot be used.
+    """
+    return _open(name, model, stage)
+
+
+def open_scorer(name: EngineName, model: ModelConfig, stage: MeshConfig | None = None) -> Scores:
+    """:func:`open_engine`, for the likelihood of given text.
+
+    Raises:
+        UserError: as there, or the engine has no weights to compute it with.
+    """
+    _need_weights(name, "give log-probabilities of a given text")
+    return _open(name, model, stage)
+
+
+def open_trainer(name: EngineName, model: ModelConfig, stage: MeshConfig | None = None) -> Trains:
+    """:func:`open_engine`, for training.
+
+    Raises:
+        UserError: as there, or the engine has no weights to train.
+    """
+    _need_weights(name, "train")
+    return _open(name, model, stage)
+
+
+def module_of(home: str, part: str) -> str:
+    """The name of the module that a part of an engine, or of the audit, is in."""
+    return HOMES[home].modules[part]
+
+
+def load(home: str, part: str) -> Any:
+    """That module, imported."""
+    return importlib.import_module(module_of(home, part))
+
+
+def require_engine(name: str) -> None:
+    """Refuse an engine whose package is not installed.
+
+    Raises:
+        UserError: as for :func:`require`.
+    """
+    require(f"engine '{name}'", HOMES[name].package, HOMES[name].extra)
+
+
+def require(what: str, package: str, extra: str) -> None:
+    """Refuse, with the install command, where ``package`` is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # what it is a part of is missing
+        found = False
+    if not found:
+        raise UserError(f"{what} needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")
+
+
+def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any:
+    spread = stage is not None and (stage.mesh or stage.rules)
+    if spread and name != "jax":
+        hint = "start the command with torchrun, one process a GPU" if name == "torch" else "leave them out"
+        raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
+    switches: TorchConfig | None = getattr(stage, "torch", None)
+    for setting, value in switches.changed().items() if switches is not None and name != "torch" else ():
+        given = f"--torch.{setting} is {value!r}"
+        raise UserError(
+            f"{given}, a setting of the torch engine alone; add --engine torch, or leave it out for --engine {name}"
+        )
+    require_engine(name)
+    engine = getattr(load(name, "engine"), HOMES[name].engine)
+    if name == "torch" and switches is not None:
+        return engine(model, switches)
+    return engine(model, stage) if spread else engine(model)
+
+
+def _need_weights(name: EngineName, what: str) -> None:
+    if not HOMES[name].has_weights:
+        able = " or ".join(f"--engine {other}" for other, home in HOMES.items() if home.engine and home.has_weights)
+        raise UserError(f"engine '{name}' cannot {what}; use {able} with the model's weights")

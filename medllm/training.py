@@ -1,0 +1,66 @@
+"""What an engine that trains is: it leaves a PEFT adapter in the run folder and never changes the model it was opened on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from medllm.config import PreferenceRecipe, Recipe, RematPolicy
+from medllm.corpus.packing import PackedRows
+from medllm.preferences.tokenization import TokenizedPreferences
+from medllm.run import Run
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """Result of a training run.
+
+    ``loss`` is the last logged one, ``rate`` units (tokens for CPT, pairs for RPO) a second after the first optimizer step,
+    without compilation, which took ``compile_seconds`` of all ``seconds``; with a single step it is that step's. Opening the
+    model is in neither. ``padding`` is the share of all positions computed that hold padding, where known, ``remat`` what was
+    kept for the backward pass, where that was the engine's choice.
+    """
+
+    steps: int
+    loss: float
+    seconds: float
+    rate: float
+    adapter: str
+    compile_seconds: float = 0.0
+    padding: float | None = None
+    remat: RematPolicy | None = None
+
+
+class Trains(Protocol):
+    """A model that can be trained.
+
+    Attributes:
+        name: The engine's.
+        tokenizer: The model's (:mod:`medllm.tokenizer`).
+        context: The longest row, in tokens, that the model takes.
+    """
+
+    name: str
+    tokenizer: Any
+    context: int
+
+    def with_weights(self, folder: str) -> Trains:
+        """The same, with the weights in ``folder`` in place of its own and its adapters': a model they were merged into."""
+        ...
+
+    def train_cpt(self, rows: PackedRows, recipe: Recipe, run: Run) -> TrainSummary:
+        """Continued pretraining on rows that :func:`medllm.corpus.packing.check_rows` passed.
+
+        The adapter is left in ``run.path/adapter``.
+        """
+        ...
+
+    def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
+        """DPO or RPO over pairs that :func:`medllm.preferences.tokenization.check_preferences` passed.
+
+        The adapter is left in ``run.path/adapter``.
+
+        Raises:
+            UserError: the model has an adapter that is to be merged (:func:`medllm.handover.merged_weights` does that).
+        """
+        ...

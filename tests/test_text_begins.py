@@ -1,0 +1,117 @@
+"""A text begins with what its tokenizer begins it with, once, wherever it goes: training, curation, scoring, generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import medllm.mini
+from medllm.config import PairConfig
+from medllm.corpus.documents import Document
+from medllm.corpus.packing import tokenize_documents
+from medllm.errors import UserError
+from medllm.exam.evaluation import score_options
+from medllm.exam.problem import Problem
+from medllm.preferences.records import Preference, Sample
+from medllm.preferences.tokenization import tokenize_completion, tokenize_preferences
+from medllm.tokenizer import Message, encode, encode_continuation, encode_prompt, load_tokenizer
+
+BASE = Path(medllm.mini.__file__).parent / "data" / "base"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+PROMPT, RESPONSE = "問1: どれか。", "甲である。"
+
+
+def byte_level(template: str | None) -> PreTrainedTokenizerFast:
+    """A token a byte, but ``xy`` is one; ``template`` says where the special ones go."""
+    vocab = {token: index for index, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "xy"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("x", "y")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<bos>", "<eos>")])
+    if template:
+        special = [(name, core.token_to_id(name)) for name in ("<bos>", "<eos>")]
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_level("<bos> $A").save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+class Scorer:
+    """Keeps what it is asked about, and finds all of it equally likely."""
+
+    name = "scorer"
+
+    def logprobs(self, continuations, batch_size=32):
+        self.seen = continuations
+        return [np.full(len(one.completion), -1.0) for one in continuations]
+
+
+def all_ways(tokenizer) -> dict[str, list[int]]:
+    """The tokens of one text, prompt and response, on each way it takes to a model."""
+    preference = Preference("p", PROMPT, Sample(RESPONSE, "a"), rejected=(Sample("乙。", "b"),))
+    (group,) = tokenize_preferences(tokenizer, [preference], PairConfig()).groups
+    (document,) = tokenize_documents(tokenizer, [Document(PROMPT + RESPONSE, "memory")])
+    single = tokenize_completion(tokenizer, PROMPT, RESPONSE)
+    prompt, completion = encode_continuation(tokenizer, PROMPT, RESPONSE)
+    end = [tokenizer.eos_token_id]
+    return {
+        "document": document.tolist(),
+        "preference": [*group.prompt, *group.responses[0]],
+        "completion": [*single.prompt, *single.completion],
+        "option": [*prompt, *completion, *end],
+        "prompt": [*encode_prompt(tokenizer, PROMPT), *encode_continuation(tokenizer, PROMPT, RESPONSE)[1], *end],
+        "text": [*encode(tokenizer, PROMPT + RESPONSE), *end],
+    }
+
+
+def test_all_ways_of_a_text_give_the_same_tokens_with_one_bos_before_them(tokenizer):
+    ways = all_ways(tokenizer)
+    (expected,) = {tuple(ids) for ids in ways.values()}
+    assert expected[0] == tokenizer.bos_token_id
+    assert expected.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(expected) == f"<bos>{PROMPT}{RESPONSE}<eos>"
+
+
+def test_a_tokenizer_without_a_bos_gives_what_it_gave(tmp_path):
+    for folder in (BASE, tmp_path):
+        if folder is tmp_path:
+            byte_level(None).save_pretrained(folder)
+        plain = load_tokenizer(folder)
+        ids = plain(PROMPT + RESPONSE, add_special_tokens=False)["input_ids"]
+        assert plain.decode(ids) == PROMPT + RESPONSE
+        assert {tuple(way) for way in all_ways(plain).values()} == {(*ids, plain.eos_token_id)}
+
+
+def test_a_conversation_begins_as_its_template_writes_it(tokenizer):
+    ids = encode_prompt(tokenizer, (Message("user", "どれか。"),))
+    assert tokenizer.decode(ids) == "<bos>user: どれか。\nassistant:"
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_the_options_of_an_exam_are_scored_after_a_prompt_with_a_bos(tokenizer):
+    engine = Scorer()
+    score_options(engine, tokenizer, [Problem("x", "空は。", ("赤", "青"), ("a",))])
+    for one in engine.seen:
+        assert one.prompt[0] == tokenizer.bos_token_id
+        assert tokenizer.bos_token_id not in one.prompt[1:] + one.completion
+
+
+def test_what_merges_into_its_prompt_is_tokenized_by_itself_and_begins_no_text(tokenizer):
+    prompt, completion = encode_continuation(tokenizer, "x", "y")
+    assert tokenizer.decode(prompt) == "<bos>x"
+    assert tokenizer.decode(completion) == "y"
+
+
+def test_a_tokenizer_that_ends_every_text_by_itself_is_refused(tmp_path):
+    byte_level("<bos> $A <eos>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="puts a token behind every text"):
+        load_tokenizer(tmp_path)
