@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from medllm.cli import main
+from medllm.installation import install_command
 from medllm.plan import planning, search
 from medllm.plan.targets import DEVICES, Target
 from tests.test_cli import fails
@@ -210,10 +211,7 @@ def test_a_missing_compiler_is_named_with_its_install_command(target, missing, n
     find = without(missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name in present else find(name, *rest))
     said = fails(capsys, "plan", "--model", "qwen2.5-0.5b", "--target", target, *search_too)
-    assert (
-        said
-        == f"medllm: medllm plan --target {target} needs the package '{named}': pip install -e '.[plan]' in medllm's folder"
-    )
+    assert said == f"medllm: medllm plan --target {target} needs the package '{named}': {install_command('plan')}"
 
 
 # --- a search --------------------------------------------------------------------------------------------------------------
