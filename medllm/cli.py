@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if not argv:
+        print(overview(COMMANDS), file=sys.stderr)
+        return 2
     page = _page(argv)
     if page is not None:
         print(page)
@@ -92,7 +95,7 @@ def _page(argv: list[str]) -> str | None:
         from medllm.completion import completion_script
 
         return completion_script(" ".join(argv[1:]), COMMANDS)
-    if not argv or argv[0] in asked:
+    if argv[0] in asked:
         return overview(COMMANDS)
     if not asked:
         return None

@@ -70,23 +70,23 @@ def find_command(words: Sequence[str], commands: Mapping[str, Command | Group]) 
         UserError: it names none; says which were meant, or which there are.
     """
     name, *rest = words
-    chosen = _chosen(name, commands, "medllm")
+    chosen = _chosen(name, commands, "there is")
     if isinstance(chosen, Command):
         return name, chosen, rest
     actions = chosen.actions()
     if not rest:
-        raise UserError(f"medllm {name}: which? there are {', '.join(actions)} (see medllm {name} --help)")
-    return f"{name} {rest[0]}", _chosen(rest[0], actions, f"medllm {name}"), rest[1:]
+        raise UserError(f"{name} is several commands: {', '.join(actions)} (see medllm {name} --help)")
+    return f"{name} {rest[0]}", _chosen(rest[0], actions, f"{name} has"), rest[1:]
 
 
-def _chosen(name: str, commands: Mapping[str, Any], prefix: str) -> Any:
+def _chosen(name: str, commands: Mapping[str, Any], there_is: str) -> Any:
     if name in commands:
         return commands[name]
     if name.startswith("-"):
-        raise UserError(f"{prefix}: {name} comes after a command, one of {', '.join(commands)}")
+        raise UserError(f"{name} comes after a command, one of {', '.join(commands)}")
     meant = near(name, commands, _COMMANDS_MEANT)
     said = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(commands)}"
-    raise UserError(f"{prefix} has no command '{name}'; {said}")
+    raise UserError(f"{there_is} no command '{name}'; {said}")
 
 
 def options_of(parser: ArgumentParser) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def check_options(name: str, words: Sequence[str], parser: ArgumentParser) -> No
         if option.startswith("--") and not known:
             meant = near(option, options, _SETTINGS_MEANT)
             said = f"did you mean {' or '.join(meant)}? " if meant else ""
-            raise UserError(f"medllm {name} has no option {option}; {said}(see medllm {name} --help all)")
+            raise UserError(f"{name} has no option {option}; {said}(see medllm {name} --help all)")
 
 
 def near(word: str, known: Iterable[str], meant: Mapping[str, str]) -> list[str]:

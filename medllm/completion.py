@@ -29,7 +29,7 @@ def completion_script(shell: str, commands: Mapping[str, Command | Group]) -> st
     import shtab
 
     if shell not in SHELLS:
-        raise UserError(f"--completion {shell}: there are scripts for {' and '.join(SHELLS)}")
+        raise UserError(f"--completion {shell or '(nothing)'}: there are scripts for {' and '.join(SHELLS)}")
     root = argparse.ArgumentParser("medllm", add_help=False)
     for option in ("--help", "--version", "--debug"):
         root.add_argument(option, action="store_true")

@@ -75,11 +75,11 @@ def test_every_command_explains_itself(command, capsys):
     [("cptt", "cpt"), ("pretrain", "cpt"), ("dpo", "rpo"), ("eval", "evaluate"), ("merge", "convert"), ("benchmark", "bench")],
 )
 def test_a_command_that_is_not_there_names_the_one_that_was_meant(word, meant, capsys):
-    assert f"medllm has no command '{word}'; did you mean {meant}?" in fails(capsys, word, "--run", "r")
+    assert f"there is no command '{word}'; did you mean {meant}?" in fails(capsys, word, "--run", "r")
 
 
 def test_an_action_that_is_not_there_names_the_one_that_was_meant(capsys):
-    assert "medllm data has no command 'export'; did you mean export-trl?" in fails(capsys, "data", "export")
+    assert "data has no command 'export'; did you mean export-trl?" in fails(capsys, "data", "export")
     assert "leaks" in fails(capsys, "data")
 
 
@@ -109,7 +109,7 @@ def test_an_action_that_is_not_there_names_the_one_that_was_meant(capsys):
 )
 def test_an_option_that_is_not_there_names_the_one_that_was_meant(command, word, meant, capsys):
     line = fails(capsys, *command.split(), word, "1")
-    assert f"medllm {command} has no option {word}; did you mean " in line
+    assert f"{command} has no option {word}; did you mean " in line
     assert meant in line
     assert f"(see medllm {command} --help all)" in line
 
