@@ -107,8 +107,8 @@ def check_options(name: str, words: Sequence[str], parser: ArgumentParser) -> No
         UserError: says which were meant.
     """
     options = options_of(parser)
-    tables = [option for option, action in options.items() if dict in map(get_origin, parts(kind_of(action)))]
-    open_ended = tuple(f"{option}." for option in tables)
+    tables = [one for one, action in options.items() if any(get_origin(part) is dict for part in parts(kind_of(action)))]
+    open_ended = tuple(f"{table}." for table in tables)  # --lora.rank_pattern.q_proj 8
     for word in words:
         option = word.split("=")[0]
         known = option in options or option in parser._option_string_actions or option.startswith(open_ended)

@@ -21,11 +21,12 @@ class Progress(Protocol):
 def progress_bar(label: str) -> Iterator[Progress]:
     """A progress bar on standard error, of one process; silent where nobody watches."""
     from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
-    from rich.progress import TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (*Bar.get_default_columns(), TimeElapsedColumn())
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(bar_width=14), TaskProgressColumn(), TimeRemainingColumn(), TimeElapsedColumn())
     to_screen = sys.stdout.isatty()  # else what is printed meanwhile would go where the bar is
     with Bar(*columns, console=console, transient=True, redirect_stdout=to_screen, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)

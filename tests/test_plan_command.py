@@ -70,8 +70,8 @@ def test_a_plan_that_fits_ends_with_zero(planned):
 
 def test_a_plan_says_what_is_compiled_of_how_many(planned):
     assert planned[3] == [
-        (0, 2, "compiling gradients (1 of 2), 2 layers, for cpu:2"),
-        (1, 2, "compiling update (2 of 2), 2 layers, for cpu:2"),
+        (0, 2, "compiling gradients (1 of 2) for cpu:2"),
+        (1, 2, "compiling update (2 of 2) for cpu:2"),
     ]
 
 

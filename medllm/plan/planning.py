@@ -68,8 +68,7 @@ def make_plan(request: Request, calibration: Calibration | None = None, progress
 def _compiled(request: Request, target: Target, config: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
     def told(done: int, total: int, doing: str = "") -> None:
         if progress:
-            layers = config["num_hidden_layers"]
-            progress(done, total, f"compiling {doing} ({done + 1} of {total}), {layers} layers, for {target.name}")
+            progress(done, total, f"compiling {doing} ({done + 1} of {total}) for {target.name}")
 
     return run_in_child(
         "jax_medllm.plan",
