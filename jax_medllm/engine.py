@@ -37,6 +37,7 @@ from medllm.model_directory import ModelDirectory
 from medllm.preferences.records import Preference
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.processes import is_primary_process
+from medllm.progress import progress_bar
 from medllm.run import Run
 from medllm.tokenizer import check_vocabulary, encode_prompt, end_token, load_tokenizer
 
@@ -120,7 +121,8 @@ class JaxEngine:
         Raises:
             UserError: no pairs, a prompt and response beyond the context, or what :func:`jax_medllm.train.train` raises.
         """
-        tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs)
+        with progress_bar("tokens") as progress:
+            tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs, progress)
         groups = tokenized.groups
         if not groups:
             raise UserError(
@@ -161,7 +163,13 @@ class JaxEngine:
         )
         return self._train(model, task, config, run, data.padding, largest=data.largest)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """See :class:`medllm.engine.Engine`.
 
         Raises:
@@ -170,7 +178,7 @@ class JaxEngine:
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         with self._on_mesh():
-            return generate(self._decoder, ids, sampling, decode, batch_size)
+            return generate(self._decoder, ids, sampling, decode, batch_size, progress)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :class:`medllm.engine.Engine`.
