@@ -362,12 +362,14 @@ class PreferenceLoss:
     """RPO = DPO + alpha · NLL(preferred). alpha = 10 is the paper's figure; alpha = 0 is plain DPO.
 
     Args:
+        name: The objective, of those the engine has: ``rpo``; ``dpo``, without alpha and NLL.
         beta: DPO's inverse temperature.
         alpha: Weight of the preferred response's negative log-likelihood.
         nll_reduction: ``sequence``: mean over each response's own tokens (Pang et al.); ``micro_batch_tokens``: mean over
             all preferred tokens of the micro-batch (TRL).
     """
 
+    name: str = "rpo"
     beta: float = 0.1
     alpha: float = 10.0
     nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence"
