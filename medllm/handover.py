@@ -20,9 +20,10 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medllm.adapter_directory import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
+from medllm.architecture import Quantization
 from medllm.config import CorpusConfig, LoraConfig, ModelConfig, RpoConfig
 from medllm.engine import require
 from medllm.errors import UserError
@@ -115,7 +116,7 @@ def measure_handovers(
     adapters: Sequence[str],
     merged: str | Path,
     held_text: str,
-    quantization: Literal["none", "nf4"],
+    quantization: Quantization,
     *,
     text_column: str = "text",
     progress: Callable[[int, int], None] = lambda done, total: None,

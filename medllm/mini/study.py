@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medllm.adapter_directory import merge_adapter
+from medllm.architecture import Quantization
 from medllm.config import (
     CorpusConfig,
     CptConfig,
@@ -96,7 +97,7 @@ class StudyConfig:
     preference: Stage
     max_new_tokens: int = 64
     batch_size: int = 32
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Quantization = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     problems_limit: int = 0
 
