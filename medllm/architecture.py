@@ -226,10 +226,20 @@ class Architecture:
         }
 
     @property
+    def heads_width(self) -> int:
+        """Of all queries of a token, and of what attention makes of them."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of all keys of a token, and of all values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def projections(self) -> dict[str, Projection]:
         """The linear layers of a decoder layer, in the order of :data:`PROJECTIONS`."""
-        heads = Axis("heads", self.num_heads * self.head_dim, self.num_heads)
-        kv_heads = Axis("kv_heads", self.num_kv_heads * self.head_dim, self.num_kv_heads)
+        heads = Axis("heads", self.heads_width, self.num_heads)
+        kv_heads = Axis("kv_heads", self.kv_width, self.num_kv_heads)
         mlp = Axis("mlp", self.intermediate_size)
         width, width_in = Axis("embed", self.hidden_size), Axis("embed_in", self.hidden_size)
         axes = {
@@ -278,7 +288,7 @@ class Architecture:
         """Width of each result inside a layer that the backward pass may ask for; what leaves the layer is not among them."""
         outputs = {name: projection.out.size for name, projection in self.projections.items() if name != "down_proj"}
         norms = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
-        inner = {"attention": self.num_heads * self.head_dim, "activation": self.intermediate_size}
+        inner = {"attention": self.heads_width, "activation": self.intermediate_size}
         return {**outputs, **norms, **inner}
 
     @property

@@ -156,7 +156,7 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
 
 def table_name(directory: ModelDirectory) -> str:
     """The output table's name: the embedding's where the two are tied."""
-    return EMBEDDING if directory.config.get("tie_word_embeddings", False) else HEAD
+    return EMBEDDING if directory.architecture.tie_embeddings else HEAD
 
 
 def _next_tokens(rows: Rows) -> np.ndarray:

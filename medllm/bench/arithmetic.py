@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from medllm.architecture import Architecture
+from medllm.architecture import EMBEDDING, Architecture
 from medllm.bench.shapes import CptShape, ModelShape, RpoShape
 from medllm.config import REMAT_KEEPS, RematPolicy
 
@@ -83,37 +83,33 @@ def work_of(shape: CptShape | RpoShape, *, pairwise: bool = False) -> Step:
 
 def training_flops(model: ModelShape, step: Step, remat: RematPolicy = "layer") -> int:
     """Operations of an optimizer step that keeps for its backward pass what ``remat`` says."""
-    t, made = step.tokens, model.architecture
-    base, adapter = made.linear_parameters, made.adapter_parameters(model.rank)
-    attention = 4 * made.num_layers * made.num_heads * made.head_dim * step.visible
-    head = 2 * made.vocab_size * made.hidden_size * step.predicted
+    t, decoder, kept = step.tokens, model.architecture, REMAT_KEEPS[remat]
+    base, adapter = decoder.linear_parameters, decoder.adapter_parameters(model.rank)
+    attention = 4 * decoder.num_layers * decoder.heads_width * step.visible
+    head = 2 * decoder.vocab_size * decoder.hidden_size * step.predicted
     forward = 2 * t * (base + adapter) + attention
-    again, attends_again = _recomputed(made, model.rank, remat)
-    recomputed = 2 * t * made.num_layers * again + (attention if attends_again else 0)
+    recomputed = 0
+    if kept is not None:
+        recomputed = 2 * t * _recomputed(decoder, model.rank, kept) + (0 if "attention" in kept else attention)
     backward = 2 * t * (base + 2 * adapter) + 2 * attention
     reference = 2 * t * base + attention + head if step.reference else 0
     return forward + recomputed + backward + 2 * head + reference
 
 
-def _recomputed(model: Architecture, rank: int, remat: RematPolicy) -> tuple[int, bool]:
-    """Multiplications of a token with the weights of a layer and its adapter that are done again, and whether attention is."""
-    kept = REMAT_KEEPS[remat]
-    if kept is None:
-        return 0, False
+def _recomputed(decoder: Architecture, rank: int, kept: tuple[str, ...]) -> int:
+    """Multiplications of a token with weights and adapters that are done again."""
     kept = (*kept, "down_proj")  # which nobody needs again
     again = 0
-    for name, projection in model.projections.items():
+    for name, projection in decoder.projections.items():
         out, width = projection.shape
         again += width * rank + (0 if name in kept else out * (width + rank))
-    return again, "attention" not in kept
+    return decoder.num_layers * again
 
 
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
-    made = model.architecture
-    weights = made.weight_bytes("nf4", 2)
-    if not made.tie_embeddings:
-        weights -= 2 * made.vocab_size * made.hidden_size  # of the embedding a row is read
-    cache = made.num_layers * rows * tokens * 2 * 2 * made.num_kv_heads * made.head_dim
+    decoder = model.architecture
+    weights = decoder.weight_bytes("nf4", 2) - 2 * decoder.around[EMBEDDING].size  # of which a row is read
+    cache = decoder.num_layers * rows * tokens * 2 * 2 * decoder.kv_width
     return round(weights + cache)

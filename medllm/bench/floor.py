@@ -60,9 +60,9 @@ def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
 
 
 def _attention(model: ModelShape, rows: int, length: int, item: int) -> dict[str, Work]:
-    made = model.architecture
-    product = 2 * made.num_heads * made.head_dim * rows * causal_pairs(length)
-    queries, keys = (item * rows * length * heads * made.head_dim for heads in (made.num_heads, made.num_kv_heads))
+    decoder = model.architecture
+    product = 2 * decoder.heads_width * rows * causal_pairs(length)
+    queries, keys = (item * rows * length * width for width in (decoder.heads_width, decoder.kv_width))
     return {
         "attention: forward": Work(2 * product, 2 * queries + 2 * keys),
         "attention: backward": Work(4 * product, 4 * queries + 4 * keys),

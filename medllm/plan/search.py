@@ -125,7 +125,7 @@ def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPo
     adapter = 4 * model.adapter_parameters(request.rank)
     if request.stage == "generate":
         slots, length = request.settings()["rows"], request.settings()["length"]
-        cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * slots * length * item
+        cache = 2 * model.num_layers * model.kv_width * slots * length * item
         return (weights + adapter) / shards / _GIB + cache / math.prod(mesh.values()) / _GIB
     held = 2 + OptimizerConfig().moments  # beside the adapter its gradient
     positions = rows * request.row_length() / _devices(mesh, RULES["sequence"])
