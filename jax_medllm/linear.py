@@ -39,9 +39,9 @@ from jax_medllm.nf4 import (
 )
 from jax_medllm.sharding import Layout, constrain, entry, gathered, in_use
 from medllm.adapter_directory import module_name
-from medllm.architecture import Quantization
 from medllm.axes import Axis
 from medllm.config import ALL_LINEAR, LoraConfig
+from medllm.quantization import Quantization
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 

@@ -32,9 +32,10 @@ from jax_medllm.attention import Visibility, attend, matmul_precision
 from jax_medllm.embedding import lookup
 from jax_medllm.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
 from jax_medllm.sharding import constrain
-from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture, Quantization, Tensor
+from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture, Tensor
 from medllm.axes import Axis
 from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy
+from medllm.quantization import Quantization
 
 __all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2"]
 

@@ -14,8 +14,9 @@ from jax_medllm.adapters import Path, assign, variables
 from jax_medllm.linear import LoraParam, LoraScaling
 from jax_medllm.model import Qwen2
 from jax_medllm.nf4 import CODES
-from medllm.architecture import Architecture, Quantization
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig
+from medllm.quantization import Quantization
 
 SPREAD = 0.02
 """Standard deviation of the weights."""

@@ -32,10 +32,11 @@ from jax_medllm.processes import whole
 from jax_medllm.sharding import in_use, shardings
 from jax_medllm.stack import Stack
 from medllm.adapter_directory import Adapter, read_adapter
-from medllm.architecture import Architecture, Quantization
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_model
+from medllm.quantization import Quantization
 
 _PIECE = 1 << 22  # numbers of a tensor that are read, and quantized, at a time
 

@@ -19,11 +19,9 @@ import numpy as np
 
 from medllm.axes import Axis
 from medllm.errors import UserError
+from medllm.quantization import PACKINGS
 
 Number = TypeVar("Number", int, float)
-
-Quantization = Literal["none", "nf4"]
-"""How the linear layers are held: as they are, or in bitsandbytes' 4-bit NormalFloat with double quantization."""
 
 PROJECTIONS: Mapping[str, str] = {
     "q_proj": "self_attn.q_proj",
@@ -305,21 +303,13 @@ class Architecture:
         """Of a LoRA adapter on all linear layers."""
         return self.num_layers * rank * sum(sum(projection.shape) for projection in self.projections.values())
 
-    def weight_bytes(self, quantization: Quantization, item: int) -> float:
-        """Bytes of the weights, where a number that is not packed takes ``item``."""
-        return self._sum(lambda one: linear_bytes(one.size, quantization, item) if one.kind == "linear" else one.size * item)
+    def weight_bytes(self, held: str, item: int) -> float:
+        """Bytes of the weights: those of linear layers packed, where ``held`` is a packing; any other number takes ``item``."""
+        packing = PACKINGS.get(held)
+        return self._sum(lambda one: packing.bytes_of(one.size) if packing and one.kind == "linear" else one.size * item)
 
     def _sum(self, of: Callable[[Tensor], Number]) -> Number:
         return self.num_layers * sum(map(of, self.layer.values())) + sum(map(of, self.around.values()))
-
-
-def linear_bytes(size: int, quantization: Quantization, item: int) -> float:
-    """Bytes of the weight of a linear layer, of ``size`` numbers that take ``item`` each where they are not packed.
-
-    In NF4 a number is half a byte, with its share of an 8-bit scale a block of 64 and of an fp32 scale 256 blocks; the weight
-    has one fp32 offset.
-    """
-    return size * (1 / 2 + (1 + 4 / 256) / 64) + 4 if quantization == "nf4" else size * item
 
 
 def layer_path(index: int) -> str:

@@ -21,12 +21,12 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm import __version__
-from medllm.architecture import Quantization
 from medllm.command_words import gather_lists, name_presets
 from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
 from medllm.engine import EngineName, require
 from medllm.errors import UserError
 from medllm.processes import ended, is_primary_process
+from medllm.quantization import Quantization
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from medllm.architecture import PROJECTIONS, Quantization
+from medllm.architecture import PROJECTIONS
 from medllm.errors import UserError
+from medllm.quantization import Quantization
 
 RematPolicy = Literal["none", "projections", "attention", "layer"]
 """What the forward pass keeps of a layer for the backward pass, most first; the rest is computed anew there.

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medllm.adapter_directory import merge_adapter
-from medllm.architecture import Quantization
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.handover import held_rows, measure_handovers
+from medllm.quantization import Quantization
 from medllm.run import write_json
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medllm.adapter_directory import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
-from medllm.architecture import Quantization
 from medllm.config import CorpusConfig, LoraConfig, ModelConfig, RpoConfig
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 from medllm.run import MERGED, Run, is_primary_process
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import cpt_loss_fn
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import read_adapter
-from medllm.architecture import Quantization
 from medllm.config import RematPolicy
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 from parity_tests.packed_rows import Rows, target_mask
 
 

@@ -107,9 +107,9 @@ def _recomputed(decoder: Architecture, rank: int, kept: tuple[str, ...]) -> int:
 
 
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
-    """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
+    """Bytes one step of generation must read: every packed weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
     decoder = model.architecture
-    weights = decoder.weight_bytes("nf4", 2) - 2 * decoder.around[EMBEDDING].size  # of which a row is read
+    weights = decoder.weight_bytes(model.quantization, 2) - 2 * decoder.around[EMBEDDING].size  # of which a row is read
     cache = decoder.num_layers * rows * tokens * 2 * 2 * decoder.kv_width
     return round(weights + cache)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
-from medllm.architecture import Quantization
 from medllm.bench.variants import ALL, names
 from medllm.config import RematPolicy
+from medllm.quantization import Quantization
 
 SHAPES = {"cpt": "CptShape", "rpo": "RpoShape", "generate": "GenerateShape"}
 _HELP = {

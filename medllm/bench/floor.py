@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from medllm.architecture import linear_bytes
 from medllm.bench.arithmetic import Step, causal_pairs, training_flops
 from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
 from medllm.errors import UserError
+from medllm.quantization import PACKINGS
 from medllm.run import environment
 
 THIRD = 1 / 3
@@ -46,12 +46,13 @@ class Work:
 def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
     """The operations that are measured, on ``rows`` of one document of ``length`` tokens each."""
     item = 2 if model.dtype == "bfloat16" else 4
+    packing = PACKINGS.get(model.quantization)
     tokens, projections = rows * length, model.architecture.projections
     found: dict[str, Work] = {}
     for target in TARGETS:
         out, width = projections[target].shape
         rank, arrays = model.rank, item * tokens * (width + out)
-        dense = Work(2 * tokens * out * width, arrays + round(linear_bytes(out * width, model.quantization, item)))
+        dense = Work(2 * tokens * out * width, arrays + round(packing.bytes_of(out * width) if packing else item * out * width))
         low = Work(2 * tokens * rank * (width + out), arrays)
         found |= {f"{target}: x Wᵀ": dense, f"{target}: g W": dense}
         found |= {f"{target} LoRA: (x Aᵀ) Bᵀ": low, f"{target} LoRA: (g B) A": low, f"{target} LoRA: dA = (g B)ᵀ x": low}

@@ -11,10 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from medllm.architecture import PUBLISHED, Architecture, Quantization, qwen2
+from medllm.architecture import PUBLISHED, Architecture, qwen2
 from medllm.bench.engines import measure
 from medllm.errors import UserError
 from medllm.model_directory import write_model
+from medllm.quantization import Quantization
 from medllm.random_model import random_tensors
 
 ALLOWANCE = 1_200_000_000

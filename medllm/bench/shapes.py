@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medllm.architecture import Architecture, Quantization, qwen2
+from medllm.architecture import Architecture, qwen2
 from medllm.config import ModelConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.model_directory import write_model
 from medllm.preferences.records import Preference, Sample
+from medllm.quantization import Quantization
 from medllm.random_model import random_tensors
 
 _END = "</s>"

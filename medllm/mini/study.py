@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medllm.adapter_directory import merge_adapter
-from medllm.architecture import Quantization
 from medllm.config import (
     CorpusConfig,
     CptConfig,
@@ -40,6 +39,7 @@ from medllm.exam.problem import Problem
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
+from medllm.quantization import Quantization
 from medllm.run import atomic_path, is_primary_process, write_json
 from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
 

@@ -121,7 +121,7 @@ def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPo
     """GiB that a device needs at the least: weights, adapters with their moments, and what a policy keeps of each layer."""
     shards = _devices(mesh, RULES["heads"])
     item = 4 if request.quantization == "fp32" else 2
-    weights = model.weight_bytes("nf4" if request.quantization == "nf4" else "none", item)
+    weights = model.weight_bytes(request.quantization, item)
     adapter = 4 * model.adapter_parameters(request.rank)
     if request.stage == "generate":
         slots, length = request.settings()["rows"], request.settings()["length"]
