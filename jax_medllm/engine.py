@@ -137,6 +137,7 @@ class JaxEngine:
                     sums = compute_reference(model, data)
                 if is_primary_process():
                     kept.write(sums)
+            assert sums is not None  # read in every process, or computed in all of them
             data = data.with_reference(sums)
         facts = {"groups": len(data.groups), "pairs": tokenized.pairs, "data": digest(repr(groups).encode())}
         facts |= {"loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)}

@@ -27,6 +27,7 @@ from medllm.engine import EngineName, require
 from medllm.errors import UserError
 from medllm.processes import ended, is_primary_process
 from medllm.progress import progress_bar
+from medllm.quantization import Quantization
 
 
 def main(arguments: list[str] | None = None) -> int:
