@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 from medllm.adapter_directory import read_adapter
-from medllm.cli import build_parser, main
+from medllm.cli import main
 from medllm.config import CorpusConfig
 from medllm.corpus.documents import load_documents
 from medllm.errors import UserError
@@ -129,9 +130,12 @@ def test_the_adapter_is_read(examples):
     assert {field: is_required(read, whole, field) for field in said} == said
 
 
-def test_the_settings_are_taken(examples):
-    found = build_parser().parse_args(["cpt", "--config", "cpt.yaml"]).cpt
-    assert (found.model.quantization, found.training.epochs) == ("nf4", 2)
+def test_the_settings_are_taken(examples, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["cpt", "--config", "cpt.yaml", "--print_config"])
+    assert done.value.code == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["model"]["quantization"], found["training"]["epochs"]) == ("nf4", 2)
 
 
 def test_the_run_folders_of_the_page_can_be_reported(examples):
