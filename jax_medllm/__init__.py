@@ -19,7 +19,6 @@ _HOME = {
     "place_rows": "sharding",
     "load_model": "weights",
     "Qwen2": "model",
-    "Qwen2Config": "model",
     "LoraParam": "linear",
     "adapter_tensors": "adapters",
     "plan_steps": "batches",
@@ -32,10 +31,8 @@ _HOME = {
     "cpt_loss": "losses",
     "dpo_loss": "losses",
     "nll_loss": "losses",
-    "rpo_loss": "losses",
     "token_logprobs": "logprobs",
     "response_logprobs": "logprobs",
-    "Decoder": "decoder",
 }
 
 __all__ = sorted(_HOME)
