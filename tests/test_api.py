@@ -50,33 +50,41 @@ def test_the_page_is_what_the_docstrings_say():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the examples run, one after the other: what docs/data.md gives as examples of files, and the embedded model."""
+def examples(tmp_path_factory):
+    """The folder in which the examples ran, one after the other, on what docs/data.md gives as files; the names of the last."""
+    pytest.importorskip("jax")
     folder = tmp_path_factory.mktemp("examples")
     (folder / "medllm").symlink_to(ROOT / "medllm")
     write_examples(folder)
-    return folder
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for code in EXAMPLES:
+            if "mesh=" in code:  # devices are counted when JAX starts
+                run = [sys.executable, "-c", code]
+                found = environment(1) | {"PYTHONPATH": str(ROOT)}
+                done = subprocess.run(run, env=found, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+            else:
+                names = {}
+                exec(compile(code, str(PAGE), "exec"), names)
+    return folder, names
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_the_examples_run(code, folder, monkeypatch):
-    pytest.importorskip("jax")
-    if "mesh=" in code:  # devices are counted when JAX starts
-        arguments = {"cwd": folder, "env": environment(1) | {"PYTHONPATH": str(ROOT)}}
-        done = subprocess.run([sys.executable, "-c", code], **arguments, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    else:
-        monkeypatch.chdir(folder)
-        names: dict = {}
-        exec(compile(code, str(PAGE), "exec"), names)
-        if "losses" in names:
-            assert names["losses"][-1] < names["losses"][0]
+def test_the_examples_train_generate_and_score(examples):
+    assert len(EXAMPLES) == 5
+    losses = examples[1]["losses"]
+    assert losses[-1] < losses[0]
 
 
-def test_the_examples_train_the_same_on_a_mesh_and_leave_what_the_page_on_files_says(folder):
-    one, two = (json.loads((folder / f"runs/{name}/result.json").read_text()) for name in ("cpt", "mesh"))
+def test_the_examples_train_the_same_on_a_mesh(examples):
+    one, two = (json.loads((examples[0] / f"runs/{name}/result.json").read_text()) for name in ("cpt", "mesh"))
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-    assert one.keys() == documented("result.json", "cpt")
-    lines = [json.loads(line) for line in (folder / "runs/cpt/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_training_run_leaves_what_docs_data_says(examples):
+    run = examples[0] / "runs/cpt"
+    assert json.loads((run / "result.json").read_text()).keys() == documented("result.json", "cpt")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {name for line in lines for name in line} == documented("metrics.jsonl", "cpt")
-    assert {path.name for path in (folder / "runs/cpt").iterdir()} <= in_run_folder()
+    assert {path.name for path in run.iterdir()} <= in_run_folder()
