@@ -32,3 +32,11 @@ def test_published_predictions_are_scored_by_the_readmes_command(tmp_path, monke
     (command,) = (command for command in commands(README) if command.startswith("medllm score"))
     assert main(shlex.split(command)[1:]) == 0
     assert json.loads((tmp_path / "gpt4.json").read_text())["correct"] == 1
+
+
+def test_version_and_help_exit_cleanly(capsys):
+    for option in ("--version", "--help"):
+        with pytest.raises(SystemExit) as done:
+            main([option])
+        assert done.value.code == 0
+    assert capsys.readouterr().err == ""
