@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,12 @@ from jax_medllm.nf4 import (
     quantize,
     weight_shapes,
 )
-from jax_medllm.sharding import Axis, Layout, constrain, entry, gathered, in_use
+from jax_medllm.sharding import Layout, constrain, entry, gathered, in_use
 from medllm.adapter_directory import module_name
+from medllm.axes import Axis
 from medllm.config import ALL_LINEAR, LoraConfig
+from medllm.quantization import Quantization
 
-Quantization = Literal["none", "nf4"]
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 

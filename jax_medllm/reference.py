@@ -32,10 +32,11 @@ from safetensors.numpy import save_file
 from jax_medllm.batches import PreferenceData, digest
 from jax_medllm.model import Qwen2
 from jax_medllm.sharding import constrain, place_rows
-from jax_medllm.train import AHEAD, reference_logprobs, tracked
+from jax_medllm.train import AHEAD, reference_logprobs
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
+from medllm.progress import tracked
 from medllm.run import atomic_path
 
 _NAME = "logprobs"

@@ -11,7 +11,6 @@ step's metrics are fetched when the next one is under way.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
-from rich.console import Console
-from rich.progress import Progress
 
 from jax_medllm.batches import CptBatch, PreferenceBatch, Step, TrainingData
 from jax_medllm.checkpoint import Checkpoints
@@ -42,10 +39,9 @@ from jax_medllm.sharding import laid_out, on_all_devices, place_rows
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import target_mask
 from medllm.errors import UserError
-from medllm.processes import is_primary_process
+from medllm.progress import tracked
 from medllm.run import Run
 
-T = TypeVar("T")
 LossFn = Callable[[Qwen2, Any], tuple[Array, Any]]
 """``(model, batch) -> (loss, metrics)`` of a micro-batch; both add up over the micro-batches of a step. Metrics are a named
 tuple of scalars with a field ``loss``, other tuples of the kind within it."""
@@ -243,7 +239,7 @@ def train(
         batches = _on_device(data, steps)
         batch = next(batches, ())
         under_way: deque[StepMetrics] = deque()
-        for done, planned in enumerate(tracked(steps, f"training, {start + len(steps)} steps", start), start + 1):
+        for done, planned in enumerate(tracked(steps, "training", start), start + 1):
             trainable, moments, metrics = step(*state, np.int32(done - 1), others[0], batch)
             state = (trainable, moments)
             batch = next(batches, ())
@@ -274,16 +270,6 @@ def _on_device(data: TrainingData, steps: Sequence[Step]) -> Iterator[Sequence[A
             batches = coming.popleft().result()
             coming.extend(threads.submit(data.batches, step) for step in islice(waiting, 1))
             yield [place_rows(batch) for batch in batches]
-
-
-def tracked(items: Sequence[T], what: str, before: int = 0) -> Iterator[T]:
-    """``items`` under a progress bar, where there is a terminal to show it; so many were done ``before``."""
-    shown = sys.stderr.isatty() and is_primary_process()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=before + len(items), completed=before)
-        for item in items:
-            yield item
-            bar.advance(task)
 
 
 class _Mark(NamedTuple):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from medllm.processes import is_primary_process
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -38,6 +40,14 @@ def progress_bar(label: str) -> Iterator[Progress]:
                 bar.stop()
 
         yield report
+
+
+def tracked(items: Sequence[T], label: str, before: int = 0) -> Iterator[T]:
+    """``items`` one after the other under a progress bar; of the work so many were done ``before``."""
+    with progress_bar(label) as progress:
+        for done, item in enumerate(items, before):
+            progress(done, before + len(items))
+            yield item
 
 
 def part_of(

@@ -12,7 +12,7 @@ from medllm.child import run_in_child
 from medllm.cli import main
 from medllm.config import CorpusConfig, CptConfig, ModelConfig
 from medllm.mini.study import BASE
-from medllm.progress import part_of, progress_bar
+from medllm.progress import part_of, progress_bar, tracked
 
 
 @pytest.fixture
@@ -29,6 +29,13 @@ def test_a_bar_says_what_comes_next_and_disappears(watched, capsys):
     assert "plan: compiling gradients (1 of 2)" in printed.err
     assert printed.err.endswith("\x1b[2K")  # the line is cleared
     assert printed.out == ""
+
+
+def test_a_bar_over_items_goes_on_where_the_work_was_left(watched, capsys):
+    assert list(tracked("ab", "training", before=2)) == ["a", "b"]
+    printed = capsys.readouterr().err
+    assert "training" in printed
+    assert printed.endswith("\x1b[2K")
 
 
 def test_what_is_printed_meanwhile_stays_on_standard_output(watched, capsys):

@@ -13,6 +13,7 @@ from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.bench.variants import ALL, names
 from medllm.command import Command, say
 from medllm.config import RematPolicy
+from medllm.quantization import Quantization
 
 _SHAPES = {"cpt": CptShape, "rpo": RpoShape, "generate": GenerateShape}
 
@@ -60,7 +61,7 @@ def _floor_arguments(parser: ArgumentParser) -> None:
 def _load_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
     parser.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
-    parser.add_argument("--quantization", type=Literal["none", "nf4"], default="nf4", help="how its weights are held")
+    parser.add_argument("--quantization", type=Quantization, default="nf4", help="how its weights are held")
 
 
 def _variants_help(name: str) -> str:
