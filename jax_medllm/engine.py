@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,17 +15,18 @@ import jax
 import numpy as np
 
 from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import PreferenceData, Step, cpt_step, plan_steps, single_pairs
+from jax_medllm.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
 from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.losses import objective
+from jax_medllm.model import Qwen2
 from jax_medllm.processes import everywhere, join
 from jax_medllm.reference import ReferenceFile, compute_reference
 from jax_medllm.remat import fitting_policy
 from jax_medllm.sharding import Layout, place_rows
 from jax_medllm.tiles import lay_codes
-from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.train import cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import Adapter, open_adapters, write_adapter
 from medllm.config import FREE_ON_RESUME, LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
@@ -47,24 +47,27 @@ class JaxEngine:
 
     Args:
         model: Which weights.
-        mesh: The devices they are spread over; one device when unset.
+        mesh: The devices they are spread over; one device when unset. The config of the stage, where there is one.
 
     Raises:
-        UserError: the mesh does not fit the devices, there are other processes that cannot be joined, the model is no Qwen2
-            directory, an adapter does not fit it, or its tokenizer does not fit its vocabulary.
+        UserError: the stage asks for a loss that there is not, the mesh does not fit the devices, there are other processes
+            that cannot be joined, the model is no Qwen2 directory, an adapter does not fit it, or its tokenizer does not fit
+            its vocabulary.
     """
 
     name = "jax"
 
     def __init__(self, model: ModelConfig, mesh: MeshConfig | None = None):
         _keep_compilations()
+        if isinstance(mesh, PreferenceRecipe):
+            objective(mesh.loss)  # else it would be said when stage 1's adapter has been merged
         if mesh is not None and mesh.rules and not mesh.mesh:
             raise UserError(f"--rules {mesh.rules} spreads arrays over a mesh, and there is none; add --mesh")
         join(mesh.mesh if mesh is not None else "")
         self._layout = Layout.of(mesh.mesh, mesh.rules) if mesh is not None and mesh.mesh else None
         self._config = model
         directory = ModelDirectory(model.path)
-        sizes = Qwen2Config.from_hf(directory.config)
+        sizes = directory.architecture
         self.context = sizes.max_positions
         open_adapters(model.adapters, directory)
         self.tokenizer = load_tokenizer(model.tokenizer or model.path)
@@ -97,23 +100,10 @@ class JaxEngine:
         Raises:
             UserError: what :func:`jax_medllm.train.train` raises.
         """
-        steps = plan_steps(len(rows.tokens), recipe.training)
-        digest = _digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
-
-        def tokens(step: Step) -> int:
-            return int((rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
-
-        task = Task(
-            loss_fn=cpt_loss_fn,
-            steps=steps,
-            batches=partial(cpt_step, rows),
-            units=tokens,
-            unit="tokens",
-            settings=self._settings(recipe, {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "data": digest}),
-        )
-        return self._train(
-            self._trainable(recipe.lora), task, recipe, run, rows.padding, largest=lambda: cpt_step(rows, steps[0])[0]
-        )
+        contents = digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
+        facts = {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "data": contents}
+        data = CptData(rows, plan_steps(len(rows.tokens), recipe.training))
+        return self._train(self._trainable(recipe.lora), cpt_loss_fn, data, recipe, run, facts)
 
     def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
         """See :class:`medllm.training.Trains`.
@@ -124,12 +114,9 @@ class JaxEngine:
         groups = preferences.groups
         if (preferences.dropped_pairs or preferences.truncated) and not recipe.resume:
             run.log(0, dropped_pairs=preferences.dropped_pairs, truncated_responses=preferences.truncated)
-        training = recipe.training
-        data = PreferenceData(single_pairs(groups) if recipe.pairs.unit == "pair" else groups, training)
-        facts = {"groups": len(data.groups), "pairs": preferences.pairs, "data": _digest(repr(groups).encode())}
-        settings = self._settings(recipe, facts)
+        data = PreferenceData(single_pairs(groups) if recipe.pairs.unit == "pair" else groups, recipe.training)
         model = self._trainable(continued_adapter(self._config, recipe) or recipe.lora)
-        folder = _reference_folder(recipe, data, run)
+        folder = _reference_folder(recipe, data, run) if objective(recipe.loss).reference else None
         if folder is not None:
             kept = ReferenceFile(folder, self._config, data.groups)
             sums = kept.read()
@@ -138,18 +125,19 @@ class JaxEngine:
                     sums = compute_reference(model, data)
                 if is_primary_process():
                     kept.write(sums)
-            data = PreferenceData(data.groups, training, sums)
-        task = Task(
-            loss_fn=partial(preference_loss_fn, loss_config=recipe.loss),
-            steps=data.plan(),
-            batches=data.step,
-            units=data.pairs,
-            unit="pairs",
-            settings={**settings, "loss": dataclasses.asdict(recipe.loss), "pairing": dataclasses.asdict(recipe.pairs)},
-        )
-        return self._train(model, task, recipe, run, data.padding, largest=data.largest)
+            assert sums is not None  # read in every process, or computed in all of them
+            data = data.with_reference(sums)
+        facts = {"groups": len(data.groups), "pairs": preferences.pairs, "data": digest(repr(groups).encode())}
+        facts |= {"loss": dataclasses.asdict(recipe.loss), "pairing": dataclasses.asdict(recipe.pairs)}
+        return self._train(model, partial(preference_loss_fn, loss_config=recipe.loss), data, recipe, run, facts)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """See :class:`medllm.engine.Generates`.
 
         Raises:
@@ -158,7 +146,7 @@ class JaxEngine:
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         with self._on_mesh():
-            return generate(self._decoder, ids, sampling, decode, batch_size)
+            return generate(self._decoder, ids, sampling, decode, batch_size, progress)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :class:`medllm.engine.Scores`.
@@ -205,21 +193,22 @@ class JaxEngine:
     def _train(
         self,
         model: Qwen2,
-        task: Task,
+        loss_fn: Callable[..., Any],
+        data: TrainingData,
         recipe: Recipe,
         run: Run,
-        padding: float,
-        largest: Callable[[], Any],
+        facts: dict[str, Any],
     ) -> TrainSummary:
-        training = recipe.training
+        """Train ``model`` and write its adapter; ``facts`` are what a trajectory depends on beside the settings."""
+        training, settings = recipe.training, self._settings(recipe, facts)
         with self._on_mesh():
             chosen = None
             remat = training.remat
             if remat == "auto":
-                batch = place_rows(largest())
-                remat = chosen = fitting_policy(model, task.loss_fn, batch, accumulates=training.accumulation > 1)
-            task = dataclasses.replace(task, loss_fn=partial(task.loss_fn, remat=remat))
-            trained = train(model, task, recipe.optimizer, training, run, resume=recipe.resume)
+                batch = place_rows(data.largest())
+                remat = chosen = fitting_policy(model, loss_fn, batch, accumulates=training.accumulation > 1)
+            loss_fn = partial(loss_fn, remat=remat)
+            trained = train(model, loss_fn, data, recipe.optimizer, training, run, settings=settings, resume=recipe.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
         tensors = adapter_tensors(model)
@@ -232,7 +221,7 @@ class JaxEngine:
             trained.rate,
             str(folder),
             trained.compile_seconds,
-            padding,
+            data.padding,
             chosen,
         )
 
@@ -241,16 +230,8 @@ def _reference_folder(recipe: PreferenceRecipe, data: PreferenceData, run: Run) 
     """Where the reference's log-probabilities are kept: where asked for, or in the run where a second epoch reads them."""
     if recipe.reference_cache is not None:
         return Path(recipe.reference_cache)
-    steps = data.plan()[: recipe.training.max_steps or None]
+    steps = data.steps[: recipe.training.max_steps or None]
     return run.path if steps[-1].epoch > 0 else None
-
-
-def _digest(*parts: bytes) -> str:
-    """Tells one training set from another."""
-    state = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()
 
 
 def _keep_compilations() -> None:

@@ -12,6 +12,7 @@ from medllm.adapter_directory import merge_adapter
 from medllm.engines import load, require
 from medllm.errors import UserError
 from medllm.handover import held_rows, measure_handovers
+from medllm.quantization import Quantization
 from medllm.run import write_json
 
 
@@ -20,7 +21,7 @@ def convert_model(
     out: str,
     adapters: Sequence[str] = (),
     *,
-    quantization: Literal["none", "nf4"] = "none",
+    quantization: Quantization = "none",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     held_text: str | None = None,
     text_column: str = "text",

@@ -5,7 +5,7 @@ Training is :mod:`medllm.training`'s, where the engines are :mod:`medllm.engines
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -37,8 +37,16 @@ class Generates(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """``sampling.samples`` continuations for each prompt, in the order of the prompts.
+
+        ``progress`` is called with what is done, and what there is to do in all.
 
         Raises:
             UserError: a prompt and its continuation do not fit the model's context.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from medllm.errors import UserError
+from medllm.installation import install_command
 
 if TYPE_CHECKING:
     from medllm.config import MeshConfig, ModelConfig, TorchConfig
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from medllm.training import Trains
 
 EngineName = Literal["jax", "torch", "openai"]
+
+LAUNCH_TORCH = "torchrun --nproc_per_node N -m -- medllm COMMAND ..."
+"""How the reference engine is started on several GPUs. Without ``--`` torchrun takes our ``--run`` for its ``--run-path``."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,13 @@ def require(what: str, package: str, extra: str) -> None:
     except ModuleNotFoundError:  # what it is a part of is missing
         found = False
     if not found:
-        raise UserError(f"{what} needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")
+        raise UserError(f"{what} needs the package '{package}': {install_command(extra)}")
 
 
 def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any:
     spread = stage is not None and (stage.mesh or stage.rules)
     if spread and name != "jax":
-        hint = "start the command with torchrun, one process a GPU" if name == "torch" else "leave them out"
+        hint = f"start it as {LAUNCH_TORCH}, one process a GPU" if name == "torch" else "leave them out"
         raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
     switches: TorchConfig | None = getattr(stage, "torch", None)
     for setting, value in switches.changed().items() if switches is not None and name != "torch" else ():
@@ -161,7 +165,7 @@ def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any
     engine = getattr(load(name, "engine"), HOMES[name].engine)
     if name == "torch" and switches is not None:
         return engine(model, switches)
-    return engine(model, stage) if spread else engine(model)
+    return engine(model, stage) if name == "jax" else engine(model)
 
 
 def _need_weights(name: EngineName, what: str) -> None:

@@ -19,13 +19,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medllm.adapter_directory import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
 from medllm.config import CorpusConfig, LoraConfig, ModelConfig, PreferenceRecipe, RpoConfig
 from medllm.engines import load, require
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 from medllm.run import MERGED, Run, is_primary_process
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def measure_handovers(
     adapters: Sequence[str],
     merged: str | Path,
     rows: PackedRows,
-    quantization: Literal["none", "nf4"],
+    quantization: Quantization,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """What each hand-over of ``adapters`` costs: relative weight error, and KL on a text held out of training.

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, RpoConfig
+from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, ProblemsFormat, RpoConfig
 from medllm.engine import Generates, Scores
 from medllm.engines import EngineName, open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
+from medllm.progress import progress_bar
 from medllm.run import Run, is_primary_process
 
 Progress = Callable[[int, int], None]
@@ -35,7 +36,8 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
 
     model = open_trainer(engine, config.model, config)  # several processes meet here, before each reads the corpus
     corpus = load_documents(config.corpus)
-    tokens = tokenize_documents(model.tokenizer, corpus.documents)
+    with progress_bar("tokens") as progress:
+        tokens = tokenize_documents(model.tokenizer, corpus.documents, progress)
     rows = pack(tokens, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing)
     check_rows(rows, model.context)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
@@ -62,7 +64,7 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     """
     from medllm.preferences.curation import check_problems
 
-    problems, skipped = _load(config.problems)
+    problems, skipped = _load(config.problems, config.problems_format)
     shots = _load_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
     return _curate(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
@@ -126,7 +128,8 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
     read = read_preferences(config.preferences)
     check_handover(config)
     model = open_trainer(engine, config.model, config)
-    preferences = tokenize_preferences(model.tokenizer, read, config.pairs)
+    with progress_bar("tokens") as progress:
+        preferences = tokenize_preferences(model.tokenizer, read, config.pairs, progress)
     check_preferences(preferences, config.pairs.max_length, model.context, config.preferences)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         if merges(config.model, config):
@@ -155,7 +158,7 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     from medllm.exam.evaluation import check_exam
     from medllm.exam.problem import check_ids
 
-    problems, skipped = _load(config.problems)
+    problems, skipped = _load(config.problems, config.problems_format)
     problems = problems[: config.limit] if config.limit else problems
     if config.method == "options":
         check_ids(problems)
@@ -216,7 +219,7 @@ def _choose_options(
 
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
-        scores = score_options(model, model.tokenizer, problems, batch_size=config.batch_size)
+        scores = score_options(model, model.tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)
         result = {
             "stage": "options",
             "engine": model.name,
@@ -238,7 +241,7 @@ def model_label(model: ModelConfig) -> str:
     return " + ".join((model.path, *model.adapters))
 
 
-def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
+def _load(paths: Sequence[str], problems_format: ProblemsFormat) -> tuple[tuple[Problem, ...], dict[str, int]]:
     from medllm.exam.loaders import load_problems
 
     if not paths:
@@ -246,7 +249,7 @@ def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
     problems: list[Problem] = []
     skipped: dict[str, int] = {}
     for path in paths:
-        loaded = load_problems(path)
+        loaded = load_problems(path, problems_format=problems_format)
         problems += loaded.problems
         for reason, count in loaded.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count

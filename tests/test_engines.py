@@ -15,7 +15,7 @@ from medllm.engines import HOMES
 ROOT = Path(medllm.__file__).parents[1]
 PACKAGES = ("medllm", "jax_medllm", "torch_ref", "medllm_parity")
 TABLE = Path("medllm/engines.py")
-OWN_PARTS = Path("jax_medllm/__init__.py")  # opens rooms of its own when they are first asked for
+OWN_PARTS = (Path("medllm/__init__.py"), Path("jax_medllm/__init__.py"))  # each opens its own when they are first asked for
 MODULE = re.compile(r"(jax_medllm|torch_ref|medllm_parity)(\.\w+)+")
 
 
@@ -41,6 +41,6 @@ def test_nothing_is_imported_by_its_name_elsewhere():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                assert called not in importing or file in (TABLE, OWN_PARTS), f"{file}:{node.lineno}"
+                assert called not in importing or file in (TABLE, *OWN_PARTS), f"{file}:{node.lineno}"
             named = isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value)
             assert not named or file == TABLE or file.parts[0] == node.value.split(".")[0], f"{file}:{node.lineno}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -70,9 +70,15 @@ class TorchEngine:
         self._release()
         return train_preferences(self.config, self.tokenizer, [pair.trl_row() for pair in preferences.texts], recipe, run)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """See :func:`torch_ref.generate.generate`."""
-        return generate(self.model, self.tokenizer, prompts, sampling, batch_size)
+        return generate(self.model, self.tokenizer, prompts, sampling, batch_size, progress)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :func:`torch_ref.generate.logprobs`."""

@@ -18,7 +18,8 @@ from datasets import Dataset
 from huggingface_hub import constants
 from trl import DPOConfig, DPOTrainer
 
-from medllm.config import ModelConfig, PreferenceRecipe
+from medllm.config import ModelConfig, PreferenceLoss, PreferenceRecipe
+from medllm.errors import UserError
 from medllm.handover import continued_adapter
 from medllm.run import Run
 from medllm.training import TrainSummary
@@ -87,12 +88,9 @@ def dpo_trainer(
         batch: Pairs of one forward pass of one process.
         accumulation: Forward passes added up before a step; TRL takes the mean of their losses.
     """
-    loss = recipe.loss
     arguments = DPOConfig(
         **trainer_arguments(model, recipe.optimizer, recipe.training, run, batch=batch, accumulation=accumulation),
-        loss_type=["sigmoid", "sft"] if loss.alpha else ["sigmoid"],
-        loss_weights=[1.0, loss.alpha] if loss.alpha else [1.0],
-        beta=loss.beta,
+        **loss_arguments(recipe.loss),
         max_length=recipe.pairs.max_length,
         precompute_ref_log_probs=recipe.torch.precompute_reference,
         use_liger_kernel=recipe.torch.liger,
@@ -114,6 +112,19 @@ def dpo_trainer(
     else:
         initialize_adapter(trainer.model, recipe.lora.seed)
     return trainer
+
+
+def loss_arguments(loss: PreferenceLoss) -> dict[str, Any]:
+    """What ``DPOConfig`` calls the loss: TRL's terms, their weights, and beta.
+
+    Raises:
+        UserError: TRL is not asked for a loss of this name here.
+    """
+    terms = {"rpo": {"sigmoid": 1.0, "sft": loss.alpha}, "dpo": {"sigmoid": 1.0}}
+    if loss.name not in terms:
+        raise UserError(f"loss.name is {loss.name!r}: engine torch knows {', '.join(map(repr, terms))}; give one of these")
+    weights = {term: weight for term, weight in terms[loss.name].items() if weight}
+    return {"loss_type": list(weights), "loss_weights": list(weights.values()), "beta": loss.beta}
 
 
 def _round_reference(model: peft.PeftModel) -> None:
