@@ -9,7 +9,7 @@ bitsandbytes blocks the flattened weight. With an input width that is a multiple
 as blocking each row, and no block crosses a row; blocks of absmaxes do.
 
 Quantization follows the CUDA kernels (``kQuantizeBlockwise`` with ``dQuantizeNF4`` and ``dQuantize``); what bitsandbytes does
-on a CPU is :mod:`medllm_parity.bitsandbytes_cpu`. Two things in them are the hardware's own. The kernels are compiled with
+on a CPU is :mod:`parity_tests.bitsandbytes_cpu`. Two things in them are the hardware's own. The kernels are compiled with
 ``--use_fast_math``: their reciprocal (``rcp.approx.ftz``) may be off in its last bit, which a code shows only where a value
 falls within that bit of a boundary: with bf16 weights never, with fp32 weights less than once in a million. And the mean of the
 absmaxes is summed in an order that depends on the GPU, so its last bits may differ, and with them a few 8-bit codes.

@@ -19,10 +19,10 @@ from jax_medllm.weights import load_model, model_tensors, packed_tensors, read_m
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_model
-from medllm_parity.oracle import row_logits
-from medllm_parity.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from parity_tests.jax_results import jax_loss
+from parity_tests.oracle import row_logits
 from parity_tests.packed_rows import rows
+from parity_tests.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from torch_ref.model import open_model
 
 

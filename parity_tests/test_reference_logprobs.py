@@ -22,12 +22,12 @@ from medllm.adapter_directory import read_adapter
 from medllm.config import ModelConfig, TrainingConfig
 from medllm.model_directory import ModelDirectory
 from medllm.preferences.pairs import trl_rows
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT64_FORWARD, TRL_FLOAT32_LOSS
 from parity_tests import preference_oracle
 from parity_tests.jax_results import open_trainable
+from parity_tests.oracle import float64_model
 from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.preference_oracle import groups
+from parity_tests.tolerances import FLOAT64_FORWARD, TRL_FLOAT32_LOSS
 from torch_ref.model import open_model, peft_config, trainable_base
 
 BETA = 0.5

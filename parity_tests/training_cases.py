@@ -21,7 +21,7 @@ from medllm.adapter_directory import read_adapter, write_adapter
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.model_directory import ModelDirectory
 from medllm.run import Run
-from medllm_parity.tolerances import Tolerance
+from parity_tests.tolerances import Tolerance
 
 LORA = LoraConfig(rank=4, alpha=6.0, seed=5)
 # Decay, a schedule that bends, and a clip that binds in some steps and not in others.
