@@ -1,4 +1,4 @@
-"""The torch engine's tests' model and its fixtures: two layers and a tokenizer trained on a few lines, written as a directory."""
+"""The torch engine's tests' model and its fixtures: two layers, a tokenizer trained on a few lines, in a directory."""
 
 from pathlib import Path
 
