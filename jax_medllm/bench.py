@@ -96,7 +96,7 @@ class _Compilations:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **details: Any) -> None:
+    def _heard(self, event: str, seconds: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += seconds
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.adapters import adapter_tensors, set_adapter
+from jax_medllm.adapters import adapter_tensors
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import AdamState, learning_rate, make_optimizer
 from jax_medllm.train import StepMetrics, Task, make_step, train
@@ -21,6 +21,7 @@ from medllm.adapter_directory import read_adapter, write_adapter
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.model_directory import ModelDirectory
 from medllm.run import Run
+from parity_tests.jax_results import set_adapter
 from parity_tests.tolerances import Tolerance
 
 LORA = LoraConfig(rank=4, alpha=6.0, seed=5)

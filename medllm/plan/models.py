@@ -39,7 +39,7 @@ def model_config(name: str) -> dict[str, Any]:
     if name not in _SIZES:
         if not Path(name).is_dir():
             near = difflib.get_close_matches(name.lower(), _SIZES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known by name are {', '.join(_SIZES)}"
+            hint = f"did you mean {near[0]}?" if near else f"known by name are {', '.join(NAMES)}"
             raise UserError(f"--model {name}: neither a known name nor a folder; {hint}")
         config = ModelDirectory(name).config
         if missing := [size for size in _NEEDED if size not in config]:
