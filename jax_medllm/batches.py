@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from jax_medllm.pytree import Leaf, pytree
 from medllm.config import TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.preferences.tokenization import TokenizedGroup
@@ -36,18 +36,18 @@ _WINDOW = 64
 """Micro-batches whose units are sorted by size together."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class CptBatch:
     """Packed rows. ``share`` is one over the training targets of the whole optimizer step."""
 
-    tokens: Int[Array, "b s"]
-    segment_ids: Int[Array, "b s"]
-    positions: Int[Array, "b s"]
-    share: Float[Array, ""]
+    tokens: Int[Leaf, "b s"]
+    segment_ids: Int[Leaf, "b s"]
+    positions: Int[Leaf, "b s"]
+    share: Float[Leaf, ""]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class ResponseBatch:
     """n prompts with their responses, one row each, padded on the left.
@@ -59,23 +59,23 @@ class ResponseBatch:
         targets: The response token that each position of a response predicts; 0 elsewhere.
     """
 
-    tokens: Int[Array, "n s"]
-    segment_ids: Int[Array, "n s"]
-    positions: Int[Array, "n s"]
-    targets: Int[Array, "n s"]
+    tokens: Int[Leaf, "n s"]
+    segment_ids: Int[Leaf, "n s"]
+    positions: Int[Leaf, "n s"]
+    targets: Int[Leaf, "n s"]
 
     @property
-    def responses(self) -> Int[Array, "n s"]:
+    def responses(self) -> Int[Leaf, "n s"]:
         """Which response of its row a target belongs to, from 0; negative where there is no target."""
         return self.segment_ids - 2
 
     @property
-    def offsets(self) -> Int[Array, "n s"]:
+    def offsets(self) -> Int[Leaf, "n s"]:
         """Place of a target in its response, from 0."""
         return self.positions - (self.segment_ids == 1).sum(-1, keepdims=True)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class PreferenceBatch:
     """Responses, and the pairs among those of each problem.
@@ -89,10 +89,10 @@ class PreferenceBatch:
     """
 
     responses: ResponseBatch
-    pairs: Int[Array, "n k 2"]
-    starts: Int[Array, "n k"]
-    weights: Float[Array, "n k"]
-    reference: Float[Array, "n k 2"] | None = None
+    pairs: Int[Leaf, "n k 2"]
+    starts: Int[Leaf, "n k"]
+    weights: Float[Leaf, "n k"]
+    reference: Float[Leaf, "n k 2"] | None = None
 
 
 class Step(NamedTuple):
@@ -138,7 +138,7 @@ def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def target_mask(segment_ids: Int[Array, "b s"]) -> Int[Array, "b s-1"]:
+def target_mask(segment_ids: Int[Leaf, "b s"]) -> Bool[Leaf, "b s-1"]:
     """True where the *next* position is a training target: same segment, and no padding."""
     return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
 
@@ -241,7 +241,7 @@ class PreferenceData:
         self,
         groups: Sequence[TokenizedGroup],
         config: TrainingConfig,
-        reference: Sequence[Float[np.ndarray, "pairs 2"]] | None = None,
+        reference: Sequence[Float[np.ndarray, "_ 2"]] | None = None,
     ):
         self.groups = list(groups)
         self._reference = reference

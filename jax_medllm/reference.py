@@ -46,7 +46,7 @@ _AHEAD = 2
 _NAME = "logprobs"
 _CHECKSUM = "checksum"
 
-Sums = list[Float[np.ndarray, "pairs 2"]]
+Sums = list[Float[np.ndarray, "_ 2"]]
 
 
 @dataclass(frozen=True)
