@@ -65,7 +65,7 @@ def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool, attention: Backen
     device, work = _device(smoke), DeviceShape.from_json(shape)
     data = PreferenceData([work.group()], TrainingConfig(epochs=1, batch_size=1, accumulation=1))
     loss_fn = partial(preference_loss_fn, loss_config=PreferenceLoss(), remat=work.remat)
-    found = _trained(device, work, "rpo", loss_fn, data.step(data.plan()[0]), seconds, attention)
+    found = _trained(device, work, "rpo", loss_fn, data.batches(data.steps[0]), seconds, attention)
     return {**found, "units": 1}
 
 
@@ -104,7 +104,7 @@ def decode(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, A
 
 def _model(shape: ModelShape, *, adapter: bool) -> Qwen2:
     rank = shape.rank if adapter else None
-    return random_model(shape.config(), quantization=shape.quantization, dtype=shape.dtype, rank=rank)
+    return random_model(shape.architecture, quantization=shape.quantization, dtype=shape.dtype, rank=rank)
 
 
 def _trained(
@@ -137,7 +137,7 @@ def _settings(work: DeviceShape, stage: str) -> dict[str, Any]:
     """The shape as a plan's settings have it."""
     dense = "fp32" if work.model.dtype == "float32" else "bf16"
     settings = {
-        "model": work.model.config(),
+        "model": work.model.architecture.to_hf(),
         "quantization": "nf4" if work.model.quantization == "nf4" else dense,
         "rank": work.model.rank,
         "remat": work.remat,

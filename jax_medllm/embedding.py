@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jax_medllm.sharding import Axis, entry, in_use
+from jax_medllm.sharding import entry, in_use
+from medllm.axes import Axis
 
 
 def lookup(

@@ -13,6 +13,7 @@ from medllm.adapter_directory import merge_adapter
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.handover import held_rows, measure_handovers
+from medllm.quantization import Quantization
 from medllm.run import write_json
 
 
@@ -21,7 +22,7 @@ def convert_model(
     out: str,
     adapters: Sequence[str] = (),
     *,
-    quantization: Literal["none", "nf4"] = "none",
+    quantization: Quantization = "none",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     held_text: str | None = None,
     text_column: str = "text",

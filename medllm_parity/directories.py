@@ -7,13 +7,10 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2Config as HfConfig
 
-from jax_medllm.model import Qwen2Config
 from jax_medllm.packed import PARTS, is_packed, packed_shape
-from medllm.config import ALL_LINEAR
+from medllm.architecture import HEAD
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
-from medllm_parity.ends import EMBEDDING, HEAD, NORM
-from medllm_parity.torch_layer import layer_shapes
 
 _COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
@@ -24,23 +21,23 @@ def check_directory(directory: ModelDirectory, *, nf4: bool) -> None:
     Raises:
         UserError: it is not; weights are stored in 4 bits and ``nf4`` is false, or in a way that is not read.
     """
-    config = Qwen2Config.from_hf(directory.config)
-    expected = _shapes(directory.path, config)
+    expected = directory.architecture.tensors
+    read_hf_config(directory.path)
     packed = {name for name in expected if is_packed(directory, name)}
     parts = {f"{name}{part}" for name in packed for part in PARTS}
-    known = set(expected) | parts | ({HEAD} if config.tie_embeddings else set())
+    known = {*expected, *parts, HEAD}  # some savers write a tied matrix twice
     for name in [*expected, *sorted(parts)]:
         if name not in directory:
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
     for name in directory.names():
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
-    for name, shape in expected.items():
-        if name in packed and not (nf4 and name.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR))):
+    for name, tensor in expected.items():
+        if name in packed and not (nf4 and tensor.kind == "linear"):
             raise UserError(f"{directory.path}: {name} is stored in 4 bits; open this model with --model.quantization nf4")
         found = packed_shape(directory, name) if name in packed else directory.shape(name)
-        if found != shape:
-            raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {shape}")
+        if found != tensor.shape:
+            raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {tensor.shape}")
 
 
 def check_same_shape(ours: ModelDirectory, theirs: ModelDirectory) -> None:
@@ -49,7 +46,7 @@ def check_same_shape(ours: ModelDirectory, theirs: ModelDirectory) -> None:
     Raises:
         UserError: they differ in a size.
     """
-    a, b = (Qwen2Config.from_hf(directory.config) for directory in (ours, theirs))
+    a, b = (directory.architecture for directory in (ours, theirs))
     for field in _COMPARED:
         if getattr(a, field) != getattr(b, field):
             raise UserError(
@@ -69,14 +66,3 @@ def read_hf_config(path: Path) -> HfConfig:
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}/config.json: transformers does not accept it: {reason}") from error
-
-
-def _shapes(path: Path, config: Qwen2Config) -> dict[str, tuple[int, ...]]:
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, NORM: (config.hidden_size,)}
-    if not config.tie_embeddings:
-        shapes[HEAD] = table
-    layer = layer_shapes(read_hf_config(path))
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_medllm.nf4 import BLOCK, quantize
-from medllm.config import ALL_LINEAR
+from medllm.architecture import PROJECTIONS
 from medllm_parity.ends import as_numpy
 from medllm_parity.layer_view import LayerView
 from medllm_parity.measure import Check
-from medllm_parity.quantities import linear_path
 from medllm_parity.tolerances import NF4_CODES, NF4_SCALE_CODES
 
 _quantize = jax.jit(quantize)
@@ -25,7 +24,7 @@ def compare(view: LayerView, index: int) -> Iterator[Check]:
     A block of zeros is left out: bitsandbytes stores it as code 7 on a CPU and as code 0 on CUDA, and both mean zeros.
     """
     differ: dict[str, list[np.ndarray]] = {"nf4 codes": [], "nf4 scale codes": []}
-    for name in (f"model.layers.0.{linear_path(kind)}.weight" for kind in ALL_LINEAR):
+    for name in (f"model.layers.0.{path}.weight" for path in PROJECTIONS.values()):
         dense = view.dense(name)
         if dense is None:
             continue

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medllm.architecture import Architecture
 from medllm.cli import main
-from medllm.plan import planning, search
+from medllm.installation import install_command
+from medllm.plan import command, planning, search
 from medllm.plan.targets import DEVICES, Target
 from tests.test_cli import fails
 
@@ -50,17 +54,27 @@ def nothing_is_compiled(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def planned(tiny, tmp_path_factory) -> tuple[int, dict[str, Any], str]:
-    """Exit code, JSON and page of a plan that fits."""
+def planned(tiny, tmp_path_factory) -> tuple[int, dict[str, Any], str, list[tuple[int, int, str]]]:
+    """Exit code, JSON and page of a plan that fits, and what was told of its progress."""
     out = tmp_path_factory.mktemp("planned")
+    told: list[tuple[int, int, str]] = []
     arguments = ["--model", tiny, "--target", "cpu:2", "--mesh", "data=1,tensor=2", "--length", "64", "--quantization", "fp32"]
-    code = main(["plan", *arguments, "--json", str(out / "plan.json"), "--html", str(out / "plan.html")])
-    return code, json.loads((out / "plan.json").read_text()), (out / "plan.html").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "progress_bar", lambda label: nullcontext(lambda *what: told.append(what)))
+        code = main(["plan", *arguments, "--json", str(out / "plan.json"), "--html", str(out / "plan.html")])
+    return code, json.loads((out / "plan.json").read_text()), (out / "plan.html").read_text(), told
 
 
 def test_a_plan_that_fits_ends_with_zero(planned):
     assert planned[0] == 0
     assert planned[1]["fits"] is planned[1]["ok"] is True
+
+
+def test_a_plan_says_what_is_compiled_of_how_many(planned):
+    assert planned[3] == [
+        (0, 2, "compiling gradients (1 of 2) for cpu:2"),
+        (1, 2, "compiling update (2 of 2) for cpu:2"),
+    ]
 
 
 def test_the_json_says_what_the_stage_takes(planned):
@@ -210,10 +224,7 @@ def test_a_missing_compiler_is_named_with_its_install_command(target, missing, n
     find = without(missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name in present else find(name, *rest))
     said = fails(capsys, "plan", "--model", "qwen2.5-0.5b", "--target", target, *search_too)
-    assert (
-        said
-        == f"medllm: medllm plan --target {target} needs the package '{named}': pip install -e '.[plan]' in medllm's folder"
-    )
+    assert said == f"medllm: medllm plan --target {target} needs the package '{named}': {install_command('plan')}"
 
 
 # --- a search --------------------------------------------------------------------------------------------------------------
@@ -287,6 +298,15 @@ def test_what_cannot_fit_is_not_compiled(tiny, a_plan_for_each, monkeypatch):
     assert all(row["why"].startswith("needs 0.0 GiB at least; ") for row in found["candidates"])
 
 
+def test_a_search_over_one_more_axis_tries_meshes_of_all_devices(tiny, a_plan_for_each, monkeypatch):
+    monkeypatch.setattr(search, "MESH_AXES", {**search.MESH_AXES, "expert": "experts"})
+    request = planning.Request(tiny, "cpt", "cpu:4", quantization="fp32", length=64, rows=1)
+    found = search.search(request, 100, lambda _: None)
+    meshes = [row["mesh"] for row in found["candidates"]]
+    assert all(math.prod(mesh.values()) == 4 for mesh in meshes)
+    assert {"expert": 4} in meshes
+
+
 # --- targets -----------------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +332,6 @@ def test_parts_of_this_machine_share_its_memory():
 
 
 def test_generation_is_over_heads_first_and_training_over_shards(tiny):
-    target = Target.parse("a100-80g:4")
-    assert planning.default_mesh(planning.Request(tiny, "generate"), target, TINY) == "tensor=2,fsdp=2"
-    assert planning.default_mesh(planning.Request(tiny, "cpt"), target, TINY) == "fsdp=4"
+    target, model = Target.parse("a100-80g:4"), Architecture.from_hf(TINY)
+    assert planning.default_mesh(planning.Request(tiny, "generate"), target, model) == "tensor=2,fsdp=2"
+    assert planning.default_mesh(planning.Request(tiny, "cpt"), target, model) == "fsdp=4"

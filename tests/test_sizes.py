@@ -10,16 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("medllm", "jax_medllm", "torch_ref", "medllm_parity", "parity_tests", "tests", "scripts")
 MODULE, FUNCTION = 400, 60
 LONGER = {
-    "jax_medllm/model.py": 419,
-    "jax_medllm/train.py": 426,
     "jax_medllm/weights.py::read_model": 61,
     "medllm/bench/compare.py::compare": 70,
     "medllm/bench/device.py::bench_device": 68,
-    "medllm/cli.py": 459,
-    "medllm/config.py": 486,
+    "medllm/config.py": 526,
     "parity_tests/test_audit.py": 469,
     "tests/plans.py::a_plan": 66,
-    "tests/test_gpu_bench.py": 402,
     "tests/test_torch_engine.py": 415,
 }
 

@@ -43,6 +43,7 @@ from medllm.errors import UserError
 from medllm.process_memory import peak_resident_bytes
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import DTYPES, add_adapter, device, initialize_adapter, peft_config
+from torch_ref.rpo import loss_arguments
 from torch_ref.trainer import trainer_arguments
 
 STEPS = 3
@@ -117,7 +118,6 @@ def cpt(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]
 def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]:
     """A preference step of TRL's DPOTrainer over pairs of a problem, set the fastest way that runs."""
     where, work = _device(smoke), DeviceShape.from_json(shape)
-    loss = PreferenceLoss()
     pairs = [
         {"prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
         for prompt, chosen, rejected in work.group().pair_tokens()
@@ -126,9 +126,7 @@ def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]
     def trainer(one: DeviceShape, variant: Variant, scratch: str) -> Trainer:
         arguments = DPOConfig(
             **_arguments(one, scratch, variant.pairs, variant),
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, loss.alpha],
-            beta=loss.beta,
+            **loss_arguments(PreferenceLoss()),
             max_length=one.prompt + one.response,
             precompute_ref_log_probs=variant.reference_before,
         )
@@ -242,7 +240,7 @@ class _Stopwatch(TrainerCallback):
 def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
     """A frozen model of this shape on a device, linear layers in NF4 as bitsandbytes packs random weights or dense."""
     dtype = DTYPES[shape.dtype]
-    config = Qwen2Config.from_dict(shape.config())
+    config = Qwen2Config.from_dict(shape.architecture.to_hf())
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     packed: dict[torch.Size, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}

@@ -16,11 +16,11 @@ from jax_medllm.attention import Backend, backend_for, using
 from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
 from jax_medllm.decoder import CHUNK, Decoder, Fill, by_axes
 from jax_medllm.logprobs import cut
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
-from jax_medllm.optimizer import learning_rate, make_optimizer
+from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.sharding import Layout, shardings
 from jax_medllm.tiles import laid_codes
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
 
 _ROWS = ("batch",)
@@ -85,7 +85,7 @@ def _attention(settings: Mapping[str, Any], layout: Layout) -> Backend | None:
         return None
     dtype = jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
     with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
-        return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Qwen2Config.from_hf(settings["model"]).head_dim), dtype))
+        return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Architecture.from_hf(settings["model"]).head_dim), dtype))
 
 
 def _cpt(settings: Mapping[str, Any], layout: Layout) -> Stage:
@@ -126,13 +126,11 @@ def _training(
     graph, *states = nnx.split(model, LoraParam, ...)
     trainable, frozen = (_placed(state, layout) for state in states)
     frozen = laid_codes(frozen, lambda codes, form: jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=form))
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, _STEPS)
-    step = make_step(graph, loss_fn, optimizer, partial(learning_rate, config, _STEPS))
+    step = make_step(graph, loss_fn, OptimizerConfig(), _STEPS)
     # A moment lies where its parameter does.
     moments = jax.tree.map(
         lambda part: _placed(part, layout) if isinstance(part, nnx.State) else _laid(part, (), layout),
-        jax.eval_shape(optimizer.init, trainable),
+        jax.eval_shape(step.init, trainable),
         is_leaf=lambda part: isinstance(part, nnx.State),
     )
     index = _laid(jax.ShapeDtypeStruct((), jnp.int32), (), layout)
@@ -170,7 +168,7 @@ _STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt,
 
 
 def _model(settings: Mapping[str, Any]) -> Qwen2:
-    config, precision = Qwen2Config.from_hf(settings["model"]), settings["quantization"]
+    config, precision = Architecture.from_hf(settings["model"]), settings["quantization"]
     build = partial(
         Qwen2,
         config,

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from medllm.bench.arithmetic import NF4_BYTES, Step, causal_pairs, linear_shapes, training_flops
+from medllm.bench.arithmetic import Step, causal_pairs, training_flops
 from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
 from medllm.errors import UserError
+from medllm.quantization import PACKINGS
 from medllm.run import environment
 
 THIRD = 1 / 3
@@ -45,13 +46,13 @@ class Work:
 def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
     """The operations that are measured, on ``rows`` of one document of ``length`` tokens each."""
     item = 2 if model.dtype == "bfloat16" else 4
-    held = NF4_BYTES if model.quantization == "nf4" else item
-    tokens = rows * length
+    packing = PACKINGS.get(model.quantization)
+    tokens, projections = rows * length, model.architecture.projections
     found: dict[str, Work] = {}
     for target in TARGETS:
-        out, width = linear_shapes(model)[target]
+        out, width = projections[target].shape
         rank, arrays = model.rank, item * tokens * (width + out)
-        dense = Work(2 * tokens * out * width, arrays + round(held * out * width))
+        dense = Work(2 * tokens * out * width, arrays + round(packing.bytes_of(out * width) if packing else item * out * width))
         low = Work(2 * tokens * rank * (width + out), arrays)
         found |= {f"{target}: x Wᵀ": dense, f"{target}: g W": dense}
         found |= {f"{target} LoRA: (x Aᵀ) Bᵀ": low, f"{target} LoRA: (g B) A": low, f"{target} LoRA: dA = (g B)ᵀ x": low}
@@ -60,9 +61,9 @@ def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
 
 
 def _attention(model: ModelShape, rows: int, length: int, item: int) -> dict[str, Work]:
-    product = 2 * model.width * rows * causal_pairs(length)
-    queries = item * rows * length * model.width
-    keys = queries * model.kv_heads // model.heads
+    decoder = model.architecture
+    product = 2 * decoder.heads_width * rows * causal_pairs(length)
+    queries, keys = (item * rows * length * width for width in (decoder.heads_width, decoder.kv_width))
     return {
         "attention: forward": Work(2 * product, 2 * queries + 2 * keys),
         "attention: backward": Work(4 * product, 4 * queries + 4 * keys),
