@@ -47,29 +47,6 @@ def adapter_tensors(model: Qwen2) -> dict[str, np.ndarray]:
     return tensors
 
 
-def set_adapter(model: Qwen2, adapter: Adapter) -> None:
-    """Load a PEFT adapter into the trainable one, to go on training it.
-
-    Raises:
-        UserError: rank, scaling or targets differ from the model's adapter, or a tensor is missing, superfluous or misshapen.
-    """
-    lora, given = model.lora, adapter.lora
-    if lora is None:
-        raise UserError(f"{adapter.path}: the model was opened without an adapter to train; give a lora configuration")
-    for field in ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern"):
-        if getattr(given, field) != getattr(lora, field):
-            raise UserError(
-                f"{adapter.path}: the adapter has {field} {getattr(given, field)}, the configuration {getattr(lora, field)}; "
-                f"set --lora.{field} {getattr(given, field)}"
-            )
-    if set(given.targets) != set(lora.targets):
-        raise UserError(
-            f"{adapter.path}: the adapter targets {', '.join(given.targets)}, the configuration {', '.join(lora.targets)}; "
-            "set --lora.targets to the adapter's"
-        )
-    assign(model, adapter_arrays(model, adapter, TRAINED))
-
-
 def adapter_arrays(model: Qwen2, adapter: Adapter, place: Path) -> dict[Path, jax.Array]:
     """The stacked arrays of ``adapter`` at ``place`` in the linear layers, each tensor checked against the model.
 

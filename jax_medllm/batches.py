@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from jax_medllm.pytree import Leaf, pytree
 from medllm.config import TrainingConfig
 from medllm.corpus.packing import PackedRows, target_mask
 from medllm.preferences.tokenization import TokenizedGroup
@@ -39,18 +39,18 @@ _WINDOW = 64
 """Micro-batches whose units are sorted by size together."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class CptBatch:
     """Packed rows. ``share`` is one over the training targets of the whole optimizer step."""
 
-    tokens: Int[Array, "b s"]
-    segment_ids: Int[Array, "b s"]
-    positions: Int[Array, "b s"]
-    share: Float[Array, ""]
+    tokens: Int[Leaf, "b s"]
+    segment_ids: Int[Leaf, "b s"]
+    positions: Int[Leaf, "b s"]
+    share: Float[Leaf, ""]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class ResponseBatch:
     """n prompts with their responses, one row each, padded on the left.
@@ -62,23 +62,23 @@ class ResponseBatch:
         targets: The response token that each position of a response predicts; 0 elsewhere.
     """
 
-    tokens: Int[Array, "n s"]
-    segment_ids: Int[Array, "n s"]
-    positions: Int[Array, "n s"]
-    targets: Int[Array, "n s"]
+    tokens: Int[Leaf, "n s"]
+    segment_ids: Int[Leaf, "n s"]
+    positions: Int[Leaf, "n s"]
+    targets: Int[Leaf, "n s"]
 
     @property
-    def responses(self) -> Int[Array, "n s"]:
+    def responses(self) -> Int[Leaf, "n s"]:
         """Which response of its row a target belongs to, from 0; negative where there is no target."""
         return self.segment_ids - 2
 
     @property
-    def offsets(self) -> Int[Array, "n s"]:
+    def offsets(self) -> Int[Leaf, "n s"]:
         """Place of a target in its response, from 0."""
         return self.positions - (self.segment_ids == 1).sum(-1, keepdims=True)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class PreferenceBatch:
     """Responses, and the pairs among those of each problem.
@@ -92,10 +92,10 @@ class PreferenceBatch:
     """
 
     responses: ResponseBatch
-    pairs: Int[Array, "n k 2"]
-    starts: Int[Array, "n k"]
-    weights: Float[Array, "n k"]
-    reference: Float[Array, "n k 2"] | None = None
+    pairs: Int[Leaf, "n k 2"]
+    starts: Int[Leaf, "n k"]
+    weights: Float[Leaf, "n k"]
+    reference: Float[Leaf, "n k 2"] | None = None
 
 
 class Step(NamedTuple):
@@ -303,13 +303,13 @@ class PreferenceData:
 
     def __init__(self, groups: Sequence[TokenizedGroup], config: TrainingConfig):
         self.groups = list(groups)
-        self._reference: Sequence[Float[np.ndarray, "pairs 2"]] | None = None
+        self._reference: Sequence[Float[np.ndarray, "_ 2"]] | None = None
         self._sizes = [row_size(group.prompt, group.responses) for group in self.groups]
         self._pairs = max(len(group.pairs) for group in self.groups)
         self.steps = plan_steps(len(self.groups), config, size_of=self._sizes.__getitem__)
         self._lengths = buckets(list(map(self._longest, self._micro_batches())), padding=self._PADDING)
 
-    def with_reference(self, sums: Sequence[Float[np.ndarray, "pairs 2"]]) -> PreferenceData:
+    def with_reference(self, sums: Sequence[Float[np.ndarray, "_ 2"]]) -> PreferenceData:
         """The same data with summed log-probabilities under the reference, of each group, in its batches."""
         data = copy.copy(self)
         data._reference = sums

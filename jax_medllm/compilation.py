@@ -17,7 +17,7 @@ class _Spans:
         self.seconds = 0.0
         self._counted: list[tuple[float, float]] = []
 
-    def hear(self, event: str, start: float, end: float, **details: Any) -> None:
+    def hear(self, event: str, start: float, end: float, **_: Any) -> None:
         """Told at the end of each event, so that those within another come before it."""
         if not event.startswith(_EVENTS):
             return

@@ -14,19 +14,19 @@ Axes: l layers, b rows, k key/value heads, g query heads of a key/value head, x 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.cached_attention import Prefilling, Stepping, Stored
 from jax_medllm.model import Qwen2
+from jax_medllm.pytree import Leaf, pytree
 from jax_medllm.sampling import sample_tokens
 from jax_medllm.sharding import constrain, in_use
 from medllm.config import Sampling
@@ -35,7 +35,8 @@ CHUNK = 8
 """Tokens generated between two looks of the host."""
 
 
-@struct.dataclass
+@pytree
+@dataclass(frozen=True)
 class Slots:
     """The rows being generated.
 
@@ -58,10 +59,16 @@ class Slots:
 
 _CACHE = (None, "batch", "kv_heads", None, None)
 _ROWS = ("batch",)
-SLOT_AXES: Any = Slots(Stored(_CACHE, _CACHE), ("batch", None), _ROWS, _ROWS, _ROWS, _ROWS)
-"""The logical axes of each array of :class:`Slots`."""
+_SLOT_AXES = (_CACHE, _CACHE, ("batch", None), _ROWS, _ROWS, _ROWS, _ROWS)
 
 
+def by_axes(place: Callable[[Any, tuple[str | None, ...]], Any], slots: Any) -> Any:
+    """``place(array, its logical axes)`` of every array of :class:`Slots`, or of what has their structure."""
+    leaves, tree = jax.tree.flatten(slots)
+    return tree.unflatten(place(leaf, axes) for leaf, axes in zip(leaves, _SLOT_AXES, strict=True))
+
+
+@pytree
 @dataclass(frozen=True)
 class Fill:
     """New continuations: ``[u, s]`` distinct prompts with their lengths, and for each continuation its prompt, row and key.
@@ -69,14 +76,11 @@ class Fill:
     An entry that repeats another changes nothing; that is how a short list is padded.
     """
 
-    prompts: np.ndarray
-    lengths: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
-    keys: Array
-
-
-jax.tree_util.register_dataclass(Fill)
+    prompts: Int[Leaf, "u s"]
+    lengths: Int[Leaf, " u"]
+    source: Int[Leaf, " c"]
+    target: Int[Leaf, " c"]
+    keys: Leaf
 
 
 class Decoder:
@@ -283,7 +287,7 @@ def _drawing(sampling: Sampling) -> Sampling:
 
 def _placed(slots: Slots) -> Slots:
     """Each device with its rows' and its heads' part."""
-    return jax.tree.map(lambda part, names: constrain(part, *names), slots, SLOT_AXES)
+    return by_axes(lambda part, names: constrain(part, *names), slots)
 
 
 def _size(prefix: Stored | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jax_medllm.sharding import entry, in_use
@@ -13,7 +14,7 @@ from medllm.axes import Axis
 
 
 def lookup(
-    table: Float[Array, "v d"], tokens: Int[Array, "*b"], axes: tuple[Axis, Axis], names: Sequence[str | None]
+    table: Float[Array, "v d"], tokens: Int[ArrayLike, "*b"], axes: tuple[Axis, Axis], names: Sequence[str | None]
 ) -> Float[Array, "*b d"]:
     """``table[tokens]``, laid out as the tokens are.
 
@@ -35,7 +36,7 @@ def lookup(
     # Of a mesh axis that holds a part of the table and some of the tokens: which axis of theirs.
     shared = {name: axis for axis, part in enumerate(spec) for name in entry(part) if name in (*rows, *columns)}
 
-    def local(table: Float[Array, "v d"], tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    def local(table: Float[Array, "own_v own_d"], tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         for name, axis in reversed(shared.items()):
             tokens = jax.lax.all_gather(tokens, name, axis=axis, tiled=True)
         if not rows:

@@ -213,8 +213,8 @@ def matmul_back(g: Float[Array, "*b out"], weight: Float[Array, "out in"]) -> Fl
     return jnp.einsum("...o,oi->...i", g, weight, precision=matmul_precision(g.dtype))
 
 
-Matrices = tuple[Float[Array, "r in"], Float[Array, "out r"]]
-"""A and scaling · B of a low-rank update."""
+Matrices = tuple[Float[Array, "_ in"], Float[Array, "out _"]]
+"""A and scaling · B of a low-rank update; of several, each has a rank of its own."""
 
 
 @jax.custom_vjp

@@ -15,7 +15,6 @@ of a chunk come together for the product with the head and part again after it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -36,21 +35,12 @@ _LOGITS_IN_FLIGHT = 2**26
 """Bound on the logits held at a time (256 MiB in fp32), whatever the vocabulary."""
 
 
-@dataclass(frozen=True)
-class _Static:
-    """Rows of the head that are tokens, and positions of each row of the batch in a chunk."""
-
-    vocab_size: int
-    chunk: int
-
-
 def token_logprobs(
     hidden: Float[Array, "b s d"],
     head: Float[Array, "v d"],
     targets: Int[Array, "b s"],
     counted: Int[Array, "b s"] | Bool[Array, "b s"] | None = None,
     *,
-    vocab_size: int | None = None,
     in_flight: int = _POSITIONS_IN_FLIGHT,
 ) -> Float[Array, "b s"]:
     """Log-probability of ``targets[i, j]`` under ``softmax(head @ hidden[i, j])``.
@@ -62,7 +52,6 @@ def token_logprobs(
         counted: Nonzero where a position's value is used. Other positions are 0 without gradient, and what lies beyond the
             last one that counts in any row is not computed. (A position here and there, as at the ends of packed documents,
             costs less than moving the others together.)
-        vocab_size: Rows of the head that are tokens; further rows are padding, of probability 0. All when unset.
         in_flight: Positions whose logits are held at a time, over all rows and devices; at least one of each row, and fewer
             where the vocabulary is so large that their logits would take more than 256 MiB.
 
@@ -74,10 +63,9 @@ def token_logprobs(
     """
     batch, length, width = hidden.shape
     pieces, chunk = cut(batch, length, head.shape[0], in_flight)
-    static = _Static(vocab_size or head.shape[0], chunk)
     in_pieces = (batch, pieces, length // pieces)
     targets, counted = (None if array is None else array.reshape(in_pieces) for array in (targets, counted))
-    return _token_logprobs(static, hidden.reshape(*in_pieces, width), head, targets, counted).reshape(batch, length)
+    return _token_logprobs(chunk, hidden.reshape(*in_pieces, width), head, targets, counted).reshape(batch, length)
 
 
 def cut(batch: int, length: int, vocabulary: int, in_flight: int = _POSITIONS_IN_FLIGHT) -> tuple[int, int]:
@@ -94,20 +82,19 @@ def cut(batch: int, length: int, vocabulary: int, in_flight: int = _POSITIONS_IN
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logprobs(static, hidden, head, targets, counted):
-    return _over_chunks(partial(_logprobs, static, head), static.chunk, hidden, targets, counted)
+def _token_logprobs(chunk, hidden, head, targets, counted):
+    return _over_chunks(partial(_logprobs, head), chunk, hidden, targets, counted)
 
 
-def _forward(static, hidden, head, targets, counted):
+def _forward(chunk, hidden, head, targets, counted):
     if head.perturbed:
         raise TypeError("token_logprobs has no gradient for the head: differentiate with respect to the hidden states alone")
     values = hidden.value, targets.value, None if counted is None else counted.value
-    chunk = partial(_logprobs_and_direction, static, head.value)
-    logprobs, direction = _over_chunks(chunk, static.chunk, *values)
+    logprobs, direction = _over_chunks(partial(_logprobs_and_direction, head.value), chunk, *values)
     return logprobs, (direction, hidden.value[:0])
 
 
-def _backward(static, residuals, cotangent):
+def _backward(_, residuals, cotangent):
     direction, like = residuals
     return (cotangent[..., None] * direction).astype(like.dtype), None, None, None
 
@@ -146,13 +133,10 @@ _HELD = ("batch", "sequence", None)
 """Axes of a chunk: rows, pieces of a row, positions of a piece."""
 
 
-def _logits(static: _Static, head: Float[Array, "v d"], hidden: Float[Array, "b p c d"]) -> Float[Array, "b p c v"]:
+def _logits(head: Float[Array, "v d"], hidden: Float[Array, "b p c d"]) -> Float[Array, "b p c v"]:
     hidden = constrain(hidden, *_HELD, None, first="head_vocab")
     logits = _product("bpcd,vd->bpcv", hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
-    logits = constrain(logits, *_HELD, "head_vocab", first="head_vocab")
-    if static.vocab_size == head.shape[0]:
-        return logits
-    return jnp.where(jnp.arange(head.shape[0]) < static.vocab_size, logits, -jnp.inf)
+    return constrain(logits, *_HELD, "head_vocab", first="head_vocab")
 
 
 def _pick(logits: Float[Array, "b p c v"], targets: Int[Array, "b p c"]) -> Float[Array, "b p c"]:
@@ -167,14 +151,14 @@ def _softmax_parts(logits):
     return largest[..., 0], exponentials, exponentials.sum(axis=-1)
 
 
-def _logprobs(static, head, hidden, targets):
-    logits = _logits(static, head, hidden)
+def _logprobs(head, hidden, targets):
+    logits = _logits(head, hidden)
     largest, _, total = _softmax_parts(logits)
     return constrain(_pick(logits, targets) - largest - jnp.log(total), *_HELD)
 
 
-def _logprobs_and_direction(static, head, hidden, targets):
-    logits = _logits(static, head, hidden)
+def _logprobs_and_direction(head, hidden, targets):
+    logits = _logits(head, hidden)
     largest, exponentials, total = _softmax_parts(logits)
     logprobs = constrain(_pick(logits, targets) - largest - jnp.log(total), *_HELD)
     expected = _product("bpcv,vd->bpcd", exponentials.astype(hidden.dtype), head, logits.dtype)

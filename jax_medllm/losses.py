@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from medllm.config import PreferenceLoss
@@ -24,7 +25,7 @@ from medllm.errors import UserError
 
 
 def cpt_loss(
-    logprobs: Float[Array, "*b"], mask: Float[Array, "*b"], targets: Float[Array, ""] | float | None = None
+    logprobs: Float[ArrayLike, "*b"], mask: Float[ArrayLike, "*b"], targets: Float[ArrayLike, ""] | float | None = None
 ) -> Float[Array, ""]:
     r"""Token mean of the negative log-likelihood, :math:`-\frac{1}{N}\sum_i m_i \log p_i`.
 
@@ -43,11 +44,11 @@ def cpt_loss(
 
 
 def pair_logprobs(
-    logprobs: Float[Array, "n s"],
-    responses: Int[Array, "n s"],
-    offsets: Int[Array, "n s"],
-    pairs: Int[Array, "n k 2"],
-    starts: Int[Array, "n k"],
+    logprobs: Float[ArrayLike, "n s"],
+    responses: Int[ArrayLike, "n s"],
+    offsets: Int[ArrayLike, "n s"],
+    pairs: Int[ArrayLike, "n k 2"],
+    starts: Int[ArrayLike, "n k"],
 ) -> tuple[Float[Array, "n k 2"], Float[Array, "n k 2"]]:
     """Summed log-probability, and number of tokens, of both responses of each pair.
 
@@ -63,7 +64,7 @@ def pair_logprobs(
 
 
 def dpo_loss(
-    policy: Float[Array, "k 2"], reference: Float[Array, "k 2"], weights: Float[Array, "k"], *, beta: float
+    policy: Float[ArrayLike, "k 2"], reference: Float[ArrayLike, "k 2"], weights: Float[ArrayLike, "k"], *, beta: float
 ) -> Float[Array, ""]:
     r"""Direct preference optimization (Rafailov et al. 2023, eq. 7).
 
@@ -87,9 +88,9 @@ def dpo_loss(
 
 
 def nll_loss(
-    chosen: Float[Array, "k"],
-    lengths: Float[Array, "k"],
-    weights: Float[Array, "k"],
+    chosen: Float[ArrayLike, "k"],
+    lengths: Float[ArrayLike, "k"],
+    weights: Float[ArrayLike, "k"],
     *,
     reduction: Literal["sequence", "micro_batch_tokens"],
 ) -> Float[Array, ""]:

@@ -26,11 +26,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jax_medllm.attention import Visibility, attend, matmul_precision
 from jax_medllm.embedding import lookup
 from jax_medllm.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
+from jax_medllm.pytree import pytree
 from jax_medllm.sharding import constrain
 from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture, Tensor
 from medllm.axes import Axis
@@ -89,7 +91,7 @@ class Table(nnx.Module):
     def __init__(self, weight: nnx.Variable):
         self.weight = weight
 
-    def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+    def __call__(self, tokens: Int[ArrayLike, "b s"]) -> Float[Array, "b s d"]:
         """The rows of ``tokens``."""
         return lookup(self.weight[...], tokens, self.weight.axes, ("batch", "sequence"))
 
@@ -200,11 +202,11 @@ class Qwen2(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "b s"],
+        tokens: Int[ArrayLike, "b s"],
         *,
-        segment_ids: Int[Array, "b s"],
-        positions: Int[Array, "b s"],
-        parent_ids: Int[Array, "b s"] | None = None,
+        segment_ids: Int[ArrayLike, "b s"],
+        positions: Int[ArrayLike, "b s"],
+        parent_ids: Int[ArrayLike, "b s"] | None = None,
         adapter: bool = True,
         remat: RematPolicy = "none",
     ) -> Float[Array, "b s d"]:
@@ -223,22 +225,6 @@ class Qwen2(nnx.Module):
         context = RowContext.of(segment_ids, parent_ids)
         return self.norm(self._run(tokens, positions, lambda _: context, adapter, remat=remat)[0])
 
-    def hidden_states(
-        self,
-        tokens: Int[Array, "b s"],
-        *,
-        segment_ids: Int[Array, "b s"],
-        positions: Int[Array, "b s"],
-        adapter: bool = True,
-    ) -> Float[Array, "l+1 b s d"]:
-        """The residual stream after the embedding and after every layer, before the final norm; for audits.
-
-        Arguments as for :meth:`hidden`.
-        """
-        context = RowContext.of(segment_ids, None)
-        _, after = self._run(tokens, positions, lambda _: context, adapter, leave=lambda x, _: x)
-        return jnp.concatenate([self.embed_tokens(tokens)[None], after])
-
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores over the vocabulary, accumulated in fp32 (float64 for float64)."""
         return head_logits(hidden, self.head_weight(), self.dtype)
@@ -249,7 +235,7 @@ class Qwen2(nnx.Module):
         return constrain(table, "head_vocab", None, first="head_vocab")
 
     def hidden_in(
-        self, tokens: Int[Array, "b s"], *, positions: Int[Array, "b s"], context: Callable[[Any], Any], cache: Any
+        self, tokens: Int[ArrayLike, "b s"], *, positions: Int[ArrayLike, "b s"], context: Callable[[Any], Any], cache: Any
     ) -> tuple[Float[Array, "b s d"], Any]:
         """Hidden states of ``tokens`` under an attention of the caller's making.
 
@@ -268,26 +254,22 @@ class Qwen2(nnx.Module):
 
     def _run(
         self,
-        tokens: Int[Array, "b s"],
-        positions: Int[Array, "b s"],
+        tokens: Int[ArrayLike, "b s"],
+        positions: Int[ArrayLike, "b s"],
         context: Callable[[Any], Any],
         adapter: bool,
         cache: Any = None,
         *,
-        leave: Callable[[Array, Any], Any] = lambda _, kept: kept,
         remat: RematPolicy = "none",
     ) -> tuple[Float[Array, "b s d"], Any]:
-        """Embed, and scan the layers with their slice of the cache: the residual stream, and what the layers leave, stacked.
-
-        ``leave`` makes that of a layer's output and of what its attention kept.
-        """
+        """Embed, and scan the layers with their slice of the cache: the residual stream, and what the layers leave, stacked."""
         rotary = Rotary.at(positions, self.config, self.dtype)
         graph, stacked = nnx.split(self.layers)
 
         def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, past = layer
             x, kept = nnx.merge(graph, state)(x, rotary, context(past), adapter)
-            return constrain(x, *RESIDUAL), leave(x, kept)
+            return constrain(x, *RESIDUAL), kept
 
         if (names := REMAT_KEEPS[remat]) is not None:
             policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -308,7 +290,7 @@ class RowContext:
     visible: Visibility
 
     @classmethod
-    def of(cls, segment_ids: Int[Array, "b s"], parent_ids: Int[Array, "b s"] | None) -> RowContext:
+    def of(cls, segment_ids: Int[ArrayLike, "b s"], parent_ids: Int[ArrayLike, "b s"] | None) -> RowContext:
         return cls(jax.tree.map(jnp.asarray, Visibility(segment_ids, parent_ids)))
 
     def attend(self, q: Float[Array, "b s h x"], k: Array, v: Array) -> tuple[Float[Array, "b s h x"], None]:
@@ -316,7 +298,7 @@ class RowContext:
         return attend(q, k, v, self.visible), None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Rotary:
     """Rotation of heads by position (RoFormer, arXiv 2104.09864), in Hugging Face's half-split layout."""
@@ -325,7 +307,7 @@ class Rotary:
     sin: Float[Array, "b s x"]
 
     @classmethod
-    def at(cls, positions: Int[Array, "b s"], config: Architecture, dtype: jnp.dtype) -> Rotary:
+    def at(cls, positions: Int[ArrayLike, "b s"], config: Architecture, dtype: jnp.dtype) -> Rotary:
         wide = jnp.promote_types(dtype, jnp.float32)
         # The power rounded to fp32, then its reciprocal: the last bits decide the angle at position 30,000.
         periods = config.rotary.periods(config.head_dim).astype(wide)

@@ -9,7 +9,7 @@ bitsandbytes blocks the flattened weight. With an input width that is a multiple
 as blocking each row, and no block crosses a row; blocks of absmaxes do.
 
 Quantization follows the CUDA kernels (``kQuantizeBlockwise`` with ``dQuantizeNF4`` and ``dQuantize``); what bitsandbytes does
-on a CPU is :mod:`medllm_parity.bitsandbytes_cpu`. Two things in them are the hardware's own. The kernels are compiled with
+on a CPU is :mod:`parity_tests.bitsandbytes_cpu`. Two things in them are the hardware's own. The kernels are compiled with
 ``--use_fast_math``: their reciprocal (``rcp.approx.ftz``) may be off in its last bit, which a code shows only where a value
 falls within that bit of a boundary: with bf16 weights never, with fp32 weights less than once in a million. And the mean of the
 absmaxes is summed in an order that depends on the GPU, so its last bits may differ, and with them a few 8-bit codes.
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from jax_medllm.pytree import Leaf, pytree
 from medllm.errors import UserError
 
 BLOCK = 64
@@ -41,10 +42,10 @@ CODES = np.array(
 )  # fmt: skip
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class NF4Weight:
-    """A quantized weight of shape [out, in].
+    """A quantized weight of shape [out, in], or a stack of them over the layers.
 
     Attributes:
         packed: Two codes a byte, the earlier value in the high half.
@@ -53,10 +54,10 @@ class NF4Weight:
         offset: Mean of the absmaxes.
     """
 
-    packed: UInt8[Array, "out half_in"]
-    absmax_codes: UInt8[Array, "out blocks"]
-    nested_absmax: Float[Array, " nested_blocks"]
-    offset: Float[Array, ""]
+    packed: UInt8[Leaf, "*l out half_in"]
+    absmax_codes: UInt8[Leaf, "*l out blocks"]
+    nested_absmax: Float[Leaf, "*l nested_blocks"]
+    offset: Float[Leaf, "*l"]
 
 
 def weight_shapes(out_features: int, in_features: int) -> NF4Weight:

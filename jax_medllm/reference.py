@@ -42,7 +42,7 @@ from medllm.run import atomic_path
 _NAME = "logprobs"
 _CHECKSUM = "checksum"
 
-Sums = list[Float[np.ndarray, "pairs 2"]]
+Sums = list[Float[np.ndarray, "_ 2"]]
 
 
 @dataclass(frozen=True)

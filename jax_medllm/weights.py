@@ -136,20 +136,6 @@ def model_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
         yield name, weight
 
 
-def packed_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
-    """Base weights as bitsandbytes stores them, NF4 ones packed, one tensor in host memory at a time. Adapters are not in it.
-
-    With the configuration of :func:`jax_medllm.packed.packed_config` they make a directory that ``from_pretrained`` loads.
-    """
-    arrays = variables(model)
-    for name, slot in _base_slots(model).items():
-        parts = _parts(arrays, slot)
-        if isinstance(parts, NF4Weight):
-            yield from packed_parts(name, parts, model.dtype)
-        else:
-            yield name, np.asarray(parts)
-
-
 def write_quantized(source: str | FilePath, out: str | FilePath, dtype: Any = jnp.bfloat16, shard_bytes: int = 1 << 30) -> None:
     """Write a dense model directory anew with its linear layers in NF4, as ``save_pretrained`` writes a quantized model.
 

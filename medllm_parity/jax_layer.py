@@ -45,7 +45,7 @@ class JaxLayer:
         parts: Any = nnx.split(model.layers, FrozenLoraParam, ...)
         self.graph, self.adapters, self.weights = parts
 
-    def run(self, hidden: Float[Array, "c*b s d"], rows: Rows, *, adapter: bool = True) -> dict[str, Array]:
+    def run(self, hidden: Float[Array, "cb s d"], rows: Rows, *, adapter: bool = True) -> dict[str, Array]:
         """Every quantity of the layer, [c·b, s, n], for hidden states of c copies of the rows."""
         segment_ids, positions = _tiled(rows, hidden.shape[0])
         return _record(self.graph, self.adapters, self.weights, hidden, segment_ids, positions, self.config, adapter)

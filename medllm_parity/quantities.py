@@ -50,9 +50,6 @@ LAYER = (
     Quantity("down", "mlp.down_proj", "mlp.down_proj"),
     Quantity("layer output", "", ""),
 )
-AROUND = ("embedding", "final norm", "logits", "log-probs")
-"""What is compared before the first layer and after the last."""
-
 TAPS: dict[tuple[str, str], str] = {(quantity.tap, quantity.side): quantity.name for quantity in LAYER if quantity.tap}
 MODULES = tuple(dict.fromkeys(quantity.tap for quantity in LAYER if quantity.tap))
 """The submodules that are listened to."""

@@ -90,7 +90,6 @@ class TorchLayer:
         self._stem = _Stem(config, layer, index, self._rotary)
         self._peft = _adapted(self._stem, index, adapters)
         self._layer = self._stem.model.layers[str(index)].eval()
-        self._index = index
         self.lifted = False
 
     def lift(self) -> None:

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.adapters import adapter_tensors, set_adapter
+from jax_medllm.adapters import TRAINED, adapter_arrays, adapter_tensors, assign
 from jax_medllm.batches import CptBatch
 from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.model import LoraParam, Qwen2, Rotary, RowContext
 from jax_medllm.train import cpt_loss_fn
 from jax_medllm.weights import read_model
-from medllm.adapter_directory import read_adapter
+from medllm.adapter_directory import Adapter, read_adapter
 from medllm.config import RematPolicy
 from medllm.model_directory import ModelDirectory
 from medllm.quantization import Quantization
@@ -42,6 +42,11 @@ def open_trainable(base: Path, adapter: Path, dtype: Any, quantization: Quantiza
     return model
 
 
+def set_adapter(model: Qwen2, adapter: Adapter) -> None:
+    """Put an adapter in place of the one that is trained; there is no reference of it."""
+    assign(model, adapter_arrays(model, adapter, TRAINED))
+
+
 def forward_and_backward(model: Qwen2, rows: Rows, *, remat: RematPolicy = "none") -> Results:
     """Everything that is compared, of one batch."""
     graph, trainable, rest = nnx.split(model, LoraParam, ...)
@@ -62,7 +67,20 @@ def _forward_and_backward(graph: Any, trainable: Any, rest: Any, batch: CptBatch
     hidden = model.hidden(batch.tokens, **inputs)
     logprobs = token_logprobs(hidden[:, :-1], model.head_weight(), batch.tokens[:, 1:])
     value, gradients = jax.value_and_grad(loss)(trainable)
-    return model.hidden_states(batch.tokens, **inputs), model.logits(hidden), logprobs, value, gradients
+    return residual_stream(model, batch.tokens, **inputs), model.logits(hidden), logprobs, value, gradients
+
+
+def residual_stream(model: Qwen2, tokens: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """[l+1, b, s, d] after the embedding and after every layer."""
+    rotary, context = Rotary.at(positions, model.config, model.dtype), RowContext.of(segment_ids, None)
+    graph, layers = nnx.split(model.layers)
+
+    def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
+        x, _ = nnx.merge(graph, layer)(x, rotary, context, True)
+        return x, x
+
+    embedded = model.embed_tokens(tokens)
+    return jnp.concatenate([embedded[None], jax.lax.scan(step, embedded, layers)[1]])
 
 
 def jax_loss(model: Qwen2, tokens, segment_ids, positions) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from medllm.config import PreferenceLoss
-from medllm.preferences.tokenization import TokenizedGroup, tokenize_group
+from medllm.preferences.tokenization import TokenizedGroup, tokenize_preferences
 from parity_tests.preference_cases import PAIRS, letters, preferences
 
 PairTokens = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -16,7 +16,7 @@ PairTokens = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 def groups() -> list[TokenizedGroup]:
     """The problems of :func:`parity_tests.preference_cases.preferences`."""
-    return [group for one in preferences() if (group := tokenize_group(letters(), one, PAIRS)) is not None]
+    return list(tokenize_preferences(letters(), preferences(), PAIRS).groups)
 
 
 def response_logprobs(model: Any, prompt: Sequence[int], response: Sequence[int]) -> torch.Tensor:

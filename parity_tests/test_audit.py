@@ -27,9 +27,9 @@ from medllm.tokenizer import load_tokenizer
 from medllm_parity import audit as audits
 from medllm_parity.audit import run_audit
 from medllm_parity.measure import Audit
-from medllm_parity.oracle import float64_model, row_logits
 from medllm_parity.rows import make_rows
-from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD
+from parity_tests.oracle import float64_model, row_logits
+from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD
 from torch_ref.model import open_model
 
 LAYERS = 3

@@ -20,10 +20,10 @@ from jax_medllm.model import LoraParam
 from jax_medllm.train import cpt_loss_fn
 from medllm.config import OptimizerConfig, TrainingConfig
 from medllm.run import Run
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, FLOAT64_FORWARD, FLOAT64_GRADIENT
 from parity_tests.cpt_cases import documents, float64_loss, stock_trainer
 from parity_tests.jax_results import open_trainable
+from parity_tests.oracle import float64_model
+from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT, FLOAT64_FORWARD, FLOAT64_GRADIENT
 from parity_tests.torch_results import adapter_gradients
 from parity_tests.training_cases import check_tensors
 

@@ -17,10 +17,10 @@ from jax_medllm.train import cpt_loss_fn
 from medllm.adapter_directory import read_adapter
 from medllm.config import CptConfig, ModelConfig, TrainingConfig
 from medllm.run import Run
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.cpt_cases import documents, float64_loss, stock_trainer
 from parity_tests.jax_results import open_trainable
+from parity_tests.oracle import float64_model
+from parity_tests.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.trainer_record import MOMENTS_AFTER, TrainerRecord, record_trainers
 from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, check_log, check_tensors, jax_steps, train_from
 from torch_ref.cpt import train_cpt

@@ -18,10 +18,10 @@ from peft import PeftModel
 from jax_medllm.nf4 import BLOCK, CODES, NESTED_BLOCK, NF4Weight, dequantize, dynamic_map, quantize, quantize_absmax
 from medllm.config import ModelConfig
 from medllm_parity.measure import Values
-from medllm_parity.oracle import float64_copy
 from medllm_parity.tolerances import AUDIT
 from parity_tests import jax_results, torch_results
 from parity_tests.jax_results import Results, open_trainable
+from parity_tests.oracle import float64_copy
 from parity_tests.packed_rows import rows, target_mask
 from torch_ref.model import open_model
 

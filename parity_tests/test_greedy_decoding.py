@@ -20,10 +20,10 @@ from medllm.adapter_directory import read_adapter
 from medllm.config import ModelConfig, Sampling
 from medllm.engine import Continuation
 from medllm.model_directory import ModelDirectory
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_HANDED_OUT
 from parity_tests import preference_oracle
+from parity_tests.oracle import float64_model
 from parity_tests.tiny_models import VOCAB
+from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT64_HANDED_OUT
 from torch_ref.engine import TorchEngine
 
 NEW = 21

@@ -36,8 +36,8 @@ from medllm.model_directory import ModelDirectory
 from medllm.preferences.records import write_preferences
 from medllm.run import Run
 from medllm.stages import run_rpo
-from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT32_TRAJECTORY_LOSS, HANDOVER_KL, HANDOVER_WEIGHT_ERROR
 from parity_tests.preference_cases import letters, preferences
+from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT32_TRAJECTORY_LOSS, HANDOVER_KL, HANDOVER_WEIGHT_ERROR
 from torch_ref.model import open_model
 
 HANDOVERS = ("merge", "stack", "continue")

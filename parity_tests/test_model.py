@@ -18,11 +18,12 @@ from jax_medllm.weights import read_model
 from medllm.architecture import HEAD, Architecture
 from medllm.config import ModelConfig, RematPolicy
 from medllm.model_directory import ModelDirectory
-from medllm_parity.oracle import float64_copy, float64_model, lift, row_logits, row_states_and_logits
-from medllm_parity.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
+from medllm_parity.oracle import lift
 from parity_tests import torch_results
 from parity_tests.jax_results import Results, forward_and_backward, jax_loss, open_trainable
+from parity_tests.oracle import float64_copy, float64_model, row_logits, row_states_and_logits
 from parity_tests.packed_rows import rows, target_mask
+from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT64_FORWARD, FLOAT64_GRADIENT
 from torch_ref.model import open_model
 
 SHAPES = [

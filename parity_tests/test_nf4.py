@@ -1,6 +1,6 @@
 """NF4 against bitsandbytes on the CPU: codes, scales, dequantized weights. Directories are in ``test_nf4_directories.py``.
 
-The JAX engine follows the CUDA kernels, :mod:`medllm_parity.bitsandbytes_cpu` what runs here; where the two differ, the second
+The JAX engine follows the CUDA kernels, :mod:`parity_tests.bitsandbytes_cpu` what runs here; where the two differ, the second
 accounts for every byte.
 """
 
@@ -14,7 +14,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from jax_medllm.nf4 import NF4Weight, dequantize, dynamic_map, quantize, quantize_absmax, quantize_blocks
-from medllm_parity import bitsandbytes_cpu
+from parity_tests import bitsandbytes_cpu
 
 TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}
 # Blocks a row even and odd, a number of rows that is odd, and a last block of absmaxes that is not full.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,15 +15,17 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from jax_medllm.packed import packed_config
-from jax_medllm.weights import load_model, model_tensors, packed_tensors, read_model, write_quantized
-from medllm.config import ModelConfig
+from jax_medllm.model import Qwen2
+from jax_medllm.packed import packed_config, packed_parts
+from jax_medllm.weights import load_model, model_tensors, read_model, write_quantized
+from medllm.adapter_directory import module_name
+from medllm.config import ALL_LINEAR, ModelConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_model
-from medllm_parity.oracle import row_logits
-from medllm_parity.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from parity_tests.jax_results import jax_loss
+from parity_tests.oracle import row_logits
 from parity_tests.packed_rows import rows
+from parity_tests.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from torch_ref.model import open_model
 
 
@@ -51,6 +54,18 @@ def check_stored(found: Path, expected: Path) -> None:
     ours, theirs = stored(found), stored(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if ours[name] != theirs[name]] == []
+
+
+def packed_tensors(model: Qwen2) -> dict[str, np.ndarray]:
+    """What a model holds, as bitsandbytes stores it."""
+    packed: dict[str, np.ndarray] = {}
+    for kind in ALL_LINEAR:
+        names = [f"{module_name(layer, kind)}.weight" for layer in range(model.config.num_layers)]
+        block = getattr(model.layers, names[0].split(".")[3])
+        stack = getattr(block, kind).quantized.value()
+        for layer, name in enumerate(names):
+            packed |= packed_parts(name, jax.tree.map(lambda part, layer=layer: part[layer], stack), model.dtype)
+    return {name: value for name, value in model_tensors(model) if name not in packed} | packed
 
 
 def logits_of(model) -> np.ndarray:
@@ -94,7 +109,7 @@ def test_a_sharded_4bit_directory_of_any_type_comes_back_byte_for_byte(tiny_mode
     assert len(list(directory.path.glob("*.safetensors"))) > 3
     type_name = str(dtype).removeprefix("torch.")
     model = read_model(directory, quantization="nf4", dtype=jnp.dtype(type_name))
-    write_model(tmp_path / "ours", packed_config(directory.config, type_name), packed_tensors(model))
+    write_model(tmp_path / "ours", packed_config(directory.config, type_name), packed_tensors(model).items())
     check_stored(tmp_path / "ours", tmp_path / "theirs")
     assert ModelDirectory(tmp_path / "ours").config == directory.config
 
@@ -105,8 +120,9 @@ def test_bytes_stored_as_another_type_are_the_same_bytes(tiny_model, tmp_path):
         quantized(base, torch.float32, bnb_4bit_quant_storage=storage).save_pretrained(tmp_path / name)
     assert ModelDirectory(tmp_path / "floats").dtype("model.layers.0.mlp.up_proj.weight") == jnp.bfloat16
     models = [read_model(ModelDirectory(tmp_path / name), quantization="nf4") for name in ("bytes", "floats")]
-    for (name, value), (_, other) in zip(*(packed_tensors(model) for model in models), strict=True):
-        np.testing.assert_array_equal(value, other, err_msg=name)
+    first, second = (packed_tensors(model) for model in models)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -115,7 +131,7 @@ def test_transformers_opens_what_we_write_and_holds_our_bytes(tiny_model, tmp_pa
     base = tiny_model(tied=tied, layers=3)
     type_name = str(dtype).removeprefix("torch.")
     write_quantized(base, tmp_path / "ours", type_name, shard_bytes=20_000)
-    ours = dict(packed_tensors(load_model(ModelConfig(str(base), quantization="nf4", dtype=type_name))))
+    ours = packed_tensors(load_model(ModelConfig(str(base), quantization="nf4", dtype=type_name)))
 
     model = opened(tmp_path / "ours", dtype)
     packed = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear4bit)}

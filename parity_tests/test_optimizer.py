@@ -14,7 +14,7 @@ from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from jax_medllm.optimizer import AdamState, clip_by_trainer_norm, learning_rate, make_optimizer, warmup_steps
 from medllm.config import OptimizerConfig
-from medllm_parity.tolerances import FLOAT64_OPTIMIZER
+from parity_tests.tolerances import FLOAT64_OPTIMIZER
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
 

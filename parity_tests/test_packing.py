@@ -19,9 +19,9 @@ from jax_medllm.train import cpt_loss_fn
 from jax_medllm.weights import read_model
 from medllm.corpus.packing import PackedRows, pack
 from medllm.model_directory import ModelDirectory
-from medllm_parity.tolerances import FLOAT32_FORWARD
 from parity_tests.jax_results import jax_loss
 from parity_tests.tiny_models import VOCAB
+from parity_tests.tolerances import FLOAT32_FORWARD
 from torch_ref.cpt import RowFeatures
 
 LENGTH = 24

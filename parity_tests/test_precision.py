@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 
 from medllm.config import ModelConfig
-from medllm_parity.oracle import float64_copy
-from medllm_parity.tolerances import BFLOAT16_EXCESS, FLOAT32_EXCESS
 from parity_tests import jax_results, torch_results
 from parity_tests.jax_results import Results, open_trainable
+from parity_tests.oracle import float64_copy
 from parity_tests.packed_rows import rows, target_mask
+from parity_tests.tolerances import BFLOAT16_EXCESS, FLOAT32_EXCESS
 from torch_ref.model import open_model
 
 SEEDS = range(5)

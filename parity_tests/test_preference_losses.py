@@ -28,11 +28,11 @@ from jax_medllm.train import preference_loss_fn
 from medllm.adapter_directory import read_adapter
 from medllm.config import ALL_LINEAR, PreferenceLoss, TrainingConfig
 from medllm.preferences.pairs import trl_rows
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT64_FORWARD, FLOAT64_GRADIENT, TRL_FLOAT32_GRADIENT, TRL_FLOAT32_LOSS
 from parity_tests.jax_results import open_trainable
+from parity_tests.oracle import float64_model
 from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.preference_oracle import groups, preference_terms, reference_sums
+from parity_tests.tolerances import FLOAT64_FORWARD, FLOAT64_GRADIENT, TRL_FLOAT32_GRADIENT, TRL_FLOAT32_LOSS
 from parity_tests.torch_results import adapter_gradients
 from parity_tests.training_cases import check_tensors
 

@@ -17,11 +17,10 @@ from jax_medllm.batches import PreferenceData, Step
 from medllm.config import PairConfig, TrainingConfig
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import tokenize_completion, tokenize_group, tokenize_preferences
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
-ALL = 10_000
 
 
 def byte_level_bpe(merges: list[tuple[str, str]], *, bos: bool = False) -> PreTrainedTokenizerFast:
@@ -121,7 +120,7 @@ def test_a_merge_across_the_boundary_moves_the_completion_start_as_in_trl(tokeni
 
     unmerged_pair = preference("Q\n Explanation:", "次", ["because"], ["三", "四"])
     ours = assert_same_as_trl(tokenizer, [unmerged_pair], config)
-    group = tokenize_group(tokenizer, unmerged_pair, config)
+    (group,) = tokenize_preferences(tokenizer, [unmerged_pair], config).groups
     assert len({len(prompt) for prompt, _, _ in ours}) == 2
     assert sorted(set(group.pair_starts)) == [0, 1]
 
@@ -146,14 +145,6 @@ def test_truncation_and_dropped_rows_are_those_of_trl(tokenizer, max_length):
 def test_a_tokenizer_that_adds_a_start_token_is_followed_too():
     ours = assert_same_as_trl(byte_level_bpe(MERGES, bos=True), [PLAIN, MERGED], PairConfig())
     assert all(prompt[0] == 256 + len(MERGES) for prompt, _, _ in ours)
-
-
-def test_a_single_completion_starts_where_trl_starts_a_pair_of_it(tokenizer):
-    for response in ("一\n Answer:a", "「引用」", "because", ""):
-        pair = preference("Q\n Explanation:", response, [], [response + " "])
-        prepared = trl_dataset(tokenizer, [pair], PairConfig())[0]
-        continuation = tokenize_completion(tokenizer, pair.prompt, response, ALL)
-        assert (list(continuation.prompt), list(continuation.completion)) == (prepared["prompt_ids"], prepared["chosen_ids"])
 
 
 def test_the_qwen_tokenizer_gives_what_trl_makes_of_it():

@@ -14,7 +14,6 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
-from jax_medllm.adapters import set_adapter
 from jax_medllm.batches import PreferenceData, Step
 from jax_medllm.logprobs import response_logprobs
 from jax_medllm.weights import read_model
@@ -22,12 +21,12 @@ from medllm.adapter_directory import read_adapter
 from medllm.config import ModelConfig, TrainingConfig
 from medllm.model_directory import ModelDirectory
 from medllm.preferences.pairs import trl_rows
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT64_FORWARD, TRL_FLOAT32_LOSS
 from parity_tests import preference_oracle
-from parity_tests.jax_results import open_trainable
+from parity_tests.jax_results import open_trainable, set_adapter
+from parity_tests.oracle import float64_model
 from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.preference_oracle import groups
+from parity_tests.tolerances import FLOAT64_FORWARD, TRL_FLOAT32_LOSS
 from torch_ref.model import open_model, peft_config, trainable_base
 
 BETA = 0.5

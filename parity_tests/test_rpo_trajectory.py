@@ -25,11 +25,11 @@ from medllm.config import ModelConfig, PairConfig, PreferenceLoss, RpoConfig, Tr
 from medllm.preferences.pairs import trl_rows
 from medllm.run import Run
 from medllm.tokenizer import load_tokenizer
-from medllm_parity.oracle import float64_model
-from medllm_parity.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.jax_results import open_trainable
+from parity_tests.oracle import float64_model
 from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.preference_oracle import groups, preference_terms, reference_sums
+from parity_tests.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.trainer_record import record_trainers
 from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, check_log, check_tensors, jax_steps, train_from
 from torch_ref.rpo import train_preferences

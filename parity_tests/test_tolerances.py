@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medllm_parity import tolerances
-from medllm_parity.tolerances import Tolerance, table
+from parity_tests.tolerances import TOLERANCES, Tolerance, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
-NAMES = [name for name, value in vars(tolerances).items() if isinstance(value, Tolerance)]
 ONE_PERCENT = Tolerance(0.01, "a test", 0.0)
 
 
@@ -37,22 +35,22 @@ def test_anything_else_is_refused_with_what_it_was(actual, expected, message):
         ONE_PERCENT.assert_close(actual, expected, "logits")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TOLERANCES)
 def test_what_was_seen_lies_below_the_bound_and_a_test_or_the_audit_reads_it(name):
-    tolerance = getattr(tolerances, name)
+    tolerance = TOLERANCES[name]
     assert tolerance.seen <= tolerance.relative
     readers = [*ROOT.glob("parity_tests/*.py"), *ROOT.glob("medllm_parity/*.py")]
     assert any(name in path.read_text(encoding="utf-8") for path in readers if path.name != "tolerances.py")
 
 
 def test_float64_is_held_to_1e_10_and_trajectories_to_1e_8():
-    for name in NAMES:
+    for name in TOLERANCES:
         if name.startswith("FLOAT64") and name != "FLOAT64_HANDED_OUT":
-            assert getattr(tolerances, name).relative <= (1e-8 if "TRAJECTORY" in name else 1e-10), name
+            assert TOLERANCES[name].relative <= (1e-8 if "TRAJECTORY" in name else 1e-10), name
 
 
 def test_the_page_prints_the_table():
-    assert table() in PAGE, "docs/parity.md: put in what python -m medllm_parity.tolerances prints"
+    assert table() in PAGE, "docs/parity.md: put in what python -m parity_tests.tolerances prints"
 
 
 def test_the_page_names_every_file_of_the_suite_and_no_other():

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from medllm_parity.oracle import row_logprobs, row_loss, row_states_and_logits
 from parity_tests.jax_results import Results
+from parity_tests.oracle import row_logprobs, row_loss, row_states_and_logits
 from parity_tests.packed_rows import Rows
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.adapters import adapter_tensors, set_adapter
+from jax_medllm.adapters import adapter_tensors
 from jax_medllm.batches import TrainingData
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import AdamState
@@ -21,7 +21,8 @@ from medllm.adapter_directory import read_adapter, write_adapter
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.model_directory import ModelDirectory
 from medllm.run import Run
-from medllm_parity.tolerances import Tolerance
+from parity_tests.jax_results import set_adapter
+from parity_tests.tolerances import Tolerance
 
 LORA = LoraConfig(rank=4, alpha=6.0, seed=5)
 # Decay, a schedule that bends, and a clip that binds in some steps and not in others.

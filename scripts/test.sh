@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a change must pass: lint, import rules, types, tests. Arguments go to pytest.
+# Everything a change must pass: lint, import rules, types, nothing unused, tests. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
@@ -10,6 +10,7 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports"
 "$venv/bin/mypy"
+"$venv/bin/vulture"
 # A file of tests stays in one process, which makes its expensive fixtures once. Files come in their own order: by their number of
 # tests, those with few long ones would all come last, and one process would wait for the other.
 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

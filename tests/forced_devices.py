@@ -8,6 +8,9 @@ import subprocess
 import sys
 from typing import Any
 
+_CHECKED = "import conftest, runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+"""As ``python -m``, with annotations checked as they are in the tests' own process."""
+
 
 def environment(devices: int) -> dict[str, str]:
     """The variables of a process with so many devices. LLVM's passes, most of the time to compile, are left out."""
@@ -17,7 +20,7 @@ def environment(devices: int) -> dict[str, str]:
 
 def found_on_eight(module: str, *arguments: str) -> Any:
     """What ``python -m module arguments`` prints in its last line, as JSON, where it has eight devices."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = [sys.executable, "-c", _CHECKED, module, *arguments]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Involuntary full rematerialization" not in done.stderr, "XLA gathers a whole array to lay it out anew"

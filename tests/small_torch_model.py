@@ -1,10 +1,13 @@
-"""The torch engine's tests' model: two layers and a tokenizer trained on a few lines, written as a directory."""
+"""The torch engine's tests' model and its fixtures: two layers, a tokenizer trained on a few lines, in a directory."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from medllm.config import ModelConfig
 
 END = "<|endoftext|>"
 TEXTS = ["the fever went down", "a cough and a cold", "rest, water and sleep help", "the answer is a"]
@@ -37,3 +40,23 @@ def write_small_model(path: Path) -> None:
             torch.nn.init.normal_(linear.bias, std=0.1)
     model.generation_config.repetition_penalty = 1.5
     model.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The directory."""
+    path = tmp_path_factory.mktemp("model")
+    write_small_model(path)
+    return path
+
+
+@pytest.fixture
+def dense(folder):
+    """The model as it is."""
+    return ModelConfig(path=str(folder), dtype="float32")
+
+
+@pytest.fixture
+def nf4(folder):
+    """The model with its layers in 4 bits."""
+    return ModelConfig(path=str(folder), dtype="bfloat16", quantization="nf4")

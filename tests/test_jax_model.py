@@ -135,15 +135,6 @@ def test_a_full_row_that_has_ended_is_not_overwritten_while_others_go_on():
     np.testing.assert_array_equal(slots.own.values[:, 0, :, :4], before.values[:, 0, :, :4])
 
 
-def test_the_states_after_the_layers_begin_with_the_embedding_and_end_before_the_final_norm():
-    model = build()
-    tokens, positions = random_tokens(2, 6), jnp.broadcast_to(jnp.arange(6), (2, 6))
-    states = model.hidden_states(tokens, segment_ids=jnp.ones_like(tokens), positions=positions)
-    assert states.shape == (TINY.num_layers + 1, 2, 6, TINY.hidden_size)
-    np.testing.assert_array_equal(states[0], model.embed_tokens.weight[...][tokens])
-    np.testing.assert_allclose(model.norm(states[-1]), hidden(model, tokens), atol=2e-5)
-
-
 def test_responses_that_share_a_prompt_have_the_states_of_separate_rows():
     model = build()
     prompt, first, second = random_tokens(5), random_tokens(4) + 1, random_tokens(3) + 2

@@ -12,7 +12,7 @@ from medllm.config import PairConfig
 from medllm.errors import UserError
 from medllm.preferences.pairs import Rank, training_pairs
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import check_preferences, tokenize_completion, tokenize_group, tokenize_preferences
+from medllm.preferences.tokenization import TokenizedGroup, check_preferences, tokenize_preferences
 
 ALL = PairConfig(max_chosen=0, max_rejected=0)
 
@@ -34,6 +34,11 @@ A, B, C, D, E, BD, BE, ABE, END = range(9)
 def preference(prompt: str, truth: str, chosen: str = "", rejected: str = "", problem_id: str = "110A1") -> Preference:
     samples = [tuple(Sample(text, "a") for text in texts.split()) for texts in (chosen, rejected)]
     return Preference(problem_id, prompt, Sample(truth, "a"), *samples)
+
+
+def tokenize_group(tokenizer: PreTrainedTokenizerFast, problem: Preference, config: PairConfig) -> TokenizedGroup | None:
+    """The one group of a problem; None where no pair is left."""
+    return next(iter(tokenize_preferences(tokenizer, [problem], config).groups), None)
 
 
 def test_responses_share_one_prompt_and_end_with_the_end_token(tokenizer):
@@ -58,15 +63,14 @@ def test_a_merge_in_one_response_shortens_the_shared_prompt_and_other_pairs_star
 
 
 def test_a_merge_that_swallows_the_whole_prompt_leaves_an_empty_one(tokenizer):
-    continuation = tokenize_completion(tokenizer, "ab", "e")
-    assert (continuation.prompt, continuation.completion) == ((), (ABE, END))
+    group = tokenize_group(tokenizer, preference("ab", "e", "c"), ALL)
+    assert (group.prompt, group.responses) == ((), ((ABE, END), (A, B, C, END)))
 
 
 def test_long_responses_are_cut_at_the_end_and_counted(tokenizer):
     found = tokenize_preferences(tokenizer, [preference("aaa", "cccc", "c", "ccccc")], PairConfig(max_length=6))
     assert found.truncated == 2
     assert found.groups[0].responses == ((C, C, C), (C, END), (C, C, C))
-    assert tokenize_completion(tokenizer, "aaa", "cccc", 6).completion == (C, C, C)
 
 
 def test_pairs_whose_prompt_fills_the_length_are_dropped_and_counted(tokenizer):
@@ -81,8 +85,6 @@ def test_pairs_whose_prompt_fills_the_length_are_dropped_and_counted(tokenizer):
     assert [group.problem_id for group in found.groups] == ["partly", "whole"]
     assert found.groups[0].pairs == ((0, 1), (1, 2)), "the pair of c and a has the prompt a a b, which leaves it no room"
     assert (found.pairs, found.dropped_pairs, found.unpaired) == (3, 2, 1)
-    assert tokenize_completion(tokenizer, "aaaa", "c", 3) is None
-    assert tokenize_group(tokenizer, problems[0], PairConfig(max_length=3)) is None
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

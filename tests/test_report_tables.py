@@ -83,7 +83,7 @@ def test_columns_without_explanation_come_first_and_a_missing_cell_stays_empty()
     table = build_table([cell("base", EXPLAINED, "10"), cell("base", PLAIN, "11"), cell("CPT", PLAIN, "11")], draw=DRAW)
     assert table.settings == (PLAIN, EXPLAINED)
     assert table.rows[1].stability is None
-    assert "–" in tables.markdown(table).splitlines()[-1]
+    assert tables.lines(table, table.rows[1])[2:] == [("–",), ("–",)]
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,6 @@ def test_the_terminal_table_fits_eighty_columns(five_by_two):
         assert tables.interval(row.scores[EXPLAINED].score) in console.file.getvalue()
 
 
-def test_the_markdown_table_has_a_line_a_model_and_equal_columns(five_by_two):
-    table = build_table(five_by_two, draw=DRAW)
-    lines = tables.markdown(table, published=True).strip().splitlines()
-    assert len(lines) == 2 + len(MODELS)
-    assert {line.count("|") for line in lines} == {6}
-    assert [line.split("|")[1].split("<br>")[0].strip() for line in lines[2:]] == list(MODELS)
-    assert tables.number(table.rows[4].scores[EXPLAINED].score.value) in lines[6]
-
-
-def test_a_pipe_in_a_model_name_does_not_break_the_markdown_table():
-    table = build_table([cell("a|b", PLAIN, "10")], draw=DRAW)
-    assert "a\\|b" in tables.markdown(table)
-
-
 def test_json_carries_every_figure_unrounded_and_survives_a_round_trip(five_by_two):
     table = build_table(five_by_two, draw=DRAW)
     plain = json.loads(json.dumps(tables.to_json(table)))
@@ -184,11 +170,6 @@ def test_published_figures_agree_with_each_other():
     assert paper.published("Qwen2.5-72B").stability == pytest.approx(-0.092)
     assert paper.published("no such model") is None
     assert len({row.model for row in paper.IGAKUQA}) == len(paper.IGAKUQA) == 15
-    for name, years in paper.POINTS_BY_YEAR.items():
-        share = sum(years.values()) / paper.POINTS_POSSIBLE
-        assert share == pytest.approx(paper.published(name).plain, abs=6e-4)
-    for row in paper.ZERO_SHOT:
-        assert (row.mmmlu + row.medqa + row.medmcqa + row.pubmedqa) / 4 == pytest.approx(row.mean, abs=6e-4)
 
 
 def test_every_name_leads_to_one_published_row():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jax_medllm import weights
-from jax_medllm.weights import packed_tensors, read_model
+from jax_medllm.adapters import variables
+from jax_medllm.weights import read_model
 from medllm.bench import load
 from medllm.bench.load import ALLOWANCE, bench_load, checkpoint_model
 from medllm.cli import main
@@ -33,14 +34,14 @@ class Watched(ModelDirectory):
 
 
 def test_a_model_read_and_quantized_in_pieces_is_the_model_read_whole(monkeypatch):
-    whole = dict(packed_tensors(read_model(ModelDirectory(BASE), quantization="nf4")))
+    whole = variables(read_model(ModelDirectory(BASE), quantization="nf4"))
     directory = Watched(BASE)
     monkeypatch.setattr(weights, "_PIECE", 5000)
-    pieces = dict(packed_tensors(read_model(directory, quantization="nf4")))
+    pieces = variables(read_model(directory, quantization="nf4"))
     assert directory.largest <= 5000
     assert pieces.keys() == whole.keys()
-    for name, value in whole.items():
-        np.testing.assert_array_equal(pieces[name], value, err_msg=name)
+    for path, variable in whole.items():
+        np.testing.assert_array_equal(pieces[path][...], variable[...], err_msg=str(path))
 
 
 @pytest.mark.parametrize("gigabytes", [0.05, 1.0, 6.0, 30.0])

@@ -17,7 +17,7 @@ from medllm.errors import UserError
 from medllm.exam.evaluation import score_options
 from medllm.exam.problem import Problem
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import tokenize_completion, tokenize_preferences
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.tokenizer import Message, encode, encode_continuation, encode_prompt, load_tokenizer
 
 BASE = Path(medllm.mini.__file__).parent / "data" / "base"
@@ -60,13 +60,11 @@ def all_ways(tokenizer) -> dict[str, list[int]]:
     preference = Preference("p", PROMPT, Sample(RESPONSE, "a"), rejected=(Sample("乙。", "b"),))
     (group,) = tokenize_preferences(tokenizer, [preference], PairConfig()).groups
     (document,) = tokenize_documents(tokenizer, [Document(PROMPT + RESPONSE, "memory")])
-    single = tokenize_completion(tokenizer, PROMPT, RESPONSE)
     prompt, completion = encode_continuation(tokenizer, PROMPT, RESPONSE)
     end = [tokenizer.eos_token_id]
     return {
         "document": document.tolist(),
         "preference": [*group.prompt, *group.responses[0]],
-        "completion": [*single.prompt, *single.completion],
         "option": [*prompt, *completion, *end],
         "prompt": [*encode_prompt(tokenizer, PROMPT), *encode_continuation(tokenizer, PROMPT, RESPONSE)[1], *end],
         "text": [*encode(tokenizer, PROMPT + RESPONSE), *end],

@@ -38,28 +38,13 @@ from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
-from tests.small_torch_model import END, TEXTS, write_small_model
+from tests.small_torch_model import END, TEXTS
 from torch_ref import TorchEngine, add_adapter, open_model
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import trainable_base
 from torch_ref.rpo import dpo_trainer
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_small_model(path)
-    return path
-
-
-@pytest.fixture
-def dense(folder):
-    return ModelConfig(path=str(folder), dtype="float32")
-
-
-@pytest.fixture
-def nf4(folder):
-    return ModelConfig(path=str(folder), dtype="bfloat16", quantization="nf4")
+pytest_plugins = ["tests.small_torch_model"]
 
 
 def cpt_config(model, run, **training):

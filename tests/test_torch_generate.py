@@ -3,21 +3,15 @@
 import dataclasses
 
 import numpy as np
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from medllm.config import ModelConfig, Sampling
+from medllm.config import Sampling
 from medllm.engine import Continuation
-from tests.small_torch_model import TEXTS, write_small_model
+from tests.small_torch_model import TEXTS
 from torch_ref import TorchEngine
 
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_small_model(path)
-    return ModelConfig(path=str(path), dtype="float32")
+pytest_plugins = ["tests.small_torch_model"]
 
 
 def test_greedy_text_is_what_transformers_generates_for_each_prompt_alone(dense):

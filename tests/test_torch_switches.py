@@ -16,7 +16,6 @@ from medllm.cli import main
 from medllm.config import (
     CptConfig,
     LoraConfig,
-    ModelConfig,
     OptimizerConfig,
     PairConfig,
     RpoConfig,
@@ -30,7 +29,7 @@ from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
-from tests.small_torch_model import TEXTS, write_small_model
+from tests.small_torch_model import TEXTS
 from torch_ref import TorchEngine, open_model
 from torch_ref import switches as switches_here
 from torch_ref.cpt import RowFeatures, one_long_row
@@ -38,22 +37,7 @@ from torch_ref.rpo import dpo_trainer
 
 LORA = LoraConfig(rank=4, alpha=8)
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write_small_model(path)
-    return path
-
-
-@pytest.fixture
-def dense(folder):
-    return ModelConfig(path=str(folder), dtype="float32")
-
-
-@pytest.fixture
-def nf4(folder):
-    return ModelConfig(path=str(folder), dtype="bfloat16", quantization="nf4")
+pytest_plugins = ["tests.small_torch_model"]
 
 
 def preferences(count=3):

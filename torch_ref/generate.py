@@ -110,7 +110,7 @@ class _StopAtStrings(StoppingCriteria):
         self._tokenizer, self._stop, self._prompt_width = tokenizer, stop, prompt_width
         self._tail = max(len(text.encode()) for text in stop) + 4
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         generated = input_ids[:, self._prompt_width :][:, -self._tail :]
         texts = self._tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return torch.tensor([any(stop in text for stop in self._stop) for text in texts], device=input_ids.device)

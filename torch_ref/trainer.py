@@ -108,12 +108,12 @@ class RunLog(TrainerCallback):
         self.max_steps = training.max_steps
         self._marks: list[tuple[float, float]] = []  # (seconds, epochs) at the start, after the first and after the last step
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
         self._marks = [(time.monotonic(), state.epoch or 0.0)]
         self._run.forget_after(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Note the time, and close the run at its last step with a log line and a checkpoint."""
         self._marks = [*self._marks[:2], (time.monotonic(), state.epoch or 0.0)]
         stop = self.max_steps and state.global_step >= self.max_steps
@@ -121,7 +121,7 @@ class RunLog(TrainerCallback):
             control.should_training_stop = control.should_log = control.should_save = True
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """One line of metrics; the Trainer's closing summary (``train_runtime`` …) is not one."""
         if "loss" in logs and not math.isfinite(logs["loss"]):

@@ -32,6 +32,7 @@ from jax_medllm.attention import cudnn, pallas, xla
 from jax_medllm.attention.shares import attend_share
 from jax_medllm.attention.visibility import Visibility
 from jax_medllm.attention.xla import matmul_precision
+from jax_medllm.pytree import Leaf
 from jax_medllm.sharding import Layout, in_use
 from medllm.errors import UserError
 
@@ -86,7 +87,7 @@ def using(backend: Backend | None) -> AbstractContextManager[None]:
     return _ASKED_FOR(backend)
 
 
-def backend_for(q: Float[Array, "b s h x"]) -> Backend:
+def backend_for(q: Float[Leaf, "b s h x"]) -> Backend:
     """The backend that attends these queries, or what has their shape and type.
 
     Raises:

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 
 from jax_medllm.attention.shares import attend_prefix
 from jax_medllm.attention.visibility import Visibility
+from jax_medllm.pytree import Leaf
 
 
-def refusal(q: Float[Array, "b s h x"]) -> str | None:
+def refusal(q: Float[Leaf, "b s h x"]) -> str | None:
     """What cuDNN lacks for these queries, on any GPU from Ampere on."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, not in {q.dtype}"
@@ -24,8 +25,8 @@ def refusal(q: Float[Array, "b s h x"]) -> str | None:
 
 
 def attend(
-    q: Float[Array, "b s h x"], k: Float[Array, "b s k x"], v: Float[Array, "b s k x"], visible: Visibility
-) -> Float[Array, "b s h x"]:
+    q: Float[Array, "b q h x"], k: Float[Array, "b t k x"], v: Float[Array, "b t k x"], visible: Visibility
+) -> Float[Array, "b q h x"]:
     """The contract of :func:`jax_medllm.attention.attend`."""
     return _attend(q, k, v, visible) if visible.first_query is None else attend_prefix(_attend, q, k, v, visible)
 

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.attention.visibility import Visibility
 from jax_medllm.attention.xla import KERNEL_OUTPUT, UNSEEN, matmul_precision
+from jax_medllm.pytree import Leaf, pytree
 
 TILE = 1024
 """Queries times heads of a tile, and twice its keys: all arrays of a step fit into 16 MiB, the memory of a v5e core."""
@@ -50,7 +51,7 @@ class Tiles:
         return cls(queries, keys)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class _Rows:
     """What the kernels know of who sees whom.
@@ -66,8 +67,8 @@ class _Rows:
 
     queries: Int[Array, "b i 2 q"]
     keys: Int[Array, "b t 1"]
-    keys_held: Int[Array, "b*i*j+1"]
-    queries_held: Int[Array, "b*j*i+1"]
+    keys_held: Int[Array, " steps"]
+    queries_held: Int[Array, " steps"]
 
     @classmethod
     def of(cls, visible: Visibility, tiles: Tiles, queries: int) -> _Rows:
@@ -92,7 +93,7 @@ def _padded(array: Array, tiles: Tiles) -> Array:
     return jnp.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)))
 
 
-def _may_see(queries: Int[Array, "b i 2 q"], keys: Int[Array, "b j t"], first_query: Int[Array, ""]) -> Array:
+def _may_see(queries: Int[Array, "b i 2 q"], keys: Int[Array, "b j t"], first_query: Int[Array, ""]) -> Bool[Array, "b i j"]:
     """[b, i, j]: False where no query of tile i sees a key of tile j, by the lowest and highest segment of each."""
     least, most = keys.min(-1)[:, None], keys.max(-1)[:, None]
     nobody = jnp.iinfo(queries.dtype).max
@@ -104,7 +105,7 @@ def _may_see(queries: Int[Array, "b i 2 q"], keys: Int[Array, "b j t"], first_qu
     return meet & (first_key <= last_query[:, None])
 
 
-def _held(seen: Array) -> Int[Array, "b*i*j"]:
+def _held(seen: Bool[Array, "b i j"]) -> Int[Array, "b*i*j"]:
     """For each step its own tile where it is needed, else the one before that is, else the first that is."""
     own = jnp.where(seen, jnp.arange(seen.shape[-1], dtype=jnp.int32), -1)
     before = jax.lax.cummax(own, axis=2)
@@ -112,18 +113,18 @@ def _held(seen: Array) -> Int[Array, "b*i*j"]:
     return jnp.where(before < 0, first, before).reshape(-1)
 
 
-def refusal(q: Float[Array, "b s h x"]) -> str | None:
+def refusal(q: Float[Leaf, "b s h x"]) -> str | None:
     """What a TPU kernel lacks for these queries."""
     return "a TPU kernel has no float64" if q.dtype == jnp.float64 else None
 
 
 def attend(
-    q: Float[Array, "b s h x"],
-    k: Float[Array, "b s k x"],
-    v: Float[Array, "b s k x"],
+    q: Float[Array, "b q h x"],
+    k: Float[Array, "b t k x"],
+    v: Float[Array, "b t k x"],
     visible: Visibility,
     tiles: Tiles | None = None,
-) -> Float[Array, "b s h x"]:
+) -> Float[Array, "b q h x"]:
     """The contract of :func:`jax_medllm.attention.attend`; ``tiles`` other than the default ones are for tests."""
     b, s, h, x = q.shape
     kv_heads = k.shape[2]
@@ -195,7 +196,7 @@ class _Grid:
         inputs: Sequence[tuple[Array, str]],
         outputs: Sequence[tuple[Any, str]],
         scratch: Sequence[Any],
-    ) -> list[Array]:
+    ) -> Sequence[Array]:
         """Call the kernel on arrays that come in tiles of queries ``[b, k, i, n, m]``, or of keys ``[b, k, t, x]``."""
         ids = [(self.rows.queries, "query segments"), (self.rows.keys, "key segments")]
         held = self.rows.keys_held if self.inner_keys else self.rows.queries_held

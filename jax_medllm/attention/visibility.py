@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 from jaxtyping import Array, Bool, Int
 
+from jax_medllm.pytree import Leaf, pytree
 
-@jax.tree_util.register_dataclass
+
+@pytree
 @dataclass(frozen=True)
 class Visibility:
     """A token sees those of its own segment or of its parent segment, up to itself.
@@ -20,11 +21,11 @@ class Visibility:
         first_query: Place in the row of the first query, where queries are some of the row's tokens and not all.
     """
 
-    segments: Int[Array, "b s"]
-    parents: Int[Array, "b s"] | None = None
-    first_query: Int[Array, ""] | None = None
+    segments: Int[Leaf, "b s"]
+    parents: Int[Leaf, "b s"] | None = None
+    first_query: Int[Leaf, ""] | None = None
 
-    def mask(self, queries: Int[Array, "q"], keys: Int[Array, "t"]) -> Bool[Array, "b q t"]:
+    def mask(self, queries: Int[Leaf, "q"], keys: Int[Leaf, "t"]) -> Bool[Array, "b q t"]:
         """True where one of the tokens at the indices ``queries`` sees one of those at the indices ``keys``.
 
         Padding sees padding, so that no row of the softmax is empty. An index beyond the row stands for a token after all

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from jax_medllm.attention.shares import attend_prefix
 from jax_medllm.attention.visibility import Visibility
+from jax_medllm.pytree import Leaf
 
 UNSEEN = -1e30
 """Score of a key that is not seen. Finite: a query may meet a tile of which it sees nothing before one of which it does."""
@@ -67,18 +68,18 @@ class Tile:
         return cls(min(sides[0], queries), min(sides[1], keys))
 
 
-def refusal(_: Float[Array, "b s h x"]) -> str | None:
+def refusal(_: Float[Leaf, "b s h x"]) -> str | None:
     """Nothing is refused."""
     return None
 
 
 def attend(
-    q: Float[Array, "b s h x"],
-    k: Float[Array, "b s k x"],
-    v: Float[Array, "b s k x"],
+    q: Float[Array, "b q h x"],
+    k: Float[Array, "b t k x"],
+    v: Float[Array, "b t k x"],
     visible: Visibility,
     tile: Tile | None = None,
-) -> Float[Array, "b s h x"]:
+) -> Float[Array, "b q h x"]:
     """The contract of :func:`jax_medllm.attention.attend`; ``tile`` other than the default one is for tests."""
     if visible.first_query is not None:
         return attend_prefix(partial(_attend, tile), q, k, v, visible)
@@ -196,7 +197,7 @@ class _Pairs:
         """Which keys of a run the tile of queries sees that begins at a place in the row."""
         return self.visible.mask(first + np.arange(self.tile.queries), run.begin + np.arange(run.length))
 
-    def of_queries(self, rows: Float[Array, "b s h *x"]) -> Float[Array, "i b k g*q *x"]:
+    def of_queries(self, rows: Float[Array, "b s h *x"]) -> Float[Array, "i b k gq *x"]:
         """Tiles of what each query and head has."""
         b, length, heads, *x = rows.shape
         tiles, size = self.count[0], self.tile.queries
@@ -204,7 +205,7 @@ class _Pairs:
         cut = filled.reshape(b, tiles, size, self.kv_heads, heads // self.kv_heads, *x)
         return jnp.moveaxis(cut, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4)).reshape(tiles, b, self.kv_heads, -1, *x)
 
-    def queries_back(self, tiles: Float[Array, "i b k g*q x"], like: Float[Array, "b s h x"]) -> Float[Array, "b s h x"]:
+    def queries_back(self, tiles: Float[Array, "i b k gq x"], like: Float[Array, "b s h x"]) -> Float[Array, "b s h x"]:
         """What :meth:`of_queries` cut, whole again."""
         b, length, heads, x = like.shape
         cut = tiles.reshape(self.count[0], b, self.kv_heads, heads // self.kv_heads, self.tile.queries, x)

@@ -10,18 +10,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from medllm.hlo import ArrayType, Line, arrays, read_computations
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OPCODE = re.compile(r"([\w\-]+)\(")
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{(?P<listed>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|mesh\[(?P<mesh>[^\]]*)\]"
@@ -37,26 +33,6 @@ _FREE = frozenset(
     | {"while", "call", "conditional", "async-start"}  # what they call is counted
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a computation: its result's type as text, operation, operands' names, the rest of the line, and whether it is
-    what the computation returns."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    root: bool
-
-    def called(self) -> dict[str, str]:
-        """Computations it calls, by the role they have."""
-        found = dict(_CALLED.findall(self.attributes))
-        if branches := _BRANCHES.search(self.attributes):
-            found |= {f"branch {i}": name for i, name in enumerate(_NAME.findall(branches[1]))}
-        return found
 
 
 @dataclass(frozen=True)
@@ -79,7 +55,6 @@ class Collective:
     bytes: int
 
 
-@dataclass
 class Program:
     """A compiled program.
 
@@ -88,20 +63,10 @@ class Program:
         while_trips: Rounds of a loop whose number of rounds the compiler does not know.
     """
 
-    text: str
-    while_trips: int = 1
-    computations: dict[str, list[Instruction]] = field(default_factory=dict, init=False)
-    entry: str = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        lines: list[Instruction] = []
-        for line in self.text.splitlines():
-            if header := _HEADER.match(line):
-                lines = self.computations[header[2]] = []
-                self.entry = header[2] if header[1] else self.entry
-            elif line.startswith("  ") and " = " in line:
-                lines.append(_instruction(line))
-        self._types = {name: {line.name: line.type for line in lines} for name, lines in self.computations.items()}
+    def __init__(self, text: str, while_trips: int = 1):
+        self._computations, self._entry = read_computations(text)
+        self._while_trips = while_trips
+        self._types = {name: {line.name: line.type for line in lines} for name, lines in self._computations.items()}
 
     def collectives(self) -> list[Collective]:
         """All that is sent between devices in one run, most bytes first."""
@@ -111,25 +76,25 @@ class Program:
         alone = {computation for computation, _ in self._runs(fused=False)}
         for computation, runs in self._runs(fused=True):
             types = self._types[computation]
-            for line in self.computations[computation]:
+            for line in self._computations[computation]:
                 kind = line.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
                 devices = 2 if kind == "collective-permute" else _group(line.attributes)
                 if devices == 1:
                     continue
-                arrays = [array for name in line.operands for array in _arrays(types[name])]
+                sent_arrays = [array for name in line.operands for array in arrays(types[name])]
                 channel = _CHANNEL.search(line.attributes)
                 if channel and computation not in alone:
                     # A TPU's compiler writes one collective in each of the products that it goes on beside. The channel alone
                     # does not tell: those of shard_map all have the same.
-                    one = (channel[1], kind, *((dtype, count) for dtype, count, _ in arrays))
+                    one = (channel[1], kind, *(array[:2] for array in sent_arrays))
                     if one in started:
                         continue
                     started.add(one)
                 sizes: dict[str, int] = defaultdict(int)
-                for array in arrays:
-                    sizes[array[0]] += _size(array)
+                for array in sent_arrays:
+                    sizes[array.dtype] += _size(array)
                 for dtype, size in sizes.items():
                     times[kind, dtype, devices] += runs
                     sent[kind, dtype, devices] += runs * round(size * _share(kind, devices))
@@ -144,7 +109,7 @@ class Program:
         """
         return round(
             sum(
-                runs * sum(self._moved(computation, line) for line in self.computations[computation])
+                runs * sum(self._moved(computation, line) for line in self._computations[computation])
                 for computation, runs in self._runs(fused=False)
             )
         )
@@ -152,11 +117,11 @@ class Program:
     def _runs(self, fused: bool) -> Iterator[tuple[str, float]]:
         """Computations and how often each runs, a choice's as often as each other; with or without the insides of fused
         operations."""
-        waiting: list[tuple[str, float]] = [(self.entry, 1)]
+        waiting: list[tuple[str, float]] = [(self._entry, 1)]
         while waiting:
             computation, runs = waiting.pop()
             yield computation, runs
-            for line in self.computations[computation]:
+            for line in self._computations[computation]:
                 called = line.called()
                 if line.opcode == "while":
                     rounds = runs * self._rounds(computation, line)
@@ -168,12 +133,12 @@ class Program:
                 elif line.opcode == "fusion" and fused:
                     waiting.append((called["calls"], runs))
 
-    def _rounds(self, computation: str, loop: Instruction) -> int:
+    def _rounds(self, computation: str, loop: Line) -> int:
         """Of a loop: as the compiler says, or up to the number its counter is compared with."""
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
-        condition = {line.name: line for line in self.computations[loop.called()["condition"]]}
-        before = {line.name: line for line in self.computations[computation]}
+        condition = {line.name: line for line in self._computations[loop.called()["condition"]]}
+        before = {line.name: line for line in self._computations[computation]}
         initial = before[loop.operands[0]]
 
         def constant(name: str) -> int | None:
@@ -182,17 +147,17 @@ class Program:
                 line = before.get(initial.operands[int(_INDEX.findall(line.attributes)[0])])
                 while line is not None and line.opcode in ("copy", "bitcast"):
                     line = before.get(line.operands[0])
-            is_number = line is not None and line.opcode == "constant" and _INTEGER.fullmatch(line.attributes)
-            return int(line.attributes) if line is not None and is_number else None
+            is_number = line is not None and line.opcode == "constant" and _INTEGER.fullmatch(line.arguments)
+            return int(line.arguments) if line is not None and is_number else None
 
         for line in condition.values():
             if line.opcode == "compare" and "direction=LT" in line.attributes:
                 start, end = (constant(name) for name in line.operands)
                 if end is not None:
                     return end - (start or 0)
-        return self.while_trips
+        return self._while_trips
 
-    def _moved(self, computation: str, line: Instruction) -> int:
+    def _moved(self, computation: str, line: Line) -> int:
         if line.opcode in _FREE or line.opcode.endswith(("-done", "-update")):
             return 0
         types = self._types[computation]
@@ -211,9 +176,9 @@ class Program:
             return self._moved_by_fusion(line, operands)
         return sum(operands) + result
 
-    def _moved_by_fusion(self, line: Instruction, operands: list[int]) -> int:
+    def _moved_by_fusion(self, line: Line, operands: list[int]) -> int:
         body = line.called()["calls"]
-        inside = {one.name: one for one in self.computations[body]}
+        inside = {one.name: one for one in self._computations[body]}
         collects = any(one.opcode in COLLECTIVES for one in inside.values())
         moved = untouched = 0
         for parameter, whole in zip(self._parameters(body), operands, strict=True):
@@ -230,7 +195,7 @@ class Program:
             else:
                 moved += whole
         (root,) = (one for one in inside.values() if one.root)
-        results = [_kept(array) for array in _arrays(line.type)]
+        results = [_kept(array) for array in arrays(line.type)]
         if collects and root.opcode == "tuple":
             made = [inside[name].opcode not in ("parameter", *COLLECTIVES) for name in root.operands]
             results = [size for size, here in zip(results, made, strict=True) if here]
@@ -238,13 +203,13 @@ class Program:
             results = []
         return moved + max(0, sum(results) - untouched)
 
-    def _parameters(self, computation: str) -> list[Instruction]:
-        return sorted((one for one in self.computations[computation] if one.opcode == "parameter"), key=_number)
+    def _parameters(self, computation: str) -> list[Line]:
+        return sorted((one for one in self._computations[computation] if one.opcode == "parameter"), key=_number)
 
-    def _users(self, computation: str, name: str) -> Iterator[tuple[str, Instruction, int]]:
+    def _users(self, computation: str, name: str) -> Iterator[tuple[str, Line, int]]:
         """Who takes ``name``: in which computation, and as which operand. What only names the same bytes counts as the array
         itself, and what a fusion within the fusion does with it as done here."""
-        for one in self.computations[computation]:
+        for one in self._computations[computation]:
             for place, operand in enumerate(one.operands):
                 if operand != name:
                     continue
@@ -256,61 +221,29 @@ class Program:
                 yield from within or [(computation, one, place)]
 
 
-def _hands_on(one: Instruction) -> bool:
+def _hands_on(one: Line) -> bool:
     """Of a collective that goes on beside a fused product (TPU): its buffers are the product's arguments and results."""
     return one.opcode in ("tuple", *COLLECTIVES) or "AsyncCollective" in one.attributes
 
 
-def _number(parameter: Instruction) -> int:
-    return int(parameter.attributes or 0)
+def _number(parameter: Line) -> int:
+    return int(parameter.arguments or 0)
 
 
-def _instruction(line: str) -> Instruction:
-    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode = _OPCODE.match(rest)
-    assert opcode is not None, line
-    closing = _closing(rest, opcode.end() - 1)
-    inside = rest[opcode.end() : closing]
-    attributes = inside if opcode[1] in ("parameter", "constant") else rest[closing + 1 :]
-    operands = tuple(_NAME.findall(inside))
-    return Instruction(name.lstrip("%"), shape, opcode[1], operands, attributes, line.lstrip().startswith("ROOT "))
-
-
-def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis at ``opening`` closes."""
-    depth = 0
-    for place in range(opening, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if depth == 0:
-            return place
-    raise ValueError(f"a parenthesis is left open: {text}")
-
-
-def _arrays(text: str) -> list[tuple[str, int, str]]:
-    """The arrays of a type: element type, number of elements, layout."""
-    return [
-        (dtype, math.prod(int(size) for size in sizes.split(",") if size), layout)
-        for dtype, sizes, layout in _ARRAY.findall(text)
-    ]
-
-
-def _size(array: tuple[str, int, str]) -> int:
-    dtype, count, _ = array
-    digits = re.search(r"\d+", dtype)
-    bits = _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
-    return -(-count * bits // 8)
+def _size(array: ArrayType) -> int:
+    digits = re.search(r"\d+", array.dtype)
+    bits = _BITS[array.dtype] if array.dtype in _BITS else int(digits[0]) if digits else 0
+    return -(-math.prod(array.dimensions) * bits // 8)
 
 
 def _bytes(text: str, anywhere: bool = False) -> int:
     """Bytes of a type in the main memory, or ``anywhere``."""
-    return sum(_size(array) if anywhere else _kept(array) for array in _arrays(text))
+    return sum(_size(array) if anywhere else _kept(array) for array in arrays(text))
 
 
-def _kept(array: tuple[str, int, str]) -> int:
+def _kept(array: ArrayType) -> int:
     """Bytes of an array in the main memory."""
-    return 0 if "S(" in array[2] else _size(array)
+    return 0 if "S(" in array.layout else _size(array)
 
 
 def _group(attributes: str) -> int:

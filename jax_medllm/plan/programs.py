@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from jax_medllm.attention import Backend, backend_for, using
 from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
-from jax_medllm.decoder import CHUNK, SLOT_AXES, Decoder, Fill
+from jax_medllm.decoder import CHUNK, Decoder, Fill, by_axes
 from jax_medllm.logprobs import cut
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.sharding import Layout, shardings
@@ -151,7 +151,7 @@ def _generate(settings: Mapping[str, Any], layout: Layout) -> Stage:
     adapters, base = nnx.split_state(decoder.state, LoraParam, ...)
     adapters, base = _placed(adapters, layout), _placed(base, layout)
     shapes = jax.eval_shape(partial(decoder.empty, slots, length - CHUNK))
-    cache = jax.tree.map(lambda leaf, names: _laid(leaf, names, layout), shapes, SLOT_AXES)
+    cache = by_axes(lambda leaf, names: _laid(leaf, names, layout), shapes)
     few = max(1, slots // 4)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), few))
     tokens, numbers = (_laid(jax.ShapeDtypeStruct(shape, jnp.int32), (), layout) for shape in ((few, prompt), (few,)))

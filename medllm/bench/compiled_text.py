@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from medllm.hlo import Line, arrays, read_computations
+
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)$")
-_DIMENSIONS = re.compile(r"^[a-z]\w*\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -71,15 +69,6 @@ class CompiledText:
     instructions: Mapping[str, Instruction]
 
 
-@dataclass(frozen=True)
-class _Line:
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-
-
 def read_compiled(text: str) -> CompiledText:
     """The program in ``text``, as XLA writes it after its optimizations.
 
@@ -89,9 +78,9 @@ def read_compiled(text: str) -> CompiledText:
     named = _MODULE.match(text)
     if named is None:
         raise ValueError("the text does not begin with HloModule: it is no program that XLA wrote")
-    computations = _computations(text)
+    computations, _ = read_computations(text)
     files = _files(text)
-    inner = {called for lines in computations.values() for line in lines if line.opcode == "fusion" for called in _called(line)}
+    inner = {line.called()["calls"] for lines in computations.values() for line in lines if line.opcode == "fusion"}
     found: dict[str, Instruction] = {}
     for name, lines in computations.items():
         if name not in inner:
@@ -99,29 +88,17 @@ def read_compiled(text: str) -> CompiledText:
     return CompiledText(named[1], found)
 
 
-def _computations(text: str) -> dict[str, list[_Line]]:
-    found: dict[str, list[_Line]] = {}
-    lines: list[_Line] = []
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            lines = found[header[1]] = []
-        elif parts := _LINE.match(line):
-            operands = tuple(re.findall(r"%([\w.\-]+)", parts[4]))
-            lines.append(_Line(parts[1], parts[2], parts[3], operands, parts[5]))
-    return found
-
-
 def _instruction(
-    line: _Line, beside: list[_Line], computations: Mapping[str, list[_Line]], files: Mapping[int, tuple[str, ...]]
+    line: Line, beside: Sequence[Line], computations: Mapping[str, Sequence[Line]], files: Mapping[int, tuple[str, ...]]
 ) -> Instruction:
-    called = [one for name in _called(line) for one in computations.get(name, [])] if line.opcode == "fusion" else []
+    called = computations.get(line.called()["calls"], []) if line.opcode == "fusion" else []
     products, source = [], line
     for one, around in [(line, beside), *((one, called) for one in called)]:
         if one.opcode == "dot":
-            products.append(_product(one, {other.name: other.shape for other in around}))
+            products.append(_product(one, {other.name: other.type for other in around}))
             source = one
     operation, frame = (
-        next((found for one in (source, *called) if (found := pattern.search(one.rest))), None)
+        next((found for one in (source, *called) if (found := pattern.search(one.attributes))), None)
         for pattern in (_OPERATION, _FRAME)
     )
     return Instruction(
@@ -129,32 +106,23 @@ def _instruction(
         operation=operation[1] if operation else "",
         files=files.get(int(frame[1]), ()) if frame else (),
         products=tuple(products),
-        shape=line.shape,
+        shape=line.type,
     )
 
 
-def _called(line: _Line) -> list[str]:
-    return _CALLED.findall(line.rest)
-
-
-def _product(line: _Line, shapes: Mapping[str, str]) -> Product:
-    result, left = _lengths(line.shape), _lengths(shapes[line.operands[0]])
-    contracted, batch = (_axes(pattern, line.rest) for pattern in (_CONTRACTED, _BATCH))
-    inner = math.prod(left[axis] for axis in contracted)
-    rows = math.prod(length for axis, length in enumerate(left) if axis not in (*contracted, *batch))
-    batches = math.prod(left[axis] for axis in batch)
-    columns = math.prod(result) // max(1, batches * rows)
-    return Product(2 * math.prod(result) * inner, (rows, inner, columns))
+def _product(line: Line, types: Mapping[str, str]) -> Product:
+    (result,), (left,) = (arrays(text) for text in (line.type, types[line.operands[0]]))
+    contracted, batch = (_axes(pattern, line.attributes) for pattern in (_CONTRACTED, _BATCH))
+    inner = math.prod(left.dimensions[axis] for axis in contracted)
+    rows = math.prod(length for axis, length in enumerate(left.dimensions) if axis not in (*contracted, *batch))
+    batches = math.prod(left.dimensions[axis] for axis in batch)
+    columns = math.prod(result.dimensions) // max(1, batches * rows)
+    return Product(2 * math.prod(result.dimensions) * inner, (rows, inner, columns))
 
 
 def _axes(pattern: re.Pattern[str], text: str) -> tuple[int, ...]:
     found = pattern.search(text)
     return tuple(int(axis) for axis in found[1].split(",") if axis) if found else ()
-
-
-def _lengths(shape: str) -> tuple[int, ...]:
-    found = _DIMENSIONS.match(shape)
-    return tuple(int(length) for length in found[1].split(",") if length) if found else ()
 
 
 def _files(text: str) -> dict[int, tuple[str, ...]]:

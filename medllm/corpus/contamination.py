@@ -108,7 +108,7 @@ class _Wanted:
         return (grams_found + options_found) / (len(self.grams) + len(self.options))
 
 
-def _matches(text: str, tables: dict[int, tuple[UInt64[ndarray, " grams"], dict[int, list[int]]]]) -> dict[int, int]:
+def _matches(text: str, tables: dict[int, tuple[UInt64[ndarray, "_"], dict[int, list[int]]]]) -> dict[int, int]:
     """Number of distinct n-grams of each wanted problem that ``text`` holds; problems without any are left out."""
     found: dict[int, int] = defaultdict(int)
     for size, (known, owners) in tables.items():

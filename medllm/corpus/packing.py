@@ -62,7 +62,7 @@ class PackedRows:
 
 def tokenize_documents(
     tokenizer: Any, documents: Sequence[Document], progress: Callable[[int, int], None] | None = None
-) -> list[Int32[ndarray, " tokens"]]:
+) -> list[Int32[ndarray, "_"]]:
     """Token ids of each document, its end-of-text token appended.
 
     Arrays rather than lists: a corpus of a billion tokens is 4 GB this way, and 36 GB as Python integers.
@@ -83,7 +83,7 @@ def tokenize_documents(
 
 
 def pack(
-    token_documents: Sequence[Sequence[int] | Int32[ndarray, " tokens"]],
+    token_documents: Sequence[Sequence[int] | Int[ndarray, "_"]],
     length: int,
     pad_id: int,
     packing: Literal["packed", "wrapped"] = "packed",

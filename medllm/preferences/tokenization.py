@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from medllm.config import PairConfig
-from medllm.engine import Continuation
 from medllm.errors import UserError
 from medllm.preferences.pairs import Pair, Rank, select_pairs, training_pairs
 from medllm.preferences.records import Preference
@@ -76,21 +75,6 @@ class TokenizedPreferences:
     dropped_pairs: int
     unpaired: int
     truncated: int
-
-
-def tokenize_completion(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> Continuation | None:
-    """Tokens of one prompt and one completion, cut at ``max_length``; None where the prompt alone fills it."""
-    prompt_ids, (full,) = _encode(tokenizer, prompt, [completion])
-    start = _common_prefix(prompt_ids, full)
-    if max_length is not None and start >= max_length:
-        return None
-    return Continuation(tuple(full[:start]), tuple(full[start:max_length]))
-
-
-def tokenize_group(tokenizer: Any, preference: Preference, config: PairConfig) -> TokenizedGroup | None:
-    """Tokens of a problem's pairs; None where no pair is left."""
-    group, _, _ = _tokenize_group(tokenizer, preference, config)
-    return group
 
 
 def tokenize_preferences(

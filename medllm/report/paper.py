@@ -32,18 +32,6 @@ class Published:
         return None if self.explained is None else self.explained - self.plain
 
 
-@dataclass(frozen=True)
-class PublishedZeroShot:
-    """Zero-shot accuracy on the Japanese sets of table 3, translations from JMedBench."""
-
-    model: str
-    mmmlu: float
-    medqa: float
-    medmcqa: float
-    pubmedqa: float
-    mean: float
-
-
 ABLATION = (
     Published("Qwen2.5-72B", 0.802, 0.710, ("base",)),
     Published("CPT", 0.867, 0.834, ("base + CPT", "Qwen2.5-72B + CPT")),
@@ -68,21 +56,6 @@ OTHERS = (
 )
 
 IGAKUQA = ABLATION + OTHERS
-
-POINTS_BY_YEAR = {
-    "Preferred-MedLLM-Qwen-72B (CPT+RPO)": {2018: 434, 2019: 420, 2020: 439, 2021: 430, 2022: 433},
-    "Qwen2.5-72B": {2018: 412, 2019: 394, 2020: 394, 2021: 393, 2022: 399},
-    "GPT-4o": {2018: 427, 2019: 431, 2020: 433, 2021: 427, 2022: 434},
-}
-
-POINTS_POSSIBLE = 2485
-
-ZERO_SHOT = (
-    PublishedZeroShot("CPT+RPO", 0.800, 0.684, 0.602, 0.779, 0.716),
-    PublishedZeroShot("CPT", 0.799, 0.669, 0.598, 0.775, 0.710),
-    PublishedZeroShot("Qwen2.5-72B", 0.797, 0.652, 0.591, 0.779, 0.705),
-    PublishedZeroShot("Qwen2.5-72B-Instruct", 0.795, 0.626, 0.601, 0.714, 0.684),
-)
 
 
 def published(label: str) -> Published | None:

@@ -72,16 +72,6 @@ def terminal_table(table: StudyTable, *, published: bool = False) -> Table:
     return drawn
 
 
-def markdown(table: StudyTable, *, published: bool = False) -> str:
-    """The same table in GitHub's Markdown. ``published`` adds the paper's figures for such a row."""
-    titles = [*headings(table), *(["published"] if published else [])]
-    rows = [_markdown_row(titles), _markdown_row(["---", *["---:"] * (len(titles) - 1)])]
-    for row in table.rows:
-        cells = ["\n".join(cell) for cell in lines(table, row)]
-        rows.append(_markdown_row([*cells, *([published_scores(row.model)] if published else [])]))
-    return "\n".join(rows) + "\n"
-
-
 def to_json(table: StudyTable) -> dict[str, Any]:
     """Every figure of the table as plain data, unrounded; a row the paper has too carries its figures as ``published``."""
     rows = []
@@ -109,7 +99,3 @@ def _change_lines(comparison: Comparison | StabilityChange) -> tuple[str, str]:
 
 def _problems(table: StudyTable) -> int:
     return next(iter(table.rows[0].scores.values())).problems
-
-
-def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
