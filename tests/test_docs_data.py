@@ -19,7 +19,7 @@ from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 from medllm.preferences.records import Preference, Sample, read_preferences
-from medllm.report.runs import read_cell, read_run
+from medllm.report.runs import report_from_runs
 from tests.pages import DATA, documented, inline_commands, names, tables, write_examples
 
 
@@ -139,11 +139,12 @@ def test_the_settings_are_taken(examples, capsys):
 
 
 def test_the_run_folders_of_the_page_can_be_reported(examples):
+    Path("predictions.jsonl").rename("runs/evaluate/predictions.jsonl")
     for stage in ("rpo", "evaluate"):
         Path(f"runs/{stage}/config.yaml").write_text("engine: jax\n")
         Path(f"runs/{stage}/environment.json").write_text("{}\n")
-        run = read_run(f"runs/{stage}")
-        assert run.result.keys() == documented("result.json", stage), stage
-    assert {name for line in read_run("runs/rpo").metrics for name in line} == documented("metrics.jsonl", "rpo")
-    cell = read_cell("runs/evaluate")
-    assert (cell.setting, cell.results[0].correct) == ("3-shot", True)
+    found = report_from_runs(["runs/rpo", "runs/evaluate"])
+    for run in found.runs:
+        assert run.result.keys() == documented("result.json", run.stage), run.stage
+    assert {name for line in found.runs[0].metrics for name in line} == documented("metrics.jsonl", "rpo")
+    assert [(cell.setting, cell.results[0].correct) for cell in found.cells] == [("3-shot", True)]
