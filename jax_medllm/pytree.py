@@ -30,7 +30,7 @@ def pytree(cls: T) -> T:
         return tuple(zip(keys, children(node)[0], strict=True)), None
 
     def rebuilt(_: None, values: Iterable[Any]) -> Any:
-        node = object.__new__(cls)
+        node: Any = object.__new__(cls)
         for name, value in zip(names, values, strict=True):
             object.__setattr__(node, name, value)  # frozen
         return node
