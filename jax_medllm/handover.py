@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_medllm.linear import Quantization
 from jax_medllm.model import Qwen2
 from jax_medllm.weights import model_tensors, read_model
 from medllm.adapter_directory import Adapter
 from medllm.corpus.packing import PackedRows
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 
 _ROWS = 4
 _LOGITS_IN_FLIGHT = 2**24

@@ -31,10 +31,11 @@ from jaxtyping import Array, Float, Int
 
 from jax_medllm.attention import KERNEL_OUTPUT, Visibility, attend, matmul_precision
 from jax_medllm.embedding import lookup
-from jax_medllm.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, Quantization, declare
+from jax_medllm.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
 from jax_medllm.sharding import Axis, constrain
 from medllm.config import LoraConfig, RematPolicy
 from medllm.errors import UserError
+from medllm.quantization import Quantization
 
 __all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2", "Qwen2Config"]
 
@@ -255,7 +256,7 @@ class Qwen2(nnx.Module):
         lora: Adapter to train (``LoraParam``): A random, B zero.
         frozen_loras: Adapters that belong to the model (``FrozenLoraParam``), in the order they are added.
         reference: The trained adapter has a frozen counterpart, which takes its place where it is switched off.
-        quantization: ``nf4`` packs the seven linear kinds; embeddings, norms and biases stay in ``dtype``.
+        quantization: How the seven linear kinds are held; embeddings, norms and biases stay in ``dtype``.
         dtype: Type of weights and computation; LoRA matrices are fp32.
         rngs: Keys of the random base weights. To load weights instead use :func:`jax_medllm.weights.load_model`.
     """

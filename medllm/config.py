@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from medllm.errors import UserError
+from medllm.quantization import Quantization
 
 RematPolicy = Literal["none", "projections", "attention", "layer"]
 """What the forward pass keeps of a layer for the backward pass, most first; the rest is computed anew there.
@@ -47,14 +48,15 @@ class ModelConfig:
         path: A Hugging Face model directory (Qwen2 architecture, safetensors).
         adapter: A PEFT LoRA directory applied on top of the weights, frozen; or several, one on top of the other.
         tokenizer: Directory of the tokenizer; the model directory itself when unset.
-        quantization: ``nf4`` stores the seven linear kinds as 4-bit NormalFloat with double quantization (QLoRA).
+        quantization: ``nf4`` stores the seven linear kinds as 4-bit NormalFloat with double quantization (QLoRA),
+            ``nf4-single`` without it.
         dtype: Type of the unquantized weights and of the computation; adapters, moments and losses stay fp32.
     """
 
     path: str
     adapter: tuple[str, ...] | str | None = None
     tokenizer: str | None = None
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Quantization = "none"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     @property

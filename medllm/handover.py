@@ -20,13 +20,14 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medllm.adapter_directory import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
 from medllm.config import CorpusConfig, LoraConfig, ModelConfig, RpoConfig
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 from medllm.run import MERGED, Run, is_primary_process
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def measure_handovers(
     adapters: Sequence[str],
     merged: str | Path,
     held_text: str,
-    quantization: Literal["none", "nf4"],
+    quantization: Quantization,
     *,
     text_column: str = "text",
     progress: Callable[[int, int], None] = lambda done, total: None,

@@ -8,26 +8,27 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2Config as HfConfig
 
 from jax_medllm.model import Qwen2Config
-from jax_medllm.packed import PARTS, is_packed, packed_shape
+from jax_medllm.packed import stored, suffixes
 from medllm.config import ALL_LINEAR
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 from medllm_parity.ends import EMBEDDING, HEAD, NORM
 from medllm_parity.torch_layer import layer_shapes
 
 _COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
-def check_directory(directory: ModelDirectory, *, nf4: bool) -> None:
+def check_directory(directory: ModelDirectory, quantization: Quantization) -> None:
     """Every tensor a Qwen2 of this configuration has is there, in a file that is whole, and in its shape; and no other.
 
     Raises:
-        UserError: it is not; weights are stored in 4 bits and ``nf4`` is false, or in a way that is not read.
+        UserError: it is not; weights are stored in another quantization than this, or in one that is not read.
     """
     config = Qwen2Config.from_hf(directory.config)
     expected = _shapes(directory.path, config)
-    packed = {name for name in expected if is_packed(directory, name)}
-    parts = {f"{name}{part}" for name in packed for part in PARTS}
+    packed = {name: found for name in expected if (found := stored(directory, name))}
+    parts = {f"{name}{suffix}" for name, found in packed.items() for suffix in suffixes(found.kind)}
     known = set(expected) | parts | ({HEAD} if config.tie_embeddings else set())
     for name in [*expected, *sorted(parts)]:
         if name not in directory:
@@ -36,9 +37,10 @@ def check_directory(directory: ModelDirectory, *, nf4: bool) -> None:
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
     for name, shape in expected.items():
-        if name in packed and not (nf4 and name.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR))):
-            raise UserError(f"{directory.path}: {name} is stored in 4 bits; open this model with --model.quantization nf4")
-        found = packed_shape(directory, name) if name in packed else directory.shape(name)
+        linear = name.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR))
+        if name in packed and not ((kind := packed[name].kind.name) == quantization and linear):
+            raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
+        found = packed[name].shape if name in packed else directory.shape(name)
         if found != shape:
             raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {shape}")
 

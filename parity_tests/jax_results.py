@@ -13,7 +13,6 @@ from flax import nnx
 
 from jax_medllm.adapters import adapter_tensors, set_adapter
 from jax_medllm.batches import CptBatch
-from jax_medllm.linear import Quantization
 from jax_medllm.logprobs import token_logprobs
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import cpt_loss_fn
@@ -21,6 +20,7 @@ from jax_medllm.weights import read_model
 from medllm.adapter_directory import read_adapter
 from medllm.config import RematPolicy
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 from parity_tests.packed_rows import Rows, target_mask
 
 

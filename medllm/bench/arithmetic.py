@@ -26,9 +26,7 @@ from itertools import groupby
 
 from medllm.bench.shapes import CptShape, ModelShape, RpoShape
 from medllm.config import RematPolicy
-
-NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64
-"""A weight: its code, and its share of an 8-bit scale a block of 64 and of an fp32 scale a 256 blocks."""
+from medllm.quantization import PACKINGS
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,10 @@ def _recomputed(model: ModelShape, remat: RematPolicy) -> int:
 
 
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
-    """Bytes one step of generation must read: every NF4 weight, bias and norm, the bf16 head, and ``tokens`` keys and values
+    """Bytes one step of generation must read: every packed weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
     linears = linear_shapes(model)
-    packed = sum(out * width for out, width in linears.values()) * NF4_BYTES + 4 * len(linears)
+    packed = sum(PACKINGS[model.quantization].bytes_of(out * width) for out, width in linears.values())
     biases = 2 * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
     layers = model.layers * (packed + biases + 2 * 2 * model.width)
     head = 2 * model.width * (model.vocabulary + 1)

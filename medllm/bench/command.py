@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from medllm.bench.variants import ALL, names
 from medllm.config import RematPolicy
+from medllm.quantization import Quantization
 
 SHAPES = {"cpt": "CptShape", "rpo": "RpoShape", "generate": "GenerateShape"}
 _HELP = {
@@ -54,7 +55,7 @@ def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
     load = add("load", "open a generated checkpoint: seconds, and memory beyond the model itself")
     load.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
     load.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
-    load.add_argument("--quantization", type=Literal["none", "nf4"], default="nf4", help="how its weights are held")
+    load.add_argument("--quantization", type=Quantization, default="nf4", help="how its weights are held")
 
 
 def _add_floor(add: Callable[[str, str], ArgumentParser]) -> None:

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from medllm.bench.arithmetic import NF4_BYTES, Step, causal_pairs, linear_shapes, training_flops
+from medllm.bench.arithmetic import Step, causal_pairs, linear_shapes, training_flops
 from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
 from medllm.errors import UserError
+from medllm.quantization import PACKINGS
 from medllm.run import environment
 
 THIRD = 1 / 3
@@ -45,13 +46,13 @@ class Work:
 def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
     """The operations that are measured, on ``rows`` of one document of ``length`` tokens each."""
     item = 2 if model.dtype == "bfloat16" else 4
-    held = NF4_BYTES if model.quantization == "nf4" else item
+    packing = PACKINGS.get(model.quantization)
     tokens = rows * length
     found: dict[str, Work] = {}
     for target in TARGETS:
         out, width = linear_shapes(model)[target]
         rank, arrays = model.rank, item * tokens * (width + out)
-        dense = Work(2 * tokens * out * width, arrays + round(held * out * width))
+        dense = Work(2 * tokens * out * width, arrays + round(packing.bytes_of(out * width) if packing else item * out * width))
         low = Work(2 * tokens * rank * (width + out), arrays)
         found |= {f"{target}: x Wᵀ": dense, f"{target}: g W": dense}
         found |= {f"{target} LoRA: (x Aᵀ) Bᵀ": low, f"{target} LoRA: (g B) A": low, f"{target} LoRA: dA = (g B)ᵀ x": low}

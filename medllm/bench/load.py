@@ -13,6 +13,7 @@ import numpy as np
 from medllm.bench.engines import measure
 from medllm.errors import UserError
 from medllm.model_directory import write_model
+from medllm.quantization import Quantization
 from medllm.random_model import qwen2_config, random_tensors
 
 ALLOWANCE = 1_200_000_000
@@ -31,7 +32,7 @@ _SHAPES = (
 def bench_load(
     gigabytes: float = 6.0,
     engine: str = "jax",
-    quantization: str = "nf4",
+    quantization: Quantization = "nf4",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write a random bf16 checkpoint into a temporary folder, open it in a fresh process, and report seconds and memory.

@@ -18,6 +18,7 @@ from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.model_directory import write_model
 from medllm.preferences.records import Preference, Sample
+from medllm.quantization import Quantization
 from medllm.random_model import qwen2_config, random_tensors
 
 _END = "</s>"
@@ -47,7 +48,7 @@ class ModelShape:
     vocabulary: int = 16384
     rank: int = 16
     dtype: Literal["float32", "bfloat16"] = "float32"
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Quantization = "none"
 
     def __post_init__(self) -> None:
         _at_least(1, self, "layers", "width", "mlp", "heads", "kv_heads", "rank", of="model.")

@@ -39,6 +39,7 @@ from medllm.exam.problem import Problem
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
+from medllm.quantization import Quantization
 from medllm.run import atomic_path, is_primary_process, write_json
 from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
 
@@ -96,7 +97,7 @@ class StudyConfig:
     preference: Stage
     max_new_tokens: int = 64
     batch_size: int = 32
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Quantization = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     problems_limit: int = 0
 

@@ -16,11 +16,10 @@ from medllm.plan.planning import asked, check_context, check_installed, make_pla
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
 from medllm.plan.wording import mesh_words
+from medllm.quantization import PACKINGS
 
 _ROWS = (1, 2, 4, 8)
 _GIB = 2**30
-# Bytes a weight takes: NF4's half, with a byte for each block of 64 and a float for each 256 of those.
-_WEIGHT_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "bf16": 2.0, "fp32": 4.0}
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,8 @@ def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPo
     width, mlp, layers = sizes["width"], sizes["mlp"], sizes["layers"]
     other = sizes["parameters"] - sizes["linear_parameters"]
     dense = 4 if request.quantization == "fp32" else 2
-    weights = sizes["linear_parameters"] * _WEIGHT_BYTES[request.quantization] + other * dense
+    linear, packing = sizes["linear_parameters"], PACKINGS.get(request.quantization)
+    weights = (packing.bytes_of(linear) if packing else linear * dense) + other * dense
     kv = width * sizes["kv_heads"] // sizes["heads"]
     adapter = layers * request.rank * (4 * width + 2 * width + 2 * kv + 3 * (width + mlp)) * 4
     if request.stage == "generate":
