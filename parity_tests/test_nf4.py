@@ -145,6 +145,16 @@ def test_the_cpu_variant_sums_in_torchs_order_with_any_number_of_threads(threads
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantized_weights_equal_bitsandbytes_bit_for_bit(shape, dtype):
+    theirs, _ = weight(shape, dtype)
+    parts, _, packed, state = quantized_by_bitsandbytes(theirs)
+    expected = bnb.dequantize_4bit(packed, state).float().numpy()
+    for compute in (NF4Weight.dequantize, jax.jit(NF4Weight.dequantize, static_argnums=1)):
+        np.testing.assert_array_equal(np.asarray(compute(parts, TYPES[dtype]), np.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_without_double_quantization_all_is_bitsandbytes_bit_for_bit(shape, dtype):
     theirs, given = weight(shape, dtype)
     packed, state = bnb.quantize_4bit(theirs, blocksize=64, quant_type="nf4", compress_statistics=False)
@@ -165,13 +175,3 @@ def test_scales_of_extreme_values_without_double_quantization_equal_bitsandbytes
     value = extreme_weights()[name]
     _, state = bnb.quantize_4bit(torch.from_numpy(value), blocksize=64, quant_type="nf4", compress_statistics=False)
     np.testing.assert_array_equal(jax.jit(SingleNF4Weight.quantize)(value).absmax.ravel(), state.absmax.numpy())
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dequantized_weights_equal_bitsandbytes_bit_for_bit(shape, dtype):
-    theirs, _ = weight(shape, dtype)
-    parts, _, packed, state = quantized_by_bitsandbytes(theirs)
-    expected = bnb.dequantize_4bit(packed, state).float().numpy()
-    for compute in (NF4Weight.dequantize, jax.jit(NF4Weight.dequantize, static_argnums=1)):
-        np.testing.assert_array_equal(np.asarray(compute(parts, TYPES[dtype]), np.float32), expected)
