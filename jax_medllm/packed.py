@@ -63,8 +63,9 @@ def stored(directory: ModelDirectory, name: str) -> Stored | None:
             raise _not_read(
                 directory, description, name, f"has {key} {value}", " and ".join(str(one or "none") for one in read)
             )
-    kind, shape = nested[state.get("nested_blocksize")], state.get("shape")
-    numbers = {part: state.get(declared.key) for part, declared in kind.parts.items() if declared.key}
+    kind = nested[state.get("nested_blocksize")]
+    shape: Any = state.get("shape")
+    numbers: dict[str, Any] = {part: state.get(declared.key) for part, declared in kind.parts.items() if declared.key}
     sizes = [*shape, *numbers.values()] if isinstance(shape, list) and len(shape) == 2 else [None]
     if not all(isinstance(size, int | float) for size in sizes):
         said = "".join(f" and {part} {number}" for part, number in numbers.items())

@@ -220,8 +220,8 @@ def _base_slots(model: Qwen2) -> dict[str, _Slot]:
         shape, kind = tuple(variable.shape), None
         if isinstance(variable, PackedParam):
             path = path[:-1]
-            packed = reduce(getattr, path, model)
-            shape, kind = packed.shape, packed.kind
+            weight: Any = reduce(getattr, path, model)
+            shape, kind = weight.shape, weight.kind
         for layer in range(shape[0]) if path[0] == "layers" else [None]:
             slots[_tensor_name(path, layer)] = _Slot(path, layer, shape if layer is None else shape[1:], kind)
     return slots

@@ -27,8 +27,8 @@ def check_directory(directory: ModelDirectory, quantization: Quantization) -> No
     """
     config = Qwen2Config.from_hf(directory.config)
     expected = _shapes(directory.path, config)
-    packed = {name: found for name in expected if (found := stored(directory, name))}
-    parts = {f"{name}{suffix}" for name, found in packed.items() for suffix in suffixes(found.kind)}
+    packed = {name: kept for name in expected if (kept := stored(directory, name))}
+    parts = {f"{name}{suffix}" for name, kept in packed.items() for suffix in suffixes(kept.kind)}
     known = set(expected) | parts | ({HEAD} if config.tie_embeddings else set())
     for name in [*expected, *sorted(parts)]:
         if name not in directory:

@@ -153,6 +153,15 @@ def test_dequantized_weights_equal_bitsandbytes_bit_for_bit(shape, dtype):
         np.testing.assert_array_equal(np.asarray(compute(parts, TYPES[dtype]), np.float32), expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scales_alone_equal_bitsandbytes_bit_for_bit(shape):
+    """Compiled without what comes after them: whether a compiler fuses a product with a sum depends on what is around it."""
+    parts, _, _, state = quantized_by_bitsandbytes(weight(shape, torch.float32)[0])
+    expected = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).numpy().reshape(shape[0], -1)
+    for compute in (NF4Weight.scales, jax.jit(NF4Weight.scales)):
+        np.testing.assert_array_equal(compute(parts), expected)
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_without_double_quantization_all_is_bitsandbytes_bit_for_bit(shape, dtype):
