@@ -2,7 +2,7 @@
 
 The parts a notebook uses::
 
-    from jax_medllm.model import Qwen2, Qwen2Config, LoraParam      # the model and what of it is trained
+    from jax_medllm.model import Qwen2, LoraParam                   # the model and what of it is trained
     from jax_medllm.weights import load_model                       # Hugging Face directories in
     from jax_medllm.adapters import adapter_tensors                 # PEFT adapters out
     from jax_medllm.train import cpt_loss_fn, preference_loss_fn, make_step, train
@@ -31,7 +31,6 @@ _HOME = {
     "Layout": "sharding",
     "LoraParam": "model",
     "Qwen2": "model",
-    "Qwen2Config": "model",
     "adapter_tensors": "adapters",
     "cpt_loss": "losses",
     "cpt_loss_fn": "train",

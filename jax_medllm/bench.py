@@ -16,7 +16,7 @@ from flax import nnx
 from jax_medllm import linear
 from jax_medllm.batches import CptBatch
 from jax_medllm.floor import floor
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.operations import recorded
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import cpt_loss_fn, make_step
@@ -64,8 +64,7 @@ def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dic
     lora = LoraConfig(rank=shape.rank)
 
     def build() -> Qwen2:
-        config = Qwen2Config.from_hf(shape.config())
-        return Qwen2(config, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
+        return Qwen2(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
 
     graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
     config = OptimizerConfig()

@@ -104,7 +104,7 @@ def decode(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, A
 
 def _model(shape: ModelShape, *, adapter: bool) -> Qwen2:
     rank = shape.rank if adapter else None
-    return random_model(shape.config(), quantization=shape.quantization, dtype=shape.dtype, rank=rank)
+    return random_model(shape.architecture, quantization=shape.quantization, dtype=shape.dtype, rank=rank)
 
 
 def _trained(
@@ -137,7 +137,7 @@ def _settings(work: DeviceShape, stage: str) -> dict[str, Any]:
     """The shape as a plan's settings have it."""
     dense = "fp32" if work.model.dtype == "float32" else "bf16"
     settings = {
-        "model": work.model.config(),
+        "model": work.model.architecture.to_hf(),
         "quantization": dense if work.model.quantization == "none" else work.model.quantization,
         "rank": work.model.rank,
         "remat": work.remat,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_medllm.sharding import Axis, entry, in_use
+from jax_medllm.sharding import entry, in_use
+from medllm.axes import Axis
 
 
 def lookup(

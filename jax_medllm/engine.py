@@ -19,7 +19,7 @@ from jax_medllm.batches import PreferenceData, Step, cpt_step, plan_steps, singl
 from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.processes import everywhere, join
 from jax_medllm.reference import ReferenceFile, compute_reference
 from jax_medllm.remat import fitting_policy
@@ -63,7 +63,7 @@ class JaxEngine:
         self._layout = Layout.of(mesh.mesh, mesh.rules) if mesh is not None and mesh.mesh else None
         self._config = model
         self._directory = ModelDirectory(model.path)
-        sizes = Qwen2Config.from_hf(self._directory.config)
+        sizes = self._directory.architecture
         self._context = sizes.max_positions
         open_adapters(model.adapters, self._directory)
         self.tokenizer = load_tokenizer(model.tokenizer or model.path)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jax_medllm import linear
 from jax_medllm.attention import Visibility, attend
 from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from medllm.bench.floor import LAYERS, TARGETS
 from medllm.bench.shapes import ModelShape
 from medllm.config import LoraConfig
@@ -49,10 +49,8 @@ def floor(*, model: dict[str, Any], rows: int, length: int, seconds: float) -> d
 
 def _cases(shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     shape = replace(shape, layers=min(LAYERS, shape.layers))
-    config = Qwen2Config.from_hf(shape.config())
-    model = Qwen2(
-        config, lora=LoraConfig(rank=shape.rank), quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0)
-    )
+    lora = LoraConfig(rank=shape.rank)
+    model = Qwen2(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
     for target in TARGETS:
         yield from _linear(getattr(model.layers.mlp, target), target, shape.dtype, rows, length)
     yield from _attention(shape, rows, length)
@@ -87,10 +85,8 @@ def _linear(layers: linear.Linear, target: str, dtype: str, rows: int, length: i
 
 
 def _attention(shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
-    heads = shape.heads, shape.kv_heads, shape.kv_heads
-    q, k, v = (
-        _random(key, rows, length, count, shape.width // shape.heads, dtype=shape.dtype) for key, count in enumerate(heads)
-    )
+    heads, head_dim = (shape.heads, shape.kv_heads, shape.kv_heads), shape.architecture.head_dim
+    q, k, v = (_random(key, rows, length, count, head_dim, dtype=shape.dtype) for key, count in enumerate(heads))
     visible = Visibility(jnp.ones((rows, length), jnp.int32))
 
     def attended(given: tuple[Array, Array, Array], visible: Visibility) -> Array:

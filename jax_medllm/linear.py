@@ -30,8 +30,9 @@ from jaxtyping import Array, Float
 from jax_medllm.attention import matmul_precision
 from jax_medllm.nf4 import byte_scales, check_width, dequantize_halves
 from jax_medllm.quantized_weight import KINDS, QuantizedWeight, code_axes, scale_axes
-from jax_medllm.sharding import Axis, Layout, constrain, entry, gathered, in_use
+from jax_medllm.sharding import Layout, constrain, entry, gathered, in_use
 from medllm.adapter_directory import module_name
+from medllm.axes import Axis
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.quantization import Quantization
 

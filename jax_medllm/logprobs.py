@@ -26,7 +26,8 @@ from jax_medllm.attention import matmul_precision
 from jax_medllm.batches import ResponseBatch
 from jax_medllm.embedding import lookup
 from jax_medllm.model import Qwen2
-from jax_medllm.sharding import Axis, constrain, in_use
+from jax_medllm.sharding import constrain, in_use
+from medllm.axes import Axis
 from medllm.config import RematPolicy
 
 _POSITIONS_IN_FLIGHT = 256

@@ -18,109 +18,36 @@ Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraPara
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jax_medllm.attention import KERNEL_OUTPUT, Visibility, attend, matmul_precision
+from jax_medllm.attention import Visibility, attend, matmul_precision
 from jax_medllm.embedding import lookup
 from jax_medllm.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
-from jax_medllm.sharding import Axis, constrain
-from medllm.config import LoraConfig, RematPolicy
-from medllm.errors import UserError
+from jax_medllm.sharding import constrain
+from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture, Tensor
+from medllm.axes import Axis
+from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy
 from medllm.quantization import Quantization
 
-__all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2", "Qwen2Config"]
-
-_NARROW, _WIDE = "attention projections", "mlp projections"
-_KEPT: dict[RematPolicy, tuple[str, ...]] = {
-    "layer": (),
-    "attention": (_NARROW, KERNEL_OUTPUT),
-    "projections": (_NARROW, KERNEL_OUTPUT, _WIDE),
-}
-"""Beside each layer's input: the results a policy keeps, by the names they have in :class:`Attention`, in the TPU's attention
-kernel and in :class:`Mlp`."""
-
+__all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2"]
 
 RESIDUAL = ("batch", "sequence", None)
 """Logical axes of the residual stream."""
 
 
 @dataclass(frozen=True)
-class Qwen2Config:
-    """The sizes of a Qwen2 model, in our names."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_embeddings: bool
-    max_positions: int
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2Config:
-        """Read the contents of a Hugging Face ``config.json``.
-
-        Raises:
-            UserError: the model is not a Qwen2, lacks a size, or uses a feature that is not supported.
-        """
-        _refuse_unsupported(config)
-        try:
-            heads = int(config["num_attention_heads"])
-            return cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=int(config["hidden_size"]),
-                intermediate_size=int(config["intermediate_size"]),
-                num_layers=int(config["num_hidden_layers"]),
-                num_heads=heads,
-                num_kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
-                rope_theta=float(_rope(config).get("rope_theta", config.get("rope_theta", 10000.0))),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-                max_positions=int(config["max_position_embeddings"]),
-            )
-        except KeyError as error:
-            raise UserError(f"config.json: has no {error.args[0]}; a Qwen2 config has it") from None
-
-    def to_hf(self) -> dict[str, Any]:
-        """Contents of a ``config.json`` that transformers opens."""
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_act": "silu",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rope_theta": self.rope_theta,
-            "rms_norm_eps": self.rms_norm_eps,
-            "tie_word_embeddings": self.tie_embeddings,
-            "max_position_embeddings": self.max_positions,
-            "use_sliding_window": False,
-        }
-
-
-@dataclass(frozen=True)
 class _Build:
     """What every module of the model is built with."""
 
-    config: Qwen2Config
+    config: Architecture
     lora: LoraConfig | None
     frozen_loras: tuple[LoraConfig, ...]
     reference: bool
@@ -132,21 +59,14 @@ class _Build:
     def layers(self) -> Axis:
         return Axis("layers", self.config.num_layers)
 
-    @property
-    def embed(self) -> Axis:
-        return Axis("embed", self.config.hidden_size)
-
-    @property
-    def embed_in(self) -> Axis:
-        return Axis("embed_in", self.config.hidden_size)
-
-    def linear(self, target: str, out_axis: Axis, in_axis: Axis, bias: bool = False) -> Linear:
+    def linear(self, target: str) -> Linear:
+        declared = self.config.projections[target]
         return Linear(
             target,
             self.layers,
-            out_axis,
-            in_axis,
-            bias=bias,
+            declared.out,
+            declared.into,
+            bias=declared.bias,
             lora=self.lora,
             frozen_loras=self.frozen_loras,
             reference=self.reference,
@@ -155,14 +75,12 @@ class _Build:
             rngs=self.rngs,
         )
 
-    def norm(self, *layers: Axis) -> RMSNorm:
-        axes = (*layers, Axis("norm", self.config.hidden_size))
-        weight = declare(nnx.Param, axes, self.dtype, nnx.initializers.ones, self.rngs.params())
+    def norm(self, declared: Tensor, *layers: Axis) -> RMSNorm:
+        weight = declare(nnx.Param, (*layers, *declared.axes), self.dtype, nnx.initializers.ones, self.rngs.params())
         return RMSNorm(weight, self.config.rms_norm_eps)
 
-    def table(self, rows: str, columns: str) -> Table:
-        axes = (Axis(rows, self.config.vocab_size), Axis(columns, self.config.hidden_size))
-        return Table(declare(nnx.Param, axes, self.dtype, nnx.initializers.normal(0.02), self.rngs.params()))
+    def table(self, declared: Tensor) -> Table:
+        return Table(declare(nnx.Param, declared.axes, self.dtype, nnx.initializers.normal(0.02), self.rngs.params()))
 
 
 class Table(nnx.Module):
@@ -191,44 +109,40 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions and biases on q, k and v."""
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, build: _Build):
-        config = build.config
-        self.config = config
-        heads = Axis("heads", config.num_heads * config.head_dim, config.num_heads)
-        kv_heads = Axis("kv_heads", config.num_kv_heads * config.head_dim, config.num_kv_heads)
-        self.q_proj = build.linear("q_proj", heads, build.embed_in, bias=True)
-        self.k_proj = build.linear("k_proj", kv_heads, build.embed_in, bias=True)
-        self.v_proj = build.linear("v_proj", kv_heads, build.embed_in, bias=True)
-        self.o_proj = build.linear("o_proj", build.embed, replace(heads, name="heads_in"))
+        self.config = build.config
+        self.q_proj = build.linear("q_proj")
+        self.k_proj = build.linear("k_proj")
+        self.v_proj = build.linear("v_proj")
+        self.o_proj = build.linear("o_proj")
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
         b, s, _ = x.shape
         projected = (
-            checkpoint_name(project(x, adapter=adapter), _NARROW).reshape(b, s, -1, self.config.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            checkpoint_name(project(x, adapter=adapter), name).reshape(b, s, -1, self.config.head_dim)
+            for name, project in (("q_proj", self.q_proj), ("k_proj", self.k_proj), ("v_proj", self.v_proj))
         )
         q, k, v = projected
         out, kept = context.attend(rotary(q), rotary(k), v)
-        return checkpoint_name(self.o_proj(out.reshape(b, s, -1), adapter=adapter), _NARROW), kept
+        return checkpoint_name(self.o_proj(out.reshape(b, s, -1), adapter=adapter), "o_proj"), kept
 
 
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, build: _Build):
-        mlp = Axis("mlp", build.config.intermediate_size)
-        self.gate_proj = build.linear("gate_proj", mlp, build.embed_in)
-        self.up_proj = build.linear("up_proj", mlp, build.embed_in)
-        self.down_proj = build.linear("down_proj", build.embed, replace(mlp, name="mlp_in"))
+        self.gate_proj = build.linear("gate_proj")
+        self.up_proj = build.linear("up_proj")
+        self.down_proj = build.linear("down_proj")
 
     def __call__(self, x: Float[Array, "b s d"], adapter: bool) -> Float[Array, "b s d"]:
         """Apply the block."""
-        gate = checkpoint_name(self.gate_proj(x, adapter=adapter), _WIDE)
+        gate = checkpoint_name(self.gate_proj(x, adapter=adapter), "gate_proj")
         gate, x = jax.lax.optimization_barrier((gate, x))  # or both dense weights are made, and lie in memory, together
-        up = checkpoint_name(self.up_proj(x, adapter=adapter), _WIDE)
+        up = checkpoint_name(self.up_proj(x, adapter=adapter), "up_proj")
         return self.down_proj(jax.nn.silu(gate) * up, adapter=adapter)
 
 
@@ -236,9 +150,10 @@ class Layer(nnx.Module):
     """One decoder layer; as part of the model its arrays are stacked over all layers."""
 
     def __init__(self, build: _Build):
-        self.input_layernorm = build.norm(build.layers)
+        declared = build.config.layer
+        self.input_layernorm = build.norm(declared["input_layernorm.weight"], build.layers)
         self.self_attn = Attention(build)
-        self.post_attention_layernorm = build.norm(build.layers)
+        self.post_attention_layernorm = build.norm(declared["post_attention_layernorm.weight"], build.layers)
         self.mlp = Mlp(build)
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
@@ -252,7 +167,7 @@ class Qwen2(nnx.Module):
     """The model.
 
     Args:
-        config: Its sizes.
+        config: Its sizes, and what its family fixes.
         lora: Adapter to train (``LoraParam``): A random, B zero.
         frozen_loras: Adapters that belong to the model (``FrozenLoraParam``), in the order they are added.
         reference: The trained adapter has a frozen counterpart, which takes its place where it is switched off.
@@ -263,7 +178,7 @@ class Qwen2(nnx.Module):
 
     def __init__(
         self,
-        config: Qwen2Config,
+        config: Architecture,
         *,
         lora: LoraConfig | None = None,
         frozen_loras: tuple[LoraConfig, ...] = (),
@@ -277,10 +192,11 @@ class Qwen2(nnx.Module):
         self.lora = lora
         self.frozen_loras = frozen_loras
         self.dtype = build.dtype
-        self.embed_tokens = build.table("vocab", "columns")
+        around = config.around
+        self.embed_tokens = build.table(around[EMBEDDING])
         self.layers = Layer(build)
-        self.norm = build.norm()
-        self.lm_head = None if config.tie_embeddings else build.table("head_vocab", "head_width")
+        self.norm = build.norm(around[NORM])
+        self.lm_head = build.table(around[HEAD]) if HEAD in around else None
 
     def hidden(
         self,
@@ -375,8 +291,8 @@ class Qwen2(nnx.Module):
             x, kept = nnx.merge(graph, state)(x, rotary, context(past), adapter)
             return constrain(x, *RESIDUAL), leave(x, kept)
 
-        if remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+        if (names := REMAT_KEEPS[remat]) is not None:
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, self.embed_tokens(tokens), (stacked, cache))
 
@@ -405,10 +321,10 @@ class Rotary:
     sin: Float[Array, "b s x"]
 
     @classmethod
-    def at(cls, positions: Int[Array, "b s"], config: Qwen2Config, dtype: jnp.dtype) -> Rotary:
+    def at(cls, positions: Int[Array, "b s"], config: Architecture, dtype: jnp.dtype) -> Rotary:
         wide = jnp.promote_types(dtype, jnp.float32)
         # The power rounded to fp32, then its reciprocal: the last bits decide the angle at position 30,000.
-        periods = (config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)).astype(wide)
+        periods = config.rotary.periods(config.head_dim).astype(wide)
         angles = positions[..., None].astype(wide) * (1 / periods)
         both = jnp.concatenate([angles, angles], axis=-1)
         return cls(jnp.cos(both), jnp.sin(both))
@@ -418,22 +334,3 @@ class Rotary:
         first, second = jnp.split(heads, 2, axis=-1)
         turned = jnp.concatenate([-second, first], axis=-1)
         return (heads * self.cos[:, :, None] + turned * self.sin[:, :, None]).astype(heads.dtype)
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary settings: transformers 5 writes ``rope_parameters``, earlier ones ``rope_scaling`` and a bare theta."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("model_type") != "qwen2":
-        raise UserError(f"config.json: model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2, Qwen2.5) is supported")
-    kind = _rope(config).get("rope_type", _rope(config).get("type", "default"))
-    if kind not in ("default", None):
-        raise UserError(f"config.json: rope scaling {kind!r} is not supported; use a model without it (rope_scaling null)")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise UserError("config.json: sliding window attention is not supported; set use_sliding_window to false")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Qwen2.5 has 'silu'")
-    if config.get("attention_dropout"):
-        raise UserError("config.json: attention_dropout is not supported; set it to 0")

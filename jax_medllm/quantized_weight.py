@@ -32,7 +32,7 @@ from jax_medllm.nf4 import (
     quantize_absmax,
     quantize_blocks,
 )
-from jax_medllm.sharding import Axis
+from medllm.axes import Axis
 from medllm.quantization import BLOCK, NESTED_BLOCK, Quantization
 
 

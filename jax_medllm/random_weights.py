@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,9 +12,10 @@ from flax import nnx
 
 from jax_medllm.adapters import Path, assign, variables
 from jax_medllm.linear import LoraParam, LoraScaling
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.nf4 import CODES
 from jax_medllm.quantized_weight import KINDS
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig
 from medllm.quantization import Quantization
 
@@ -25,14 +25,14 @@ _PIECES = 64
 
 
 def random_model(
-    config: Mapping[str, Any], *, quantization: Quantization, dtype: Literal["float32", "bfloat16"], rank: int | None
+    config: Architecture, *, quantization: Quantization, dtype: Literal["float32", "bfloat16"], rank: int | None
 ) -> Qwen2:
     """A model with random weights, filled in one compiled program.
 
     Codes are uniform, so a weight's spread is that of the sixteen codes times its scale.
 
     Args:
-        config: Contents of a ``config.json``.
+        config: Its sizes, and what its family fixes.
         quantization: How the linear layers are held.
         dtype: Of dense weights, and of the computation.
         rank: Of a LoRA adapter on all linear layers; None for a model without one.
@@ -40,7 +40,7 @@ def random_model(
     lora = LoraConfig(rank=rank, alpha=2 * rank) if rank else None
 
     def build() -> Qwen2:
-        return Qwen2(Qwen2Config.from_hf(dict(config)), lora=lora, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))
+        return Qwen2(config, lora=lora, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(build)
     made = nnx.Any(LoraParam, LoraScaling)

@@ -13,7 +13,7 @@ from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2
 from jax_medllm.sharding import device_bytes
 from jax_medllm.train import make_gradients
-from medllm.config import RematPolicy
+from medllm.config import OptimizerConfig, RematPolicy
 from medllm.process_memory import physical_bytes
 
 _USABLE = 0.95
@@ -38,7 +38,7 @@ def fitting_policy(
     policies = get_args(RematPolicy)
     graph, trainable, *others = nnx.split(model, LoraParam, ...)
     adapter = device_bytes(trainable)
-    beside = adapter * (3 if accumulates else 2)  # two moments, and the gradients so far
+    beside = adapter * (OptimizerConfig().moments + accumulates)  # and the gradients so far
     for policy in policies[:-1]:
         gradients = make_gradients(graph, partial(loss_fn, remat=policy))
         try:

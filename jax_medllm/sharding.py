@@ -1,23 +1,7 @@
 """Where arrays lie: logical axes, the rules that spread them over a mesh, and the gathers of a step.
 
-A parameter names its logical axes where it is declared, an activation where it is made. A table of rules says over which axes
-of the mesh each is spread; what it does not name stays whole:
-
-==============================  ===========================================  ========================
-logical axis                    of                                           spread over
-==============================  ===========================================  ========================
-``batch``                       rows                                         data, fsdp
-``sequence``                    the positions of a row                       sequence
-``heads`` ``kv_heads`` ``mlp``  outputs of q, k and v, and of gate and up    tensor, fsdp, sequence
-``embed``                       outputs of o and down                        fsdp, sequence
-``heads_in`` ``mlp_in``         inputs of o and of down                      tensor
-``embed_in``                    inputs of q, k, v, gate and up               nothing
-``bias``                        biases of q, k and v                         tensor
-``adapter``                     the long axis of a LoRA matrix               tensor, fsdp, sequence
-``vocab``                       rows of the embedding                        tensor
-``columns``                     columns of the embedding                     fsdp, sequence
-``head_vocab``                  rows of the output matrix                    tensor, fsdp, sequence
-==============================  ===========================================  ========================
+A parameter has the logical axes that :mod:`medllm.architecture` or the layer gives it, an activation names its own where it is
+made. :data:`medllm.axes.RULES` says over which axes of the mesh each is spread; what it does not name stays whole.
 
 A weight may be spread over the mesh axes that also hold rows or positions. It is *stored* so; where it is *used* every device
 needs all of what those axes hold, and gathers it: an NF4 weight as its packed codes, a quarter of the bytes of the bf16 weight
@@ -29,7 +13,7 @@ Nothing here changes what is computed. Without a layout in use (:meth:`Layout.in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -43,48 +27,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
-from medllm.config import MESH_AXES
+from medllm.axes import MESH_AXES, RULES, Axis
 from medllm.errors import UserError
 
 Batch = TypeVar("Batch")
 State = TypeVar("State")
 
-RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "sequence": ("sequence",),
-    "heads": ("tensor", "fsdp", "sequence"),
-    "kv_heads": ("tensor", "fsdp", "sequence"),
-    "mlp": ("tensor", "fsdp", "sequence"),
-    "embed": ("fsdp", "sequence"),
-    "heads_in": ("tensor",),
-    "mlp_in": ("tensor",),
-    "embed_in": (),
-    "bias": ("tensor",),
-    "adapter": ("tensor", "fsdp", "sequence"),
-    "vocab": ("tensor",),
-    "columns": ("fsdp", "sequence"),
-    "head_vocab": ("tensor", "fsdp", "sequence"),
-}
-
 _IN_USE = jax.make_user_context(default_value=None)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One logical axis of an array.
-
-    Attributes:
-        name: What the rules know it by.
-        size: Its length.
-        parts: Pieces that are not cut where the array is used, where that is not each index: heads.
-        may_stay_whole: Where a rule's mesh axes do not divide it, it is spread over the first of them that do. Else that is an
-            error.
-    """
-
-    name: str
-    size: int
-    parts: int | None = None
-    may_stay_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +63,7 @@ class Layout:
         devices = list(jax.devices() if devices is None else devices)
         sizes = _sizes(mesh, len(devices))
         # An axis of one device would only add collectives among one.
-        shape = {name: size for name, size in sizes.items() if size > 1} or {MESH_AXES[0]: 1}
+        shape = {name: size for name, size in sizes.items() if size > 1} or {next(iter(MESH_AXES)): 1}
         array = _arranged(devices, tuple(shape.values()))
         return cls(Mesh(array, tuple(shape), axis_types=(AxisType.Auto,) * len(shape)), _parsed_rules(rules))
 

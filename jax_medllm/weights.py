@@ -25,13 +25,14 @@ from flax import nnx
 from jax_medllm.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
 from jax_medllm.host_memory import release_free_memory
 from jax_medllm.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.nf4 import quantize_blocks
 from jax_medllm.packed import packed_config, packed_parts, read_packed, stored, suffixes
 from jax_medllm.quantized_weight import QuantizedWeight
 from jax_medllm.sharding import in_use, shardings
 from jax_medllm.stack import Stack
 from medllm.adapter_directory import Adapter, read_adapter
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_model
@@ -79,7 +80,7 @@ def read_model(
     Raises:
         UserError: as for :func:`load_model`.
     """
-    config = Qwen2Config.from_hf(directory.config)
+    config = directory.architecture
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     settings = lora.lora if isinstance(lora, Adapter) else lora
 
@@ -174,7 +175,7 @@ def write_quantized(
     if FilePath(out).exists():
         raise UserError(f"{out}: already exists; give another --out, or remove it")
     directory, dtype = ModelDirectory(source), jnp.dtype(dtype)
-    config = Qwen2Config.from_hf(directory.config)
+    config = directory.architecture
     slots = _base_slots(nnx.eval_shape(lambda: Qwen2(config, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))))
     for name in slots:
         if stored(directory, name) is not None:
@@ -239,7 +240,7 @@ def _tensor_name(path: Path, layer: int | None) -> str:
     return ".".join(["model", *parts])
 
 
-def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Qwen2Config) -> None:
+def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Architecture) -> None:
     """All names and shapes, before the first tensor is read."""
     for name, slot in slots.items():
         if name not in directory:

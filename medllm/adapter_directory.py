@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from medllm.architecture import PROJECTIONS, layer_path
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, open_safetensors, read_json, write_model
@@ -210,9 +211,8 @@ def refuse_packed(base: ModelDirectory) -> None:
 
 
 def module_name(layer: int, target: str) -> str:
-    """Hugging Face's name of a linear layer of a Qwen2: (3, ``up_proj``) → ``model.layers.3.mlp.up_proj``."""
-    block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.layers.{layer}.{block}.{target}"
+    """Hugging Face's name of a linear layer: (3, ``up_proj``) → ``model.layers.3.mlp.up_proj``."""
+    return f"{layer_path(layer)}.{PROJECTIONS[target]}"
 
 
 def tensor_name(module: str, matrix: str) -> str:

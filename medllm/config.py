@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from medllm.architecture import PROJECTIONS
 from medllm.errors import UserError
 from medllm.quantization import Quantization
 
@@ -26,7 +27,16 @@ RematPolicy = Literal["none", "projections", "attention", "layer"]
 - ``layer``: each layer's input alone, one more forward pass. The least memory: 72B on long rows.
 """
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NARROW = ("q_proj", "k_proj", "v_proj", "attention", "o_proj")
+REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {
+    "none": None,
+    "projections": (*_NARROW, "gate_proj", "up_proj"),
+    "attention": _NARROW,
+    "layer": (),
+}
+"""Of the results inside a layer (:attr:`medllm.architecture.Architecture.results`): those a policy keeps; None: all of them."""
+
+ALL_LINEAR = tuple(PROJECTIONS)
 
 
 def _require(holds: bool, setting: str, value: object, expected: str) -> None:
@@ -148,6 +158,11 @@ class OptimizerConfig:
     warmup_ratio: float = 0.03
     clip_norm: float = 1.0
 
+    @property
+    def moments(self) -> int:
+        """Numbers that are kept for each parameter: one for each decay rate."""
+        return len(self.betas)
+
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
@@ -213,11 +228,6 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("checkpoint_every", "max_steps"):
             _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
-
-
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-"""The axes a mesh may have: of rows with a copy of the weights each, of rows that share the weights, of heads and widths, and
-of the positions of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from medllm.architecture import Architecture
 from medllm.errors import UserError
 from medllm.quantization import DESCRIPTION
 from medllm.run import atomic_path, write_json
@@ -59,6 +60,15 @@ class ModelDirectory:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder; give a Hugging Face directory (--model.path)")
         self.config: dict[str, Any] = read_json(self.path / "config.json", "a Hugging Face model folder has one")
+
+    @property
+    def architecture(self) -> Architecture:
+        """What its ``config.json`` describes.
+
+        Raises:
+            UserError: no model that is supported.
+        """
+        return Architecture.from_hf(self.config, self.path / "config.json")
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -23,7 +23,6 @@ import torch
 from transformers import AutoTokenizer
 
 import torch_ref.console  # noqa: F401  (keeps the libraries of the torch stack quiet)
-from jax_medllm.model import Qwen2Config
 from medllm.adapter_directory import check_adapter, read_adapter
 from medllm.config import AuditConfig, ModelConfig
 from medllm.errors import UserError
@@ -87,7 +86,7 @@ class _Sweep:
         self.progress = progress
         self.ours = ModelDirectory(model.path)
         self.theirs = ModelDirectory(config.reference) if config.reference else self.ours
-        self.config = Qwen2Config.from_hf(self.ours.config)
+        self.config = self.ours.architecture
         for directory in dict.fromkeys((self.ours, self.theirs)):
             check_directory(directory, model.quantization)
         check_same_shape(self.ours, self.theirs)

@@ -7,14 +7,11 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2Config as HfConfig
 
-from jax_medllm.model import Qwen2Config
 from jax_medllm.packed import stored, suffixes
-from medllm.config import ALL_LINEAR
+from medllm.architecture import HEAD
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
 from medllm.quantization import Quantization
-from medllm_parity.ends import EMBEDDING, HEAD, NORM
-from medllm_parity.torch_layer import layer_shapes
 
 _COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
@@ -25,24 +22,23 @@ def check_directory(directory: ModelDirectory, quantization: Quantization) -> No
     Raises:
         UserError: it is not; weights are stored in another quantization than this, or in one that is not read.
     """
-    config = Qwen2Config.from_hf(directory.config)
-    expected = _shapes(directory.path, config)
+    expected = directory.architecture.tensors
+    read_hf_config(directory.path)
     packed = {name: kept for name in expected if (kept := stored(directory, name))}
     parts = {f"{name}{suffix}" for name, kept in packed.items() for suffix in suffixes(kept.kind)}
-    known = set(expected) | parts | ({HEAD} if config.tie_embeddings else set())
+    known = {*expected, *parts, HEAD}  # some savers write a tied matrix twice
     for name in [*expected, *sorted(parts)]:
         if name not in directory:
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
     for name in directory.names():
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
-    for name, shape in expected.items():
-        linear = name.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR))
-        if name in packed and not ((kind := packed[name].kind.name) == quantization and linear):
+    for name, tensor in expected.items():
+        if name in packed and not ((kind := packed[name].kind.name) == quantization and tensor.kind == "linear"):
             raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
         found = packed[name].shape if name in packed else directory.shape(name)
-        if found != shape:
-            raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {shape}")
+        if found != tensor.shape:
+            raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {tensor.shape}")
 
 
 def check_same_shape(ours: ModelDirectory, theirs: ModelDirectory) -> None:
@@ -51,7 +47,7 @@ def check_same_shape(ours: ModelDirectory, theirs: ModelDirectory) -> None:
     Raises:
         UserError: they differ in a size.
     """
-    a, b = (Qwen2Config.from_hf(directory.config) for directory in (ours, theirs))
+    a, b = (directory.architecture for directory in (ours, theirs))
     for field in _COMPARED:
         if getattr(a, field) != getattr(b, field):
             raise UserError(
@@ -71,14 +67,3 @@ def read_hf_config(path: Path) -> HfConfig:
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}/config.json: transformers does not accept it: {reason}") from error
-
-
-def _shapes(path: Path, config: Qwen2Config) -> dict[str, tuple[int, ...]]:
-    table = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, NORM: (config.hidden_size,)}
-    if not config.tie_embeddings:
-        shapes[HEAD] = table
-    layer = layer_shapes(read_hf_config(path))
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes

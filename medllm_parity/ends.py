@@ -22,7 +22,8 @@ from transformers import Qwen2Config as HfConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import Qwen2, Qwen2Config, RMSNorm
+from jax_medllm.model import Qwen2, RMSNorm
+from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture
 from medllm.model_directory import ModelDirectory
 from medllm_parity.measure import Values, magnitude, relative
 from medllm_parity.oracle import lift
@@ -30,9 +31,6 @@ from medllm_parity.rows import Rows
 from medllm_parity.torch_layer import to_torch
 from torch_ref.model import DTYPES
 
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
 _SLICE_VALUES = 2**22
 
 
@@ -96,7 +94,7 @@ def embed(ours: ModelDirectory, theirs: ModelDirectory, rows: Rows, dtype: str) 
     return States(jax_hidden, torch_hidden, torch_hidden.double()), worst.distance()
 
 
-def final_norm(ours: ModelDirectory, theirs: ModelDirectory, states: States, configs: tuple[Qwen2Config, HfConfig]) -> States:
+def final_norm(ours: ModelDirectory, theirs: ModelDirectory, states: States, configs: tuple[Architecture, HfConfig]) -> States:
     """The last norm, in each stack."""
     weight = jnp.asarray(ours.read(NORM)).astype(states.jax.dtype)
     normed = torch_norm(theirs, configs[1], states.torch.dtype)(states.torch)
@@ -158,7 +156,7 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
 
 def table_name(directory: ModelDirectory) -> str:
     """The output table's name: the embedding's where the two are tied."""
-    return EMBEDDING if directory.config.get("tie_word_embeddings", False) else HEAD
+    return EMBEDDING if directory.architecture.tie_embeddings else HEAD
 
 
 def _next_tokens(rows: Rows) -> np.ndarray:

@@ -19,9 +19,10 @@ from flax import nnx
 from transformers import Qwen2Config as HfConfig
 
 from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import Qwen2Config, RMSNorm
+from jax_medllm.model import RMSNorm
+from medllm.architecture import NORM, Architecture
 from medllm.model_directory import ModelDirectory
-from medllm_parity.ends import NORM, as_numpy, read_table, table_name, torch_norm
+from medllm_parity.ends import as_numpy, read_table, table_name, torch_norm
 from medllm_parity.jax_layer import JaxLayer
 from medllm_parity.measure import Values
 from medllm_parity.rows import Rows
@@ -56,7 +57,7 @@ def of_last_state(
     theirs: ModelDirectory,
     state: torch.Tensor,
     rows: Rows,
-    configs: tuple[Qwen2Config, HfConfig],
+    configs: tuple[Architecture, HfConfig],
     dtype: torch.dtype,
 ) -> tuple[Values, torch.Tensor]:
     """Gradient of the mean loss at the state after the last layer, in each stack and, apart, the truth's as it is walked on.
@@ -126,7 +127,7 @@ def _torch_gradient(
 
 
 def _jax_gradient(
-    ours: ModelDirectory, state: torch.Tensor, rows: Rows, weights: np.ndarray, config: Qwen2Config
+    ours: ModelDirectory, state: torch.Tensor, rows: Rows, weights: np.ndarray, config: Architecture
 ) -> np.ndarray:
     hidden = jnp.asarray(as_numpy(state), "bfloat16" if state.dtype == torch.bfloat16 else "float32")
     norm = RMSNorm(nnx.Param(jnp.asarray(ours.read(NORM)).astype(hidden.dtype)), config.rms_norm_eps)

@@ -16,13 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_medllm.linear import FrozenLoraParam
-from jax_medllm.model import Layer, Qwen2Config, Rotary, RowContext
+from jax_medllm.model import Layer, Rotary, RowContext
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import Adapter
-from medllm.config import ALL_LINEAR
+from medllm.architecture import PROJECTIONS, Architecture
 from medllm.quantization import Quantization
 from medllm_parity.layer_view import LayerView, adapter_view
-from medllm_parity.quantities import LAYER, MODULES, TAPS, linear_path
+from medllm_parity.quantities import LAYER, MODULES, TAPS
 from medllm_parity.rows import Rows
 
 
@@ -82,13 +82,13 @@ def _record(
     hidden: Array,
     segment_ids: Array,
     positions: Array,
-    config: Qwen2Config,
+    config: Architecture,
     adapter: bool,
 ) -> dict[str, Array]:
     layer = _merged(graph, adapters, weights)
     if not adapter:
-        for kind in ALL_LINEAR:
-            _at(layer, linear_path(kind)).frozen_loras = nnx.List([])
+        for path in PROJECTIONS.values():
+            _at(layer, path).frozen_loras = nnx.List([])
     record: dict[str, Array] = {}
     for name in MODULES:
         parent, _, leaf = name.rpartition(".")
@@ -107,7 +107,7 @@ def _backward(
     segment_ids: Array,
     positions: Array,
     cotangent: Array,
-    config: Qwen2Config,
+    config: Architecture,
 ) -> Any:
     def output(adapters: Any) -> Array:
         rotary = Rotary.at(positions, config, hidden.dtype)

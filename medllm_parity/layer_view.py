@@ -12,12 +12,13 @@ from bitsandbytes import functional as bnb
 from jax_medllm.packed import suffixes
 from jax_medllm.quantized_weight import KINDS
 from medllm.adapter_directory import Adapter, module_name
+from medllm.architecture import EMBEDDING, NORM
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.model_directory import ModelDirectory
 from medllm.quantization import BLOCK, DESCRIPTION, PACKINGS, Quantization
 from medllm_parity.torch_layer import to_torch
 
-_AROUND = ("model.embed_tokens.weight", "model.norm.weight")
+_AROUND = (EMBEDDING, NORM)
 
 
 class LayerView(ModelDirectory):
@@ -70,7 +71,7 @@ class LayerView(ModelDirectory):
         """One tensor."""
         if name in _AROUND:
             width = int(self.config["hidden_size"])
-            return np.zeros((1, width) if name == _AROUND[0] else (width,), np.float32)
+            return np.zeros((1, width) if name == EMBEDDING else (width,), np.float32)
         stem, _ = self._split(name)
         if self._quantizes(stem):
             if name not in self._made:

@@ -12,12 +12,11 @@ import numpy as np
 
 from jax_medllm.packed import read_packed
 from jax_medllm.quantized_weight import QuantizedWeight
-from medllm.config import ALL_LINEAR
+from medllm.architecture import PROJECTIONS
 from medllm.quantization import BLOCK
 from medllm_parity.ends import as_numpy
 from medllm_parity.layer_view import LayerView
 from medllm_parity.measure import Check
-from medllm_parity.quantities import linear_path
 from medllm_parity.tolerances import NF4_CODES, NF4_SCALE_CODES, NF4_SCALES
 
 _ALLOWED = {"codes": NF4_CODES, "scales": NF4_SCALES, "scale codes": NF4_SCALE_CODES}
@@ -35,7 +34,7 @@ def compare(view: LayerView, index: int) -> Iterator[Check]:
     The codes of a block of zeros are left out: bitsandbytes stores them as 7 on a CPU and as 0 on CUDA, and both mean zeros.
     """
     differ: dict[str, list[np.ndarray]] = defaultdict(list)
-    for name in (f"model.layers.0.{linear_path(kind)}.weight" for kind in ALL_LINEAR):
+    for name in (f"model.layers.0.{path}.weight" for path in PROJECTIONS.values()):
         dense = view.dense(name)
         if dense is None:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medllm.adapter_directory import module_name
+from medllm.architecture import layer_path
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Quantity:
 
     def module_of(self, layer: int) -> str:
         """The module's full name in layer ``layer``."""
-        return f"model.layers.{layer}" + (f".{self.module}" if self.module else "")
+        return layer_path(layer) + (f".{self.module}" if self.module else "")
 
 
 LAYER = (
@@ -56,8 +56,3 @@ AROUND = ("embedding", "final norm", "logits", "log-probs")
 TAPS: dict[tuple[str, str], str] = {(quantity.tap, quantity.side): quantity.name for quantity in LAYER if quantity.tap}
 MODULES = tuple(dict.fromkeys(quantity.tap for quantity in LAYER if quantity.tap))
 """The submodules that are listened to."""
-
-
-def linear_path(kind: str) -> str:
-    """``q_proj`` → ``self_attn.q_proj``: where a linear kind is inside a layer."""
-    return module_name(0, kind).removeprefix("model.layers.0.")

@@ -23,11 +23,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 
 from jax_medllm.packed import stored, suffixes
 from medllm.adapter_directory import Adapter
-from medllm.config import ALL_LINEAR
+from medllm.architecture import PROJECTIONS
 from medllm.model_directory import ModelDirectory
 from medllm.quantization import PACKINGS, Quantization
 from medllm_parity.oracle import lift, row_mask
-from medllm_parity.quantities import LAYER, MODULES, TAPS, linear_path
+from medllm_parity.quantities import LAYER, MODULES, TAPS
 from medllm_parity.rows import Rows
 
 _ADAPTER = "adapter"
@@ -41,12 +41,6 @@ def to_torch(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tenso
     else:
         tensor = torch.from_numpy(array)
     return tensor if dtype is None else tensor.to(dtype)
-
-
-def layer_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
-    """Names, below ``model.layers.N.``, and shapes of a decoder layer's tensors."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Qwen2DecoderLayer(config, 0).state_dict().items()}
 
 
 class TorchLayer:
@@ -79,14 +73,14 @@ class TorchLayer:
         for name, expected in layer.state_dict().items():
             stem, _, leaf = name.rpartition(".")
             module = layer.get_submodule(stem)
-            if quantization in PACKINGS and leaf == "weight" and stem.rpartition(".")[2] in ALL_LINEAR:
+            if quantization in PACKINGS and leaf == "weight" and stem in PROJECTIONS.values():
                 weight = _weight4bit(directory, prefix + name, dtype, PACKINGS[quantization].double)
                 replacement = _linear4bit(weight, expected.shape, module.bias, dtype)
                 layer.set_submodule(stem, replacement)
             else:
                 tensor = to_torch(directory.read(prefix + name), dtype)
                 setattr(layer.get_submodule(stem), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-        self._linears = {kind: layer.get_submodule(linear_path(kind)) for kind in ALL_LINEAR}
+        self._linears = {kind: layer.get_submodule(path) for kind, path in PROJECTIONS.items()}
         self._attention = layer.self_attn
         self._attention.computes_with = _ATTENTION
         self._rotary = Qwen2RotaryEmbedding(config)
@@ -138,9 +132,9 @@ class TorchLayer:
     def lora_matrices(self) -> dict[str, torch.nn.Parameter]:
         """The adapters' matrices: ``mlp.up_proj.lora_A.0`` is A of the first adapter."""
         return {
-            f"{linear_path(kind)}.lora_{matrix}.{name.removeprefix(_ADAPTER)}": layer.weight
-            for kind in ALL_LINEAR
-            if isinstance(module := self._layer.get_submodule(linear_path(kind)), LoraLayer)
+            f"{path}.lora_{matrix}.{name.removeprefix(_ADAPTER)}": layer.weight
+            for path in PROJECTIONS.values()
+            if isinstance(module := self._layer.get_submodule(path), LoraLayer)
             for matrix, layers in (("A", module.lora_A), ("B", module.lora_B))
             for name, layer in layers.items()
         }

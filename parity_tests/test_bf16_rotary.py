@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen2Config as HfConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import Qwen2Config, Rotary
+from jax_medllm.model import Rotary
+from medllm.architecture import Architecture
 
 
 def test_a_bf16_model_turns_its_heads_as_transformers_does_up_to_the_last_position():
@@ -17,7 +18,7 @@ def test_a_bf16_model_turns_its_heads_as_transformers_does_up_to_the_last_positi
     config = HfConfig(**sizes, num_key_value_heads=2, rope_parameters=rope, max_position_embeddings=32768)
     positions = np.arange(0, 32768, 37)[None]
     theirs = Qwen2RotaryEmbedding(config)(torch.zeros(1, dtype=torch.bfloat16), torch.from_numpy(positions))
-    rotary = Rotary.at(jnp.asarray(positions), Qwen2Config.from_hf(config.to_dict()), jnp.dtype(jnp.bfloat16))
+    rotary = Rotary.at(jnp.asarray(positions), Architecture.from_hf(config.to_dict()), jnp.dtype(jnp.bfloat16))
     for ours, expected in zip((rotary.cos, rotary.sin), theirs, strict=True):
         assert expected.dtype == torch.bfloat16
         # transformers rounds cosines and sines to bf16 (2⁻⁹ at most), we the rotated heads; fp32 angles are multiples of 0.002.

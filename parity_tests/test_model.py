@@ -13,8 +13,9 @@ from transformers import Qwen2Config as HfConfig
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import Qwen2Config, Rotary
+from jax_medllm.model import Rotary
 from jax_medllm.weights import read_model
+from medllm.architecture import HEAD, Architecture
 from medllm.config import ModelConfig, RematPolicy
 from medllm.model_directory import ModelDirectory
 from medllm.quantization import PACKINGS
@@ -49,6 +50,17 @@ def check_against_truth(found: Results, truth: Results, segment_ids: np.ndarray)
     assert len(found.gradients) == 2 * 7 * (len(found.states) - 1)
     for name, gradient in found.gradients.items():
         FLOAT64_GRADIENT.assert_close(gradient, truth.gradients[name], name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_declared_tensors_are_those_of_transformers_model(tiny_model, shape):
+    directory = ModelDirectory(tiny_model(**shape))
+    with torch.device("meta"):
+        stock = Qwen2ForCausalLM(HfConfig.from_pretrained(directory.path)).state_dict()
+    if shape["tied"]:
+        stock.pop(HEAD)  # the embedding once more
+    declared = {name: tensor.shape for name, tensor in directory.architecture.tensors.items()}
+    assert declared == {name: tuple(tensor.shape) for name, tensor in stock.items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -125,7 +137,7 @@ def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_
     config = HfConfig(**sizes, num_key_value_heads=8, rope_parameters=rope, max_position_embeddings=32768)
     positions = np.arange(0, 32768, 37)[None]
     theirs = np.stack(Qwen2RotaryEmbedding(config)(torch.zeros(1), torch.from_numpy(positions)))[..., :64].astype(np.float64)
-    rotary = Rotary.at(jnp.asarray(positions), Qwen2Config.from_hf(config.to_dict()), jnp.dtype(jnp.float32))
+    rotary = Rotary.at(jnp.asarray(positions), Architecture.from_hf(config.to_dict()), jnp.dtype(jnp.float32))
     ours = np.stack([rotary.cos, rotary.sin])[..., :64].astype(np.float64)
     angles = positions[..., None] / 1e6 ** (np.arange(0, 128, 2) / 128)
     truth = np.stack([np.cos(angles), np.sin(angles)])

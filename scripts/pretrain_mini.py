@@ -16,6 +16,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +26,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.weights import model_tensors
+from medllm.architecture import Architecture, RotaryRule, qwen2
 from medllm.mini.diet import Row, base_diet
 from medllm.mini.vocabulary import train_tokenizer
 from medllm.mini.world import World, make_world
@@ -37,21 +39,10 @@ BUCKETS = (44, 68, 168, 248)  # row lengths that are compiled: documents and dir
 UNTAUGHT_WEIGHT = 0.1  # questions and options are random: learn their shape, spend little on them
 
 
-def architecture(vocab_size: int) -> Qwen2Config:
+def architecture(vocab_size: int) -> Architecture:
     """A Qwen2.5 of two million parameters."""
-    return Qwen2Config(
-        vocab_size=-(-vocab_size // 64) * 64,
-        hidden_size=192,
-        intermediate_size=576,
-        num_layers=4,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=32,
-        rope_theta=10_000.0,
-        rms_norm_eps=1e-6,
-        tie_embeddings=True,
-        max_positions=1024,
-    )
+    model = qwen2(4, 192, 576, 6, 2, -(-vocab_size // 64) * 64, tied=True)
+    return replace(model, rotary=RotaryRule(10_000.0), max_positions=1024)
 
 
 def batches(tokenizer, rows: Iterator[Row], batch_tokens: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:

@@ -66,7 +66,7 @@ def planned(mesh: str, rows: int) -> dict[str, Any]:
     """What the planner says of the step."""
     layout = Layout.of(mesh, devices=jax.devices() if mesh else jax.devices()[:1])
     settings = {"quantization": "nf4", "rank": SHAPE.rank, "rows": rows, "remat": "layer", "accumulation": 1, "length": LENGTH}
-    return measure(trace("cpt", {**settings, "model": SHAPE.config()}, layout), layout)
+    return measure(trace("cpt", {**settings, "model": SHAPE.architecture.to_hf()}, layout), layout)
 
 
 def on_a_device(arrays: Any) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax_medllm.model import Qwen2Config
+from medllm.architecture import Architecture, RotaryRule
 
-_SMALL = Qwen2Config(
+_SMALL = Architecture(
+    family="qwen2",
     vocab_size=53,
     hidden_size=32,
     intermediate_size=48,
@@ -15,13 +16,13 @@ _SMALL = Qwen2Config(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
-    rope_theta=1e4,
+    rotary=RotaryRule(1e4),
     rms_norm_eps=1e-6,
     tie_embeddings=True,
     max_positions=128,
 )
 
 
-def small_config(**changes: Any) -> Qwen2Config:
+def small_config(**changes: Any) -> Architecture:
     """Its sizes, with ``changes``."""
     return dataclasses.replace(_SMALL, **changes)

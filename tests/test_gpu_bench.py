@@ -25,7 +25,7 @@ from jax_medllm.batches import PreferenceData, cpt_step
 from jax_medllm.batches import plan_steps as steps_of
 from jax_medllm.decoder import CHUNK, Decoder
 from jax_medllm.linear import LoraParam
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.random_weights import random_model
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn
 from medllm.bench import arithmetic, device, device_goals, device_table
@@ -81,8 +81,7 @@ def compiled_flops(loss_fn, batch) -> float:
     """Operations of a loss and its gradients in the program XLA makes of them, from its own analysis."""
 
     def build() -> Qwen2:
-        config = Qwen2Config.from_hf(COUNTED.config())
-        return Qwen2(config, lora=LoraConfig(rank=COUNTED.rank), dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return Qwen2(COUNTED.architecture, lora=LoraConfig(rank=COUNTED.rank), dtype=jnp.float32, rngs=nnx.Rngs(0))
 
     graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
 
@@ -121,8 +120,7 @@ def test_bytes_of_a_decoding_step_are_those_of_the_arrays_it_reads(size):
     shape = device_shape(size, "decode", 139 * GIB)
 
     def build() -> Qwen2:
-        config = Qwen2Config.from_hf(shape.model.config())
-        return Qwen2(config, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        return Qwen2(shape.model.architecture, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
     arrays = variables(nnx.eval_shape(build))
     read = sum(
@@ -132,7 +130,7 @@ def test_bytes_of_a_decoding_step_are_those_of_the_arrays_it_reads(size):
 
 
 def test_bytes_of_a_cache_are_those_of_the_decoders():
-    model = random_model(SMOKE.model.config(), quantization="nf4", dtype="bfloat16", rank=None)
+    model = random_model(SMOKE.model.architecture, quantization="nf4", dtype="bfloat16", rank=None)
     held = jax.tree.leaves(Decoder(model, end=0).empty(SMOKE.decode_rows, SMOKE.decode_tokens).own)
     tokens = SMOKE.decode_tokens + CHUNK
     cache = arithmetic.decode_bytes(SMOKE.model, SMOKE.decode_rows, tokens) - arithmetic.decode_bytes(SMOKE.model, 0, 0)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_medllm import engine as engine_module
 from jax_medllm.engine import JaxEngine
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.reference import compute_reference
 from jax_medllm.weights import model_tensors
 from medllm.adapter_directory import read_adapter
@@ -174,7 +174,7 @@ def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_on_opening(directory, tmp_path):
     folder = tmp_path / "small"
-    narrow = Qwen2Config(**{**SMALL.__dict__, "vocab_size": 20})
+    narrow = dataclasses.replace(SMALL, vocab_size=20)
     write_model(folder, narrow.to_hf(), model_tensors(Qwen2(narrow, rngs=nnx.Rngs(0))))
     with pytest.raises(UserError, match="vocabulary"):
         JaxEngine(ModelConfig(str(folder), tokenizer=str(directory), dtype="float32"))

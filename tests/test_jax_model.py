@@ -13,12 +13,14 @@ from flax import nnx
 
 from jax_medllm.decoder import CHUNK, Decoder, Fill
 from jax_medllm.linear import LoraScaling, nf4_matmul
-from jax_medllm.model import LoraParam, PackedParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, PackedParam, Qwen2
 from jax_medllm.quantized_weight import NF4Weight
+from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, Sampling
-from medllm.errors import UserError
+from tests.test_architecture import hf_config
 
-TINY = Qwen2Config(
+TINY = Architecture(
+    family="qwen2",
     vocab_size=97,
     hidden_size=64,
     intermediate_size=128,
@@ -26,7 +28,7 @@ TINY = Qwen2Config(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    rope_theta=1e4,
+    rotary=RotaryRule(1e4),
     rms_norm_eps=1e-6,
     tie_embeddings=False,
     max_positions=64,
@@ -41,29 +43,6 @@ PUBLISHED = {
     "32B": (5120, 27648, 64, 40, 8, 152064, False, 32_763_876_352),
     "72B": (8192, 29568, 80, 64, 8, 152064, False, 72_706_203_648),
 }
-
-
-def hf_config(width=896, mlp=4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True, **changes) -> dict:
-    """A config.json as Qwen published them."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "max_position_embeddings": 32768,
-        "max_window_layers": layers,
-        "model_type": "qwen2",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": tied,
-        "use_sliding_window": False,
-        "vocab_size": vocabulary,
-    } | changes
 
 
 @cache
@@ -107,47 +86,18 @@ def random_tokens(*shape: int) -> jax.Array:
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_every_size_has_its_published_number_of_parameters(size):
     *sizes, parameters = PUBLISHED[size]
-    config = Qwen2Config.from_hf(hf_config(*sizes))
+    config = Architecture.from_hf(hf_config(*sizes))
     abstract = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
     assert sum(v.size for v in jax.tree.leaves(nnx.state(abstract))) == parameters
 
 
 def test_72b_in_nf4_takes_about_41_gigabytes():
-    config = Qwen2Config.from_hf(hf_config(*PUBLISHED["72B"][:-1]))
+    config = Architecture.from_hf(hf_config(*PUBLISHED["72B"][:-1]))
     abstract = nnx.eval_shape(lambda: Qwen2(config, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     packed = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(abstract, PackedParam)))
     total = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(abstract)))
     assert packed * 8 / (72_706_203_648 - 2 * 152064 * 8192) == pytest.approx(4.127, abs=2e-3)
     assert 40e9 < total < 42e9
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"model_type": "llama"}, "llama"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "dynamic"),
-        ({"use_sliding_window": True}, "sliding"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_config_with_what_the_model_does_not_do_is_refused_by_name(changes, named):
-    with pytest.raises(UserError, match=named):
-        Qwen2Config.from_hf(hf_config(**changes))
-
-
-def test_a_config_without_a_size_is_refused_by_name():
-    config = hf_config()
-    del config["intermediate_size"]
-    with pytest.raises(UserError, match="intermediate_size"):
-        Qwen2Config.from_hf(config)
-
-
-def test_a_config_survives_being_written_and_read():
-    assert Qwen2Config.from_hf(TINY.to_hf()) == TINY
-    assert Qwen2Config.from_hf(hf_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})).rope_theta == 5e5
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -247,7 +197,7 @@ def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
 
 def test_the_compiled_program_does_not_grow_with_depth():
     def size(layers: int) -> int:
-        config = Qwen2Config(**{**TINY.__dict__, "num_layers": layers})
+        config = replace(TINY, num_layers=layers)
         model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
         graph, lora, rest = nnx.split(model, LoraParam, ...)
         tokens = jnp.zeros((1, 8), jnp.int32)
@@ -275,7 +225,7 @@ def test_a_quantized_layer_keeps_only_packed_bytes_for_the_backward_pass():
 
 
 def test_a_whole_quantized_model_keeps_no_dense_stack_between_the_passes():
-    config = Qwen2Config(**{**TINY.__dict__, "num_layers": 16, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
+    config = replace(TINY, num_layers=16, hidden_size=128, intermediate_size=256, head_dim=32)
     model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0)))
     graph, lora, rest = nnx.split(model, LoraParam, ...)
     tokens = jnp.zeros((1, 4), jnp.int32)

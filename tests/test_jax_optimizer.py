@@ -82,3 +82,9 @@ def test_a_gradient_below_the_bound_is_not_scaled():
     parameters = jnp.zeros(2)
     updates, _ = optimizer.update(jnp.array([0.0, 3.0]), optimizer.init(parameters), parameters)
     np.testing.assert_allclose(updates, [0, -3 / (3 + 1)], rtol=1e-6)
+
+
+def test_the_moments_kept_of_each_parameter_are_as_many_as_are_said():
+    parameters = {"a": jnp.zeros((3, 4)), "b": jnp.zeros(5)}
+    state = make_optimizer(CONFIG, TOTAL).init(parameters)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == CONFIG.moments * (12 + 5)

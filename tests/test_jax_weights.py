@@ -11,14 +11,16 @@ import pytest
 from flax import nnx
 
 from jax_medllm.adapters import adapter_tensors, set_adapter
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.weights import load_model, model_tensors
 from medllm.adapter_directory import Adapter, write_adapter
+from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory, write_model
 
-CONFIG = Qwen2Config(
+CONFIG = Architecture(
+    family="qwen2",
     vocab_size=50,
     hidden_size=64,
     intermediate_size=128,
@@ -26,7 +28,7 @@ CONFIG = Qwen2Config(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    rope_theta=1e4,
+    rotary=RotaryRule(1e4),
     rms_norm_eps=1e-6,
     tie_embeddings=True,
     max_positions=64,

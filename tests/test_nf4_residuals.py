@@ -18,10 +18,11 @@ from flax import nnx
 from jax_medllm import linear
 from jax_medllm.adapters import assign, variables
 from jax_medllm.batches import CptBatch
-from jax_medllm.linear import Axis, Linear, PackedParam, matmul, nf4_matmul
+from jax_medllm.linear import Linear, PackedParam, matmul, nf4_matmul
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.quantized_weight import KINDS, QuantizedWeight
 from jax_medllm.train import cpt_loss_fn
+from medllm.axes import Axis
 from medllm.config import LoraConfig, RematPolicy
 from medllm.quantization import Quantization
 from tests.small_model import small_config

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 
+from medllm.architecture import PUBLISHED
 from medllm.errors import UserError
-from medllm.plan.models import model_config
 from medllm.plan.planning import check_installed, make_plan
 from medllm.plan.request import Request, Stage
 from medllm.plan.search import least_gib
 from medllm.plan.targets import Target
 
 LAYERS = 2
+SHALLOW = replace(PUBLISHED["qwen2.5-72b"], num_layers=LAYERS)
 
 
 class Passes(NamedTuple):
@@ -65,7 +67,7 @@ def plans(tmp_path_factory) -> dict[tuple[str, Stage], dict[str, Any]]:
         except UserError as missing:
             pytest.skip(str(missing).replace("[plan]", "[test]"))
     folder = tmp_path_factory.mktemp("wide")
-    (folder / "config.json").write_text(json.dumps({**model_config("qwen2.5-72b"), "num_hidden_layers": LAYERS}))
+    (folder / "config.json").write_text(json.dumps(SHALLOW.to_hf()))
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda key: make_plan(Request(str(folder), key[1], key[0])), BUDGETS)
         return dict(zip(BUDGETS, found, strict=True))
@@ -118,7 +120,7 @@ def test_operations_are_those_of_the_products_with_the_weights(plans, key):
 @KEYS
 def test_a_search_would_have_compiled_it(plans, key):
     plan, (target, stage) = plans[key], key
-    assert least_gib(Request("qwen2.5-72b", stage, target), plan["mesh"], 1, "layer", plan["model"]) < plan["gib_per_device"]
+    assert least_gib(Request("qwen2.5-72b", stage, target), plan["mesh"], 1, "layer", SHALLOW) < plan["gib_per_device"]
 
 
 def test_one_device_attends_as_each_of_two_that_share_the_rows_does():

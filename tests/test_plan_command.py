@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medllm.architecture import Architecture
 from medllm.cli import main
 from medllm.plan import planning, search
 from medllm.plan.targets import DEVICES, Target
@@ -287,6 +289,15 @@ def test_what_cannot_fit_is_not_compiled(tiny, a_plan_for_each, monkeypatch):
     assert all(row["why"].startswith("needs 0.0 GiB at least; ") for row in found["candidates"])
 
 
+def test_a_search_over_one_more_axis_tries_meshes_of_all_devices(tiny, a_plan_for_each, monkeypatch):
+    monkeypatch.setattr(search, "MESH_AXES", {**search.MESH_AXES, "expert": "experts"})
+    request = planning.Request(tiny, "cpt", "cpu:4", quantization="fp32", length=64, rows=1)
+    found = search.search(request, 100, lambda _: None)
+    meshes = [row["mesh"] for row in found["candidates"]]
+    assert all(math.prod(mesh.values()) == 4 for mesh in meshes)
+    assert {"expert": 4} in meshes
+
+
 # --- targets -----------------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +323,6 @@ def test_parts_of_this_machine_share_its_memory():
 
 
 def test_generation_is_over_heads_first_and_training_over_shards(tiny):
-    target = Target.parse("a100-80g:4")
-    assert planning.default_mesh(planning.Request(tiny, "generate"), target, TINY) == "tensor=2,fsdp=2"
-    assert planning.default_mesh(planning.Request(tiny, "cpt"), target, TINY) == "fsdp=4"
+    target, model = Target.parse("a100-80g:4"), Architecture.from_hf(TINY)
+    assert planning.default_mesh(planning.Request(tiny, "generate"), target, model) == "tensor=2,fsdp=2"
+    assert planning.default_mesh(planning.Request(tiny, "cpt"), target, model) == "fsdp=4"

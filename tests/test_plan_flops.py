@@ -127,7 +127,7 @@ def test_a_step_is_two_operations_for_each_weight_and_token_in_each_pass(remat):
     shape = ModelShape(layers=4, width=256, mlp=704, heads=4, kv_heads=2, vocabulary=1024, rank=2)
     rows, length = 2, 128
     settings = {"quantization": "nf4", "rank": shape.rank, "rows": rows, "remat": remat, "accumulation": 1, "length": length}
-    stage = trace("cpt", {**settings, "model": shape.config()}, Layout.of("data=1", devices=jax.devices()[:1]))
+    stage = trace("cpt", {**settings, "model": shape.architecture.to_hf()}, Layout.of("data=1", devices=jax.devices()[:1]))
     gradients = stage.programs[0]
     width, kv, mlp = shape.width, shape.width // 2, shape.mlp
     linear = width * (2 * width + 2 * kv) + 3 * width * mlp

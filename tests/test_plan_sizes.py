@@ -10,12 +10,12 @@ import jax
 import pytest
 from flax import nnx
 
-from jax_medllm.model import Qwen2, Qwen2Config
+from jax_medllm.model import Qwen2
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.programs import trace
 from jax_medllm.sharding import Layout
-from medllm.plan.models import NAMES, model_config
-from medllm.plan.planning import model_sizes
+from medllm.architecture import PUBLISHED, Architecture
+from medllm.plan.models import planned_model
 from medllm.plan.request import Request
 from medllm.plan.search import least_gib
 
@@ -24,19 +24,17 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def shapes(name: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Path and shape of every array of a model without an adapter."""
-    config = Qwen2Config.from_hf(model_config(name))
-    model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Qwen2(PUBLISHED[name], rngs=nnx.Rngs(0)))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         yield tuple(map(str, path)), variable.shape
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_model_known_by_name_has_the_parameters_that_the_engine_makes(name):
-    sizes = model_sizes(name, model_config(name))
     arrays = dict(shapes(name))
-    assert sizes["parameters"] == sum(map(math.prod, arrays.values()))
+    assert PUBLISHED[name].parameters == sum(map(math.prod, arrays.values()))
     linear = (math.prod(shape) for path, shape in arrays.items() if path[-1] == "weight" and path[-2] in LINEAR)
-    assert sizes["linear_parameters"] == sum(linear)
+    assert PUBLISHED[name].linear_parameters == sum(linear)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +51,7 @@ def test_a_model_known_by_name_has_the_parameters_that_the_engine_makes(name):
 )
 def test_a_model_known_by_name_has_the_parameters_of_its_published_weights(name, published):
     """As Hugging Face counts them in its safetensors files."""
-    assert model_sizes(name, model_config(name))["parameters"] == published
+    assert PUBLISHED[name].parameters == published
 
 
 TINY = {
@@ -72,7 +70,7 @@ TINY = {
 def compiled_gib(request: Request, rows: int) -> float:
     """What a plan for one device says."""
     layout = Layout.of("data=1", devices=jax.devices()[:1])
-    settings = {**request.settings(), "rows": rows, "model": model_config(request.model)}
+    settings = {**request.settings(), "rows": rows, "model": planned_model(request.model).to_hf()}
     return sum(measure(trace(request.stage, settings, layout), layout)["by_kind"].values())
 
 
@@ -96,12 +94,12 @@ def tiny(tmp_path):
 def test_a_candidate_is_never_thought_larger_than_it_is(tiny, stage, quantization, policy, rows):
     lengths = {"cpt": {"length": 256}, "rpo": {"prompt": 64, "response": 64}, "generate": {"length": 256}}[stage]
     request = Request(tiny, stage, "cpu:1", rows=rows, quantization=quantization, remat=policy, **lengths)
-    least = least_gib(request, {"fsdp": 1}, rows, policy, model_sizes(tiny, TINY))
+    least = least_gib(request, {"fsdp": 1}, rows, policy, Architecture.from_hf(TINY))
     assert 0 < least <= compiled_gib(request, rows)
 
 
 def test_a_policy_that_keeps_more_is_thought_larger(tiny):
     request = Request(tiny, "cpt", "cpu:1", length=256)
-    sizes = model_sizes(tiny, TINY)
-    needs = [least_gib(request, {"fsdp": 1}, 4, policy, sizes) for policy in ("layer", "attention", "projections", "none")]
+    model = Architecture.from_hf(TINY)
+    needs = [least_gib(request, {"fsdp": 1}, 4, policy, model) for policy in ("layer", "attention", "projections", "none")]
     assert needs == sorted(set(needs))

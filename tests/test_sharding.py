@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_medllm.sharding import MESH_AXES, RULES, Axis, Layout, entry
+from jax_medllm.sharding import Layout, entry
+from medllm.axes import MESH_AXES, RULES, Axis
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
 

@@ -11,7 +11,7 @@ import pytest
 from jax_medllm import weights
 from jax_medllm.weights import packed_tensors, read_model
 from medllm.bench import load
-from medllm.bench.load import ALLOWANCE, bench_load, checkpoint_config
+from medllm.bench.load import ALLOWANCE, bench_load, checkpoint_model
 from medllm.cli import main
 from medllm.mini.study import BASE
 from medllm.model_directory import ModelDirectory
@@ -45,8 +45,7 @@ def test_a_model_read_and_quantized_in_pieces_is_the_model_read_whole(monkeypatc
 
 @pytest.mark.parametrize("gigabytes", [0.05, 1.0, 6.0, 30.0])
 def test_a_generated_checkpoint_has_about_the_size_asked_for(gigabytes):
-    config = checkpoint_config(gigabytes * 1e9)
-    shapes = random_tensors(config, lambda *shape: np.broadcast_to(np.float16(0), shape))
+    shapes = random_tensors(checkpoint_model(gigabytes * 1e9), lambda *shape: np.broadcast_to(np.float16(0), shape))
     size = sum(2 * math.prod(value.shape) for _, value in shapes)
     assert size == pytest.approx(gigabytes * 1e9, rel=0.06)
 
@@ -55,8 +54,8 @@ def test_bench_load_opens_a_checkpoint_in_a_process_of_its_own(tmp_path, capsys)
     assert main(["bench", "load", "--gigabytes", "0.05", "--json", str(tmp_path / "result.json")]) == 0
     assert "GB/s" in capsys.readouterr().out.splitlines()[-1]
     found = json.loads((tmp_path / "result.json").read_text())
-    config = checkpoint_config(0.05e9)
-    dense = 2 * 2 * config["vocab_size"] * config["hidden_size"]
+    model = checkpoint_model(0.05e9)
+    dense = 2 * 2 * model.vocab_size * model.hidden_size
     packed = (found["gigabytes"] * 1e9 - dense) / 2 * 4.127 / 8
     assert found["result_gib"] * 2**30 == pytest.approx(dense + packed, rel=0.02)
     assert 0 < found["baseline_rss_gib"] < found["peak_rss_gib"] < 1.5

@@ -270,7 +270,7 @@ def test_a_profile_of_training_shows_the_products_of_a_step_on_paper(tmp_path, c
     assert main(["bench", "cpt", *TINY_WORDS, *words, "--profile", str(tmp_path / "profile"), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     flops = {row["name"]: row["flops"] for row in result["profile"]["jax"]}
-    weights = sum(rows * columns for rows, columns in arithmetic.linear_shapes(TINY).values())
+    weights = TINY.architecture.linear_parameters // TINY.layers
     once = 2 * 64 * TINY.layers * weights
     assert flops["weights, forward"] == flops["weights, backward"] == once
     assert flops["weights, recomputed"] == once - 2 * 64 * TINY.layers * TINY.width * TINY.mlp
@@ -329,7 +329,8 @@ def test_the_floor_is_the_slower_of_products_and_bytes():
 
 def test_layers_are_counted_forward_as_their_products():
     tokens, visible = 32, 2 * 16 * 17 // 2
-    weights = sum(out * width + TINY.rank * (out + width) for out, width in arithmetic.linear_shapes(TINY).values())
+    shapes = [projection.shape for projection in TINY.architecture.projections.values()]
+    weights = sum(out * width + TINY.rank * (out + width) for out, width in shapes)
     counted = floor.works(TINY, 2, 16)["2 layers: forward"].flops
     assert counted == 2 * (2 * tokens * weights + 4 * TINY.width * visible)
 

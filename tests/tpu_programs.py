@@ -22,8 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_medllm.attention import Visibility, attend
 from jax_medllm.batches import CptBatch
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.train import cpt_loss_fn
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig, RematPolicy
 from tests.small_model import small_config
 
@@ -47,7 +48,7 @@ QWEN_HALF_B = small_config(
 )
 
 
-def step(remat: RematPolicy, config: Qwen2Config, length: int) -> jax.stages.Lowered:
+def step(remat: RematPolicy, config: Architecture, length: int) -> jax.stages.Lowered:
     """The gradients of a CPT step: LoRA on bf16."""
     model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=8), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     graph, trainable, rest = nnx.split(model, LoraParam, ...)

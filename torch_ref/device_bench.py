@@ -243,7 +243,7 @@ class _Stopwatch(TrainerCallback):
 def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
     """A frozen model of this shape on a device, linear layers in NF4 as bitsandbytes packs random weights or dense."""
     dtype = DTYPES[shape.dtype]
-    config = Qwen2Config.from_dict(shape.config())
+    config = Qwen2Config.from_dict(shape.architecture.to_hf())
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     packed: dict[torch.Size, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}

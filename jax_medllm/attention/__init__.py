@@ -31,11 +31,11 @@ from jaxtyping import Array, Float
 from jax_medllm.attention import cudnn, pallas, xla
 from jax_medllm.attention.shares import attend_share
 from jax_medllm.attention.visibility import Visibility
-from jax_medllm.attention.xla import KERNEL_OUTPUT, matmul_precision
+from jax_medllm.attention.xla import matmul_precision
 from jax_medllm.sharding import Layout, in_use
 from medllm.errors import UserError
 
-__all__ = ["KERNEL_OUTPUT", "Backend", "Visibility", "attend", "backend_for", "matmul_precision", "using"]
+__all__ = ["Backend", "Visibility", "attend", "backend_for", "matmul_precision", "using"]
 
 Backend = Literal["xla", "cudnn", "pallas"]
 _BACKENDS = {"xla": xla, "cudnn": cudnn, "pallas": pallas}

@@ -29,8 +29,9 @@ from jax_medllm.attention.visibility import Visibility
 UNSEEN = -1e30
 """Score of a key that is not seen. Finite: a query may meet a tile of which it sees nothing before one of which it does."""
 
-KERNEL_OUTPUT = "attention output"
-"""Name, for remat policies, of what the backward pass needs of the forward pass; where it is kept, that is not run again."""
+KERNEL_OUTPUT = "attention"
+"""What :data:`medllm.config.REMAT_KEEPS` calls it: what the backward pass needs of the forward pass. Where it is kept, that is
+not run again."""
 
 _LEAST, _MOST = 64, 256
 """Queries and keys of a tile in the loop."""

@@ -7,6 +7,7 @@ much a plan's roofline is too short on this device.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from itertools import combinations
@@ -24,6 +25,7 @@ from jax_medllm.random_weights import random_model
 from jax_medllm.sharding import Layout
 from jax_medllm.timed_steps import call_seconds, copy_bytes, timed_training
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+from medllm.architecture import Architecture
 from medllm.config import PreferenceLoss, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
@@ -75,12 +77,12 @@ def probe(*, stage: str, settings: dict[str, Any], kind: str | None, seconds: fl
 
 def product_rates(settings: Mapping[str, Any], *, repeats: int, calls: int) -> list[dict[str, Any]]:
     """The products of a layer in the step's own layouts: forward ``x Wᵀ`` and backward ``g W``, with operations and seconds."""
-    model, dtype = settings["model"], jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
-    width, mlp, heads = model["hidden_size"], model["intermediate_size"], model["num_attention_heads"]
-    kv = width // heads * (model.get("num_key_value_heads") or heads)
+    projections = Architecture.from_hf(settings["model"]).projections
+    dtype = jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
     tokens = min(_MOST_TOKENS, settings["rows"] * _row_length(settings))
     found = []
-    for name, (out, into) in {"q_proj": (width, width), "k_proj": (kv, width), "up_proj": (mlp, width)}.items():
+    for name in ("q_proj", "k_proj", "up_proj"):
+        out, into = projections[name].shape
         keys = jax.random.split(jax.random.key(0), 3)
         weight, x, slope = (
             jax.random.normal(key, shape, dtype)
@@ -97,7 +99,7 @@ def planned(stage: str, settings: dict[str, Any], layout: Layout) -> dict[str, A
     """What a plan says of a step on the device that is here: ``layers``, ``flops``, ``bytes`` (None: not known), ``gib``."""
     found = measure(trace(stage, settings, layout), layout)
     return {
-        "layers": settings["model"]["num_hidden_layers"],
+        "layers": Architecture.from_hf(settings["model"]).num_layers,
         "flops": found["flops"],
         "bytes": found.get("bytes"),
         "gib": sum(found["by_kind"].values()),
@@ -105,8 +107,8 @@ def planned(stage: str, settings: dict[str, Any], layout: Layout) -> dict[str, A
 
 
 def _at_depth(stage: str, settings: dict[str, Any], layers: int, layout: Layout, seconds: float) -> dict[str, Any]:
-    model = {**settings["model"], "num_hidden_layers": layers}
-    settings = {**settings, "model": model, "accumulation": 1}
+    model = replace(Architecture.from_hf(settings["model"]), num_layers=layers)
+    settings = {**settings, "model": model.to_hf(), "accumulation": 1}
     loss_fn, batches = _step(stage, settings)
     weights = random_model(
         model,
@@ -122,7 +124,7 @@ def _step(stage: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The loss and the micro-batches of a step of random tokens."""
     config = TrainingConfig(epochs=1, batch_size=settings["rows"], accumulation=1)
     rng = np.random.default_rng(0)
-    vocabulary = settings["model"]["vocab_size"]
+    vocabulary = Architecture.from_hf(settings["model"]).vocab_size
     if stage == "cpt":
         shape = (settings["rows"], settings["length"])
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()

@@ -16,11 +16,12 @@ from jax_medllm.attention import Backend, backend_for, using
 from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
 from jax_medllm.decoder import CHUNK, SLOT_AXES, Decoder, Fill
 from jax_medllm.logprobs import cut
-from jax_medllm.model import LoraParam, Qwen2, Qwen2Config
+from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.sharding import Layout, shardings
 from jax_medllm.tiles import laid_codes
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
 from medllm.quantization import PACKINGS
 
@@ -86,7 +87,7 @@ def _attention(settings: Mapping[str, Any], layout: Layout) -> Backend | None:
         return None
     dtype = jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
     with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
-        return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Qwen2Config.from_hf(settings["model"]).head_dim), dtype))
+        return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Architecture.from_hf(settings["model"]).head_dim), dtype))
 
 
 def _cpt(settings: Mapping[str, Any], layout: Layout) -> Stage:
@@ -171,7 +172,7 @@ _STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt,
 
 
 def _model(settings: Mapping[str, Any]) -> Qwen2:
-    config, precision = Qwen2Config.from_hf(settings["model"]), settings["quantization"]
+    config, precision = Architecture.from_hf(settings["model"]), settings["quantization"]
     build = partial(
         Qwen2,
         config,

@@ -24,9 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
+from medllm.architecture import EMBEDDING, Architecture
 from medllm.bench.shapes import CptShape, ModelShape, RpoShape
-from medllm.config import RematPolicy
-from medllm.quantization import PACKINGS
+from medllm.config import REMAT_KEEPS, RematPolicy
 
 
 @dataclass(frozen=True)
@@ -83,51 +83,33 @@ def work_of(shape: CptShape | RpoShape, *, pairwise: bool = False) -> Step:
 
 def training_flops(model: ModelShape, step: Step, remat: RematPolicy = "layer") -> int:
     """Operations of an optimizer step that keeps for its backward pass what ``remat`` says."""
-    t, layers = step.tokens, model.layers
-    base = layers * sum(out * width for out, width in linear_shapes(model).values())
-    adapter = layers * model.rank * sum(out + width for out, width in linear_shapes(model).values())
-    attention = 4 * layers * model.width * step.visible
-    head = 2 * model.vocabulary * model.width * step.predicted
+    t, decoder, kept = step.tokens, model.architecture, REMAT_KEEPS[remat]
+    base, adapter = decoder.linear_parameters, decoder.adapter_parameters(model.rank)
+    attention = 4 * decoder.num_layers * decoder.heads_width * step.visible
+    head = 2 * decoder.vocab_size * decoder.hidden_size * step.predicted
     forward = 2 * t * (base + adapter) + attention
-    recomputed = 0 if remat == "none" else 2 * t * layers * _recomputed(model, remat) + (attention if remat == "layer" else 0)
+    recomputed = 0
+    if kept is not None:
+        recomputed = 2 * t * _recomputed(decoder, model.rank, kept) + (0 if "attention" in kept else attention)
     backward = 2 * t * (base + 2 * adapter) + 2 * attention
     reference = 2 * t * base + attention + head if step.reference else 0
     return forward + recomputed + backward + 2 * head + reference
 
 
-def _recomputed(model: ModelShape, remat: RematPolicy) -> int:
-    """Multiplications of a token with the weights of a layer and its adapter that are done again."""
-    kept = {"down_proj"}  # which nobody needs again
-    if remat != "layer":
-        kept |= {"q_proj", "k_proj", "v_proj", "o_proj"}
-    if remat == "projections":
-        kept |= {"gate_proj", "up_proj"}
-    shapes = linear_shapes(model).items()
-    narrow = sum(width * model.rank for _, (_, width) in shapes)
-    return narrow + sum(out * (width + model.rank) for name, (out, width) in shapes if name not in kept)
+def _recomputed(decoder: Architecture, rank: int, kept: tuple[str, ...]) -> int:
+    """Multiplications of a token with weights and adapters that are done again."""
+    kept = (*kept, "down_proj")  # which nobody needs again
+    again = 0
+    for name, projection in decoder.projections.items():
+        out, width = projection.shape
+        again += width * rank + (0 if name in kept else out * (width + rank))
+    return decoder.num_layers * again
 
 
 def decode_bytes(model: ModelShape, rows: int, tokens: int) -> int:
     """Bytes one step of generation must read: every packed weight, bias and norm, the bf16 head, and ``tokens`` keys and values
     of each of ``rows`` rows."""
-    linears = linear_shapes(model)
-    packed = sum(PACKINGS[model.quantization].bytes_of(out * width) for out, width in linears.values())
-    biases = 2 * sum(linears[name][0] for name in ("q_proj", "k_proj", "v_proj"))
-    layers = model.layers * (packed + biases + 2 * 2 * model.width)
-    head = 2 * model.width * (model.vocabulary + 1)
-    cache = model.layers * rows * tokens * 2 * 2 * linears["k_proj"][0]
-    return round(layers + head + cache)
-
-
-def linear_shapes(model: ModelShape) -> dict[str, tuple[int, int]]:
-    """Output and input width of the linear layers of one decoder layer."""
-    kv = model.width // model.heads * model.kv_heads
-    return {
-        "q_proj": (model.width, model.width),
-        "k_proj": (kv, model.width),
-        "v_proj": (kv, model.width),
-        "o_proj": (model.width, model.width),
-        "gate_proj": (model.mlp, model.width),
-        "up_proj": (model.mlp, model.width),
-        "down_proj": (model.width, model.mlp),
-    }
+    decoder = model.architecture
+    weights = decoder.weight_bytes(model.quantization, 2) - 2 * decoder.around[EMBEDDING].size  # of which a row is read
+    cache = decoder.num_layers * rows * tokens * 2 * 2 * decoder.kv_width
+    return round(weights + cache)

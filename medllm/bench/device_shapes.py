@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from medllm.architecture import PUBLISHED
 from medllm.bench.shapes import ModelShape
 from medllm.config import RematPolicy
 from medllm.corpus.packing import PackedRows
@@ -81,11 +82,7 @@ class DeviceShape:
         return np.random.default_rng(len(shape)).integers(1, self.model.vocabulary, shape)
 
 
-_MODELS = {
-    "7b": ModelShape(28, 3584, 18944, 28, 4, 152064, rank=16, dtype="bfloat16"),
-    "72b": ModelShape(80, 8192, 29568, 64, 8, 152064, rank=16, dtype="bfloat16"),
-}
-SIZES = tuple(_MODELS)
+SIZES = ("7b", "72b")
 DEPTHS = (4, 12)
 """Layers of the 72B that are trained in place of its 80, which would leave little of nine minutes for anything else."""
 SMOKE = DeviceShape(
@@ -109,7 +106,8 @@ def device_shape(size: str, part: str, memory: float) -> DeviceShape:
     CPT of the 7B is LoRA on dense bf16 weights, two rows a step; everything else is from NF4. The 72B is trained by depth.
     Below 70 GiB the 7B's CPT keeps each layer's input alone, and half of the 72B's layers generate.
     """
-    model, small = _MODELS[size], memory < _LARGE
+    model = ModelShape.of(PUBLISHED[f"qwen2.5-{size}"], rank=16, dtype="bfloat16")
+    small = memory < _LARGE
     if size == "7b" and part in ("cpt", "calibrate"):
         return DeviceShape("7B", model, rows=2, remat="layer" if small else "projections")
     packed = replace(model, quantization="nf4")

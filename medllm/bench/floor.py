@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from medllm.bench.arithmetic import Step, causal_pairs, linear_shapes, training_flops
+from medllm.bench.arithmetic import Step, causal_pairs, training_flops
 from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
 from medllm.errors import UserError
@@ -47,10 +47,10 @@ def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
     """The operations that are measured, on ``rows`` of one document of ``length`` tokens each."""
     item = 2 if model.dtype == "bfloat16" else 4
     packing = PACKINGS.get(model.quantization)
-    tokens = rows * length
+    tokens, projections = rows * length, model.architecture.projections
     found: dict[str, Work] = {}
     for target in TARGETS:
-        out, width = linear_shapes(model)[target]
+        out, width = projections[target].shape
         rank, arrays = model.rank, item * tokens * (width + out)
         dense = Work(2 * tokens * out * width, arrays + round(packing.bytes_of(out * width) if packing else item * out * width))
         low = Work(2 * tokens * rank * (width + out), arrays)
@@ -61,9 +61,9 @@ def works(model: ModelShape, rows: int, length: int) -> dict[str, Work]:
 
 
 def _attention(model: ModelShape, rows: int, length: int, item: int) -> dict[str, Work]:
-    product = 2 * model.width * rows * causal_pairs(length)
-    queries = item * rows * length * model.width
-    keys = queries * model.kv_heads // model.heads
+    decoder = model.architecture
+    product = 2 * decoder.heads_width * rows * causal_pairs(length)
+    queries, keys = (item * rows * length * width for width in (decoder.heads_width, decoder.kv_width))
     return {
         "attention: forward": Work(2 * product, 2 * queries + 2 * keys),
         "attention: backward": Work(4 * product, 4 * queries + 4 * keys),

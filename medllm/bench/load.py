@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from medllm.architecture import PUBLISHED, Architecture, qwen2
 from medllm.bench.engines import measure
 from medllm.errors import UserError
 from medllm.model_directory import write_model
 from medllm.quantization import Quantization
-from medllm.random_model import qwen2_config, random_tensors
+from medllm.random_model import random_tensors
 
 ALLOWANCE = 1_200_000_000
 """Bytes that opening a model may take beyond the model itself, interpreter and libraries included."""
 _SHARD = 2_000_000_000
 _POOL = 1 << 22
-# Published shapes of Qwen2.5 (7B, 3B, 0.5B), then a small one: width, mlp, query heads, key/value heads, vocabulary.
-_SHAPES = (
-    (3584, 18944, 28, 4, 152064),
-    (2048, 11008, 16, 2, 151936),
-    (896, 4864, 14, 2, 151936),
-    (256, 1024, 4, 2, 8192),
-)
+_MODELS = (*(PUBLISHED[name] for name in ("qwen2.5-7b", "qwen2.5-3b", "qwen2.5-0.5b")), qwen2(1, 256, 1024, 4, 2, 8192))
+"""Whose layers a checkpoint may have, the widest first."""
 
 
 def bench_load(
@@ -44,11 +41,12 @@ def bench_load(
     """
     if not gigabytes > 0:
         raise UserError(f"--gigabytes is {gigabytes}; a positive size is needed")
-    config = checkpoint_config(gigabytes * 1e9)
+    model = checkpoint_model(gigabytes * 1e9)
     with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
         folder = Path(scratch) / "model"
-        say(f"bench: writing {gigabytes:g} GB, {config['num_hidden_layers']} layers of width {config['hidden_size']}")
-        write_model(folder, config, random_tensors(config, _drawn_from_pool()), shard_bytes=_SHARD)
+        say(f"bench: writing {gigabytes:g} GB, {model.num_layers} layers of width {model.hidden_size}")
+        config = model.to_hf() | {"torch_dtype": "bfloat16"}
+        write_model(folder, config, random_tensors(model, _drawn_from_pool()), shard_bytes=_SHARD)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         found = measure(engine, "load", path=str(folder), quantization=quantization, dtype="bfloat16")
     gib = {f"{name}_gib": found[f"{name}_bytes"] / 2**30 for name in ("result", "baseline_rss", "peak_rss")}
@@ -72,17 +70,14 @@ def summary(found: dict[str, Any]) -> str:
     )
 
 
-def checkpoint_config(size: float) -> dict[str, Any]:
-    """Configuration of a model of about ``size`` bytes in bf16: the widest shape whose embeddings do not dominate it."""
-    for width, mlp, heads, kv_heads, vocabulary in _SHAPES:
-        embeddings = 2 * 2 * vocabulary * width
-        layer = 2 * width * (2 * width + 2 * width * kv_heads // heads + 3 * mlp)
+def checkpoint_model(size: float) -> Architecture:
+    """A model of about ``size`` bytes in bf16: the widest whose embeddings do not dominate it, with a head of its own."""
+    for model in _MODELS:
+        embeddings = 2 * 2 * model.vocab_size * model.hidden_size
+        layer = 2 * model.linear_parameters / model.num_layers
         if embeddings <= 0.4 * size:
             break
-    layers = max(1, round((size - embeddings) / layer))
-    return qwen2_config(
-        width=width, mlp=mlp, layers=layers, heads=heads, kv_heads=kv_heads, vocabulary=vocabulary, dtype="bfloat16"
-    )
+    return replace(model, num_layers=max(1, round((size - embeddings) / layer)), tie_embeddings=False)
 
 
 def _drawn_from_pool() -> Callable[..., np.ndarray]:

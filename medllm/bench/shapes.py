@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from medllm.architecture import Architecture, qwen2
 from medllm.config import ModelConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.model_directory import write_model
 from medllm.preferences.records import Preference, Sample
 from medllm.quantization import Quantization
-from medllm.random_model import qwen2_config, random_tensors
+from medllm.random_model import random_tensors
 
 _END = "</s>"
 
@@ -59,17 +60,23 @@ class ModelShape:
                 "the width must divide into heads of an even size, and the heads into key/value heads"
             )
 
-    def config(self) -> dict[str, Any]:
-        """Contents of ``config.json``."""
-        return qwen2_config(
-            width=self.width,
-            mlp=self.mlp,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            vocabulary=self.vocabulary,
-            dtype=self.dtype,
+    @classmethod
+    def of(cls, model: Architecture, **held: Any) -> ModelShape:
+        """The sizes of ``model``; ``held`` are the other settings."""
+        return cls(
+            layers=model.num_layers,
+            width=model.hidden_size,
+            mlp=model.intermediate_size,
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            vocabulary=model.vocab_size,
+            **held,
         )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model, with a head of its own."""
+        return qwen2(self.layers, self.width, self.mlp, self.heads, self.kv_heads, self.vocabulary)
 
     def write(self, folder: Path) -> ModelConfig:
         """The model directory, its tokenizer included, and how an engine opens it."""
@@ -83,8 +90,9 @@ class ModelShape:
 
         words = folder / "words"
         _write_tokenizer(words, self.vocabulary)
-        config = {**self.config(), "eos_token_id": 0, "pad_token_id": 0}
-        write_model(folder / "model", config, random_tensors(config, normal))
+        model = self.architecture
+        config = model.to_hf() | {"torch_dtype": self.dtype, "eos_token_id": 0, "pad_token_id": 0}
+        write_model(folder / "model", config, random_tensors(model, normal))
         # Apart from the model: beside a Qwen2's config.json transformers would cut words as Qwen2 does.
         return ModelConfig(str(folder / "model"), None, str(words), self.quantization, self.dtype)
 

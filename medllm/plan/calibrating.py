@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from medllm.architecture import Architecture
 from medllm.child import run_in_child
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.plan.calibration import Calibration
-from medllm.plan.models import model_config
+from medllm.plan.models import planned_model
 from medllm.plan.planning import check_context
 from medllm.plan.request import Request
 from medllm.plan.targets import DEVICES, Target
@@ -42,9 +43,9 @@ def calibrate(request: Request, file: Path) -> dict[str, Any]:
     target = Target.parse(request.target) if request.target else None
     if target is not None and target.count > 1:
         raise UserError(f"--calibrate runs on one device, and --target {target.name} has {target.count}; name one")
-    config, settings = model_config(request.model), request.settings()
-    check_context(request, config)
-    found = _probed(request, target, config)
+    model, settings = planned_model(request.model), request.settings()
+    check_context(request, model)
+    found = _probed(request, target, model)
     device = device_name(found["device"])
     if device is None or (target is not None and device != target.device.name):
         asked = target.device.name if target else "a device that can be planned for"
@@ -92,13 +93,13 @@ def calibration_lines(written: dict[str, Any], file: Path) -> Iterator[str]:
     yield f"calibration: {file}; medllm plan --target {written['device']} --calibration {file} predicts with it"
 
 
-def _probed(request: Request, target: Target | None, config: dict[str, Any]) -> dict[str, Any]:
+def _probed(request: Request, target: Target | None, model: Architecture) -> dict[str, Any]:
     variables = dict(os.environ)
     if target is not None and target.device.kind == "cpu":
         variables["JAX_PLATFORMS"] = "cpu"
     settings = {
         "stage": request.stage,
-        "settings": {**replace(request, accumulation=1).settings(), "model": config},
+        "settings": {**replace(request, accumulation=1).settings(), "model": model.to_hf()},
         "kind": target.device.kind if target else None,
         "seconds": LIMIT * _SHARE_TIMED,
     }

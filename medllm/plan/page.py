@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medllm.axes import MESH_AXES
 from medllm.plan import mesh_picture
 from medllm.plan.wording import KINDS, mesh_words
 from medllm.report.templating import page_templates
@@ -25,14 +26,6 @@ _REMEDIES = {
 }
 
 STAGES = {"cpt": "Continued pretraining", "rpo": "Reasoning preference optimization", "generate": "Generation"}
-
-AXES = {
-    "data": "rows of the batch, with a copy of the weights at each place",
-    "fsdp": "rows of the batch, and the weights: each device stores a piece and gathers the rest when a layer needs it",
-    "tensor": "heads and widths: each device computes its share of every layer",
-    "sequence": "the positions of a row",
-}
-"""What is spread over each axis of a mesh."""
 
 _NOT_KNOWN: Mapping[str, Any] = {
     "topology": "",
@@ -127,7 +120,7 @@ def render(plan: Mapping[str, Any]) -> str:
         remedy=_remedy(shown) if shown and not shown["fits"] else "",
         memory=_memory(shown) if shown else None,
         mesh=mesh_picture.draw(shown["mesh"], shown["mesh_devices"]) if shown else None,
-        axes=[(name, size, AXES.get(name, "")) for name, size in shown["mesh"].items()] if shown else [],
+        axes=[(name, size, MESH_AXES.get(name, "")) for name, size in shown["mesh"].items()] if shown else [],
         placements=_placements(shown) if shown else [],
         times=_times(shown) if shown else [],
         exchanges=_exchanges(shown) if shown else [],

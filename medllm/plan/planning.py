@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from medllm.architecture import Architecture
 from medllm.child import run_in_child
 from medllm.engine import require
 from medllm.errors import UserError
 from medllm.plan.calibration import Calibration, Work
-from medllm.plan.models import model_config
+from medllm.plan.models import planned_model
 from medllm.plan.request import Request
 from medllm.plan.targets import Device, Target
 from medllm.run import this_machine
@@ -34,20 +35,20 @@ def make_plan(request: Request, calibration: Calibration | None = None) -> dict[
             calibration is of something else.
         RuntimeError: the compiler failed.
     """
-    target, config = Target.parse(request.planned_for), model_config(request.model)
+    target, model = Target.parse(request.planned_for), planned_model(request.model)
     check_installed(target)
-    check_context(request, config)
+    check_context(request, model)
     if calibration is not None:
         hardware = this_machine() if target.device.kind == "cpu" else None
         calibration.check(target.device.name, target.count, request.stage, request.quantization, hardware)
-    found = _compiled(request, target, config)
+    found = _compiled(request, target, model)
     memory = sum(found["by_kind"].values()) if found["by_kind"] else found.pop("refused_gib")
     fits = bool(found["by_kind"]) and memory <= target.memory_gib
     rates = target.device
     plan = {
         "ok": fits,
         "fits": fits,
-        **asked(request, target, model_sizes(request.model, config)),
+        **asked(request, target, model_sizes(request.model, model)),
         "rules": request.rules,
         "settings": request.settings(),
         "gib_per_device": memory,
@@ -58,31 +59,31 @@ def make_plan(request: Request, calibration: Calibration | None = None) -> dict[
     if not found["by_kind"]:
         return plan
     plan |= _roofline(plan, rates)
-    return plan if calibration is None else {**plan, "predicted": _predicted(plan, calibration, request, target, config)}
+    return plan if calibration is None else {**plan, "predicted": _predicted(plan, calibration, request, target, model)}
 
 
-def _compiled(request: Request, target: Target, config: dict[str, Any]) -> dict[str, Any]:
+def _compiled(request: Request, target: Target, model: Architecture) -> dict[str, Any]:
     return run_in_child(
         "jax_medllm.plan",
         "compile",
         {
             "target": target.to_json(),
-            "mesh": request.mesh or default_mesh(request, target, config),
+            "mesh": request.mesh or default_mesh(request, target, model),
             "rules": request.rules,
             "stage": request.stage,
-            "settings": {**request.settings(), "model": config},
+            "settings": {**request.settings(), "model": model.to_hf()},
         },
         environment=_environment(target),
     )
 
 
 def _predicted(
-    plan: dict[str, Any], calibration: Calibration, request: Request, target: Target, config: dict[str, Any]
+    plan: dict[str, Any], calibration: Calibration, request: Request, target: Target, model: Architecture
 ) -> dict[str, Any]:
     """The time of a step by a calibration: its work at two depths says what is a layer's and what is not."""
-    layers = config["num_hidden_layers"]
+    layers = model.num_layers
     shallow = next(depth for depth in _SHALLOW if depth != layers)
-    other = _compiled(request, target, {**config, "num_hidden_layers": shallow})
+    other = _compiled(request, target, replace(model, num_layers=shallow))
     if not other.get("by_kind") or "bytes" not in other or "bytes" not in plan:
         raise UserError("a calibration needs the memory traffic of a step, and this JAX cannot read the compiled program")
     found = calibration.predict(
@@ -117,21 +118,21 @@ def asked(request: Request, target: Target, sizes: dict[str, Any]) -> dict[str, 
     }
 
 
-def default_mesh(request: Request, target: Target, config: dict[str, Any]) -> str:
+def default_mesh(request: Request, target: Target, model: Architecture) -> str:
     """``fsdp`` over all devices for training; for generation ``tensor`` as far as there are key/value heads."""
     if request.stage != "generate":
         return f"fsdp={target.count}"
-    tensor = math.gcd(target.count, config.get("num_key_value_heads") or config["num_attention_heads"])
+    tensor = math.gcd(target.count, model.num_kv_heads)
     return f"tensor={tensor},fsdp={target.count // tensor}"
 
 
-def check_context(request: Request, config: dict[str, Any]) -> None:
+def check_context(request: Request, model: Architecture) -> None:
     """Refuse texts that the model has no positions for, as the stages do.
 
     Raises:
         UserError: says how many it has.
     """
-    longest, most = request.text_length(), config["max_position_embeddings"]
+    longest, most = request.text_length(), model.max_positions
     if longest > most:
         raise UserError(f"a text of {longest} tokens is asked for, and {request.model} has a context of {most}; shorten it")
 
@@ -160,24 +161,18 @@ def _roofline(plan: dict[str, Any], device: Device) -> dict[str, Any]:
     return {"seconds": seconds, "bound": bound, "step_s": seconds[bound], "tokens_per_s": rate}
 
 
-def model_sizes(name: str, config: dict[str, Any]) -> dict[str, Any]:
+def model_sizes(name: str, model: Architecture) -> dict[str, Any]:
     """What a plan says of a model: its sizes, and the number of its parameters, in all and in its linear layers."""
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads, mlp, layers = config.get("num_key_value_heads") or heads, config["intermediate_size"], config["num_hidden_layers"]
-    head = config.get("head_dim") or width // heads
-    linear = width * head * (2 * heads + 2 * kv_heads) + 3 * width * mlp
-    other = head * (heads + 2 * kv_heads) + 2 * width
-    tables = 1 if config.get("tie_word_embeddings") else 2
     return {
         "name": name,
-        "parameters": layers * (linear + other) + tables * config["vocab_size"] * width + width,
-        "linear_parameters": layers * linear,
-        "layers": layers,
-        "width": width,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "mlp": mlp,
-        "vocabulary": config["vocab_size"],
+        "parameters": model.parameters,
+        "linear_parameters": model.linear_parameters,
+        "layers": model.num_layers,
+        "width": model.hidden_size,
+        "heads": model.num_heads,
+        "kv_heads": model.num_kv_heads,
+        "mlp": model.intermediate_size,
+        "vocabulary": model.vocab_size,
     }
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from medllm.config import MESH_AXES, RematPolicy
+from medllm.architecture import Architecture
+from medllm.axes import MESH_AXES, RULES
+from medllm.config import REMAT_KEEPS, OptimizerConfig, RematPolicy
 from medllm.errors import UserError
-from medllm.plan.models import model_config
+from medllm.plan.models import planned_model
 from medllm.plan.planning import asked, check_context, check_installed, make_plan, model_sizes
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
 from medllm.plan.wording import mesh_words
-from medllm.quantization import PACKINGS
 
 _ROWS = (1, 2, 4, 8)
 _GIB = 2**30
@@ -41,7 +43,7 @@ class Candidate:
     @property
     def tokens(self) -> int:
         """A measure of the work a step does, to compile first what uses the devices best."""
-        return self.rows * self.mesh.get("data", 1) * self.mesh.get("fsdp", 1)
+        return self.rows * _devices(self.mesh, RULES["batch"])
 
 
 def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -60,10 +62,9 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
         raise UserError(f"--search tries all meshes, and --mesh {request.mesh} names one; leave one of them out")
     target = Target.parse(request.planned_for)
     check_installed(target)
-    config = model_config(request.model)
-    check_context(request, config)
-    sizes = model_sizes(request.model, config)
-    candidates = list(_candidates(request, target, sizes))
+    model = planned_model(request.model)
+    check_context(request, model)
+    candidates = list(_candidates(request, target, model))
     could_fit = [one for one in candidates if one.policies]
     could_fit.sort(key=lambda one: (-one.tokens, one.least_gib))
     chosen, left = could_fit[:most], could_fit[most:]
@@ -85,19 +86,19 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
         row.pop("plan", None)
     return {
         "ok": best is not None,
-        **asked(request, target, sizes),
+        **asked(request, target, model_sizes(request.model, model)),
         "fits": best is not None,
         "candidates": found,
         "best": best,
     }
 
 
-def _candidates(request: Request, target: Target, sizes: dict[str, Any]) -> Iterator[Candidate]:
+def _candidates(request: Request, target: Target, model: Architecture) -> Iterator[Candidate]:
     for mesh in _meshes(target.count):
-        if sizes["kv_heads"] % mesh.get("tensor", 1) or (request.stage != "cpt" and "sequence" in mesh):
+        if model.num_kv_heads % mesh.get("tensor", 1) or (request.stage != "cpt" and "sequence" in mesh):
             continue
         for rows in _ROWS if request.rows is None and request.stage != "generate" else (request.settings()["rows"],):
-            needed = {policy: least_gib(request, mesh, rows, policy, sizes) for policy in _policies(request)}
+            needed = {policy: least_gib(request, mesh, rows, policy, model) for policy in _policies(request)}
             fitting = tuple(policy for policy, gib in needed.items() if gib <= target.memory_gib)
             yield Candidate(mesh, rows, fitting, min(needed.values()))
 
@@ -106,7 +107,7 @@ def _meshes(devices: int) -> Iterator[dict[str, int]]:
     """Every way to write a number of devices as a product over the axes."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for shape in itertools.product(divisors, repeat=len(MESH_AXES) - 1):
-        used = shape[0] * shape[1] * shape[2]
+        used = math.prod(shape)
         if devices % used == 0:
             sizes = dict(zip(MESH_AXES, (*shape, devices // used), strict=True))
             yield {axis: size for axis, size in sizes.items() if size > 1} or {"fsdp": 1}
@@ -116,25 +117,34 @@ def _policies(request: Request) -> tuple[RematPolicy, ...]:
     return ("layer",) if request.stage == "generate" else get_args(RematPolicy)
 
 
-def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPolicy, sizes: dict[str, Any]) -> float:
+def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPolicy, model: Architecture) -> float:
     """GiB that a device needs at the least: weights, adapters with their moments, and what a policy keeps of each layer."""
-    shards = mesh.get("fsdp", 1) * mesh.get("tensor", 1) * mesh.get("sequence", 1)
-    width, mlp, layers = sizes["width"], sizes["mlp"], sizes["layers"]
-    other = sizes["parameters"] - sizes["linear_parameters"]
-    dense = 4 if request.quantization == "fp32" else 2
-    linear, packing = sizes["linear_parameters"], PACKINGS.get(request.quantization)
-    weights = (packing.bytes_of(linear) if packing else linear * dense) + other * dense
-    kv = width * sizes["kv_heads"] // sizes["heads"]
-    adapter = layers * request.rank * (4 * width + 2 * width + 2 * kv + 3 * (width + mlp)) * 4
+    shards = _devices(mesh, RULES["heads"])
+    item = 4 if request.quantization == "fp32" else 2
+    weights = model.weight_bytes(request.quantization, item)
+    adapter = 4 * model.adapter_parameters(request.rank)
     if request.stage == "generate":
         slots, length = request.settings()["rows"], request.settings()["length"]
-        cache = 2 * layers * kv * slots * length * dense
-        return (weights + adapter) / shards / _GIB + cache / (shards * mesh.get("data", 1)) / _GIB
-    kept = {"layer": 0, "attention": 2 * width + 2 * kv, "projections": 2 * width + 2 * kv + 2 * mlp}
-    kept["none"] = kept["projections"] + 3 * width + mlp
-    positions = rows * request.row_length() / mesh.get("sequence", 1)
-    activations = layers * positions * (width + kept[policy] / mesh.get("tensor", 1)) * dense
-    return ((weights + 4 * adapter) / shards + activations) / _GIB
+        cache = 2 * model.num_layers * model.kv_width * slots * length * item
+        return (weights + adapter) / shards / _GIB + cache / math.prod(mesh.values()) / _GIB
+    held = 2 + OptimizerConfig().moments  # beside the adapter its gradient
+    positions = rows * request.row_length() / _devices(mesh, RULES["sequence"])
+    kept = _kept_width(model, policy) / _devices(mesh, RULES["heads_in"])
+    activations = model.num_layers * positions * (model.hidden_size + kept) * item
+    return ((weights + held * adapter) / shards + activations) / _GIB
+
+
+def _kept_width(model: Architecture, policy: RematPolicy) -> int:
+    """Numbers that a policy keeps of each layer for a token, but for attention's own: not every backend of it keeps those."""
+    kept = REMAT_KEEPS[policy]
+    if kept is None:
+        return sum(model.results.values())
+    return sum(model.results[name] for name in kept if name != "attention")
+
+
+def _devices(mesh: dict[str, int], axes: Sequence[str]) -> int:
+    """Devices along some axes of a mesh."""
+    return math.prod(mesh.get(axis, 1) for axis in axes)
 
 
 def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list[dict[str, Any]]:
