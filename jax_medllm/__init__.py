@@ -6,7 +6,7 @@ The parts a notebook uses::
     from jax_medllm.weights import load_model                       # Hugging Face directories in
     from jax_medllm.adapters import adapter_tensors                 # PEFT adapters out
     from jax_medllm.train import cpt_loss_fn, preference_loss_fn, make_step, train
-    from jax_medllm.losses import cpt_loss, dpo_loss, nll_loss, rpo_loss
+    from jax_medllm.losses import cpt_loss, dpo_loss, nll_loss, rpo
     from jax_medllm.logprobs import token_logprobs, response_logprobs
     from jax_medllm.optimizer import make_optimizer, learning_rate
     from jax_medllm.generate import generate
@@ -42,7 +42,7 @@ _HOME = {
     "nll_loss": "losses",
     "preference_loss_fn": "train",
     "response_logprobs": "logprobs",
-    "rpo_loss": "losses",
+    "rpo": "losses",
     "token_logprobs": "logprobs",
 }
 

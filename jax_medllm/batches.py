@@ -17,21 +17,24 @@ position of a response then has the target beside it, and the row is no longer t
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from medllm.config import TrainingConfig
-from medllm.corpus.packing import PackedRows
+from medllm.corpus.packing import PackedRows, target_mask
 from medllm.preferences.tokenization import TokenizedGroup
 
 T = TypeVar("T")
 
-_MULTIPLE = 32
+MULTIPLE = 32
+"""Padded lengths are multiples of this."""
 _WINDOW = 64
 """Micro-batches whose units are sorted by size together."""
 
@@ -138,9 +141,44 @@ def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def target_mask(segment_ids: Int[Array, "b s"]) -> Int[Array, "b s-1"]:
-    """True where the *next* position is a training target: same segment, and no padding."""
-    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+def digest(*parts: bytes) -> str:
+    """Tells one content from another: 16 hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+class TrainingData(Protocol):
+    """What a stage trains on.
+
+    Attributes:
+        steps: The plan of the whole run.
+        unit: What the rate counts, ``tokens`` or ``pairs``.
+    """
+
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def padding(self) -> float:
+        """Fraction of all positions of the run that hold padding."""
+        ...
+
+    def batches(self, step: Step) -> Sequence[Any]:
+        """Arrays of the micro-batches of one step, on the host. Called from several threads."""
+        ...
+
+    def units(self, step: Step) -> int:
+        """How many units a step has."""
+        ...
+
+    def largest(self) -> Any:
+        """A micro-batch with the most positions."""
+        ...
 
 
 def cpt_step(rows: PackedRows, step: Step) -> list[CptBatch]:
@@ -151,7 +189,33 @@ def cpt_step(rows: PackedRows, step: Step) -> list[CptBatch]:
     return [CptBatch(rows.tokens[index], rows.segment_ids[index], rows.positions[index], share) for index in indices]
 
 
-def buckets(sizes: Sequence[int], *, multiple: int = _MULTIPLE, at_most: int = 16, padding: float = 0.0) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class CptData:
+    """Packed rows, and the steps that take them."""
+
+    rows: PackedRows
+    steps: Sequence[Step]
+    unit = "tokens"
+
+    @property
+    def padding(self) -> float:
+        """See :class:`TrainingData`."""
+        return self.rows.padding
+
+    def batches(self, step: Step) -> list[CptBatch]:
+        """See :class:`TrainingData`."""
+        return cpt_step(self.rows, step)
+
+    def units(self, step: Step) -> int:
+        """Tokens of a step, padding left out."""
+        return int((self.rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
+
+    def largest(self) -> CptBatch:
+        """The first: all rows are of one length, and only the last of an epoch are fewer."""
+        return self.batches(self.steps[0])[0]
+
+
+def buckets(sizes: Sequence[int], *, multiple: int = MULTIPLE, at_most: int = 16, padding: float = 0.0) -> tuple[int, ...]:
     """The fewest padded sizes that cover ``sizes`` with at most this share of padding.
 
     Where ``at_most`` sizes do not reach it, those with the least padding: the best partition of the ascending sizes into
@@ -231,28 +295,25 @@ class PreferenceData:
     Args:
         groups: The units.
         config: Batch size, accumulation, epochs and seed.
-        reference: For each group, summed log-probabilities ``[pairs, 2]`` under the reference, where they are known.
     """
 
+    unit = "pairs"
     _PADDING = 0.08
     """Share of padding aimed at: the rows of a micro-batch are not of one length, which adds one or two hundredths to it."""
 
-    def __init__(
-        self,
-        groups: Sequence[TokenizedGroup],
-        config: TrainingConfig,
-        reference: Sequence[Float[np.ndarray, "pairs 2"]] | None = None,
-    ):
+    def __init__(self, groups: Sequence[TokenizedGroup], config: TrainingConfig):
         self.groups = list(groups)
-        self._reference = reference
+        self._reference: Sequence[Float[np.ndarray, "pairs 2"]] | None = None
         self._sizes = [row_size(group.prompt, group.responses) for group in self.groups]
         self._pairs = max(len(group.pairs) for group in self.groups)
-        self._plan = plan_steps(len(self.groups), config, size_of=self._sizes.__getitem__)
+        self.steps = plan_steps(len(self.groups), config, size_of=self._sizes.__getitem__)
         self._lengths = buckets(list(map(self._longest, self._micro_batches())), padding=self._PADDING)
 
-    def plan(self) -> list[Step]:
-        """Every optimizer step."""
-        return self._plan
+    def with_reference(self, sums: Sequence[Float[np.ndarray, "pairs 2"]]) -> PreferenceData:
+        """The same data with summed log-probabilities under the reference, of each group, in its batches."""
+        data = copy.copy(self)
+        data._reference = sums
+        return data
 
     @property
     def padding(self) -> float:
@@ -264,17 +325,17 @@ class PreferenceData:
         """The micro-batch with the most positions."""
         return self._micro_batch(max(self._micro_batches(), key=lambda micro: len(micro) * self._length(micro)), 1.0)
 
-    def pairs(self, step: Step) -> int:
+    def units(self, step: Step) -> int:
         """Pairs in a step."""
         return sum(len(self.groups[unit].pairs) for micro in step.micro_batches for unit in micro)
 
-    def step(self, step: Step) -> list[PreferenceBatch]:
-        """Arrays of the micro-batches of one step."""
-        weight = 1.0 / self.pairs(step)
+    def batches(self, step: Step) -> list[PreferenceBatch]:
+        """See :class:`TrainingData`."""
+        weight = 1.0 / self.units(step)
         return [self._micro_batch(micro, weight) for micro in step.micro_batches]
 
     def _micro_batches(self) -> Iterator[tuple[int, ...]]:
-        return (micro for step in self._plan for micro in step.micro_batches)
+        return (micro for step in self.steps for micro in step.micro_batches)
 
     def _longest(self, units: Sequence[int]) -> int:
         return max(self._sizes[unit] for unit in units)

@@ -15,10 +15,10 @@ from flax import nnx
 
 from jax_medllm import linear
 from jax_medllm.batches import CptBatch
+from jax_medllm.compilation import compile_seconds
 from jax_medllm.floor import floor
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.operations import recorded
-from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import cpt_loss_fn, make_step
 from jax_medllm.weights import load_model
 from medllm.bench.shapes import ModelShape
@@ -67,13 +67,11 @@ def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dic
         return Qwen2(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
 
     graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, 100)
-    step = make_step(graph, cpt_loss_fn, optimizer, partial(learning_rate, config, 100))
+    step = make_step(graph, cpt_loss_fn, OptimizerConfig(), total_steps=100)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = CptBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((), jnp.float32))
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = step.trace(trainable, jax.eval_shape(optimizer.init, trainable), index, others[0], batch)
+    traced = step.trace(trainable, jax.eval_shape(step.init, trainable), index, others[0], batch)
     lowered = [part.lower() for part in traced]
     start = time.perf_counter()
     for part in lowered:
@@ -88,20 +86,7 @@ def profiler(folder: str) -> AbstractContextManager[Any]:
     return jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options)
 
 
-class _Compilations:
-    """Listens to JAX and adds up the seconds XLA compiles."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, seconds: float, **details: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += seconds
-
-
 if __name__ == "__main__":
-    compilations = _Compilations()
-    stages = measurements("jax", profiler, lambda: compilations.seconds)
+    stages = measurements("jax", profiler, compile_seconds)
     stages = {name: partial(recorded, stage) for name, stage in stages.items()}
     sys.exit(serve({"load": load, "matmul": matmul, "compile_step": compile_step, "floor": floor, **stages}, sys.argv[1:]))

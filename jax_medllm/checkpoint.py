@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +13,6 @@ import orbax.checkpoint as ocp
 from medllm.errors import UserError
 
 State = TypeVar("State")
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: optimizer steps done, and the settings that fix the order of steps."""
-
-    step: int
-    settings: dict[str, Any]
 
 
 class Checkpoints:
@@ -41,26 +32,25 @@ class Checkpoints:
 
     def save(self, state: Any, step: int) -> None:
         """Write ``state`` after ``step`` optimizer steps; the writing itself goes on in the background."""
-        if self._manager.latest_step() == step:
-            return
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)),
             position=ocp.args.JsonSave({"step": step, "settings": self._settings}),
         )
         self._manager.save(step, args=arguments, force=True)
 
-    def restore(self, state: State) -> tuple[State, Position] | None:
-        """The latest checkpoint in the structure, types and shardings of ``state``; None where there is none.
+    def restore(self, state: State) -> tuple[State, int]:
+        """The latest checkpoint in the structure, types and shardings of ``state``, and the optimizer steps that were done;
+        ``state`` itself and 0 where there is none.
 
         Raises:
             UserError: it was written under other settings, or cannot be read.
         """
         step = self._manager.latest_step()
         if step is None:
-            return None
-        position = Position(**self._read(step, position=ocp.args.JsonRestore())["position"])
-        for name in sorted(self._settings.keys() | position.settings.keys()):
-            then, now = position.settings.get(name), self._settings.get(name)
+            return state, 0
+        before = self._read(step, position=ocp.args.JsonRestore())["position"]["settings"]
+        for name in sorted(self._settings.keys() | before.keys()):
+            then, now = before.get(name), self._settings.get(name)
             if then != now:
                 raise UserError(
                     f"{self._folder / str(step)}: the checkpoint was written with {name} = {then}, this run has {now}; "
@@ -70,7 +60,7 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
         restored = self._read(step, state=ocp.args.StandardRestore(abstract))["state"]
         leaves = [restored[name] for name in named]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), position
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), step
 
     def close(self) -> None:
         """Wait until everything is on disk."""

@@ -16,8 +16,6 @@ from jax_medllm.sharding import constrain, place_rows
 from medllm.engine import Continuation
 from medllm.errors import UserError
 
-_MULTIPLE = 32
-
 
 class Scorer:
     """Scores continuations under one model; options of the same prompt share its computation."""
@@ -49,7 +47,7 @@ class Scorer:
         if not groups:
             return []
         sizes = [row_size(prompt, completions) for prompt, completions, _ in groups]
-        menu = buckets(sizes, multiple=_MULTIPLE, at_most=6, padding=0.1)
+        menu = buckets(sizes, at_most=6, padding=0.1)
         by_length = defaultdict(list)
         for group, size in zip(groups, sizes, strict=True):
             by_length[round_up(size, menu)].append(group)

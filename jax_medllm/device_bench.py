@@ -65,7 +65,7 @@ def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool, attention: Backen
     device, work = _device(smoke), DeviceShape.from_json(shape)
     data = PreferenceData([work.group()], TrainingConfig(epochs=1, batch_size=1, accumulation=1))
     loss_fn = partial(preference_loss_fn, loss_config=PreferenceLoss(), remat=work.remat)
-    found = _trained(device, work, "rpo", loss_fn, data.step(data.plan()[0]), seconds, attention)
+    found = _trained(device, work, "rpo", loss_fn, data.batches(data.steps[0]), seconds, attention)
     return {**found, "units": 1}
 
 

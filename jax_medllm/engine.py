@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,20 +14,21 @@ import jax
 import numpy as np
 
 from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import PreferenceData, Step, cpt_step, plan_steps, single_pairs
+from jax_medllm.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
 from jax_medllm.continuations import Scorer
 from jax_medllm.decoder import Decoder
 from jax_medllm.generate import generate
+from jax_medllm.losses import objective
 from jax_medllm.model import Qwen2
 from jax_medllm.processes import everywhere, join
 from jax_medllm.reference import ReferenceFile, compute_reference
 from jax_medllm.remat import fitting_policy
 from jax_medllm.sharding import Layout, place_rows
 from jax_medllm.tiles import lay_codes
-from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.train import cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import open_adapters, write_adapter
-from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, RpoConfig, Sampling, TrainingConfig
+from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, RpoConfig, Sampling
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation, Prompt, TrainSummary
 from medllm.errors import UserError
@@ -37,6 +37,7 @@ from medllm.model_directory import ModelDirectory
 from medllm.preferences.records import Preference
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.processes import is_primary_process
+from medllm.progress import progress_bar
 from medllm.run import Run
 from medllm.tokenizer import check_vocabulary, encode_prompt, end_token, load_tokenizer
 
@@ -46,17 +47,20 @@ class JaxEngine:
 
     Args:
         model: Which weights.
-        mesh: The devices they are spread over; one device when unset.
+        mesh: The devices they are spread over; one device when unset. The config of the stage, where there is one.
 
     Raises:
-        UserError: the mesh does not fit the devices, there are other processes that cannot be joined, the model is no Qwen2
-            directory, an adapter does not fit it, or its tokenizer does not fit its vocabulary.
+        UserError: the stage asks for a loss that there is not, the mesh does not fit the devices, there are other processes
+            that cannot be joined, the model is no Qwen2 directory, an adapter does not fit it, or its tokenizer does not fit
+            its vocabulary.
     """
 
     name = "jax"
 
     def __init__(self, model: ModelConfig, mesh: MeshConfig | None = None):
         _keep_compilations()
+        if isinstance(mesh, RpoConfig):
+            objective(mesh.loss)  # else it would be said when stage 1's adapter has been merged
         if mesh is not None and mesh.rules and not mesh.mesh:
             raise UserError(f"--rules {mesh.rules} spreads arrays over a mesh, and there is none; add --mesh")
         join(mesh.mesh if mesh is not None else "")
@@ -94,25 +98,10 @@ class JaxEngine:
             raise UserError(f"corpus.length {length} is longer than the model's context of {self._context}; lower it")
         if not rows.targets.any():
             raise UserError("the corpus has no token to predict: every document is a single token, or empty")
-        training = config.training
-        steps = plan_steps(len(rows.tokens), training)
-
-        digest = _digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
-
-        def tokens(step: Step) -> int:
-            return int((rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
-
-        task = Task(
-            loss_fn=cpt_loss_fn,
-            steps=steps,
-            batches=partial(cpt_step, rows),
-            units=tokens,
-            unit="tokens",
-            settings=_settings(config, training, {"rows": len(rows.tokens), "length": length, "data": digest}),
-        )
-        return self._train(
-            self._trainable(config), task, config, run, rows.padding, largest=lambda: cpt_step(rows, steps[0])[0]
-        )
+        contents = digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
+        facts = {"rows": len(rows.tokens), "length": length, "data": contents}
+        data = CptData(rows, plan_steps(len(rows.tokens), config.training))
+        return self._train(self._trainable(config), cpt_loss_fn, data, config, run, facts)
 
     def train_preferences(self, preferences: Sequence[Preference], config: RpoConfig, run: Run) -> TrainSummary:
         """See :class:`medllm.engine.Engine`.
@@ -120,7 +109,8 @@ class JaxEngine:
         Raises:
             UserError: no pairs, a prompt and response beyond the context, or what :func:`jax_medllm.train.train` raises.
         """
-        tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs)
+        with progress_bar("tokens") as progress:
+            tokenized = tokenize_preferences(self.tokenizer, preferences, config.pairs, progress)
         groups = tokenized.groups
         if not groups:
             raise UserError(
@@ -136,12 +126,9 @@ class JaxEngine:
                 )
         if (tokenized.dropped_pairs or tokenized.truncated) and not config.resume:
             run.log(0, dropped_pairs=tokenized.dropped_pairs, truncated_responses=tokenized.truncated)
-        training = config.training
-        data = PreferenceData(single_pairs(groups) if config.pairs.unit == "pair" else groups, training)
-        facts = {"groups": len(data.groups), "pairs": tokenized.pairs, "data": _digest(repr(groups).encode())}
-        settings = _settings(config, training, facts)
+        data = PreferenceData(single_pairs(groups) if config.pairs.unit == "pair" else groups, config.training)
         model = self._trainable(config)
-        folder = _reference_folder(config, data, run)
+        folder = _reference_folder(config, data, run) if objective(config.loss).reference else None
         if folder is not None:
             kept = ReferenceFile(folder, self._config, data.groups)
             sums = kept.read()
@@ -150,18 +137,19 @@ class JaxEngine:
                     sums = compute_reference(model, data)
                 if is_primary_process():
                     kept.write(sums)
-            data = PreferenceData(data.groups, training, sums)
-        task = Task(
-            loss_fn=partial(preference_loss_fn, loss_config=config.loss),
-            steps=data.plan(),
-            batches=data.step,
-            units=data.pairs,
-            unit="pairs",
-            settings={**settings, "loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)},
-        )
-        return self._train(model, task, config, run, data.padding, largest=data.largest)
+            assert sums is not None  # read in every process, or computed in all of them
+            data = data.with_reference(sums)
+        facts = {"groups": len(data.groups), "pairs": tokenized.pairs, "data": digest(repr(groups).encode())}
+        facts |= {"loss": dataclasses.asdict(config.loss), "pairing": dataclasses.asdict(config.pairs)}
+        return self._train(model, partial(preference_loss_fn, loss_config=config.loss), data, config, run, facts)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """See :class:`medllm.engine.Engine`.
 
         Raises:
@@ -170,7 +158,7 @@ class JaxEngine:
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         with self._on_mesh():
-            return generate(self._decoder, ids, sampling, decode, batch_size)
+            return generate(self._decoder, ids, sampling, decode, batch_size, progress)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :class:`medllm.engine.Engine`.
@@ -200,21 +188,23 @@ class JaxEngine:
     def _train(
         self,
         model: Qwen2,
-        task: Task,
+        loss_fn: Callable[..., Any],
+        data: TrainingData,
         config: CptConfig | RpoConfig,
         run: Run,
-        padding: float,
-        largest: Callable[[], Any],
+        facts: dict[str, Any],
     ) -> TrainSummary:
+        """Train ``model`` and write its adapter; ``facts`` are what a trajectory depends on beside the settings."""
         training = config.training
+        settings = _settings(config, facts)
         with self._on_mesh():
             chosen = None
             remat = training.remat
             if remat == "auto":
-                batch = place_rows(largest())
-                remat = chosen = fitting_policy(model, task.loss_fn, batch, accumulates=training.accumulation > 1)
-            task = dataclasses.replace(task, loss_fn=partial(task.loss_fn, remat=remat))
-            trained = train(model, task, config.optimizer, training, run, resume=config.resume)
+                batch = place_rows(data.largest())
+                remat = chosen = fitting_policy(model, loss_fn, batch, accumulates=training.accumulation > 1)
+            loss_fn = partial(loss_fn, remat=remat)
+            trained = train(model, loss_fn, data, config.optimizer, training, run, settings=settings, resume=config.resume)
         folder = run.path / "adapter"
         assert model.lora is not None
         tensors = adapter_tensors(model)
@@ -227,7 +217,7 @@ class JaxEngine:
             trained.rate,
             str(folder),
             trained.compile_seconds,
-            padding,
+            data.padding,
             chosen,
         )
 
@@ -236,23 +226,15 @@ def _reference_folder(config: RpoConfig, data: PreferenceData, run: Run) -> Path
     """Where the reference's log-probabilities are kept: where asked for, or in the run where a second epoch reads them."""
     if config.reference_cache is not None:
         return Path(config.reference_cache)
-    steps = data.plan()[: config.training.max_steps or None]
+    steps = data.steps[: config.training.max_steps or None]
     return run.path if steps[-1].epoch > 0 else None
 
 
-def _digest(*parts: bytes) -> str:
-    """Tells one training set from another."""
-    state = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        state.update(part)
-    return state.hexdigest()
-
-
-def _settings(config: CptConfig | RpoConfig, training: TrainingConfig, facts: dict[str, Any]) -> dict[str, object]:
+def _settings(config: CptConfig | RpoConfig, facts: dict[str, Any]) -> dict[str, object]:
     """What a trajectory depends on, in JSON's types."""
     lora: LoraConfig = config.lora
     free = {"log_every", "checkpoint_every", "max_steps", "remat"}
-    loop = {name: value for name, value in dataclasses.asdict(training).items() if name not in free}
+    loop = {name: value for name, value in dataclasses.asdict(config.training).items() if name not in free}
     adapter = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(lora).items()}
     optimizer = dataclasses.asdict(config.optimizer)
     optimizer["betas"] = list(optimizer["betas"])

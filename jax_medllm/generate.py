@@ -23,14 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from jax_medllm.batches import buckets, round_up
+from jax_medllm.batches import MULTIPLE, buckets, round_up
 from jax_medllm.cached_attention import Stored
 from jax_medllm.decoder import CHUNK, Decoder, Fill, Slots
 from medllm.config import Sampling
 from medllm.engine import Generation
 from medllm.errors import PromptError
 
-_MULTIPLE = 32
 _PREFILL_SIZES = 4
 """Padded lengths of prompts that are read into the slots of one queue; each is compiled."""
 _WORTH = 32
@@ -76,9 +75,7 @@ def generate(
         prefix = decoder.prefix(prompts[family.members[0]][: family.shared])
         rest = {i: prompts[i][family.shared :] for i in family.members}
         count = len(rest) * sampling.samples
-        menu = buckets(
-            [len(tokens) for tokens in rest.values()], multiple=_MULTIPLE, at_most=1 if count <= 4 * batch_size else 3
-        )
+        menu = buckets([len(tokens) for tokens in rest.values()], at_most=1 if count <= 4 * batch_size else 3)
         for size in menu:
             members = [i for i, tokens in rest.items() if round_up(len(tokens), menu) == size]
             # Prompts of like length are read together.
@@ -116,8 +113,8 @@ class _Queue:
     def run(self) -> Iterator[tuple[Request, Generation]]:
         """Yield continuations as they finish."""
         lengths = [len(self.prompts[request.prompt]) for request in self.requests]
-        sizes = buckets(lengths, multiple=_MULTIPLE, at_most=_PREFILL_SIZES)
-        new = -(-self.sampling.max_new_tokens // _MULTIPLE) * _MULTIPLE
+        sizes = buckets(lengths, at_most=_PREFILL_SIZES)
+        new = -(-self.sampling.max_new_tokens // MULTIPLE) * MULTIPLE
         slots = self.decoder.empty(self.batch, sizes[-1] + new)
         while self.waiting < len(self.requests) or self.active:
             slots = self._shrink(self._refill(slots, sizes))
@@ -238,7 +235,7 @@ def _families(prompts: Sequence[Sequence[int]], members: list[int], worth: int) 
     shared = _common_prefix([prompts[i] for i in members])
     by_next = defaultdict(list)
     for i in members:
-        by_next[tuple(prompts[i][shared : shared + _MULTIPLE])].append(i)
+        by_next[tuple(prompts[i][shared : shared + MULTIPLE])].append(i)
     rest = []
     for alike in by_next.values():
         more = _common_prefix([prompts[i] for i in alike]) - shared
@@ -260,7 +257,7 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     rows = np.array([list(prompt[:shortest]) for prompt in prompts])
     same = (rows == rows[0]).all(axis=0)
     length = shortest if same.all() else int(same.argmin())
-    return length // _MULTIPLE * _MULTIPLE
+    return length // MULTIPLE * MULTIPLE
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], new: int, context: int) -> None:

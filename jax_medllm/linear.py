@@ -237,12 +237,22 @@ low_rank_matmul.defvjp(_low_rank_forward, _low_rank_backward)
 def adapted_matmul(
     x: Float[Array, "*b in"], weight: Float[Array, "out in"], updates: tuple[Matrices, ...]
 ) -> Float[Array, "*b out"]:
-    """x (W + Σ B A)ᵀ. The weight has no gradient."""
+    """x (W + Σ B A)ᵀ.
+
+    Raises:
+        TypeError: the weight is differentiated; only the input and the updates have a gradient.
+    """
     return matmul(x, _adapted(weight, updates))
 
 
-def _adapted_forward(x: Array, weight: Array, updates: tuple[Matrices, ...]) -> tuple[Array, tuple[Any, ...]]:
-    return adapted_matmul(x, weight, updates), (x, weight, updates)
+def _adapted_forward(x: Any, weight: Any, updates: Any) -> tuple[Array, tuple[Any, ...]]:
+    if weight.perturbed:
+        raise TypeError(
+            "adapted_matmul has no gradient for the weight under an adapter: differentiate with respect to the input and the "
+            "adapter's matrices alone"
+        )
+    kept = x.value, weight.value, tuple((a.value, b.value) for a, b in updates)
+    return adapted_matmul(*kept), kept
 
 
 def _adapted_backward(kept: tuple[Any, ...], g: Array) -> tuple[Array, None, tuple[Matrices, ...]]:
@@ -251,7 +261,7 @@ def _adapted_backward(kept: tuple[Any, ...], g: Array) -> tuple[Array, None, tup
     return matmul_back(g, _adapted(weight, updates)), None, slopes
 
 
-adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
+adapted_matmul.defvjp(_adapted_forward, _adapted_backward, symbolic_zeros=True)
 
 
 def _adapted(weight: Float[Array, "out in"], updates: tuple[Matrices, ...]) -> Float[Array, "out in"]:

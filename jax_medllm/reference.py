@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,22 +26,19 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jax_medllm.batches import PreferenceData
+from jax_medllm.batches import PreferenceData, digest
 from jax_medllm.model import Qwen2
 from jax_medllm.sharding import constrain, place_rows
-from jax_medllm.train import reference_logprobs
+from jax_medllm.train import AHEAD, reference_logprobs
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
-from medllm.processes import is_primary_process
+from medllm.progress import tracked
 from medllm.run import atomic_path
 
-_AHEAD = 2
 _NAME = "logprobs"
 _CHECKSUM = "checksum"
 
@@ -70,10 +66,10 @@ class ReferenceFile:
         tokens = [(group.prompt, group.responses, group.pairs, group.pair_starts) for group in self.groups]
         facts = {
             "weights": [_contents(folder) for folder in folders],
-            "data": _digest(repr(tokens).encode()),
+            "data": digest(repr(tokens).encode()),
             "held": [self.model.quantization, self.model.dtype, jax.default_backend(), bool(jax.config.jax_enable_x64)],
         }
-        return self.folder / f"reference-{_digest(json.dumps(facts).encode())}.safetensors"
+        return self.folder / f"reference-{digest(json.dumps(facts).encode())}.safetensors"
 
     def read(self) -> Sums | None:
         """The numbers of each group; None where the file is not there.
@@ -89,7 +85,7 @@ class ReferenceFile:
         except (SafetensorError, OSError) as error:
             raise self._damaged(str(error).splitlines()[0]) from error
         ends = np.cumsum([len(group.pairs) for group in self.groups])
-        if checksum != _digest(values.tobytes()) or values.shape != (ends[-1], 2):
+        if checksum != digest(values.tobytes()) or values.shape != (ends[-1], 2):
             raise self._damaged("its numbers are not those its checksum was taken of")
         return np.split(values, ends[:-1])
 
@@ -97,7 +93,7 @@ class ReferenceFile:
         """Keep the numbers of each group; all of the file or nothing."""
         values = np.ascontiguousarray(np.concatenate(sums))
         with atomic_path(self.path) as scratch:
-            save_file({_NAME: values}, scratch, metadata={_CHECKSUM: _digest(values.tobytes())})
+            save_file({_NAME: values}, scratch, metadata={_CHECKSUM: digest(values.tobytes())})
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.path}: the reference's log-probabilities cannot be read ({reason}); remove the file")
@@ -115,16 +111,14 @@ def compute_reference(model: Qwen2, data: PreferenceData) -> Sums:
         for unit, values in zip(units, np.asarray(sums)[: len(units)], strict=True):
             found[unit] = values[: len(data.groups[unit].pairs)]
 
-    steps = [step for step in data.plan() if step.epoch == 0]
-    shown = sys.stderr.isatty() and is_primary_process()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        for step in bar.track(steps, description="log-probabilities of the reference"):
-            for units, batch in zip(step.micro_batches, data.step(step), strict=True):
-                under_way.append((units, forward(state, place_rows(batch))))
-                if len(under_way) > _AHEAD:
-                    collect()
-        while under_way:
-            collect()
+    steps = [step for step in data.steps if step.epoch == 0]
+    for step in tracked(steps, "log-probabilities of the reference"):
+        for units, batch in zip(step.micro_batches, data.batches(step), strict=True):
+            under_way.append((units, forward(state, place_rows(batch))))
+            if len(under_way) > AHEAD:
+                collect()
+    while under_way:
+        collect()
     return [found[unit] for unit in range(len(data.groups))]
 
 
@@ -138,7 +132,3 @@ def _contents(folder: Path) -> list[str]:
 def _file_digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

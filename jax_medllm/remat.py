@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from flax import nnx
 
 from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2
+from jax_medllm.processes import everywhere
 from jax_medllm.sharding import device_bytes
 from jax_medllm.train import make_gradients
 from medllm.config import OptimizerConfig, RematPolicy
@@ -25,7 +27,8 @@ def fitting_policy(
 ) -> RematPolicy:
     """The first of the policies, fastest first, whose step fits in a device's memory; ``layer`` where none does.
 
-    Each is compiled, the largest first; the compiled step is kept (where compilations are), so that training finds it.
+    Each is compiled, the largest first; the compiled step is kept (where compilations are), so that training finds it. Of
+    several processes all call this, and a policy fits where it does in every one of them.
 
     Args:
         model: With the adapter that is trained, where it will be trained.
@@ -41,16 +44,20 @@ def fitting_policy(
     beside = adapter * (OptimizerConfig().moments + accumulates)  # and the gradients so far
     for policy in policies[:-1]:
         gradients = make_gradients(graph, partial(loss_fn, remat=policy))
-        try:
-            memory = gradients.lower(trainable, others[0], batch).compile().memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            continue
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-        if needed + beside <= available:
+        if everywhere(_needed(gradients, trainable, others[0], batch) + beside <= available):
             return policy
     return policies[-1]
+
+
+def _needed(gradients: jax.stages.Wrapped, *arguments: Any) -> float:
+    """Bytes of a device that a compiled step takes; no end of them where the compiler finds no room."""
+    try:
+        memory = gradients.lower(*arguments).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
 def device_memory() -> float:

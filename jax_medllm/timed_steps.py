@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from flax import nnx
 
 from jax_medllm.linear import LoraParam
 from jax_medllm.model import Qwen2
-from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import make_step
 from medllm.config import OptimizerConfig
 
@@ -39,11 +37,9 @@ def timed_training(model: Qwen2, loss_fn: Callable[..., Any], batches: Any, seco
     Raises:
         RuntimeError: the loss or its gradient is not finite.
     """
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, _SCHEDULE)
     graph, trainable, *others = nnx.split(model, LoraParam, ...)
-    step = make_step(graph, loss_fn, optimizer, partial(learning_rate, config, _SCHEDULE))
-    moments = optimizer.init(trainable)
+    step = make_step(graph, loss_fn, OptimizerConfig(), _SCHEDULE)
+    moments = step.init(trainable)
     batches = jax.tree.map(jnp.asarray, batches)
     times: list[float] = []
     while len(times) <= STEPS and (len(times) < 2 or sum(times[1:]) < seconds):

@@ -30,7 +30,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads_in": ("tensor",),  # inputs of o
     "mlp_in": ("tensor",),  # inputs of down
     "embed_in": (),  # inputs of q, k, v, gate and up
-    "bias": ("tensor",),  # biases of q, k and v
+    "bias": ("tensor",),  # biases
     "adapter": _STORED,  # the long axis of a LoRA matrix
     "vocab": ("tensor",),  # rows of the embedding
     "columns": ("fsdp", "sequence"),  # columns of the embedding

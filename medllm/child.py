@@ -9,10 +9,16 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Thread
 from typing import Any, TextIO
 
 from medllm.errors import UserError
+from medllm.progress import Progress
+
+_TOLD = "MEDLLM_PROGRESS"
+"""Environment variable of a child process: the descriptor on which it tells its progress."""
 
 
 def run_in_child(
@@ -23,6 +29,7 @@ def run_in_child(
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
     log: TextIO | None = None,
+    progress: Progress = lambda done, total, doing="": None,
 ) -> dict[str, Any]:
     """Run ``name`` of ``module``, which :func:`serve` serves, in a fresh process and return what it found.
 
@@ -33,15 +40,17 @@ def run_in_child(
         timeout: Seconds after which the process is ended.
         environment: The process's environment variables; this one's when unset.
         log: Gets what the process wrote to its standard error.
+        progress: Is told what the process tells of its progress with :func:`tell`.
 
     Raises:
         UserError: it refuses the settings (its own one-line reason).
         RuntimeError: the process failed, or took longer than ``timeout``.
     """
     command = [sys.executable, "-m", module, name, json.dumps(settings)]
-    with tempfile.TemporaryDirectory(prefix="medllm-child-") as nothing_compiled:  # so that the time to compile is seen
-        variables = {**(os.environ if environment is None else environment), "JAX_COMPILATION_CACHE_DIR": nothing_compiled}
-        done = run_process(command, timeout=timeout, environment=variables, log=log)
+    variables = dict(os.environ if environment is None else environment)
+    with tempfile.TemporaryDirectory(prefix="medllm-child-") as nothing_compiled, _listening(progress) as told:
+        variables |= {"JAX_COMPILATION_CACHE_DIR": nothing_compiled, _TOLD: str(told)}  # so that the time to compile is seen
+        done = run_process(command, timeout=timeout, environment=variables, log=log, kept_open=(told,))
     said = done.stderr.strip().splitlines()
     if done.returncode == 2 and said:
         raise UserError(said[-1])
@@ -52,16 +61,48 @@ def run_in_child(
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@contextmanager
+def _listening(progress: Progress) -> Iterator[int]:
+    """A descriptor on which another process tells its progress, a line of JSON each time."""
+    reading, writing = os.pipe()
+
+    def listen() -> None:
+        with open(reading, encoding="utf-8") as lines:
+            for line in lines:
+                progress(*json.loads(line))
+
+    listener = Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        listener.join(timeout=1)
+
+
 def run_process(
-    command: Sequence[str], *, timeout: float | None, environment: Mapping[str, str], log: TextIO | None = None
+    command: Sequence[str],
+    *,
+    timeout: float | None,
+    environment: Mapping[str, str],
+    log: TextIO | None = None,
+    kept_open: Sequence[int] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` and return what it wrote; past ``timeout`` seconds it and its own children are ended.
+
+    ``kept_open`` are descriptors that it gets.
 
     Raises:
         RuntimeError: it took longer.
     """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(environment), process_group=0
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(environment),
+        process_group=0,
+        pass_fds=kept_open,
     )
     out = err = ""
     try:
@@ -81,6 +122,12 @@ def run_process(
 
 def _signal(code: int) -> str | None:
     return f"ended by {signal.Signals(-code).name}" if code < 0 else None
+
+
+def tell(done: int, total: int, doing: str = "") -> None:
+    """The child's side: so many of so many are done, and what comes next, for the progress of :func:`run_in_child`."""
+    if told := os.environ.get(_TOLD):
+        os.write(int(told), f"{json.dumps([done, total, doing])}\n".encode())
 
 
 def serve(functions: Mapping[str, Callable[..., dict[str, Any]]], argv: list[str]) -> int:

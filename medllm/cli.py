@@ -6,36 +6,28 @@ traceback. Nothing heavier than the configuration is imported before a command i
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm import __version__
-from medllm.command_words import gather_lists, name_presets
-from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, PairConfig, RpoConfig
+from medllm.command import Command, Group, say
+from medllm.command_help import command_page, group_page, overview
+from medllm.command_words import check_options, find_command, gather_lists, name_presets
+from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, ProblemsFormat, RpoConfig
 from medllm.engine import EngineName, require
 from medllm.errors import UserError
 from medllm.processes import ended, is_primary_process
+from medllm.progress import progress_bar
 from medllm.quantization import Quantization
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its help line, what fills its parser, and what it does with the parsed values."""
-
-    help: str
-    arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Any], dict[str, Any] | None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if isinstance(error, UnicodeDecodeError):
             error = UserError("a file named on the command line is not UTF-8 text")
-        print(f"medllm: {_one_line(error, argv)}", file=sys.stderr)
+        print(f"medllm: {_one_line(error)}", file=sys.stderr)
         return ended(2)
     except KeyboardInterrupt:
         print("medllm: interrupted", file=sys.stderr)
@@ -64,14 +56,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = build_parser()
-    namespace = parser.parse_args(gather_lists(name_presets(argv), _WITH_ACTIONS))
-    name = namespace.subcommand
-    values = parser.instantiate(namespace)[name]
-    target = values[values.action].json if name in _WITH_ACTIONS else values.json
+    if not argv:
+        print(overview(COMMANDS), file=sys.stderr)
+        return 2
+    page = _page(argv)
+    if page is not None:
+        print(page)
+        sys.exit(0)
+    name, command, words = find_command(argv, COMMANDS)
+    values = parse(name, command, words)
+    target = values.json
     if target is not None and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
         raise UserError(f"--json {target}: no file can be written there; name a file in a folder that exists")
-    result = COMMANDS[name].run(values)
+    result = command.run(values)
     if result is not None and target is not None and is_primary_process():
         from medllm.run import write_json
 
@@ -79,28 +76,35 @@ def _run(argv: list[str]) -> int:
     return 1 if result is not None and result.get("ok") is False else 0
 
 
-def _add_json(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", type=str | None, default=None, metavar="FILE", help="also write the result as JSON")
+def parse(name: str, command: Command, words: list[str]) -> Any:
+    """The values that ``words`` give the options of the command called ``name``.
+
+    Raises:
+        UserError, ArgumentError: an option that the command does not have, a value that does not fit, one that is missing.
+    """
+    parser = command.parser()
+    check_options(name, words, parser)
+    return parser.instantiate(parser.parse_args(gather_lists(name_presets(words, command.presets), parser)))
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of the whole command line."""
-    parser = ArgumentParser(
-        prog="medllm",
-        description="Teach a language model a medical domain so that it stays right when it has to explain itself. "
-        "Research software, not medical advice.",
-        exit_on_error=False,
-        allow_abbrev=False,
-        version=__version__,
-    )
-    commands = parser.add_subcommands(required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
-        if name not in _WITH_ACTIONS:  # each of their actions has its own
-            _add_json(sub)
-        commands.add_subcommand(name, sub, help=command.help)
-        command.arguments(sub)
-    return parser
+def _page(argv: list[str]) -> str | None:
+    """What a command line asks to be told, where it does not ask for a command to run."""
+    asked = {"--help", "-h", "--help=all"} & set(argv)
+    if argv[:1] == ["--version"]:
+        return f"medllm {__version__}"
+    if argv[:1] == ["--completion"]:
+        from medllm.completion import completion_script
+
+        return completion_script(" ".join(argv[1:]), COMMANDS)
+    if argv[0] in asked:
+        return overview(COMMANDS)
+    if not asked:
+        return None
+    group = COMMANDS.get(argv[0])
+    if isinstance(group, Group) and (len(argv) < 2 or argv[1] in asked):
+        return group_page(argv[0], group)
+    name, command, words = find_command(argv, COMMANDS)
+    return command_page(name, command, everything="--help=all" in words or words[-2:] in (["--help", "all"], ["-h", "all"]))
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def _cpt(values: Any) -> dict[str, Any]:
 
     result = run_cpt(_config(values, CptConfig), values.engine)
     rate = f"{result['rate']:.0f} tokens/s{_remat(result)}"
-    _say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
+    say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
     return result
 
 
@@ -137,10 +141,10 @@ def _curate(values: Any) -> dict[str, Any]:
     from medllm.stages import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
-    with _progress("curate") as progress:
+    with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
     counts = ", ".join(f"{name} {value}" for name, value in result.items() if isinstance(value, int))
-    _say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
+    say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
     return result
 
 
@@ -149,7 +153,7 @@ def _rpo(values: Any) -> dict[str, Any]:
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
     rate = f"{result['rate']:.2f} pairs/s{_remat(result)}"
-    _say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
+    say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
     return result
 
 
@@ -157,18 +161,19 @@ def _evaluate(values: Any) -> dict[str, Any]:
     from medllm.stages import run_evaluate
 
     config = _config(values, EvaluateConfig)
-    with _progress("evaluate") as progress:
+    with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
     if config.method == "options":
         shares = f"{result['accuracy']:.3f} right, {result['normalized_accuracy']:.3f} by likelihood per token"
-        _say(f"evaluate: {result['setting']}: {shares}, {result['questions']} questions; {config.run}")
+        say(f"evaluate: {result['setting']}: {shares}, {result['questions']} questions; {config.run}")
     else:
-        _say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
+        say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
     return result
 
 
 def _score_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
+    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by name and content")
     parser.add_argument("--predictions", type=str, required=True, help="prediction file, folder or pattern (JSONL)")
     parser.add_argument("--lenient", type=bool, default=False, help="forgive spaces; the official score does not")
 
@@ -177,9 +182,9 @@ def _score(values: Any) -> dict[str, Any]:
     from medllm.exam.loaders import load_problems
     from medllm.exam.scoring import read_predictions, score
 
-    problems = load_problems(values.problems).problems
+    problems = load_problems(values.problems, problems_format=values.problems_format).problems
     result = score(problems, read_predictions(values.predictions), lenient=values.lenient).to_json()
-    _say(f"score: {_points(result)}")
+    say(f"score: {_points(result)}")
     return result
 
 
@@ -195,7 +200,7 @@ def _report(values: Any) -> dict[str, Any]:
     from medllm.report.page import report_from_runs, write_report
 
     write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs], previous=values.previous))
-    _say(f"report: {values.out}")
+    say(f"report: {values.out}")
     return {"report": values.out}
 
 
@@ -217,7 +222,7 @@ def _convert(values: Any) -> dict[str, Any]:
     from medllm.conversion import convert_model
     from medllm.handover import handover_table
 
-    with _progress("convert") as progress:
+    with progress_bar("convert") as progress:
         result = convert_model(
             values.model,
             values.out,
@@ -229,8 +234,8 @@ def _convert(values: Any) -> dict[str, Any]:
             progress=progress,
         )
     if "handovers" in result:
-        _say(handover_table(result))
-    _say(f"convert: {values.out}")
+        say(handover_table(result))
+    say(f"convert: {values.out}")
     return result
 
 
@@ -250,38 +255,25 @@ def _parity(values: Any) -> dict[str, Any]:
     require("medllm parity", "torch", "torch")
     audits = importlib.import_module("medllm_parity.audit")
     pages = importlib.import_module("medllm_parity.page")
-    with _progress("parity") as progress:
+    with progress_bar("parity") as progress:
         audit = audits.run_audit(_config(values, AuditConfig), progress)
     result = pages.write_audit(out, audit)
     for line in pages.summary(audit):
-        _say(line)
-    _say(f"parity: {out / pages.PAGE}")
+        say(line)
+    say(f"parity: {out / pages.PAGE}")
     return result
 
 
 def _mini_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--engine", type=Literal["jax", "torch"], default="jax", help="which engine does the work")
-    parser.add_argument("--preset", type=str, default="mini", help="name of a mini preset, or a YAML file")
+    parser.add_argument("--preset", type=str, default="mini", help="name of a preset, or a YAML file")
     parser.add_argument("--out", type=str, default="runs/mini", help="folder of the study")
 
 
 def _mini(values: Any) -> dict[str, Any]:
     from medllm.mini.study import run_and_report
 
-    return run_and_report(values.engine, Path(values.out), values.preset, _say)
-
-
-def _actions(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:
-    """How the actions of a command with several (``medllm data ACTION``) are added, with their help lines."""
-    actions = parser.add_subcommands(required=True, dest="action", metavar="ACTION")
-
-    def add(name: str, help: str) -> ArgumentParser:
-        action = ArgumentParser(description=help, exit_on_error=False, allow_abbrev=False)
-        _add_json(action)
-        actions.add_subcommand(name, action, help=help)
-        return action
-
-    return add
+    return run_and_report(values.engine, Path(values.out), values.preset, say)
 
 
 def _plan_arguments(parser: ArgumentParser) -> None:
@@ -293,122 +285,82 @@ def _plan_arguments(parser: ArgumentParser) -> None:
 def _plan(values: Any) -> dict[str, Any]:
     from medllm.plan.command import run
 
-    return run(values, _say)
+    return run(values, say)
 
 
-def _bench_arguments(parser: ArgumentParser) -> None:
-    importlib.import_module("medllm.bench.command").add_actions(_actions(parser))
+def _bench_actions() -> Mapping[str, Command]:
+    from medllm.bench.command import ACTIONS
+
+    return ACTIONS
 
 
-def _bench(values: Any) -> dict[str, Any]:
-    return importlib.import_module("medllm.bench.command").run(values.action, values[values.action], _say)
+def _data_actions() -> Mapping[str, Command]:
+    from medllm.data_command import ACTIONS
+
+    return ACTIONS
 
 
-def _data_arguments(parser: ArgumentParser) -> None:
-    add = _actions(parser)
-    export = add("export-trl", "preferences → TRL's prompt/chosen/rejected rows")
-    export.add_argument("--preferences", type=str, required=True, help="preference file")
-    export.add_argument("--out", type=str, required=True, help="JSONL file to write")
-    export.add_class_arguments(PairConfig, "pairs")
-    random = add("random-model", "a small Qwen2.5 with random weights, for trying out a pipeline")
-    random.add_argument("--tokenizer", type=str, required=True, help="folder whose tokenizer the model gets")
-    random.add_argument("--out", type=str, required=True, help="model folder to write")
-    random.add_argument("--vocab_size", type=int, default=152064, help="rows of the embedding")
-    random.add_argument("--hidden_size", type=int, default=64, help="width, a multiple of 32")
-    random.add_argument("--layers", type=int, default=2, help="decoder layers")
-    random.add_argument("--seed", type=int, default=0, help="seed of the weights")
-    leaks = add("leaks", "exam questions found in training text")
-    leaks.add_argument("--documents", type=list[str], required=True, help="training files or folders")
-    leaks.add_argument("--problems", type=str, required=True, help="problem file or folder")
-    leaks.add_argument("--text_column", type=str, default="text", help="column that holds a document's text")
-    leaks.add_argument("--threshold", type=float, default=0.8, help="share of a question's 13-character pieces")
+def _stage(name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str) -> Command:
+    options = tuple(f"--{option}" for option in first.split())
+    return Command(help, _stage_arguments(config_class), run, options, presets=f"paper_{name}_*")
 
 
-def _data(values: Any) -> dict[str, Any]:
-    action = values.action
-    return _DATA_ACTIONS[action](values[action])
-
-
-def _export_trl(values: Any) -> dict[str, Any]:
-    from medllm.preferences.pairs import export_trl
-    from medllm.preferences.records import read_preferences
-
-    rows = export_trl(read_preferences(values.preferences), Path(values.out), values.pairs)
-    _say(f"data: {rows} rows; {values.out}")
-    return {"rows": rows, "out": values.out}
-
-
-def _random_model(values: Any) -> dict[str, Any]:
-    from medllm.random_model import write_random_model
-
-    write_random_model(
-        values.out,
-        tokenizer=values.tokenizer,
-        vocab_size=values.vocab_size,
-        hidden_size=values.hidden_size,
-        layers=values.layers,
-        seed=values.seed,
-    )
-    _say(f"data: {values.out}")
-    return {"model": values.out}
-
-
-def _leaks(values: Any) -> dict[str, Any]:
-    from medllm.config import CorpusConfig
-    from medllm.corpus.contamination import find_leaks
-    from medllm.corpus.documents import load_documents
-    from medllm.exam.loaders import load_problems
-
-    if not 0 < values.threshold <= 1:
-        raise UserError(f"--threshold is {values.threshold}; expected a share in (0, 1]")
-    corpus = load_documents(CorpusConfig(documents=tuple(values.documents), text_column=values.text_column))
-    found = find_leaks(corpus.documents, load_problems(values.problems).problems, threshold=values.threshold)
-    for leak in found:
-        _say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}")
-    _say(f"data: {len(found)} leaks")
-    return {"leaks": [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]}
-
-
-_WITH_ACTIONS = ("data", "bench")
-_DATA_ACTIONS = {"export-trl": _export_trl, "random-model": _random_model, "leaks": _leaks}
-
-COMMANDS = {
-    "mini": Command("run the embedded study from end to end", _mini_arguments, _mini),
-    "cpt": Command("stage 1: continued pretraining", _stage_arguments(CptConfig), _cpt),
-    "curate": Command("build preference data from the model's own answers", _stage_arguments(CurateConfig), _curate),
-    "rpo": Command("stage 2: reasoning preference optimization (or DPO)", _stage_arguments(RpoConfig), _rpo),
-    "evaluate": Command("sit an exam", _stage_arguments(EvaluateConfig), _evaluate),
+COMMANDS: dict[str, Command | Group] = {
+    "mini": Command("run the embedded study from end to end", _mini_arguments, _mini, presets="mini*"),
+    "cpt": _stage(
+        "cpt",
+        "stage 1: continued pretraining",
+        CptConfig,
+        _cpt,
+        "model.path run corpus.documents corpus.problems corpus.length model.quantization lora.rank optimizer.learning_rate "
+        "training.epochs training.batch_size training.accumulation engine mesh",
+    ),
+    "curate": _stage(
+        "curate",
+        "build preference data from the model's own answers",
+        CurateConfig,
+        _curate,
+        "model.path model.adapter run problems shots shot_count sampling.samples sampling.temperature sampling.max_new_tokens "
+        "batch_size limit engine mesh",
+    ),
+    "rpo": _stage(
+        "rpo",
+        "stage 2: reasoning preference optimization (or DPO)",
+        RpoConfig,
+        _rpo,
+        "model.path model.adapter handover run preferences loss.alpha model.quantization lora.rank optimizer.learning_rate "
+        "training.epochs training.batch_size training.accumulation engine mesh",
+    ),
+    "evaluate": _stage(
+        "evaluate",
+        "sit an exam",
+        EvaluateConfig,
+        _evaluate,
+        "model.path model.adapter run problems shots shot_count explanation method format sampling.max_new_tokens batch_size "
+        "limit engine mesh",
+    ),
     "score": Command("score predictions officially", _score_arguments, _score),
     "report": Command("one HTML page from run folders", _report_arguments, _report),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
-    "plan": Command("what a stage takes on devices you do not have: memory, communication, time", _plan_arguments, _plan),
-    "bench": Command("what training, evaluation and opening a checkpoint cost on this machine", _bench_arguments, _bench),
-    "data": Command("export preferences, find leaks, make a random model", _data_arguments, _data),
+    "plan": Command(
+        "what a stage takes on devices you do not have: memory, communication, time",
+        _plan_arguments,
+        _plan,
+        ("--model", "--stage", "--target", "--mesh", "--rows", "--length", "--quantization", "--remat", "--search", "--html"),
+    ),
+    "bench": Group("what training, evaluation and opening a checkpoint cost on this machine", _bench_actions),
+    "data": Group("export preferences, find leaks, make a random model", _data_actions),
 }
 
 
-# --- words on the command line ----------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------------------------------
 
 
-def _one_line(error: Exception, argv: list[str]) -> str:
+def _one_line(error: Exception) -> str:
     text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", " ".join(str(error).split()))
-    if text.startswith("the following arguments are required:") and argv:
-        text = text.replace(f" {argv[0]}.", " --")
-    unknown = text.removeprefix("unrecognized arguments: ").split() if text.startswith("unrecognized arguments") else []
-    word = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
-    if word is None:
-        return text
-    near = difflib.get_close_matches(word, _known_options(argv), n=1, cutoff=0.75)
-    return f"{text} (did you mean {near[0]}?)" if near else f"{text} (see medllm {argv[0]} --help)"
-
-
-def _known_options(argv: list[str]) -> list[str]:
-    if not argv or argv[0] not in COMMANDS:
-        return []
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    COMMANDS[argv[0]].arguments(parser)
-    return [option for action in parser._actions for option in action.option_strings]
+    missing = text.removeprefix("the following arguments are required: ")
+    return text if missing == text else f"required: {', '.join(f'--{name}' for name in missing.split(', '))}"
 
 
 def _first_line(error: Exception) -> str:
@@ -418,30 +370,6 @@ def _first_line(error: Exception) -> str:
 def _points(score: dict[str, Any]) -> str:
     share = score["points"] / score["possible"] if score["possible"] else 0.0
     return f"{score['points']} of {score['possible']} points ({share:.3f}), {score['correct']} of {score['questions']} right"
-
-
-def _say(line: str) -> None:
-    if is_primary_process():
-        print(line, flush=True)
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, of one process; silent where nobody watches."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-
-        def report(done: int, total: int) -> None:
-            if is_primary_process():  # which is known once the engine is open
-                bar.update(task, completed=done, total=total)
-            else:
-                bar.stop()
-
-        yield report
 
 
 def _quiet_libraries() -> None:

@@ -1,65 +1,192 @@
-"""Words on the command line that jsonargparse does not know by itself: names of presets, and lists without brackets."""
+"""Words on the command line that jsonargparse does not know by itself.
+
+Commands and options that are not there, and what was meant; names of presets; lists without brackets.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, takewhile
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+from jsonargparse import ArgumentParser
+
+from medllm.command import Command, Group
 from medllm.errors import UserError
+from medllm.presets import preset_file
 
-PRESETS = Path(__file__).parent / "presets"
+# What other programs, and the field, call a command or a setting: the last part of its name here.
+_COMMANDS_MEANT = {
+    **dict.fromkeys(("pretrain", "pretraining", "finetune", "sft"), "cpt"),
+    **dict.fromkeys(("dpo", "orpo", "preference", "align"), "rpo"),
+    **dict.fromkeys(("train", "fit"), "cpt rpo"),
+    **dict.fromkeys(("generate", "sample", "preferences"), "curate"),
+    **dict.fromkeys(("eval", "exam", "test", "predict"), "evaluate"),
+    **dict.fromkeys(("grade", "mark"), "score"),
+    **dict.fromkeys(("merge", "quantize"), "convert"),
+    **dict.fromkeys(("audit", "compare", "verify"), "parity"),
+    **dict.fromkeys(("memory", "estimate"), "plan"),
+    **dict.fromkeys(("speed", "profile"), "bench"),
+    **dict.fromkeys(("demo", "study", "quickstart"), "mini"),
+}
+_SETTINGS_MEANT = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "r": "rank",
+    **dict.fromkeys(("bs", "per_device_train_batch_size", "micro_batch_size"), "batch_size rows"),
+    **dict.fromkeys(("steps", "iters", "iterations"), "max_steps steps"),
+    **dict.fromkeys(("grad_accum", "gradient_accumulation_steps"), "accumulation"),
+    **dict.fromkeys(("max_grad_norm", "grad_clip", "clip"), "clip_norm"),
+    **dict.fromkeys(("seq_len", "seq_length", "max_seq_length", "context", "max_length"), "length max_length"),
+    **dict.fromkeys(("gradient_checkpointing", "checkpointing"), "remat"),
+    **dict.fromkeys(("target_modules", "modules"), "targets"),
+    **dict.fromkeys(("name", "base", "base_model", "weights", "model_path", "model_name", "model_name_or_path"), "path model"),
+    **dict.fromkeys(("data", "dataset", "corpus", "text", "texts"), "documents problems preferences text"),
+    **dict.fromkeys(("questions", "exam", "test_file"), "problems"),
+    **dict.fromkeys(("out", "output", "output_dir", "save_dir", "folder"), "run out"),
+    **dict.fromkeys(("precision", "bf16", "fp16"), "dtype"),
+    **dict.fromkeys(("quant", "bits", "load_in_4bit", "nf4"), "quantization"),
+    **dict.fromkeys(("fewshot", "num_fewshot", "n_shot"), "shot_count"),
+    **dict.fromkeys(("cot", "reasoning"), "explanation"),
+    **dict.fromkeys(("temp",), "temperature"),
+    **dict.fromkeys(("max_tokens", "new_tokens"), "max_new_tokens"),
+    **dict.fromkeys(("n", "num_samples"), "samples limit"),
+    **dict.fromkeys(("backend", "framework"), "engine"),
+    **dict.fromkeys(("gpus", "devices", "sharding", "parallel"), "mesh target"),
+    **dict.fromkeys(("log", "logging_steps"), "log_every"),
+    **dict.fromkeys(("save_steps", "save_every"), "checkpoint_every"),
+    **dict.fromkeys(("preset", "settings"), "config preset"),
+}
 
 
-def name_presets(argv: list[str]) -> list[str]:
-    """``--config paper_cpt_72b`` → the preset's file."""
-    named = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    for index, word in enumerate(named[:-1]):
-        preset = PRESETS / f"{named[index + 1]}.yaml"
-        if word == "--config" and not Path(named[index + 1]).exists():
-            if not preset.exists():
-                known = ", ".join(sorted(path.stem for path in PRESETS.glob("paper_*.yaml")))
-                raise UserError(f"--config {named[index + 1]}: neither a file nor a preset; there are {known}")
-            named[index + 1] = str(preset)
-    return named
+def find_command(words: Sequence[str], commands: Mapping[str, Command | Group]) -> tuple[str, Command, list[str]]:
+    """The command that a command line names, as it is called (``data leaks``), and the words after it.
+
+    Raises:
+        UserError: it names none; says which were meant, or which there are.
+    """
+    name, *rest = words
+    chosen = _chosen(name, commands, "there is")
+    if isinstance(chosen, Command):
+        return name, chosen, rest
+    actions = chosen.actions()
+    if not rest:
+        raise UserError(f"{name} is several commands: {', '.join(actions)} (see medllm {name} --help)")
+    return f"{name} {rest[0]}", _chosen(rest[0], actions, f"{name} has"), rest[1:]
 
 
-def _list_options() -> set[str]:
-    """Dotted names of all settings that hold several values."""
-
-    def walk(config_class: Any, prefix: str) -> Iterator[str]:
-        for name, kind in get_type_hints(config_class).items():
-            if hasattr(kind, "__dataclass_fields__"):
-                yield from walk(kind, f"{prefix}{name}.")
-            elif any(get_origin(part) is tuple and get_args(part)[0] is str for part in (kind, *get_args(kind))):
-                yield f"--{prefix}{name}"
-
-    stages = (CptConfig, CurateConfig, RpoConfig, EvaluateConfig)
-    return {option for stage in stages for option in walk(stage, "")} | {"--documents", "--adapter", "--engines", "--depths"}
+def _chosen(name: str, commands: Mapping[str, Any], there_is: str) -> Any:
+    if name in commands:
+        return commands[name]
+    if name.startswith("-"):
+        raise UserError(f"{name} comes after a command, one of {', '.join(commands)}")
+    meant = near(name, commands, _COMMANDS_MEANT)
+    said = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(commands)}"
+    raise UserError(f"{there_is} no command '{name}'; {said}")
 
 
-def gather_lists(argv: list[str], with_actions: Sequence[str]) -> list[str]:
-    """``--problems A B`` → ``--problems ["A", "B"]``, for settings that hold several values (not those of ``score``)."""
-    if not argv or argv[0] == "score" or argv[:2] == ["data", "export-trl"]:
-        return argv
-    lists = _list_options() - ({"--problems"} if argv[0] in with_actions else set())
+def options_of(parser: ArgumentParser) -> dict[str, Any]:
+    """Its options, ``--model.path``, with what jsonargparse knows of each; not those that stand for a whole config class."""
+    options = {action.option_strings[0]: action for action in parser._actions if action.option_strings}
+    return {option: action for option, action in options.items() if not any(one.startswith(f"{option}.") for one in options)}
+
+
+def kind_of(action: Any) -> Any:
+    """The type annotation of an option; None where it takes no value, or a file of settings."""
+    return getattr(action, "_typehint", None) or action.type
+
+
+def check_options(name: str, words: Sequence[str], parser: ArgumentParser) -> None:
+    """Refuse options that the command called ``name`` does not have.
+
+    Raises:
+        UserError: says which were meant.
+    """
+    options = options_of(parser)
+    tables = [one for one, action in options.items() if any(get_origin(part) is dict for part in parts(kind_of(action)))]
+    open_ended = tuple(f"{table}." for table in tables)  # --lora.rank_pattern.q_proj 8
+    for word in words:
+        option = word.split("=")[0]
+        known = option in options or option in parser._option_string_actions or option.startswith(open_ended)
+        if option.startswith("--") and not known:
+            meant = near(option, options, _SETTINGS_MEANT)
+            said = f"did you mean {' or '.join(meant)}? " if meant else ""
+            raise UserError(f"{name} has no option {option}; {said}(see medllm {name} --help all)")
+
+
+def near(word: str, known: Iterable[str], meant: Mapping[str, str]) -> list[str]:
+    """Which of ``known`` a word was meant to be, three at most: by meaning, then by a part of the name, then by spelling.
+
+    Args:
+        word: What was written.
+        known: Names of commands, or options with dots.
+        meant: The last parts of names that a word means.
+    """
+    asked = _plain(word)
+    leaf = asked.rsplit(".", 1)[-1]
+    names = {_plain(one): one for one in known}
+    leaves = {name: name.rsplit(".", 1)[-1] for name in names}
+    wanted = {leaf, *meant.get(leaf, "").split()}
+    by_name = [name for name in names if name.replace(".", "_") == asked]
+    by_meaning = [name for name, end in leaves.items() if end in wanted]
+    by_part = [name for name, end in leaves.items() if len(leaf) > 2 and (_begins(leaf, end) or end in leaf.split("_"))]
+    spelt = difflib.get_close_matches(asked, names, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(leaf, leaves.values(), n=1, cutoff=0.6)
+    by_leaf = [name for name, end in leaves.items() if end in close]
+    found = next(filter(None, (by_name, by_meaning, by_part, spelt, by_leaf)), [])
+    return [names[name] for name in found[:3]]
+
+
+def _plain(word: str) -> str:
+    return word.strip("-").lower().replace("-", "_")
+
+
+def _begins(leaf: str, end: str) -> bool:
+    return any(part.startswith(leaf) for part in (end, *end.split("_")))
+
+
+def name_presets(words: Sequence[str], pattern: str) -> list[str]:
+    """``--config paper_cpt_72b`` → the preset's file, where its name fits ``pattern``.
+
+    Raises:
+        UserError: neither a file nor such a preset.
+    """
+    parted = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    return [
+        str(preset_file(before, word, pattern)) if before == "--config" else word for before, word in pairwise(["", *parted])
+    ]
+
+
+def gather_lists(words: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """``--problems A B`` → ``--problems ["A", "B"]``, for the options of ``parser`` that hold several values."""
+    lists = {option: kind for option, action in options_of(parser).items() if elements(kind := kind_of(action))}
     gathered: list[str] = []
-    index = 0
-    while index < len(argv):
-        word = argv[index]
-        gathered.append(word)
-        index += 1
-        if word not in lists:
+    rest = list(words)
+    while rest:
+        option = rest.pop(0)
+        gathered.append(option)
+        if option not in lists:
             continue
-        values = []
-        while index < len(argv) and not argv[index].startswith("--"):
-            values.append(argv[index])
-            index += 1
-        # One adapter is a plain string, as it is in a preset.
-        if len(values) == 1 and (values[0].startswith("[") or word == "--model.adapter"):
-            gathered.append(values[0])
+        values = list(takewhile(lambda word: not word.startswith("--"), rest))
+        del rest[: len(values)]
+        # Where one is a plain string in a preset, it is one here.
+        if len(values) == 1 and (values[0].startswith("[") or str in parts(lists[option])):
+            gathered += values
         elif values:
-            gathered.append(json.dumps(values, ensure_ascii=False))
+            texts = str in elements(lists[option])
+            gathered.append(json.dumps(values, ensure_ascii=False) if texts else f"[{', '.join(values)}]")
     return gathered
+
+
+def elements(kind: Any) -> tuple[Any, ...]:
+    """The types of a list's or tuple's elements, also where ``kind`` is a list or something else; none of other types."""
+    return next((get_args(part) for part in parts(kind) if get_origin(part) in (tuple, list)), ())
+
+
+def parts(kind: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: those of a union, else itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)

@@ -27,6 +27,12 @@ RematPolicy = Literal["none", "projections", "attention", "layer"]
 - ``layer``: each layer's input alone, one more forward pass. The least memory: 72B on long rows.
 """
 
+ProblemsFormat = Literal["auto", "igakuqa", "jsonl", "jmmlu", "pharmacist"]
+"""Formats of problem files, see :mod:`medllm.exam.loaders`."""
+
+OptionPrompt = Literal["mcqa", "mcqa_jp", "mcqa_with_options", "mcqa_with_options_jp"]
+"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.evaluation`."""
+
 _NARROW = ("q_proj", "k_proj", "v_proj", "attention", "o_proj")
 REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {
     "none": None,
@@ -180,6 +186,7 @@ class CorpusConfig:
         documents: Files or folders: JSONL, Parquet, plain text, or whatever ``datasets`` opens.
         text_column: Column that holds a document's text; a problem file is turned into question, explanation and answer.
         problems: Problem files whose verified explanations join the corpus (nothing after ``problems_until``).
+        problems_format: Of those files; ``auto`` goes by a file's name and content.
         problems_until: Last exam year that may enter training; the evaluation exams begin the year after.
         length: Tokens in a row.
         packing: ``packed`` keeps documents apart (segment ids, positions restart); ``wrapped`` cuts one stream anywhere.
@@ -188,6 +195,7 @@ class CorpusConfig:
     documents: tuple[str, ...] = ()
     text_column: str = "text"
     problems: tuple[str, ...] = ()
+    problems_format: ProblemsFormat = "auto"
     problems_until: int = 2017
     length: int = 2048
     packing: Literal["packed", "wrapped"] = "packed"
@@ -208,10 +216,9 @@ class TrainingConfig:
         log_every: Optimizer steps between two lines of metrics.
         checkpoint_every: Optimizer steps between two checkpoints; 0 keeps only the last.
         max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
-        remat: What is kept for the backward pass: ``none`` of it is computed anew, or what is not ``projections``, not
-            ``attention`` projections, or not a ``layer``'s input; see :data:`RematPolicy`. ``auto`` takes the first of these
-            whose step fits the device, by its compiler. The reference engine knows ``none`` and ``layer``, transformers'
-            gradient checkpointing.
+        remat: What is computed anew in the backward pass: ``none`` of it, all but ``projections``, all but the narrow ones of
+            ``attention``, or all of a ``layer``: less memory, more time. ``auto`` takes the first of these whose step fits the
+            device, by its compiler. The reference engine knows ``none`` and ``layer``, transformers' gradient checkpointing.
     """
 
     epochs: int = 2
@@ -269,7 +276,18 @@ class TorchConfig:
 
 @dataclass(frozen=True)
 class CptConfig(MeshConfig):
-    """Stage 1: continued pretraining. Two epochs is the paper's figure."""
+    """Stage 1: continued pretraining. Two epochs is the paper's figure.
+
+    Args:
+        model: The model that is trained on.
+        run: Run folder; the adapter is written into it.
+        corpus: The texts, and how they become rows.
+        lora: The adapter.
+        optimizer: AdamW and its schedule.
+        training: The loop.
+        resume: Go on from the run's last checkpoint.
+        torch: How the reference engine does its work.
+    """
 
     model: ModelConfig
     run: str
@@ -325,6 +343,7 @@ class CurateConfig(MeshConfig):
         model: The model that writes the responses (the CPT model in the paper).
         run: Run folder; ``preferences.jsonl`` is written into it.
         problems: Problem files or folders, with verified explanations.
+        problems_format: Of those files; ``auto`` goes by a file's name and content.
         shots: Problem file whose first ``shot_count`` rows are the examples; the problems' own first ones when unset.
         shot_count: Examples before the question (three in the paper).
         problems_until: Problems of later years are refused: the exams held out for evaluation never enter training.
@@ -344,6 +363,7 @@ class CurateConfig(MeshConfig):
     answer_as: Literal["letters", "text"] = "letters"
     batch_size: int = 32
     limit: int = 0
+    problems_format: ProblemsFormat = "auto"
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
@@ -354,12 +374,14 @@ class PreferenceLoss:
     """RPO = DPO + alpha · NLL(preferred). alpha = 10 is the paper's figure; alpha = 0 is plain DPO.
 
     Args:
+        name: The objective, of those the engine has: ``rpo``; ``dpo``, without alpha and NLL.
         beta: DPO's inverse temperature.
         alpha: Weight of the preferred response's negative log-likelihood.
         nll_reduction: ``sequence``: mean over each response's own tokens (Pang et al.); ``micro_batch_tokens``: mean over
             all preferred tokens of the micro-batch (TRL).
     """
 
+    name: str = "rpo"
     beta: float = 0.1
     alpha: float = 10.0
     nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence"
@@ -434,13 +456,18 @@ class EvaluateConfig(MeshConfig):
     """An exam sat by a model, from prompts to the score.
 
     Args:
+        model: The model that sits it.
+        run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
         problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
-        shots: Problem file with the examples; required when ``shot_count`` > 0.
+        problems_format: Of those files; ``auto`` goes by a file's name and content.
+        shots: Problem file with the examples, which is needed where there are any.
+        shot_count: Examples before the question (three in the paper, 0: none).
         explanation: Ask for an explanation before the answer (the paper's second column).
-        method: ``generate`` answers in words and scores officially; ``options`` takes the option whose text is likeliest
+        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
             after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
-        template: ``igakuqa`` is the benchmark's own prompt, ``curation`` the paper's Question/Explanation/Answer.
-        format: ``completion`` for base models, ``chat`` for models with a chat template.
+        option_prompt: That prompt, by JMedBench's names: in English or in Japanese, with the options listed in it or not.
+        template: The prompt: ``igakuqa`` is the benchmark's own, ``curation`` the paper's Question/Explanation/Answer.
+        format: The prompt's form: ``completion`` for base models, ``chat`` for models with a chat template.
         answer_as: The shots answer with option letters, or with the options' own text.
         batch_size: Continuations generated at a time.
         lenient: Also forgive spaces in a prediction; the official scoring does not.
@@ -463,6 +490,8 @@ class EvaluateConfig(MeshConfig):
     lenient: bool = False
     limit: int = 0
     label: str | None = None
+    problems_format: ProblemsFormat = "auto"
+    option_prompt: OptionPrompt = "mcqa_with_options_jp"
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)

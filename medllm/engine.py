@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from medllm.errors import UserError
+from medllm.installation import install_command
 
 if TYPE_CHECKING:
     from medllm.config import CptConfig, MeshConfig, ModelConfig, RematPolicy, RpoConfig, Sampling, TorchConfig
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from medllm.run import Run
 
 EngineName = Literal["jax", "torch", "openai"]
+
+LAUNCH_TORCH = "torchrun --nproc_per_node N -m -- medllm COMMAND ..."
+"""How the reference engine is started on several GPUs. Without ``--`` torchrun takes our ``--run`` for its ``--run-path``."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,16 @@ class Engine(Protocol):
         """DPO or RPO over the pairs of the hierarchy; leaves a PEFT adapter in ``run.path/adapter``."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """``sampling.samples`` continuations for each prompt, in the order of the prompts.
+
+        ``progress`` is called with what is done, and what there is to do in all.
 
         Raises:
             UserError: a prompt and its continuation do not fit the model's context.
@@ -118,7 +130,7 @@ def open_engine(name: EngineName, model: ModelConfig, mesh: MeshConfig | None = 
     """
     spread = mesh is not None and (mesh.mesh or mesh.rules)
     if spread and name != "jax":
-        hint = "start the command with torchrun, one process a GPU" if name == "torch" else "leave them out"
+        hint = f"start it as {LAUNCH_TORCH}, one process a GPU" if name == "torch" else "leave them out"
         raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
     switches: TorchConfig | None = getattr(mesh, "torch", None)
     for setting, value in switches.changed().items() if switches is not None and name != "torch" else ():
@@ -145,4 +157,4 @@ def require(what: str, package: str, extra: str) -> None:
     except ModuleNotFoundError:  # what it is a part of is missing
         found = False
     if not found:
-        raise UserError(f"{what} needs the package '{package}': pip install -e '.[{extra}]' in medllm's folder")
+        raise UserError(f"{what} needs the package '{package}': {install_command(extra)}")

@@ -11,7 +11,7 @@ says so.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -58,7 +58,13 @@ class OpenAIEngine:
         # Rebuilt for messages: the address as given may carry a password.
         self._where = f"model '{model.path}' at {server.scheme}://{server.netloc.rpartition('@')[2]}{server.path}"
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """``sampling.samples`` continuations for each prompt, in the order of the prompts, one request each.
 
         At most ``batch_size`` requests (and never more than 32) are under way. ``Generation.tokens`` is empty: the API gives
@@ -73,7 +79,12 @@ class OpenAIEngine:
                 [pool.submit(self._continue, prompt, sampling, sample) for sample in range(sampling.samples)]
                 for prompt in prompts
             ]
-            return [[future.result() for future in of_prompt] for of_prompt in futures]
+            generations = []
+            for done, of_prompt in enumerate(futures, 1):
+                generations.append([future.result() for future in of_prompt])
+                if progress:
+                    progress(done, len(futures))
+            return generations
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _RECORDED_PACKAGES = (
     *("medllm", "numpy", "transformers", "tokenizers", "datasets", "safetensors"),
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
     *("torch", "bitsandbytes", "peft", "trl", "accelerate"),
 )
 

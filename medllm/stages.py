@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, RpoConfig
+from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, ProblemsFormat, RpoConfig
 from medllm.engine import Engine, EngineName, open_engine
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
+from medllm.progress import progress_bar
 from medllm.run import Run, is_primary_process
 
 Progress = Callable[[int, int], None]
@@ -38,7 +39,8 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     model = open_engine(engine, config.model, config)  # several processes meet here, before each reads the corpus
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     corpus = load_documents(config.corpus)
-    tokens = tokenize_documents(tokenizer, corpus.documents)
+    with progress_bar("tokens") as progress:
+        tokens = tokenize_documents(tokenizer, corpus.documents, progress)
     rows = pack(tokens, config.corpus.length, tokenizer.pad_token_id, config.corpus.packing)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
@@ -64,7 +66,7 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     """
     from medllm.preferences.curation import check_problems
 
-    problems, skipped = _load(config.problems)
+    problems, skipped = _load(config.problems, config.problems_format)
     shots = _load_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
     return build_preferences(open_engine(engine, config.model, config), problems, shots, config, progress, left_out=skipped)
@@ -146,7 +148,7 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
-    problems, skipped = _load(config.problems)
+    problems, skipped = _load(config.problems, config.problems_format)
     problems = problems[: config.limit] if config.limit else problems
     if config.method == "options":
         if engine == "openai":
@@ -199,7 +201,7 @@ def _choose_options(
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
-        scores = score_options(model, tokenizer, problems, batch_size=config.batch_size)
+        scores = score_options(model, tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)
         result = {
             "stage": "options",
             "engine": model.name,
@@ -227,7 +229,7 @@ def setting_label(config: EvaluateConfig) -> str:
     return f"{shots} with explanation" if config.explanation else shots
 
 
-def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
+def _load(paths: Sequence[str], problems_format: ProblemsFormat) -> tuple[tuple[Problem, ...], dict[str, int]]:
     from medllm.exam.loaders import load_problems
 
     if not paths:
@@ -235,7 +237,7 @@ def _load(paths: Sequence[str]) -> tuple[tuple[Problem, ...], dict[str, int]]:
     problems: list[Problem] = []
     skipped: dict[str, int] = {}
     for path in paths:
-        loaded = load_problems(path)
+        loaded = load_problems(path, problems_format=problems_format)
         problems += loaded.problems
         for reason, count in loaded.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from jax_medllm.batches import cpt_step
-from jax_medllm.train import Task, cpt_loss_fn
+from jax_medllm.batches import CptData
+from jax_medllm.train import cpt_loss_fn
 from medllm.adapter_directory import read_adapter
 from medllm.config import CptConfig, ModelConfig, TrainingConfig
 from medllm.run import Run
@@ -27,21 +27,14 @@ from torch_ref.cpt import train_cpt
 
 # Nine rows, two to a step: five steps an epoch, the last of a single row.
 TRAINING = TrainingConfig(epochs=4, batch_size=1, accumulation=2, seed=11)
+LOSS = partial(cpt_loss_fn, remat=TRAINING.remat)
 
 
-def task_of(record: TrainerRecord) -> Task:
-    """The Trainer's own batches as the JAX engine's task."""
+def data_of(record: TrainerRecord) -> CptData:
+    """The rows in the Trainer's own batches."""
     rows = documents()
     units = {tuple(tokens): index for index, tokens in enumerate(rows.tokens.tolist())}
-    steps = record.order(units, lambda micro_batch: [tuple(tokens) for tokens in micro_batch["input_ids"].tolist()])
-    return Task(
-        loss_fn=partial(cpt_loss_fn, remat=TRAINING.remat),
-        steps=steps,
-        batches=partial(cpt_step, rows),
-        units=lambda step: 1,
-        unit="tokens",
-        settings={},
-    )
+    return CptData(rows, record.order(units, lambda batch: [tuple(tokens) for tokens in batch["input_ids"].tolist()]))
 
 
 def test_twenty_float64_steps_are_those_of_transformers_trainer(float64, tiny_model, tiny_adapter, tmp_path, monkeypatch):
@@ -53,14 +46,14 @@ def test_twenty_float64_steps_are_those_of_transformers_trainer(float64, tiny_mo
     stock_trainer(model, base, OPTIMIZER, TRAINING, Run(tmp_path, TRAINING), compute_loss_func=float64_loss).train()
     expected = {name.replace(".default", ""): p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
 
-    task = task_of(record)
-    assert len(task.steps) == STEPS
+    data = data_of(record)
+    assert len(data.steps) == STEPS
     assert len(set(documents().targets.sum(1).tolist())) > 2
-    assert {len(step.micro_batches) for step in task.steps} == {1, 2}
+    assert {len(step.micro_batches) for step in data.steps} == {1, 2}
     log = record.log_history
     norms = [line["grad_norm"] for line in log]
     assert min(norms) < OPTIMIZER.clip_norm < max(norms)
-    steps = list(jax_steps(open_trainable(base, adapter, jnp.float64), task))
+    steps = list(jax_steps(open_trainable(base, adapter, jnp.float64), LOSS, data))
     seen = 0
     for line, (metrics, _, adam) in zip(log, steps, strict=True):
         step = line["step"]
@@ -88,7 +81,7 @@ def test_twenty_fp32_steps_follow_the_reference_recipe(tiny_model, tmp_path, mon
     record = record_trainers(monkeypatch)
     summary = train_cpt(documents(), config, Run(config.run, config))
     own = Run(tmp_path / "jax", config)
-    found = train_from(base, record.adapter, task_of(record), own)
+    found = train_from(base, record.adapter, LOSS, data_of(record), own)
     assert len(record.steps) == STEPS
     check_log(own.metrics(), record.log_history, FLOAT32_TRAJECTORY_LOSS, ("loss", "grad_norm", "learning_rate"))
     check_tensors(found, load_file(f"{summary.adapter}/adapter_model.safetensors"), FLOAT32_TRAJECTORY_ADAPTER)

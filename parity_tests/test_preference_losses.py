@@ -106,7 +106,7 @@ def jax_result(model, loss: PreferenceLoss, dtype: Any) -> tuple[Any, dict[str, 
 
 def jax_batch() -> PreferenceBatch:
     data = PreferenceData(groups(), TrainingConfig(batch_size=3, accumulation=1))
-    return jax.tree.map(jnp.asarray, data.step(Step(0, ((0, 1, 2),)))[0])
+    return jax.tree.map(jnp.asarray, data.batches(Step(0, ((0, 1, 2),)))[0])
 
 
 def test_the_pairs_hold_every_case_that_has_gone_wrong_in_trl():
@@ -123,9 +123,9 @@ def test_loss_metrics_and_every_gradient_equal_trls(model, tmp_path, loss):
     value, gradients, metrics = jax_result(model, loss, jnp.float32)
     TRL_FLOAT32_LOSS.assert_close(value, expected, "loss")
     for name in ("chosen", "rejected", "margins", "accuracies"):
-        TRL_FLOAT32_LOSS.assert_close(getattr(metrics, name), logged[f"rewards/{name}"], name)
-    assert 0 < metrics.accuracies < 1
-    assert abs(metrics.margins) > 1e-3
+        TRL_FLOAT32_LOSS.assert_close(getattr(metrics.rewards, name), logged[f"rewards/{name}"], name)
+    assert 0 < metrics.rewards.accuracies < 1
+    assert abs(metrics.rewards.margins) > 1e-3
     TRL_FLOAT32_LOSS.assert_close(metrics.dpo_loss + loss.alpha * metrics.nll, expected, "its two terms")
     assert len(gradients) == 2 * 2 * 7
     check_tensors(gradients, expected_gradients, TRL_FLOAT32_GRADIENT)

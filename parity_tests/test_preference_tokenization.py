@@ -182,7 +182,7 @@ def test_batches_and_masks_are_those_of_trls_collator(tokenizer):
     theirs = collate(list(trl_dataset(tokenizer, given, config)))
     groups = tokenize_preferences(tokenizer, given, config).groups
     data = PreferenceData(groups, TrainingConfig(batch_size=len(groups), accumulation=1))
-    (batch,) = data.step(Step(0, (tuple(range(len(groups))),)))
+    (batch,) = data.batches(Step(0, (tuple(range(len(groups))),)))
     rows = batch.responses
     used = np.argwhere(batch.weights)
     count = len(used)

@@ -36,7 +36,7 @@ BETA = 0.5
 def of_responses(model: Any) -> dict[bool, list[list[np.ndarray]]]:
     """adapter on? → problem → response → log-probability of each token; three problems in one batch, prompts shared."""
     data = PreferenceData(groups(), TrainingConfig(batch_size=3, accumulation=1))
-    batch = jax.tree.map(jnp.asarray, data.step(Step(0, ((0, 1, 2),)))[0]).responses
+    batch = jax.tree.map(jnp.asarray, data.batches(Step(0, ((0, 1, 2),)))[0]).responses
     numbers = np.asarray(batch.responses)
     found = {}
     for adapter in (True, False):

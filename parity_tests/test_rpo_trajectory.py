@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from jax_medllm.batches import PreferenceData, Step, single_pairs
 from jax_medllm.optimizer import warmup_steps
-from jax_medllm.train import Task, preference_loss_fn
+from jax_medllm.train import LossFn, preference_loss_fn
 from medllm.adapter_directory import read_adapter
 from medllm.config import ModelConfig, PairConfig, PreferenceLoss, RpoConfig, TrainingConfig
 from medllm.run import Run
@@ -33,15 +33,8 @@ from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, check_log, check
 from torch_ref.rpo import train_preferences
 
 
-def task_of(data: PreferenceData, steps: list[Step], loss: PreferenceLoss) -> Task:
-    return Task(
-        loss_fn=partial(preference_loss_fn, loss_config=loss, remat="layer"),
-        steps=steps,
-        batches=data.step,
-        units=data.pairs,
-        unit="pairs",
-        settings={},
-    )
+def loss_fn(loss: PreferenceLoss) -> LossFn:
+    return partial(preference_loss_fn, loss_config=loss, remat="layer")
 
 
 def pairs_of(micro_batch: dict[str, torch.Tensor]) -> list[tuple[Any, ...]]:
@@ -74,10 +67,10 @@ def test_more_than_twenty_fp32_steps_follow_trl(tiny_model, tmp_path, monkeypatc
     data = PreferenceData(single_pairs(groups()), training)
     units = {next(group.pair_tokens()): index for index, group in enumerate(data.groups)}
     assert len(units) == len(data.groups) == 12
-    steps = record.order(units, pairs_of)
-    assert len(steps) > STEPS
+    data.steps = record.order(units, pairs_of)
+    assert len(data.steps) > STEPS
     own = Run(tmp_path / "jax", config)
-    found = train_from(base, record.adapter, task_of(data, steps, loss), own)
+    found = train_from(base, record.adapter, loss_fn(loss), data, own)
     log = record.log_history
     check_log(own.metrics(), log, FLOAT32_TRAJECTORY_LOSS, ("loss", "grad_norm", "learning_rate"))
     rewards = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
@@ -93,8 +86,8 @@ def test_twenty_float64_steps_over_whole_problems_are_those_over_their_pairs(flo
     adapter = tiny_adapter(base)
     loss = PreferenceLoss(beta=0.5, alpha=2.0)
     # Problems of one pair and of three, each a micro-batch: their shares of a step differ.
-    steps = [Step(0, ((1,), (2,))), Step(0, ((2,), (1,)))] * (STEPS // 2)
     data = PreferenceData(groups(), TrainingConfig(batch_size=1, accumulation=2))
+    data.steps = [Step(0, ((1,), (2,))), Step(0, ((2,), (1,)))] * (STEPS // 2)
 
     oracle = float64_model(base, adapter, trainable=True)
     pairs = [list(group.pair_tokens()) for group in groups()]
@@ -105,11 +98,11 @@ def test_twenty_float64_steps_over_whole_problems_are_those_over_their_pairs(flo
     schedule = get_cosine_schedule_with_warmup(adamw, warmup_steps(OPTIMIZER, STEPS), STEPS)
 
     norms = []
-    jax_side = list(jax_steps(open_trainable(base, adapter, jnp.float64), task_of(data, steps, loss)))
-    for number, (step, (metrics, _, _)) in enumerate(zip(steps, jax_side, strict=True), start=1):
+    jax_side = list(jax_steps(open_trainable(base, adapter, jnp.float64), loss_fn(loss), data))
+    for number, (step, (metrics, _, _)) in enumerate(zip(data.steps, jax_side, strict=True), start=1):
         adamw.zero_grad()
         total = 0.0
-        count = data.pairs(step)
+        count = data.units(step)
         for (problem,) in step.micro_batches:
             dpo, nll = preference_terms(oracle, pairs[problem], references[problem], loss)
             value = (dpo + loss.alpha * nll) * len(pairs[problem]) / count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.adapters import adapter_tensors, set_adapter
+from jax_medllm.batches import TrainingData
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.optimizer import AdamState, learning_rate, make_optimizer
-from jax_medllm.train import StepMetrics, Task, make_step, train
+from jax_medllm.optimizer import AdamState
+from jax_medllm.train import LossFn, StepMetrics, make_step, train
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import read_adapter, write_adapter
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
@@ -29,33 +29,35 @@ OPTIMIZER = OptimizerConfig(learning_rate=5e-3, weight_decay=0.1, warmup_ratio=0
 STEPS = 20
 
 
-def train_from(base: Path, start: Mapping[str, np.ndarray], task: Task, run: Run) -> dict[str, np.ndarray]:
+def train_from(
+    base: Path, start: Mapping[str, np.ndarray], loss_fn: LossFn, data: TrainingData, run: Run
+) -> dict[str, np.ndarray]:
     """Train in fp32, through the engine's loop, from the adapter ``start`` on; answers with the final adapter."""
     folder = run.path / "start"
     write_adapter(folder, LORA, start, str(base))
     model = read_model(ModelDirectory(base), lora=LORA, dtype=jnp.float32)
     set_adapter(model, read_adapter(folder))
-    train(model, task, OPTIMIZER, TrainingConfig(), run)
+    train(model, loss_fn, data, OPTIMIZER, TrainingConfig(), run, settings={})
     return adapter_tensors(model)
 
 
-def jax_steps(model: Qwen2, task: Task) -> Iterator[tuple[StepMetrics, dict[str, np.ndarray], AdamState]]:
+def jax_steps(
+    model: Qwen2, loss_fn: LossFn, data: TrainingData
+) -> Iterator[tuple[StepMetrics, dict[str, np.ndarray], AdamState]]:
     """The engine's optimizer step, one after the other: its metrics, the adapter and AdamW's state after it.
 
     The moments of the state are under the names of the adapter's file.
     """
-    total = len(task.steps)
     graph, trainable, rest = nnx.split(model, LoraParam, ...)
-    optimizer = make_optimizer(OPTIMIZER, total)
-    step = make_step(graph, task.loss_fn, optimizer, partial(learning_rate, OPTIMIZER, total))
+    step = make_step(graph, loss_fn, OPTIMIZER, len(data.steps))
     trainable = jax.tree.map(jnp.copy, trainable)
-    state = optimizer.init(trainable)
+    state = step.init(trainable)
 
     def named(tree: Any) -> dict[str, np.ndarray]:
         return adapter_tensors(nnx.merge(graph, tree, rest))
 
-    for index, planned in enumerate(task.steps):
-        batches = jax.tree.map(jnp.asarray, task.batches(planned))
+    for index, planned in enumerate(data.steps):
+        batches = jax.tree.map(jnp.asarray, data.batches(planned))
         trainable, state, metrics = step(trainable, state, jnp.int32(index), rest, batches)
         (adam,) = (part for part in state if isinstance(part, AdamState))
         yield metrics, named(trainable), AdamState(int(adam.count), named(adam.mu), named(adam.nu))

@@ -65,7 +65,7 @@ def preference_batch() -> Any:
     groups = [TokenizedGroup(f"p{i}", text(12), (text(9), text(9), text(9)), (2, 1, 0), pairs, (0, 0, 0)) for i in range(5)]
     groups.append(TokenizedGroup("p5", text(12), (text(9), text(5)), (1, 0), ((0, 1),), (0,)))
     data = PreferenceData(groups, TrainingConfig(epochs=1, batch_size=6, accumulation=1))
-    (batch,) = data.step(data.plan()[0])
+    (batch,) = data.batches(data.steps[0])
     return batch
 
 

@@ -134,6 +134,30 @@ def test_a_csv_row_of_another_width(folder, capsys):
     assert "quote" in line
 
 
+def test_a_format_that_does_not_fit_names_the_setting_that_does(folder, capsys):
+    line = refused(folder, capsys, *evaluate("--problems_format", "igakuqa"))
+    assert "problems.jsonl: an IgakuQA file is called NNN-S.jsonl" in line
+    assert "--problems_format jsonl" in line
+    predictions = folder / "predictions.jsonl"
+    predictions.write_text(json.dumps({"problem_id": "1", "prediction": "a", "explanation": "a"}) + "\n")
+    for chosen, code in (("jsonl", 0), ("jmmlu", 2)):
+        score = ["score", "--problems", "problems.jsonl", "--predictions", str(predictions), "--problems_format", chosen]
+        assert main(score) == code
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        cpt("--corpus.problems", "problems.jsonl", "--corpus.problems_format", "jmmlu"),
+        ["curate", "--model.path", str(BASE), "--run", "run", "--problems", "problems.jsonl", "--problems_format", "jmmlu"],
+        ["data", "leaks", "--documents", "text.jsonl", "--problems", "problems.jsonl", "--problems_format", "jmmlu"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_reader_of_problems_takes_their_format(command, folder, capsys):
+    assert "not a file of the format 'jmmlu'" in refused(folder, capsys, *command)
+
+
 def test_half_a_character(folder, capsys):
     (folder / "text.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
     assert "text.jsonl:1" in refused(folder, capsys, *cpt())
@@ -162,4 +186,7 @@ def test_an_adapter_config_without_rank(folder, capsys):
 
 
 def test_a_preset_that_is_not_there_names_those_that_are(folder, capsys):
-    assert "paper_cpt_72b" in refused(folder, capsys, "cpt", "--config", "paper_cpt_72x")
+    line = refused(folder, capsys, "cpt", "--config", "paper_cpt_72x")
+    assert line.endswith("--config paper_cpt_72x: neither a file nor a preset; there are paper_cpt_72b")
+    assert line == refused(folder, capsys, "cpt", "--config=paper_cpt_72x")
+    assert "there are mini, mini_smoke" in refused(folder, capsys, "mini", "--preset", "paper_cpt_72b", "--out", "study")

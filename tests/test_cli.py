@@ -1,5 +1,6 @@
 """The command line: what a user reads when something is wrong, and that starting it is cheap."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,12 @@ import pytest
 import yaml
 
 import medllm
-from medllm.cli import COMMANDS, main
-from medllm.command_words import PRESETS
+from medllm.cli import COMMANDS, main, parse
+from medllm.command import Command, Group
+from medllm.config import MeshConfig, ModelConfig
+from medllm.engine import LAUNCH_TORCH, open_engine
+from medllm.errors import UserError
+from medllm.presets import PRESETS
 
 PROGRAM = [sys.executable, "-m", "medllm"]
 
@@ -22,6 +27,23 @@ def fails(capsys, *arguments: str) -> str:
     assert len(lines) == 1, printed.err
     assert lines[0].startswith("medllm: ")
     return lines[0]
+
+
+def page(capsys, *arguments: str) -> str:
+    """What a command line that asks for help prints; the exit code is 0."""
+    with pytest.raises(SystemExit) as done:
+        main(list(arguments))
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def leaves() -> dict[str, Command]:
+    """Every command that does something, as it is called."""
+    found: dict[str, Command] = {}
+    for name, command in COMMANDS.items():
+        parts = {f"{name} {action}": one for action, one in command.actions().items()} if isinstance(command, Group) else {}
+        found |= parts or {name: command}
+    return found
 
 
 def test_help_needs_neither_framework_and_is_quick():
@@ -45,10 +67,51 @@ def test_python_dash_m_is_the_same_command():
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as done:
-        main([command, "--help"])
-    assert done.value.code == 0
-    assert COMMANDS[command].help[:30] in " ".join(capsys.readouterr().out.split())
+    assert COMMANDS[command].help in page(capsys, command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("cptt", "cpt"), ("pretrain", "cpt"), ("dpo", "rpo"), ("eval", "evaluate"), ("merge", "convert"), ("benchmark", "bench")],
+)
+def test_a_command_that_is_not_there_names_the_one_that_was_meant(word, meant, capsys):
+    assert f"there is no command '{word}'; did you mean {meant}?" in fails(capsys, word, "--run", "r")
+
+
+def test_an_action_that_is_not_there_names_the_one_that_was_meant(capsys):
+    assert "data has no command 'export'; did you mean export-trl?" in fails(capsys, "data", "export")
+    assert "leaks" in fails(capsys, "data")
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "meant"),
+    [
+        ("cpt", "--lr", "--optimizer.learning_rate"),
+        ("cpt", "--batch", "--training.batch_size"),
+        ("cpt", "--epochs", "--training.epochs"),
+        ("cpt", "--num_train_epochs", "--training.epochs"),
+        ("cpt", "--steps", "--training.max_steps"),
+        ("cpt", "--seed", "--lora.seed or --training.seed"),
+        ("cpt", "--rank", "--lora.rank"),
+        ("cpt", "--lora_rank", "--lora.rank"),
+        ("cpt", "--optimiser.learning_rate", "--optimizer.learning_rate"),
+        ("cpt", "--gradient_accumulation_steps", "--training.accumulation"),
+        ("cpt", "--output_dir", "--run"),
+        ("cpt", "--warmup", "--optimizer.warmup_ratio"),
+        ("rpo", "--beta", "--loss.beta"),
+        ("evaluate", "--num_fewshot", "--shot_count"),
+        ("evaluate", "--max_tokens", "--sampling.max_new_tokens"),
+        ("evaluate", "--temp", "--sampling.temperature"),
+        ("plan", "--gpus", "--target"),
+        ("data export-trl", "--prefernces", "--preferences"),
+        ("data export-trl", "--max_chosn", "--pairs.max_chosen"),
+    ],
+)
+def test_an_option_that_is_not_there_names_the_one_that_was_meant(command, word, meant, capsys):
+    line = fails(capsys, *command.split(), word, "1")
+    assert f"{command} has no option {word}; did you mean " in line
+    assert meant in line
+    assert f"(see medllm {command} --help all)" in line
 
 
 def test_a_misspelt_option_names_the_right_one(capsys):
@@ -104,6 +167,16 @@ def test_several_values_need_no_brackets(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["corpus"]["documents"] == ["a.txt", "b.txt"]
 
 
+def test_a_list_takes_several_values_in_every_command(capsys):
+    audit = parse("parity", COMMANDS["parity"], ["--model.path", "m", "--reference_adapter", "A", "B"])
+    assert audit.reference_adapter == ("A", "B")
+    depths = parse("bench compile", leaves()["bench compile"], ["--depths", "2", "4"]).depths
+    assert depths == [2, 4]
+    optimizer = parse("cpt", COMMANDS["cpt"], ["--model.path", "m", "--run", "r", "--optimizer.betas", "0.9", "0.95"]).optimizer
+    assert optimizer.betas == (0.9, 0.95)
+    assert "unrecognized arguments: B" in fails(capsys, "score", "--problems", "A", "B", "--predictions", "p")
+
+
 @pytest.mark.parametrize("stage", ["cpt", "curate", "rpo", "evaluate"])
 def test_the_papers_presets_resolve_by_name(stage, capsys):
     with pytest.raises(SystemExit):
@@ -126,3 +199,24 @@ def test_the_presets_carry_the_papers_published_numbers():
 def test_presets_are_packaged():
     assert Path(medllm.__file__).parent / "presets" == PRESETS
     assert len(list(PRESETS.glob("paper_*.yaml"))) == 4
+
+
+def test_an_install_hint_is_for_this_installation(monkeypatch, tmp_path):
+    from medllm import installation
+
+    assert installation.install_command("jax") == f"pip install -e '{Path(medllm.__file__).parents[1]}[jax]'"
+    monkeypatch.setattr(installation, "_FOLDER", tmp_path)  # as site-packages is: no project in it
+    assert installation.install_command("jax") == "pip install 'medllm[jax]'"
+
+
+def test_torchrun_takes_the_command_that_a_message_recommends():
+    distributed = pytest.importorskip("torch.distributed.run")
+    stage = ["--model.path", "m", "--run", "r"]
+    with pytest.raises(UserError, match=re.escape(LAUNCH_TORCH)):
+        open_engine("torch", ModelConfig("m"), MeshConfig(mesh="fsdp=2"))
+    words = LAUNCH_TORCH.replace(" N ", " 2 ").replace("COMMAND ...", "cpt").split()[1:]
+    parsed = distributed.get_args_parser().parse_args([*words, *stage])
+    assert (parsed.module, parsed.training_script) == (True, "medllm")
+    assert parsed.training_script_args == ["cpt", *stage]
+    with pytest.raises(SystemExit):
+        distributed.get_args_parser().parse_args([word for word in words if word != "--"] + stage)

@@ -26,8 +26,10 @@ class ScriptedEngine:
     def __init__(self, script):
         self.script, self.calls = script, []
 
-    def generate(self, prompts, sampling, batch_size=32):
+    def generate(self, prompts, sampling, batch_size=32, progress=None):
         self.calls.append((list(prompts), sampling, batch_size))
+        for done in (1, len(prompts)) if progress else ():
+            progress(done, len(prompts))
         return [[Generation(self.script(prompt), (), "stop")] for prompt in prompts]
 
 
@@ -81,10 +83,10 @@ def test_a_completion_stops_at_the_next_question_and_a_chat_at_its_end():
     assert [message.role for message in conversation] == ["system", "user"]
 
 
-def test_progress_reaches_the_number_of_problems_in_steps_of_batches():
+def test_progress_is_the_engines_own_and_reaches_the_number_of_problems():
     engine, seen = ScriptedEngine(lambda prompt: "a"), []
     evaluate(engine, PROBLEMS, (), config(batch_size=2), lambda done, total: seen.append((done, total)))
-    assert seen == [(8, 11), (11, 11)]
+    assert seen == [(1, 11), (8, 11), (9, 11), (11, 11)]
     assert [call[2] for call in engine.calls] == [2, 2]
 
 

@@ -105,7 +105,7 @@ def test_operations_of_a_cpt_step_are_those_xla_counts(whole_attention, remat):
 def test_operations_of_a_preference_step_are_those_xla_counts(whole_attention):
     work = DeviceShape("counted", COUNTED, 1, 1, 96, 32, 1, 1)
     data = PreferenceData([work.group()], TrainingConfig(epochs=1, batch_size=1, accumulation=1))
-    batch = data.step(data.plan()[0])[0]
+    batch = data.batches(data.steps[0])[0]
     found = compiled_flops(partial(preference_loss_fn, loss_config=PreferenceLoss(), remat="layer"), batch)
     tokens = batch.responses.tokens.shape[1]
     step = arithmetic.grouped_step(96, 32, RESPONSES)

@@ -178,11 +178,9 @@ def test_a_text_that_cannot_be_measured_on_is_refused_before_anything_is_written
 
 @pytest.mark.parametrize("words", [["A"], ["A", "B"], ['["A", "B"]']], ids=str)
 def test_adapters_are_given_one_or_several(words, tmp_path):
-    from medllm.cli import build_parser
-    from medllm.command_words import gather_lists
+    from medllm.cli import COMMANDS, parse
 
-    line = ["evaluate", "--model.path", "m", "--model.adapter", *words, "--run", "r", "--problems", "p"]
-    parser = build_parser()
-    model = parser.instantiate(parser.parse_args(gather_lists(line, ()))).evaluate.model
+    line = ["--model.path", "m", "--model.adapter", *words, "--run", "r", "--problems", "p"]
+    model = parse("evaluate", COMMANDS["evaluate"], line).model
     assert model.adapters == (("A",) if words == ["A"] else ("A", "B"))
     assert model.adapter == ("A" if words == ["A"] else ("A", "B")), "a single one stays a plain string, as in a preset"

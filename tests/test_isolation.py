@@ -29,7 +29,7 @@ def run_without(packages: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("engine", "absent"),
-    [("jax", "torch,peft,trl,accelerate,bitsandbytes"), ("torch", "jax,jaxlib,flax,optax,orbax,grain")],
+    [("jax", "torch,peft,trl,accelerate,bitsandbytes"), ("torch", "jax,jaxlib,flax,optax,orbax")],
 )
 def test_the_study_runs_without_the_other_framework(engine, absent, tmp_path):
     out = tmp_path / "study"

@@ -8,7 +8,6 @@ from flax import nnx
 from jax_medllm.adapters import adapter_tensors
 from jax_medllm.batches import CptBatch
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.train import cpt_loss_fn, make_step
 from medllm.adapter_directory import module_name
 from medllm.config import LoraConfig, OptimizerConfig
@@ -55,14 +54,13 @@ def test_a_stack_is_as_wide_as_its_widest_layer_and_exports_each_layers_own_rank
 
 def test_padding_stays_exactly_zero_under_adam_with_weight_decay(model):
     config = OptimizerConfig(learning_rate=3e-2, weight_decay=0.5, warmup_ratio=0.0)
-    optimizer = make_optimizer(config, 10)
     graph, trainable, frozen = nnx.split(model, LoraParam, ...)
-    step = make_step(graph, cpt_loss_fn, optimizer, lambda index: learning_rate(config, 10, index))
+    step = make_step(graph, cpt_loss_fn, config, total_steps=10)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 53, (2, 12)))
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
     batches = [CptBatch(tokens, jnp.ones_like(tokens), positions, jnp.ones(()))]
     before = stacks(model)
-    state = optimizer.init(trainable)
+    state = step.init(trainable)
     for index in range(5):
         trainable, state, _ = step(trainable, state, jnp.int32(index), frozen, batches)
     nnx.update(model, trainable)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.batches import cpt_step, plan_steps
+from jax_medllm.batches import CptData, plan_steps
 from jax_medllm.checkpoint import Checkpoints
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.train import Task, cpt_loss_fn, train
+from jax_medllm.train import cpt_loss_fn, train
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
@@ -26,12 +26,10 @@ def session(run, settings=None, **changes):
     tokens = np.random.default_rng(0).integers(1, 53, (6, 16)).astype(np.int32)
     rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(16, dtype=np.int32), (6, 1)))
     config = TrainingConfig(**{"epochs": 2, "batch_size": 1, "accumulation": 2} | changes)
-    task = Task(
-        cpt_loss_fn, plan_steps(6, config), lambda step: cpt_step(rows, step), lambda step: 32, "tokens", settings or {}
-    )
+    data = CptData(rows, plan_steps(6, config))
     model = Qwen2(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
-    train(model, task, optimizer, config, run, resume=True)
+    train(model, cpt_loss_fn, data, optimizer, config, run, settings=settings or {}, resume=True)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, LoraParam))]
 
 
@@ -56,6 +54,14 @@ def test_lines_logged_after_the_last_checkpoint_are_replaced_on_resuming(tmp_pat
     run.log(4, loss=99.0)
     session(run, max_steps=5)
     assert [line["step"] for line in logged(run)] == [1, 2, 3, 4, 5]
+    assert max(line["loss"] for line in logged(run)) < 10
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
+    run = Run(tmp_path / "run", TrainingConfig())
+    run.log(1, loss=99.0)
+    session(run)
+    assert [line["step"] for line in logged(run)] == [1, 2, 3, 4, 5, 6]
     assert max(line["loss"] for line in logged(run)) < 10
 
 

@@ -172,6 +172,31 @@ def test_no_pairs_and_rows_beyond_the_context_are_refused(directory, tmp_path):
         engine.train_cpt(rows, cpt, Run(cpt.run, cpt))
 
 
+def test_a_loss_that_there_is_not_is_refused_on_opening(directory, tmp_path):
+    model = model_config(directory)
+    config = RpoConfig(model, str(tmp_path / "run"), "preferences.jsonl", loss=PreferenceLoss("rop"))
+    with pytest.raises(UserError, match=r"loss\.name is 'rop'"):
+        JaxEngine(model, config)
+
+
+def test_dpo_trains_by_its_name_and_logs_its_own_metrics(directory, tmp_path):
+    config = RpoConfig(
+        model_config(directory),
+        str(tmp_path / "run"),
+        preferences="preferences.jsonl",
+        loss=PreferenceLoss("dpo", beta=0.1),
+        pairs=PairConfig(max_length=64),
+        lora=LORA,
+        training=TrainingConfig(epochs=1, batch_size=3, accumulation=1),
+    )
+    run = Run(config.run, config)
+    JaxEngine(config.model).train_preferences([preference(i) for i in range(3)], config, run)
+    (line,) = run.metrics()
+    rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    assert line.keys() == {"step", "loss", *rewards, "learning_rate", "grad_norm", "pairs_per_second"}
+    assert line["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_on_opening(directory, tmp_path):
     folder = tmp_path / "small"
     narrow = dataclasses.replace(SMALL, vocab_size=20)

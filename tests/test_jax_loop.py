@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,9 @@ import pytest
 from flax import nnx
 
 from jax_medllm import train as loop
-from jax_medllm.batches import CptBatch, cpt_step, plan_steps
+from jax_medllm.batches import CptBatch, CptData, cpt_step, plan_steps
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.optimizer import learning_rate, make_optimizer
-from jax_medllm.train import Task, cpt_loss_fn, make_step, train
+from jax_medllm.train import CptMetrics, StepMetrics, TrainingLog, cpt_loss_fn, make_step, train
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.run import Run
@@ -32,78 +32,91 @@ def rows(count=6, length=16):
     return PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(length, dtype=np.int32), (count, 1)))
 
 
-def task_of(config, batches=None):
-    return Task(
-        cpt_loss_fn, plan_steps(6, config), batches or (lambda step: cpt_step(rows(), step)), lambda step: 1, "tokens", {}
-    )
+class Data(CptData):
+    """Six rows; ``weigh`` says how many units a step has, ``lay_out`` is told before its arrays are made."""
+
+    def __init__(self, config, weigh=lambda step: 1, lay_out=lambda step: None):
+        super().__init__(rows(), plan_steps(6, config))
+        self.__dict__.update(weigh=weigh, lay_out=lay_out)
+
+    def units(self, step):
+        return self.weigh(step)
+
+    def batches(self, step):
+        self.lay_out(step)
+        return cpt_step(self.rows, step)
 
 
-@pytest.mark.parametrize(("log_every", "expected"), [(1, "ssfsfsfsfsff"), (2, "sssffssffsff"), (9, "ssssssffffff")])
-def test_metrics_are_fetched_when_they_are_logged_and_the_next_step_is_under_way(tmp_path, monkeypatch, log_every, expected):
-    """Six steps (s), each with its metrics to fetch (f)."""
-    events = []
+def trained(folder, config, data=None, loss_fn=cpt_loss_fn):
+    run = folder if isinstance(folder, Run) else Run(folder / "run", config)
+    return train(small_model(), loss_fn, data or Data(config), OPTIMIZER, config, run, settings={})
 
-    class Watched(loop.TrainingStep):
-        def __call__(self, *arguments):
-            events.append("s")
-            return super().__call__(*arguments)
 
-    fetch = jax.device_get
+@pytest.mark.parametrize(("log_every", "lines"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (9, [6])])
+def test_a_line_is_written_when_the_step_after_it_is_under_way(tmp_path, log_every, lines):
+    begun = [threading.Event() for _ in range(6)]
+    steps = iter(begun)
 
-    def watched(tree):
-        events.append("f")
-        return fetch(tree)
+    def loss(model, batch):
+        jax.debug.callback(lambda: next(steps).set())
+        return cpt_loss_fn(model, batch)
 
-    monkeypatch.setattr(loop, "TrainingStep", Watched)
-    monkeypatch.setattr(jax, "device_get", watched)
+    class Watched(Run):
+        def log(self, step, **metrics):
+            assert all(event.wait(20) for event in begun[: step + 1]), f"step {step + 1} waits for the line of step {step}"
+            super().log(step, **metrics)
+
     config = TrainingConfig(epochs=1, batch_size=1, accumulation=1, log_every=log_every)
-    run = Run(tmp_path / "run", config)
-    train(small_model(), task_of(config), OPTIMIZER, config, run)
-    assert "".join(events) == expected
-    assert [line["step"] for line in run.metrics()] == {1: [1, 2, 3, 4, 5, 6], 2: [2, 4, 6], 9: [6]}[log_every]
+    run = Watched(tmp_path / "run", config)
+    trained(run, config, loss_fn=loss)
+    assert [line["step"] for line in run.metrics()] == lines
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 9])
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_the_rate_counts_the_steps_after_the_first_or_the_only_one(tmp_path, log_every, steps):
     config = TrainingConfig(epochs=1, batch_size=1, accumulation=1, log_every=log_every, max_steps=steps)
-    plan = plan_steps(6, config)
-    heavy = Task(
-        cpt_loss_fn, plan, lambda step: cpt_step(rows(), step), lambda step: 10**12 if step == plan[0] else 1, "tokens", {}
-    )
-    trained = train(small_model(), heavy, OPTIMIZER, config, Run(tmp_path / "run", config))
-    assert (trained.rate > 10**9) == (steps == 1)
-    assert trained.rate > 0
+    first = plan_steps(6, config)[0]
+    found = trained(tmp_path, config, Data(config, weigh=lambda step: 10**12 if step == first else 1))
+    assert (found.rate > 10**9) == (steps == 1)
+    assert found.rate > 0
 
 
 def test_the_rate_leaves_out_the_time_of_the_first_step_and_all_compilation(tmp_path, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    metrics = loop.StepMetrics(loop.CptMetrics(1.0), 1.0, 1.0)
-    log = loop._Log(Run(tmp_path / "run", TrainingConfig()), "tokens")
-    log.start()
-    compiled = 0.0
+    now, compiled = [100.0], [0.0]
+    monkeypatch.setattr(loop, "working_seconds", lambda: now[0] - compiled[0])
+    log = TrainingLog(Run(tmp_path / "run", TrainingConfig()), "tokens")
     for step, (seconds, compiling) in enumerate([(50.0, 20.0), (2.0, 0.0), (9.0, 7.0)], 1):
         now[0] += seconds
-        compiled += compiling
-        log.add(step, metrics, 10)
-        if step == 1:
-            log.first_is_done(compiled)
-        log.close()
-        log.write(compiled)
+        compiled[0] += compiling
+        log.add(step, StepMetrics(CptMetrics(1.0), 1.0, 1.0), 10)
+        log.end_line()
+        log.write()
     assert log.rate == pytest.approx(20 / 4)
+
+
+def test_compilation_is_in_the_seconds_of_a_run_and_not_in_its_rate(tmp_path):
+    config = TrainingConfig(epochs=1, batch_size=1, accumulation=1)
+    compiling = 3.0
+
+    def loss(model, batch):
+        time.sleep(compiling)  # while the step is traced
+        return cpt_loss_fn(model, batch)
+
+    found = trained(tmp_path, config, Data(config, weigh=lambda step: 1), loss)
+    assert compiling < found.compile_seconds < found.seconds
+    assert found.rate > 5 / (found.seconds - compiling)
 
 
 def test_steps_are_laid_out_in_other_threads_before_they_are_needed(tmp_path):
     laid_out, threads = [], set()
     enough = threading.Event()
 
-    def batches(step):
+    def lay_out(step):
         threads.add(threading.current_thread())
         laid_out.append(step)
-        if len(laid_out) == 4:
+        if len(laid_out) >= 4:
             enough.set()
-        return cpt_step(rows(), step)
 
     def loss(model, batch):
         # Traced when the first step is compiled, before any step is done.
@@ -111,26 +124,25 @@ def test_steps_are_laid_out_in_other_threads_before_they_are_needed(tmp_path):
         return cpt_loss_fn(model, batch)
 
     config = TrainingConfig(epochs=1, batch_size=1, accumulation=1)
-    task = Task(loss, plan_steps(6, config), batches, lambda step: 1, "tokens", {})
-    train(small_model(), task, OPTIMIZER, config, Run(tmp_path / "run", config))
+    data = Data(config, lay_out=lay_out)
+    trained(tmp_path, config, data, loss)
     assert threading.main_thread() not in threads
-    assert sorted(laid_out) == sorted(task.steps)
+    assert sorted(laid_out) == sorted(data.steps)
 
 
 def test_an_error_in_the_data_reaches_the_user(tmp_path):
-    def batches(step):
+    def lay_out(step):
         raise ValueError("a row that cannot be laid out")
 
     config = TrainingConfig(epochs=1, batch_size=1, accumulation=1)
     with pytest.raises(ValueError, match="cannot be laid out"):
-        train(small_model(), task_of(config, batches), OPTIMIZER, config, Run(tmp_path / "run", config))
+        trained(tmp_path, config, Data(config, lay_out=lay_out))
 
 
 def test_gradient_sums_and_the_optimizers_state_are_updated_in_place():
     graph, trainable, rest = nnx.split(small_model(), LoraParam, ...)
-    optimizer = make_optimizer(OPTIMIZER, 10)
-    step = make_step(graph, cpt_loss_fn, optimizer, lambda index: learning_rate(OPTIMIZER, 10, index))
-    state = optimizer.init(trainable)
+    step = make_step(graph, cpt_loss_fn, OPTIMIZER, total_steps=10)
+    state = step.init(trainable)
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     batch = CptBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((), jnp.float32))
     total = jax.eval_shape(step.gradients, trainable, rest, batch)

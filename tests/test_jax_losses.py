@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_medllm.losses import cpt_loss, dpo_loss, nll_loss, pair_logprobs, rpo_loss
+from jax_medllm.losses import Pairs, cpt_loss, dpo, dpo_loss, nll_loss, objective, pair_logprobs, rpo
+from medllm.config import PreferenceLoss
+from medllm.errors import UserError
 
 POLICY = np.array([[-11.0, -9.5], [-4.25, -20.0], [-7.0, -7.5]])
 REFERENCE = np.array([[-12.0, -9.0], [-4.5, -18.0], [-7.0, -6.0]])
 LENGTHS = np.array([4.0, 2.0, 7.0])
 MEAN = np.full(3, 1 / 3)
+PAIRS = Pairs(POLICY, REFERENCE, np.stack([LENGTHS, [9.0, 5.0, 3.0]], axis=1), MEAN)
 
 
 @pytest.fixture(autouse=True)
@@ -65,38 +68,51 @@ def test_the_two_reductions_agree_on_a_single_pair():
 
 
 def test_rpo_is_dpo_plus_alpha_times_nll_and_logs_what_trl_logs():
-    loss, metrics = rpo_loss(POLICY, REFERENCE, LENGTHS, MEAN, beta=0.3, alpha=10.0)
+    metrics = rpo(PAIRS, PreferenceLoss(beta=0.3, alpha=10.0))
     nll = (11 / 4 + 4.25 / 2 + 7 / 7) / 3
-    assert float(loss) == pytest.approx(dpo_of_formula(0.3).mean() + 10 * nll, rel=1e-14)
+    assert float(metrics.loss) == pytest.approx(dpo_of_formula(0.3).mean() + 10 * nll, rel=1e-14)
     rewards = 0.3 * (POLICY - REFERENCE)
     assert float(metrics.dpo_loss) == pytest.approx(dpo_of_formula(0.3).mean(), rel=1e-14)
     assert float(metrics.nll) == pytest.approx(nll, rel=1e-14)
-    assert float(metrics.chosen) == pytest.approx(rewards[:, 0].mean(), rel=1e-13)
-    assert float(metrics.rejected) == pytest.approx(rewards[:, 1].mean(), rel=1e-13)
-    assert float(metrics.margins) == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean(), rel=1e-13)
-    assert float(metrics.accuracies) == pytest.approx(1.0)
+    assert float(metrics.rewards.chosen) == pytest.approx(rewards[:, 0].mean(), rel=1e-13)
+    assert float(metrics.rewards.rejected) == pytest.approx(rewards[:, 1].mean(), rel=1e-13)
+    assert float(metrics.rewards.margins) == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean(), rel=1e-13)
+    assert float(metrics.rewards.accuracies) == pytest.approx(1.0)
+
+
+def test_dpo_is_rpo_without_its_likelihood_term():
+    metrics, without = dpo(PAIRS, PreferenceLoss("dpo", beta=0.3)), rpo(PAIRS, PreferenceLoss(beta=0.3, alpha=0.0))
+    assert float(metrics.loss) == float(without.loss) == float(without.dpo_loss)
+    assert metrics.rewards == without.rewards
+
+
+@pytest.mark.parametrize(("name", "function"), [("rpo", rpo), ("dpo", dpo)])
+def test_an_objective_is_found_by_its_name(name, function):
+    assert objective(PreferenceLoss(name)).metrics is function
+
+
+def test_a_name_that_no_objective_has_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match=r"loss\.name is 'rop': engine jax knows 'rpo', .*; give one of these"):
+        objective(PreferenceLoss("rop"))
 
 
 def test_a_tie_is_not_counted_as_accurate():
-    _, metrics = rpo_loss(POLICY, POLICY, LENGTHS, MEAN, beta=0.3, alpha=0.0)
-    assert float(metrics.accuracies) == 0
+    metrics = rpo(PAIRS._replace(reference=POLICY), PreferenceLoss(beta=0.3, alpha=0.0))
+    assert float(metrics.rewards.accuracies) == 0
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "micro_batch_tokens"])
 def test_a_pair_of_weight_zero_changes_nothing(reduction):
-    def value(policy, reference, lengths, weights):
-        return rpo_loss(policy, reference, lengths, weights, beta=0.3, alpha=2.0, nll_reduction=reduction)
-
-    padded = [np.concatenate([part, np.zeros_like(part[:1])]) for part in (POLICY, REFERENCE, LENGTHS, MEAN)]
-    for plain, with_padding in zip(
-        jax.tree.leaves(value(POLICY, REFERENCE, LENGTHS, MEAN)), jax.tree.leaves(value(*padded)), strict=True
-    ):
+    settings = PreferenceLoss(beta=0.3, alpha=2.0, nll_reduction=reduction)
+    padded = Pairs(*(np.concatenate([part, np.zeros_like(part[:1])]) for part in PAIRS))
+    values = (jax.tree.leaves(rpo(pairs, settings)) for pairs in (PAIRS, padded))
+    for plain, with_padding in zip(*values, strict=True):
         assert float(plain) == pytest.approx(float(with_padding), rel=1e-14)
 
 
 def test_micro_batches_of_a_step_add_up_to_the_mean_over_its_pairs():
     def part(rows):
-        return float(rpo_loss(POLICY[rows], REFERENCE[rows], LENGTHS[rows], MEAN[rows], beta=0.3, alpha=2.0)[0])
+        return float(rpo(Pairs(*(array[rows] for array in PAIRS)), PreferenceLoss(beta=0.3, alpha=2.0)).loss)
 
     assert part(slice(0, 1)) + part(slice(1, 3)) == pytest.approx(part(slice(0, 3)), rel=1e-14)
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jax_medllm.decoder import CHUNK, Decoder, Fill
-from jax_medllm.linear import LoraScaling, nf4_matmul
+from jax_medllm.linear import LoraScaling, adapted_matmul, nf4_matmul
 from jax_medllm.model import LoraParam, PackedParam, Qwen2
 from jax_medllm.quantized_weight import NF4Weight
 from medllm.architecture import Architecture, RotaryRule
@@ -209,6 +209,23 @@ def test_the_compiled_program_does_not_grow_with_depth():
         return len(jax.jit(jax.grad(loss)).lower(lora, rest).compile().as_text())
 
     assert size(8) < 1.1 * size(2)
+
+
+def test_a_weight_under_an_adapter_is_not_differentiated_and_says_so():
+    rng = np.random.default_rng(0)
+    x, weight, a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 8), (6, 8), (2, 8), (6, 2)))
+
+    def loss(x, weight, a, b):
+        return adapted_matmul(x, weight, ((a, b),)).sum()
+
+    def plain(x, weight, a, b):
+        return (x @ (weight + b @ a).T).sum()
+
+    with pytest.raises(TypeError, match="no gradient for the weight under an adapter"):
+        jax.grad(loss, argnums=1)(x, weight, a, b)
+    found, expected = (jax.jit(jax.grad(function, argnums=(0, 2, 3)))(x, weight, a, b) for function in (loss, plain))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_quantized_layer_keeps_only_packed_bytes_for_the_backward_pass():

@@ -13,9 +13,10 @@ from flax import nnx
 
 from jax_medllm import reference
 from jax_medllm.batches import PreferenceData
+from jax_medllm.losses import OBJECTIVES, Objective
 from jax_medllm.model import LoraParam, Qwen2
 from jax_medllm.reference import ReferenceFile, compute_reference
-from jax_medllm.train import Task, preference_loss_fn, train
+from jax_medllm.train import CptMetrics, preference_loss_fn, train
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
@@ -42,11 +43,12 @@ def small_model(dtype=jnp.float32):
 def trained(folder, dtype, kept):
     """Logged lines and the adapter of a run whose reference is computed in each step, or read from ``kept``."""
     model = small_model(dtype)
-    data = PreferenceData(groups(), TRAINING, kept)
+    data = PreferenceData(groups(), TRAINING)
+    if kept is not None:
+        data = data.with_reference(kept)
     loss = partial(preference_loss_fn, loss_config=PreferenceLoss(beta=0.5, alpha=1.0), remat=TRAINING.remat)
-    task = Task(loss, data.plan(), data.step, data.pairs, "pairs", {})
     run = Run(folder, TRAINING)
-    train(model, task, OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0), TRAINING, run)
+    train(model, loss, data, OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0), TRAINING, run, settings={})
     lines = [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in run.metrics()]
     return lines, [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, LoraParam))]
 
@@ -71,13 +73,32 @@ def test_a_run_with_the_reference_on_disk_is_the_run_that_computes_it(tmp_path, 
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
+def passes(loss, model, batch):
+    """Loops over layers and over the head of a micro-batch's loss, as many times as it reads the model."""
+    return str(jax.make_jaxpr(lambda given: loss(model, given)[0])(batch)).count("scan[")
+
+
 def test_a_step_that_knows_the_reference_computes_the_policy_alone():
     model = small_model()
     data = PreferenceData(groups(), TRAINING)
-    (batch, *_), loss = data.step(data.plan()[0]), partial(preference_loss_fn, loss_config=PreferenceLoss())
+    (batch, *_), loss = data.batches(data.steps[0]), partial(preference_loss_fn, loss_config=PreferenceLoss())
     known = dataclasses.replace(batch, reference=np.zeros(batch.pairs.shape))
-    layers = [str(jax.make_jaxpr(lambda given: loss(model, given)[0])(part)).count("scan[") for part in (batch, known)]
+    layers = [passes(loss, model, part) for part in (batch, known)]
     assert layers[0] == 2 * layers[1] > 0
+
+
+def test_an_objective_that_reads_no_reference_computes_none(monkeypatch):
+    def likelihood(pairs, settings):
+        assert pairs.reference is None
+        return CptMetrics(-(pairs.weights * (pairs.policy / pairs.lengths)[:, 0]).sum())
+
+    monkeypatch.setitem(OBJECTIVES, "likelihood", Objective(likelihood, reference=False))
+    model, data = small_model(), PreferenceData(groups(), TRAINING)
+    batch = data.batches(data.steps[0])[0]
+    without, dpo = (
+        passes(partial(preference_loss_fn, loss_config=PreferenceLoss(name)), model, batch) for name in ("likelihood", "dpo")
+    )
+    assert dpo == 2 * without > 0
 
 
 @pytest.fixture

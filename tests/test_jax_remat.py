@@ -39,7 +39,7 @@ def results():
         state = nnx.state(model, LoraParam)
         nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state))
         data = PreferenceData(GROUPS, TrainingConfig(epochs=1, batch_size=2, accumulation=1))
-        (batch,) = jax.tree.map(jnp.asarray, data.step(data.plan()[0]))
+        (batch,) = jax.tree.map(jnp.asarray, data.batches(data.steps[0]))
         loss = partial(preference_loss_fn, loss_config=PreferenceLoss(beta=0.3, alpha=2.0))
         return {policy: gradient_of(partial(loss, remat=policy), model, batch) for policy in POLICIES}
 

@@ -14,11 +14,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.batches import PreferenceData, buckets, cpt_step, plan_steps, round_up, single_pairs, target_mask
+from jax_medllm.batches import CptData, PreferenceData, buckets, cpt_step, plan_steps, round_up, single_pairs
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.train import Task, cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.train import cpt_loss_fn, preference_loss_fn, train
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
-from medllm.corpus.packing import PackedRows
+from medllm.corpus.packing import PackedRows, target_mask
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup
 from medllm.run import Run
@@ -55,9 +55,9 @@ def groups(count=4, seed=0):
     return [TokenizedGroup(f"p{i}", text(20), responses(), (0, 1, 2), pairs, (0, 1, 0)) for i in range(count)]
 
 
-def cpt_task(data, config):
-    steps = plan_steps(len(data.tokens), config)
-    return Task(cpt_loss_fn, steps, partial(cpt_step, data), lambda step: 1, "tokens", {})
+def train_cpt(model, config, optimizer, run):
+    data = CptData(rows(), plan_steps(len(rows().tokens), config))
+    return train(model, cpt_loss_fn, data, optimizer, config, run, settings={})
 
 
 def gradient_of_step(loss_fn, model, batches):
@@ -141,8 +141,8 @@ def test_preference_batches_hold_every_pair_once_with_the_tokens_of_its_response
     units = groups(7)
     data = PreferenceData(units, config)
     seen = []
-    for step in data.plan():
-        batches = data.step(step)
+    for step in data.steps:
+        batches = data.batches(step)
         assert sum(part.weights.sum() for part in batches) == pytest.approx(1)
         for batch, units_of in zip(batches, step.micro_batches, strict=True):
             assert len(batch.weights) == len(units_of)
@@ -183,8 +183,8 @@ def test_preference_loss_and_gradient_are_the_same_by_problem_and_by_pair_howeve
         for units, size, accumulation in ((groups(), 2, 2), (single_pairs(groups()), 12, 1)):
             config = TrainingConfig(epochs=1, batch_size=size, accumulation=accumulation)
             data = PreferenceData(units, config)
-            (step,) = data.plan()
-            results.append(gradient_of_step(loss_fn, model, data.step(step)))
+            (step,) = data.steps
+            results.append(gradient_of_step(loss_fn, model, data.batches(step)))
     assert float(results[0][0]) > 0
     assert_same(results[0], results[1], 1e-11)
 
@@ -194,9 +194,8 @@ def test_dpo_starts_at_ln_2_and_only_the_adapter_moves(tmp_path):
     before = jax.tree.map(np.asarray, nnx.split(model, LoraParam, ...)[2])
     data = PreferenceData(groups(), config)
     loss_fn = partial(preference_loss_fn, loss_config=PreferenceLoss(alpha=1.0))
-    task = Task(loss_fn, data.plan(), data.step, data.pairs, "pairs", {})
     run = Run(tmp_path / "run", config)
-    trained = train(model, task, RATE, config, run)
+    trained = train(model, loss_fn, data, RATE, config, run, settings={})
     lines = run.metrics()
     assert lines[0]["dpo_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert lines[0]["rewards/accuracies"] == 0  # policy and reference are the same model, to the bit
@@ -217,7 +216,7 @@ def test_training_lowers_the_loss_and_an_interval_or_an_early_stop_changes_only_
     lines = []
     for name, config in (("every", every), ("short", short)):
         run = Run(tmp_path / name, config)
-        train(small_model(), cpt_task(rows(), config), RATE, config, run)
+        train_cpt(small_model(), config, RATE, run)
         lines.append(run.metrics())
     fine, coarse = lines
     losses = [line["loss"] for line in fine]
@@ -231,4 +230,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     config = TrainingConfig(epochs=3, batch_size=6, accumulation=1)
     huge = OptimizerConfig(learning_rate=1e30, warmup_ratio=0.0)
     with pytest.raises(UserError, match=r"step 2: the loss is (nan|inf)"):
-        train(small_model(), cpt_task(rows(), config), huge, config, Run(tmp_path / "run", config))
+        train_cpt(small_model(), config, huge, Run(tmp_path / "run", config))

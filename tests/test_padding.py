@@ -76,8 +76,8 @@ def check_padding(groups):
     """Under a tenth, in few lengths, whatever the batch."""
     for size, accumulation in BATCHES:
         data = PreferenceData(groups, TrainingConfig(epochs=1, batch_size=size, accumulation=accumulation))
-        steps = data.plan()
-        rows = [batch.responses for step in steps for batch in data.step(step)]
+        steps = data.steps
+        rows = [batch.responses for step in steps for batch in data.batches(step)]
         positions = sum(batch.segment_ids.size for batch in rows)
         padding = sum((batch.segment_ids == 0).sum() for batch in rows) / positions
         assert data.padding == pytest.approx(padding, abs=1e-12)

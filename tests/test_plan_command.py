@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from medllm.architecture import Architecture
 from medllm.cli import main
-from medllm.plan import planning, search
+from medllm.installation import install_command
+from medllm.plan import command, planning, search
 from medllm.plan.targets import DEVICES, Target
 from tests.test_cli import fails
 
@@ -52,17 +54,27 @@ def nothing_is_compiled(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def planned(tiny, tmp_path_factory) -> tuple[int, dict[str, Any], str]:
-    """Exit code, JSON and page of a plan that fits."""
+def planned(tiny, tmp_path_factory) -> tuple[int, dict[str, Any], str, list[tuple[int, int, str]]]:
+    """Exit code, JSON and page of a plan that fits, and what was told of its progress."""
     out = tmp_path_factory.mktemp("planned")
+    told: list[tuple[int, int, str]] = []
     arguments = ["--model", tiny, "--target", "cpu:2", "--mesh", "data=1,tensor=2", "--length", "64", "--quantization", "fp32"]
-    code = main(["plan", *arguments, "--json", str(out / "plan.json"), "--html", str(out / "plan.html")])
-    return code, json.loads((out / "plan.json").read_text()), (out / "plan.html").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "progress_bar", lambda label: nullcontext(lambda *what: told.append(what)))
+        code = main(["plan", *arguments, "--json", str(out / "plan.json"), "--html", str(out / "plan.html")])
+    return code, json.loads((out / "plan.json").read_text()), (out / "plan.html").read_text(), told
 
 
 def test_a_plan_that_fits_ends_with_zero(planned):
     assert planned[0] == 0
     assert planned[1]["fits"] is planned[1]["ok"] is True
+
+
+def test_a_plan_says_what_is_compiled_of_how_many(planned):
+    assert planned[3] == [
+        (0, 2, "compiling gradients (1 of 2) for cpu:2"),
+        (1, 2, "compiling update (2 of 2) for cpu:2"),
+    ]
 
 
 def test_the_json_says_what_the_stage_takes(planned):
@@ -212,10 +224,7 @@ def test_a_missing_compiler_is_named_with_its_install_command(target, missing, n
     find = without(missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: True if name in present else find(name, *rest))
     said = fails(capsys, "plan", "--model", "qwen2.5-0.5b", "--target", target, *search_too)
-    assert (
-        said
-        == f"medllm: medllm plan --target {target} needs the package '{named}': pip install -e '.[plan]' in medllm's folder"
-    )
+    assert said == f"medllm: medllm plan --target {target} needs the package '{named}': {install_command('plan')}"
 
 
 # --- a search --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -24,8 +24,16 @@ class ScriptedEngine:
         self.prompts: list[Prompt] = []
         self.samplings: list[Sampling] = []
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         self.prompts += prompts
+        if progress:
+            progress(len(prompts), len(prompts))
         self.samplings.append(sampling)
         return [
             [text if isinstance(text, Generation) else Generation(text, (), "stop") for text in self.script[asked(prompt)]]

@@ -191,6 +191,15 @@ def test_two_processes_write_what_one_writes(work):
     assert np.allclose([row["nll"] for row in two], [row["nll"] for row in one], rtol=1e-5, atol=0)
 
 
+def test_what_is_kept_for_the_backward_pass_is_what_fits_the_smallest_device_of_all_processes(data, tmp_path):
+    command = cpt(data, tmp_path / "run", "--training.remat", "auto", "--training.max_steps", "1", *MESH)
+    small, large = (["tests.process_of_memory", available, *command] for available in ("1", "1e15"))
+    with Pair(large, small) as pair:
+        ends = [pair.ended(index, 300) for index in range(2)]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["remat"] == "layer"
+
+
 def test_only_the_first_process_prints(work):
     _, ((_, first, _), (_, second, _)) = work
     said = [re.findall("^(cpt|curate|rpo|evaluate):", out, re.MULTILINE) for out in (first, second)]  # Gloo prints too

@@ -2,11 +2,13 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 
 from medllm.cli import main
-from medllm.config import EvaluateConfig, ModelConfig, Sampling
+from medllm.config import EvaluateConfig, ModelConfig, OptionPrompt, Sampling
+from medllm.exam import evaluation
 from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems
 from medllm.mini.study import BASE
@@ -46,6 +48,18 @@ def test_the_exam_is_the_same_on_both_engines(exam, tmp_path):
         answers[engine] = (tmp_path / engine / "predictions.jsonl").read_text(encoding="utf-8")
     assert answers["jax"] == answers["torch"]
     assert answers["jax"].count("\n") == 6
+
+
+def test_the_prompt_of_an_option_is_a_setting(exam, tmp_path, monkeypatch):
+    pytest.importorskip("jax")
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "score_options", lambda *_, prompt, **__: seen.append(prompt) or evaluation.OptionScores(0, 0, (), {})
+    )
+    config = EvaluateConfig(MODEL, str(tmp_path / "run"), (str(exam / "exam.jsonl"),), method="options", option_prompt="mcqa")
+    run_evaluate(config)
+    assert seen == ["mcqa"]
+    assert set(get_args(OptionPrompt)) == set(evaluation.OPTION_PROMPTS)
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])

@@ -44,6 +44,7 @@ from medllm.process_memory import peak_resident_bytes
 from medllm.quantization import PACKINGS, Packing
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import DTYPES, add_adapter, device, initialize_adapter, peft_config
+from torch_ref.rpo import loss_arguments
 from torch_ref.trainer import trainer_arguments
 
 STEPS = 3
@@ -118,7 +119,6 @@ def cpt(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]
 def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]:
     """A preference step of TRL's DPOTrainer over pairs of a problem, set the fastest way that runs."""
     where, work = _device(smoke), DeviceShape.from_json(shape)
-    loss = PreferenceLoss()
     pairs = [
         {"prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
         for prompt, chosen, rejected in work.group().pair_tokens()
@@ -127,9 +127,7 @@ def rpo(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]
     def trainer(one: DeviceShape, variant: Variant, scratch: str) -> Trainer:
         arguments = DPOConfig(
             **_arguments(one, scratch, variant.pairs, variant),
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, loss.alpha],
-            beta=loss.beta,
+            **loss_arguments(PreferenceLoss()),
             max_length=one.prompt + one.response,
             precompute_ref_log_probs=variant.reference_before,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -57,9 +57,15 @@ class TorchEngine:
         self._release()
         return train_preferences(preferences, config, run)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32) -> list[list[Generation]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Generation]]:
         """See :func:`torch_ref.generate.generate`."""
-        return generate(self.model, self.tokenizer, prompts, sampling, batch_size)
+        return generate(self.model, self.tokenizer, prompts, sampling, batch_size, progress)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :func:`torch_ref.generate.logprobs`."""

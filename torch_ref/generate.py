@@ -7,7 +7,7 @@ number). ``argmax(log p + Gumbel noise)`` is an exact draw from p, so transforme
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,12 @@ from medllm.tokenizer import encode_prompt, end_token
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Generation]]:
     """``sampling.samples`` continuations for each prompt, in the order of the prompts.
 
@@ -32,6 +37,7 @@ def generate(
         prompts: Texts or conversations.
         sampling: Length, temperature, filters, seed and stop strings.
         batch_size: Continuations generated at a time.
+        progress: Called with (continuations done, continuations in all).
 
     Raises:
         UserError: a prompt and its continuation do not fit the model's context.
@@ -47,6 +53,8 @@ def generate(
     for batch in _batches(jobs, batch_size):
         tokens = _continue(model, tokenizer, [encoded[number] for number, _ in batch], [job[1] for job in batch], sampling)
         results |= {job: _generation(tokenizer, row, sampling) for job, row in zip(batch, tokens, strict=True)}
+        if progress:
+            progress(len(results), len(jobs))
     return [[results[number, sample] for sample in range(sampling.samples)] for number in range(len(encoded))]
 
 

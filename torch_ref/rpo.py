@@ -19,7 +19,7 @@ from datasets import Dataset
 from huggingface_hub import constants
 from trl import DPOConfig, DPOTrainer
 
-from medllm.config import RpoConfig
+from medllm.config import PreferenceLoss, RpoConfig
 from medllm.engine import TrainSummary
 from medllm.errors import UserError
 from medllm.handover import continued_adapter
@@ -76,12 +76,9 @@ def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batc
         batch: Pairs of one forward pass of one process.
         accumulation: Forward passes added up before a step; TRL takes the mean of their losses.
     """
-    loss = config.loss
     arguments = DPOConfig(
         **trainer_arguments(config.model, config.optimizer, config.training, run, batch=batch, accumulation=accumulation),
-        loss_type=["sigmoid", "sft"] if loss.alpha else ["sigmoid"],
-        loss_weights=[1.0, loss.alpha] if loss.alpha else [1.0],
-        beta=loss.beta,
+        **loss_arguments(config.loss),
         max_length=config.pairs.max_length,
         precompute_ref_log_probs=config.torch.precompute_reference,
         use_liger_kernel=config.torch.liger,
@@ -103,6 +100,19 @@ def dpo_trainer(rows: list[dict[str, str]], config: RpoConfig, run: Run, *, batc
     else:
         initialize_adapter(trainer.model, config.lora.seed)
     return trainer
+
+
+def loss_arguments(loss: PreferenceLoss) -> dict[str, Any]:
+    """What ``DPOConfig`` calls the loss: TRL's terms, their weights, and beta.
+
+    Raises:
+        UserError: TRL is not asked for a loss of this name here.
+    """
+    terms = {"rpo": {"sigmoid": 1.0, "sft": loss.alpha}, "dpo": {"sigmoid": 1.0}}
+    if loss.name not in terms:
+        raise UserError(f"loss.name is {loss.name!r}: engine torch knows {', '.join(map(repr, terms))}; give one of these")
+    weights = {term: weight for term, weight in terms[loss.name].items() if weight}
+    return {"loss_type": list(weights), "loss_weights": list(weights.values()), "beta": loss.beta}
 
 
 def _round_reference(model: peft.PeftModel) -> None:

@@ -14,14 +14,14 @@ from jax_medllm.plan.probe import probe
 from jax_medllm.plan.programs import trace
 from jax_medllm.plan.targets import devices_of
 from jax_medllm.sharding import Layout
-from medllm.child import serve
+from medllm.child import serve, tell
 
 
 def compile_stage(target: dict[str, Any], mesh: str, rules: str, stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What the programs of a stage take on a target; the arguments are the fields of :class:`medllm.plan.request.Request`."""
     layout = Layout.of(mesh, rules, devices_of(target))
     versions = {"jax": version("jax"), "compiler": _compiler(target["kind"])}
-    return {**measure(trace(stage, settings, layout), layout), "versions": versions}
+    return {**measure(trace(stage, settings, layout), layout, tell), "versions": versions}
 
 
 def _compiler(kind: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ from jax_medllm.sharding import Layout, device_bytes, entry
 GIB = 2**30
 
 
-def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
-    """Compile the programs of a stage.
+def measure(
+    stage: Stage, layout: Layout, progress: Callable[[int, int, str], None] = lambda done, total, doing: None
+) -> dict[str, Any]:
+    """Compile the programs of a stage; ``progress`` is called with (programs done, in all, the next one's name).
 
     Returns:
         ``by_kind``: GiB on a device where the programs need most, ``programs``: each one's own, ``collectives``, ``flops`` and
@@ -34,7 +37,8 @@ def measure(stage: Stage, layout: Layout) -> dict[str, Any]:
     work = _Work()
     options = READABLE.get(layout.mesh.devices.flat[0].platform)
     with layout.in_use():
-        for program in stage.programs:
+        for done, program in enumerate(stage.programs):
+            progress(done, len(stage.programs), program.name)
             lowered = program.traced.lower()
             started = time.perf_counter()
             try:

@@ -133,7 +133,7 @@ def _step(stage: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     groups = [_group(rng, vocabulary, settings) for _ in range(settings["rows"])]
     data = PreferenceData(groups, config)
     loss_fn = partial(preference_loss_fn, loss_config=PreferenceLoss(), remat=settings["remat"])
-    return loss_fn, data.step(data.plan()[0])
+    return loss_fn, data.batches(data.steps[0])
 
 
 def _group(rng: np.random.Generator, vocabulary: int, settings: Mapping[str, Any]) -> TokenizedGroup:

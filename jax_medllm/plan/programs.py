@@ -17,7 +17,6 @@ from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
 from jax_medllm.decoder import CHUNK, SLOT_AXES, Decoder, Fill
 from jax_medllm.logprobs import cut
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.optimizer import learning_rate, make_optimizer
 from jax_medllm.sharding import Layout, shardings
 from jax_medllm.tiles import laid_codes
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
@@ -128,13 +127,11 @@ def _training(
     graph, *states = nnx.split(model, LoraParam, ...)
     trainable, frozen = (_placed(state, layout) for state in states)
     frozen = laid_codes(frozen, lambda codes, form: jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=form))
-    config = OptimizerConfig()
-    optimizer = make_optimizer(config, _STEPS)
-    step = make_step(graph, loss_fn, optimizer, partial(learning_rate, config, _STEPS))
+    step = make_step(graph, loss_fn, OptimizerConfig(), _STEPS)
     # A moment lies where its parameter does.
     moments = jax.tree.map(
         lambda part: _placed(part, layout) if isinstance(part, nnx.State) else _laid(part, (), layout),
-        jax.eval_shape(optimizer.init, trainable),
+        jax.eval_shape(step.init, trainable),
         is_leaf=lambda part: isinstance(part, nnx.State),
     )
     index = _laid(jax.ShapeDtypeStruct((), jnp.int32), (), layout)

@@ -3,97 +3,97 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.bench.variants import ALL, names
+from medllm.command import Command, say
 from medllm.config import RematPolicy
 from medllm.quantization import Quantization
 
-SHAPES = {"cpt": "CptShape", "rpo": "RpoShape", "generate": "GenerateShape"}
-_HELP = {
-    "cpt": "continued pretraining: tokens a second, memory and compile time of both engines",
-    "rpo": "preference training: problems a second, memory and compile time of both engines",
-    "generate": "evaluation with explanation: problems a second of both engines",
-}
+_SHAPES = {"cpt": CptShape, "rpo": RpoShape, "generate": GenerateShape}
 
 
-def add_actions(add: Callable[[str, str], ArgumentParser]) -> None:
-    """Add the actions; ``add(name, help)`` makes the parser of one."""
-    from medllm.bench import shapes
+def _comparison(action: str, help: str) -> Command:
+    return Command(help, partial(_comparison_arguments, action), partial(_compare, action))
 
-    for name, kind in SHAPES.items():
-        parser = add(name, _HELP[name])
-        parser.add_class_arguments(getattr(shapes, kind), as_group=True)
-        parser.add_argument("--engines", type=list[Literal["jax", "torch"]], default=["jax", "torch"], help="who is measured")
-        parser.add_argument("--runs", type=int, default=3, help="measurements of each engine, alternating")
-        parser.add_argument("--torch_variant", type=str, default=ALL, metavar="NAME", help=_variants_help(name))
+
+def _comparison_arguments(action: str, parser: ArgumentParser) -> None:
+    parser.add_class_arguments(_SHAPES[action], as_group=True)
+    parser.add_argument("--engines", type=list[Literal["jax", "torch"]], default=["jax", "torch"], help="who is measured")
+    parser.add_argument("--runs", type=int, default=3, help="measurements of each engine, alternating")
+    parser.add_argument("--torch_variant", type=str, default=ALL, metavar="NAME", help=_variants_help(action))
+    parser.add_argument(
+        "--profile",
+        type=str | None,
+        default=None,
+        metavar="DIR",
+        help="also write a trace of each engine, and print where its time went",
+    )
+    if action != "generate":
+        parser.add_argument("--remat", type=RematPolicy, default="projections", help="what JAX keeps for the backward pass")
+    if action == "rpo":
         parser.add_argument(
-            "--profile",
-            type=str | None,
-            default=None,
-            metavar="DIR",
-            help="also write a trace of each engine, and print where its time went",
+            "--nll_reduction",
+            type=Literal["micro_batch_tokens", "sequence"],
+            default="micro_batch_tokens",
+            help="the mean of the preferred likelihood; TRL takes 'sequence' only one pair at a time",
         )
-        if name != "generate":
-            parser.add_argument("--remat", type=RematPolicy, default="projections", help="what JAX keeps for the backward pass")
-        if name == "rpo":
-            parser.add_argument(
-                "--nll_reduction",
-                type=Literal["micro_batch_tokens", "sequence"],
-                default="micro_batch_tokens",
-                help="the mean of the preferred likelihood; TRL takes 'sequence' only one pair at a time",
-            )
-    compile_ = add("compile", "how the time to compile a training step grows with depth (JAX)")
-    compile_.add_class_arguments(shapes.ModelShape, "model")
-    compile_.add_argument("--depths", type=list[int], default=[8, 80], help="decoder layers")
-    compile_.add_argument("--runs", type=int, default=3, help="measurements of each depth, alternating")
-    _add_floor(add)
-    load = add("load", "open a generated checkpoint: seconds, and memory beyond the model itself")
-    load.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
-    load.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
-    load.add_argument("--quantization", type=Quantization, default="nf4", help="how its weights are held")
 
 
-def _add_floor(add: Callable[[str, str], ArgumentParser]) -> None:
-    from medllm.bench import shapes
+def _compile_arguments(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(ModelShape, "model")
+    parser.add_argument("--depths", type=list[int], default=[8, 80], help="decoder layers")
+    parser.add_argument("--runs", type=int, default=3, help="measurements of each depth, alternating")
 
-    floor = add("floor", "the operations of a training step against this machine's matrix and copy rates (JAX)")
-    floor.add_class_arguments(shapes.ModelShape, "model")
-    floor.add_argument("--rows", type=int, default=8, help="rows of a step, of one document each")
-    floor.add_argument("--length", type=int, default=256, help="tokens of a row")
-    floor.add_argument("--seconds", type=float, default=0.5, help="spent on each operation, at least three runs")
+
+def _floor_arguments(parser: ArgumentParser) -> None:
+    parser.add_class_arguments(ModelShape, "model")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step, of one document each")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--seconds", type=float, default=0.5, help="spent on each operation, at least three runs")
+
+
+def _load_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the checkpoint, bf16")
+    parser.add_argument("--engine", type=Literal["jax"], default="jax", help="which engine opens it")
+    parser.add_argument("--quantization", type=Quantization, default="nf4", help="how its weights are held")
 
 
 def _variants_help(name: str) -> str:
-    return f"{ALL}: the fastest of what the reference can be set to is measured; or one of {', '.join(names(name))}"
+    return f"How the reference is set: the fastest way of those that there are ({ALL}), or one of {', '.join(names(name))}"
 
 
-def run(action: str, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure, print, and return what was found."""
-    if action == "load":
-        from medllm.bench.load import bench_load, summary
+def _load(values: Any) -> dict[str, Any]:
+    from medllm.bench.load import bench_load, summary
 
-        found = bench_load(values.gigabytes, values.engine, values.quantization, say)
-        say(summary(found))
-        return found
-    if action == "floor":
-        from medllm.bench import floor
+    found = bench_load(values.gigabytes, values.engine, values.quantization, say)
+    say(summary(found))
+    return found
 
-        return floor.run(values, say)
-    if action == "compile":
-        from medllm.bench.compilation import bench_compile, summary
 
-        found = bench_compile(values.model, values.depths, values.runs, say)
-        say(summary(found))
-        return found
-    from medllm.bench import shapes
+def _floor(values: Any) -> dict[str, Any]:
+    from medllm.bench import floor
+
+    return floor.run(values, say)
+
+
+def _compile(values: Any) -> dict[str, Any]:
+    from medllm.bench.compilation import bench_compile, summary
+
+    found = bench_compile(values.model, values.depths, values.runs, say)
+    say(summary(found))
+    return found
+
+
+def _compare(action: str, values: Any) -> dict[str, Any]:
     from medllm.bench.compare import compare, table
 
-    kind = getattr(shapes, SHAPES[action])
+    kind = _SHAPES[action]
     shape = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
     settings = {name: values[name] for name in ("remat", "nll_reduction") if name in values}
     result = compare(
@@ -118,3 +118,15 @@ def _where_the_time_goes(action: str, shape: Any, profile: str | None, result: d
 
     said = [] if action == "generate" else add_shares(shape, result)
     return said + (add_tables(Path(profile), shape, result) if profile else [])
+
+
+ACTIONS = {
+    "cpt": _comparison("cpt", "continued pretraining: tokens a second, memory and compile time of both engines"),
+    "rpo": _comparison("rpo", "preference training: problems a second, memory and compile time of both engines"),
+    "generate": _comparison("generate", "evaluation with explanation: problems a second of both engines"),
+    "compile": Command("how the time to compile a training step grows with depth (JAX)", _compile_arguments, _compile),
+    "floor": Command(
+        "the operations of a training step against this machine's matrix and copy rates (JAX)", _floor_arguments, _floor
+    ),
+    "load": Command("open a generated checkpoint: seconds, and memory beyond the model itself", _load_arguments, _load),
+}

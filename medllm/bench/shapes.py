@@ -99,7 +99,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class CptShape:
-    """Continued pretraining: ``steps`` optimizer steps over ``rows`` packed rows of ``length`` tokens, two documents each."""
+    """Continued pretraining: ``steps`` optimizer steps over ``rows`` packed rows of ``length`` tokens, two documents each.
+
+    Args:
+        model: The model.
+        rows: In one step.
+        length: Tokens of a row.
+        steps: Optimizer steps.
+    """
 
     model: ModelShape = field(default_factory=ModelShape)
     rows: int = 8

@@ -55,7 +55,7 @@ def load_documents(config: CorpusConfig) -> LoadedCorpus:
             else:
                 documents.append(Document(text, source))
     for path in config.problems:
-        loaded = load_problems(path)
+        loaded = load_problems(path, problems_format=config.problems_format)
         skipped.update(loaded.skipped)
         for problem in loaded.problems:
             refuse_held_out(problem, config.problems_until, "--corpus.problems_until")

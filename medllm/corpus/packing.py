@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 from numpy import ndarray
 
 from medllm.errors import UserError
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 _TOKENIZED_AT_A_TIME = 256
 
 
+def target_mask(segment_ids: Int[Any, "b s"]) -> Bool[Any, "b s-1"]:
+    """True where the *next* position is a training target: same segment, and no padding. Any framework's arrays."""
+    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """Token rows of equal length.
@@ -38,8 +43,6 @@ class PackedRows:
         tokens: Token ids; padding positions hold the pad token.
         segment_ids: 1, 2, 3 … for the documents of a row, 0 for padding. A position sees only its own segment.
         positions: Position inside the document; restarts at 0 with each segment.
-
-    A position is a training target when its segment is not 0 and equals that of the position before it.
     """
 
     tokens: Int32[ndarray, "rows length"]
@@ -49,9 +52,7 @@ class PackedRows:
     @property
     def targets(self) -> Bool[ndarray, "rows length"]:
         """True where a token is predicted from the one before it: the tokens the loss is taken over."""
-        targets = np.zeros(self.segment_ids.shape, dtype=bool)
-        targets[:, 1:] = (self.segment_ids[:, 1:] != 0) & (self.segment_ids[:, 1:] == self.segment_ids[:, :-1])
-        return targets
+        return np.pad(target_mask(self.segment_ids), ((0, 0), (1, 0)))
 
     @property
     def padding(self) -> float:

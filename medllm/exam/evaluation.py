@@ -7,21 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medllm.config import EvaluateConfig
+from medllm.config import EvaluateConfig, OptionPrompt
 from medllm.engine import Continuation, Engine
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem
 from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
+from medllm.progress import part_of
 from medllm.tokenizer import encode
 
 __all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
 
-# An engine sorts what it is given by length: a few batches at a time keep that, and the progress bar alive.
-_BATCHES_A_REPORT = 4
+# An engine sorts what it is given by length.
+_BATCHES_AT_A_TIME = 4
 
-OPTION_PROMPTS = {
+OPTION_PROMPTS: dict[OptionPrompt, str] = {
     "mcqa": "Question: {question}\nAnswer: ",
     "mcqa_jp": "質問：{question}\n回答：",
     "mcqa_with_options": "Question: {question}\n{options}\nAnswer: ",
@@ -67,16 +68,15 @@ def evaluate(
         for problem in problems
     ]
     predictions: list[Prediction] = []
-    step = config.batch_size * _BATCHES_A_REPORT
+    step = config.batch_size * _BATCHES_AT_A_TIME
     for start in range(0, len(problems), step):
         part = slice(start, start + step)
         with naming_problems(problems[part]):
-            generated = engine.generate(prompts[part], sampling, config.batch_size)
+            within = part_of(progress, start, len(prompts[part]), len(problems))
+            generated = engine.generate(prompts[part], sampling, config.batch_size, within)
         for problem, (generation,) in zip(problems[part], generated, strict=True):
             answer = extract_answer(generation.text, problem, explanation=config.explanation)
             predictions.append(Prediction(problem.problem_id, ",".join(answer), generation.text))
-        if progress is not None:
-            progress(len(predictions), len(problems))
     return predictions
 
 
@@ -129,7 +129,7 @@ def score_options(
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
-    prompt: str = "mcqa_with_options_jp",
+    prompt: OptionPrompt = "mcqa_with_options_jp",
     batch_size: int = 32,
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
@@ -179,7 +179,7 @@ def score_options(
     )
 
 
-def _continuation(tokenizer: Any, problem: Problem, choice: str, prompt: str) -> Continuation:
+def _continuation(tokenizer: Any, problem: Problem, choice: str, prompt: OptionPrompt) -> Continuation:
     lettered = zip(LETTERS.upper(), problem.choices, strict=False)
     options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
     asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=options)

@@ -23,13 +23,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from medllm.config import ProblemsFormat
 from medllm.errors import UserError
 from medllm.exam.problem import LETTERS, OR, Problem
 from medllm.run import atomic_path
-
-ProblemsFormat = Literal["auto", "igakuqa", "jsonl", "jmmlu", "pharmacist"]
 
 _EXAM_FILE = re.compile(r"(?P<exam>\d{3})-(?P<section>[A-Z])\.jsonl")
 _NO_PROBLEMS = re.compile(r"\d{3}-[A-Z]_.+\.jsonl|.+_(metadata|gpt4|chatgpt)\.jsonl")
@@ -198,7 +197,7 @@ def _guess(file: Path, rows: list[tuple[dict[str, Any], str]]) -> ProblemsFormat
 def _igakuqa_fields(file: Path) -> dict[str, Any]:
     name = _EXAM_FILE.fullmatch(file.name)
     if name is None:
-        raise UserError(f"{file}: an IgakuQA file is called NNN-S.jsonl (112-A.jsonl); use problems_format 'jsonl'")
+        raise UserError(f"{file}: an IgakuQA file is called NNN-S.jsonl (112-A.jsonl); set --problems_format jsonl")
     folder = file.resolve().parent.name
     year = int(folder) if _YEAR.fullmatch(folder) else int(name["exam"]) + _FIRST_EXAM_YEAR
     return {"year": year, "section": name["section"]}

@@ -39,12 +39,12 @@ from medllm.exam.problem import Problem
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
+from medllm.presets import preset_file
 from medllm.quantization import Quantization
 from medllm.run import atomic_path, is_primary_process, write_json
 from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
 
 BASE = Path(__file__).parent / "data" / "base"
-PRESETS = Path(__file__).parents[1] / "presets"
 SHOTS = 3
 PREVIOUS = {"CPT": "base", "CPT+DPO": "CPT", "CPT+RPO": "CPT", "RPO alone": "base"}
 """The model each one is trained from, in the order of the paper's table (behind ``base``)."""
@@ -140,17 +140,14 @@ class StudyResult:
 
 
 def load_preset(preset: str) -> StudyConfig:
-    """The settings in ``medllm/presets/<preset>.yaml``, or in a YAML file of one's own.
+    """The settings in the preset of that name, or in a YAML file of one's own.
 
     Raises:
         UserError: no such preset or file, or a setting that does not fit.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    file = next((path for path in (Path(preset), PRESETS / f"{preset}.yaml") if path.is_file()), None)
-    if file is None:
-        known = ", ".join(sorted(path.stem for path in PRESETS.glob("mini*.yaml")))
-        raise UserError(f"{preset}: neither a file nor a preset of the embedded study; there are {known} (--preset)")
+    file = preset_file("--preset", preset, "mini*")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudyConfig)
     try:

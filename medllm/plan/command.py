@@ -12,6 +12,7 @@ from medllm.errors import UserError
 from medllm.plan.calibration import Calibration
 from medllm.plan.request import Request
 from medllm.plan.wording import KINDS, mesh_words
+from medllm.progress import progress_bar
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -50,7 +51,8 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
     if values.search and values.calibration:
         raise UserError("--search ranks by the roofline; give --calibration with the --mesh, --rows and --remat that it finds")
     calibration = Calibration.read(Path(values.calibration)) if values.calibration else None
-    found = search(request, values.most, say) if values.search else make_plan(request, calibration)
+    with progress_bar("plan") as progress:
+        found = search(request, values.most, say, progress) if values.search else make_plan(request, calibration, progress)
     for line in _candidate_lines(found) if values.search else ():
         say(line)
     plan = found["best"] if values.search else found
@@ -69,7 +71,8 @@ def _calibrate(request: Request, values: Any, say: Callable[[str], None]) -> dic
         if values[name]:
             raise UserError(f"--calibrate measures and plans nothing; leave --{name} out")
     file = Path(values.calibrate)
-    written = calibrate(request, file)
+    with progress_bar("calibrate: two and four layers run on the device that is here"):
+        written = calibrate(request, file)
     for line in calibration_lines(written, file):
         say(line)
     return written

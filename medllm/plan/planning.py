@@ -16,6 +16,7 @@ from medllm.plan.calibration import Calibration, Work
 from medllm.plan.models import planned_model
 from medllm.plan.request import Request
 from medllm.plan.targets import Device, Target
+from medllm.progress import Progress
 from medllm.run import this_machine
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"), "cpu": ()}
@@ -23,12 +24,13 @@ _SHALLOW = (2, 3)
 """Layers of the model that a plan is held against to see what a layer takes; the second where it has as many as the first."""
 
 
-def make_plan(request: Request, calibration: Calibration | None = None) -> dict[str, Any]:
+def make_plan(request: Request, calibration: Calibration | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Compile the stage's programs for the target and say what they take; the JSON of ``medllm plan --json``.
 
     Args:
         request: What is planned.
         calibration: Of the target's device: the plan then has ``predicted``, the time that a step takes.
+        progress: Called with (programs compiled, programs in all, the one that is compiled next).
 
     Raises:
         UserError: an unknown model, device or mesh, arrays that the mesh does not divide, a compiler is not installed, or the
@@ -41,7 +43,7 @@ def make_plan(request: Request, calibration: Calibration | None = None) -> dict[
     if calibration is not None:
         hardware = this_machine() if target.device.kind == "cpu" else None
         calibration.check(target.device.name, target.count, request.stage, request.quantization, hardware)
-    found = _compiled(request, target, model)
+    found = _compiled(request, target, model, progress)
     memory = sum(found["by_kind"].values()) if found["by_kind"] else found.pop("refused_gib")
     fits = bool(found["by_kind"]) and memory <= target.memory_gib
     rates = target.device
@@ -59,10 +61,16 @@ def make_plan(request: Request, calibration: Calibration | None = None) -> dict[
     if not found["by_kind"]:
         return plan
     plan |= _roofline(plan, rates)
-    return plan if calibration is None else {**plan, "predicted": _predicted(plan, calibration, request, target, model)}
+    return (
+        plan if calibration is None else {**plan, "predicted": _predicted(plan, calibration, request, target, model, progress)}
+    )
 
 
-def _compiled(request: Request, target: Target, model: Architecture) -> dict[str, Any]:
+def _compiled(request: Request, target: Target, model: Architecture, progress: Progress | None) -> dict[str, Any]:
+    def told(done: int, total: int, doing: str = "") -> None:
+        if progress:
+            progress(done, total, f"compiling {doing} ({done + 1} of {total}) for {target.name}")
+
     return run_in_child(
         "jax_medllm.plan",
         "compile",
@@ -74,16 +82,22 @@ def _compiled(request: Request, target: Target, model: Architecture) -> dict[str
             "settings": {**request.settings(), "model": model.to_hf()},
         },
         environment=_environment(target),
+        progress=told,
     )
 
 
 def _predicted(
-    plan: dict[str, Any], calibration: Calibration, request: Request, target: Target, model: Architecture
+    plan: dict[str, Any],
+    calibration: Calibration,
+    request: Request,
+    target: Target,
+    model: Architecture,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """The time of a step by a calibration: its work at two depths says what is a layer's and what is not."""
     layers = model.num_layers
     shallow = next(depth for depth in _SHALLOW if depth != layers)
-    other = _compiled(request, target, replace(model, num_layers=shallow))
+    other = _compiled(request, target, replace(model, num_layers=shallow), progress)
     if not other.get("by_kind") or "bytes" not in other or "bytes" not in plan:
         raise UserError("a calibration needs the memory traffic of a step, and this JAX cannot read the compiled program")
     found = calibration.predict(

@@ -18,9 +18,9 @@ class Request:
 
     Args:
         model: A name (qwen2.5-72b), or a model folder, of which only config.json is read.
-        stage: cpt: packed rows; rpo: problems, each a prompt with all its responses in one row; generate: slots of text.
-        target: a100-80g:4 (unset), v5e:4x4, cpu:8: a kind of device, and how many or which slice. With --calibrate: the device
-            that is here, which needs no name.
+        stage: Packed rows (cpt), problems, each a prompt with all its responses in one row (rpo), or slots of text (generate).
+        target: A kind of device, and how many or which slice: ``a100-80g:4`` (unset), ``v5e:4x4``, ``cpu:8``. With
+            --calibrate: the device that is here, which needs no name.
         mesh: Devices along each mesh axis (fsdp=8,tensor=2); unset: fsdp over all to train, tensor first to generate.
         rules: Which mesh axes an axis of the arrays is spread over, where not as usual.
         rows: Rows in a micro-batch of each group of devices that hold rows (cpt, rpo: 1); slots in all (generate: 64).

@@ -19,6 +19,7 @@ from medllm.plan.planning import asked, check_context, check_installed, make_pla
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
 from medllm.plan.wording import mesh_words
+from medllm.progress import Progress
 
 _ROWS = (1, 2, 4, 8)
 _GIB = 2**30
@@ -46,7 +47,7 @@ class Candidate:
         return self.rows * _devices(self.mesh, RULES["batch"])
 
 
-def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str, Any]:
+def search(request: Request, most: int, say: Callable[[str], None], progress: Progress | None = None) -> dict[str, Any]:
     """Plans for every mesh and number of rows that could fit, each under the policy that computes least again.
 
     A candidate that needs more than there is by its arguments and saved activations alone is not compiled; of the others at
@@ -69,8 +70,12 @@ def search(request: Request, most: int, say: Callable[[str], None]) -> dict[str,
     could_fit.sort(key=lambda one: (-one.tokens, one.least_gib))
     chosen, left = could_fit[:most], could_fit[most:]
     say(f"plan: {len(candidates)} meshes and row counts, {len(could_fit)} could fit, {len(chosen)} are compiled")
+    found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        found = [row for rows in pool.map(lambda one: _tried(request, one, say), chosen) for row in rows]
+        for done, rows in enumerate(pool.map(lambda one: _tried(request, one, say), chosen), 1):
+            found += rows
+            if progress:
+                progress(done, len(chosen), f"{done} of {len(chosen)} compiled")
     refused = {row["why"] for row in found if row["fits"] is False and "plan" not in row}
     if len(refused) == 1 and all(row["why"] in refused for row in found):
         raise UserError(refused.pop())  # not for its mesh

@@ -21,6 +21,7 @@ from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response, naming_problems, stop_strings
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
+from medllm.progress import part_of
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,10 @@ def curate(
             for problem in some
         ]
         with naming_problems(some):
-            generated = engine.generate(prompts, sampling, config.batch_size)
+            within = part_of(progress, start, len(some), len(wanted))
+            generated = engine.generate(prompts, sampling, config.batch_size, within)
         for problem, prompt, generations in zip(some, prompts, generated, strict=True):
             preferences.append(_rank(problem, prompt, generations, config, counts))
-        if progress:
-            progress(len(preferences), len(wanted))
     skipped = {"no verified explanation": len(problems) - len(explained), "over the limit": len(explained) - len(wanted)}
     report = CurationReport(
         problems=len(wanted),

@@ -142,7 +142,8 @@ def _problem_result(row: Any, where: str) -> ProblemResult:
 def _problems_of(run: RunSummary) -> dict[str, Problem]:
     """The problems an evaluation was run on, where its files are still where its configuration says."""
     here = [Path(path) for path in run.config.get("problems") or () if Path(path).exists()]
-    return {problem.problem_id: problem for path in here for problem in load_problems(path).problems}
+    known = run.config.get("problems_format", "auto")
+    return {one.problem_id: one for path in here for one in load_problems(path, problems_format=known).problems}
 
 
 def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:

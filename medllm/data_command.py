@@ -1,0 +1,84 @@
+"""``medllm data``: preferences for TRL, a model to try a pipeline on, exam questions in training text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from medllm.command import Command, say
+from medllm.config import CorpusConfig, PairConfig, ProblemsFormat
+from medllm.errors import UserError
+from medllm.progress import progress_bar
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--preferences", type=str, required=True, help="preference file")
+    parser.add_argument("--out", type=str, required=True, help="JSONL file to write")
+    parser.add_class_arguments(PairConfig, "pairs")
+
+
+def _export(values: Any) -> dict[str, Any]:
+    from medllm.preferences.pairs import export_trl
+    from medllm.preferences.records import read_preferences
+
+    rows = export_trl(read_preferences(values.preferences), Path(values.out), values.pairs)
+    say(f"data: {rows} rows; {values.out}")
+    return {"rows": rows, "out": values.out}
+
+
+def _model_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", type=str, required=True, help="folder whose tokenizer the model gets")
+    parser.add_argument("--out", type=str, required=True, help="model folder to write")
+    parser.add_argument("--vocab_size", type=int, default=152064, help="rows of the embedding")
+    parser.add_argument("--hidden_size", type=int, default=64, help="width, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+
+
+def _model(values: Any) -> dict[str, Any]:
+    from medllm.random_model import write_random_model
+
+    write_random_model(
+        values.out,
+        tokenizer=values.tokenizer,
+        vocab_size=values.vocab_size,
+        hidden_size=values.hidden_size,
+        layers=values.layers,
+        seed=values.seed,
+    )
+    say(f"data: {values.out}")
+    return {"model": values.out}
+
+
+def _leaks_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--documents", type=list[str], required=True, help="training files or folders")
+    parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
+    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by name and content")
+    parser.add_argument("--text_column", type=str, default="text", help="column that holds a document's text")
+    parser.add_argument("--threshold", type=float, default=0.8, help="share of a question's 13-character pieces")
+
+
+def _leaks(values: Any) -> dict[str, Any]:
+    from medllm.corpus.contamination import find_leaks
+    from medllm.corpus.documents import load_documents
+    from medllm.exam.loaders import load_problems
+
+    if not 0 < values.threshold <= 1:
+        raise UserError(f"--threshold is {values.threshold}; expected a share in (0, 1]")
+    corpus = load_documents(CorpusConfig(documents=tuple(values.documents), text_column=values.text_column))
+    problems = load_problems(values.problems, problems_format=values.problems_format).problems
+    with progress_bar("documents") as progress:
+        found = find_leaks(corpus.documents, problems, threshold=values.threshold, progress=progress)
+    for leak in found:
+        say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}")
+    say(f"data: {len(found)} leaks")
+    return {"leaks": [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]}
+
+
+ACTIONS = {
+    "export-trl": Command("preferences → TRL's prompt/chosen/rejected rows", _export_arguments, _export),
+    "random-model": Command("a small Qwen2.5 with random weights, for trying out a pipeline", _model_arguments, _model),
+    "leaks": Command("exam questions found in training text", _leaks_arguments, _leaks),
+}
