@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from medllm.config import ALL_LINEAR
 from medllm.report.plots import PALETTE, WIDTH, Figure, Theme, new_canvas, render_figure
@@ -198,8 +198,7 @@ def _heat_map(
     names: Sequence[str] = _FORWARD,
 ) -> HeatMap:
     """A map whose scale spans ``decades``, and more where the values do."""
-    finite = [math.log10(value) for value, _, _ in values.values() if 0 < value < math.inf]
-    low, high = min([decades[0], *map(math.floor, finite)]), max([decades[1], *map(math.ceil, finite)])
+    low, high = _decades(decades, (value for value, _, _ in values.values()))
 
     def paint(value: float) -> str:
         place = 0.0 if value <= 0 else 1.0 if value == math.inf else (math.log10(value) - low) / (high - low)
@@ -223,12 +222,21 @@ def _heat_map(
     return HeatMap(title, caption, columns, rows, scale)
 
 
+def _decades(usual: tuple[int, int], values: Iterable[float]) -> tuple[int, int]:
+    """Powers of ten a scale begins and ends at: the usual ones, and more where finite values lie beyond."""
+    finite = [math.log10(value) for value in values if 0 < value < math.inf]
+    return min([usual[0], *map(math.floor, finite)]), max([usual[1], *map(math.ceil, finite)])
+
+
 def _drift_figure(audit: Audit) -> Figure | None:
     """The residual stream's distance from the truth after every layer, of both stacks."""
     last = LAYER[-1].name
     points = [d for d in audit.drift if d.layer is not None and d.quantity == last and d.adapter]
     if len(points) < 2 or not all(0 < x < math.inf for d in points for x in (d.jax, d.torch)):
         return None
+
+    values = [getattr(d, name) for d in points for name in ("jax", "torch")]
+    low, high = _decades(_DRIFT_DECADES[audit.facts["dtype"]], values)
 
     def draw(theme: Theme) -> Canvas:
         canvas, axes = new_canvas(WIDTH, 2.7)
@@ -237,17 +245,22 @@ def _drift_figure(audit: Audit) -> Figure | None:
             label = "JAX" if name == "jax" else "torch"
             axes.plot([d.layer or 0 for d in points], [getattr(d, name) for d in points], label=label, **drawn)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(round(math.log10(value)))))
+        axes.set_ylim(10.0**low, 10.0**high)  # whole decades, as in the heat map: a factor of two is a small step
+        powers = range(low, high + 1, max(1, (high - low) // 8))
+        axes.set_yticks([10.0**power for power in powers], list(map(_power, powers)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("layer")
+        axes.set_xlabel("after layer")
         axes.set_ylabel("error")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
-        axes.legend()
+        axes.legend(loc="upper left")
         return canvas
 
+    end = points[-1]
     caption = (
-        "Distance of each stack's residual stream from the float64 truth after every layer. Level with the reference is right."
+        "Distance of each stack's residual stream from the float64 truth after every layer. Rounding adds up from layer to "
+        "layer in both, so both curves may rise; JAX's level with torch's, or below it, is agreement. After the last layer JAX "
+        f"is {end.jax / end.torch:.2f} times as far from the truth as torch."
     )
     return render_figure("Drift of the residual stream", caption, draw)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plant the faults of ``faults/`` in the product, one at a time, and see whether the parity suite catches each.
 
-    python scripts/mutate.py --jobs 2 --json found.json --docs docs/parity.md      # all of them, and their table in the docs
+    python scripts/mutate.py --jobs 2 --json found.json --docs docs/faults.md      # all of them, and their table in the docs
     python scripts/mutate.py --only rope-base --only nf4-tie
     python scripts/mutate.py --list
 
@@ -40,7 +40,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "parity_tests"
-SECTION = "## Faults the suite catches"
+SECTION = "## The faults"
 PRODUCT = ("jax_medllm", "medllm", "medllm_parity", "torch_ref")
 LONGEST_RUN = 1800.0
 """Seconds after which a run of the suite is given up."""
@@ -263,7 +263,7 @@ def _run_pytest(copy: Path, path: str, report: Path, log: Path) -> None:
 
 
 def table(faults: Sequence[Fault], verdicts: dict[str, Verdict]) -> str:
-    """The table of ``docs/parity.md``."""
+    """The table of ``docs/faults.md``."""
     lines = ["| fault | what goes wrong | planted in | verdict |", "|---|---|---|---|"]
     for fault in faults:
         found = verdicts[fault.name]

@@ -67,7 +67,7 @@ def test_there_are_enough_faults_and_no_two_are_the_same():
 
 
 def test_the_docs_list_every_fault_and_the_test_that_catches_it():
-    page = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
     section = page.partition(f"\n{SECTION}\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")][1:]
     assert [row[:3] for row in rows] == [[fault.name, fault.models, f"`{fault.file}`"] for fault in FAULTS]

@@ -1,70 +1,37 @@
-"""README and docs stay true: their Python runs, their commands and options exist, what they point to is there."""
+"""The README's Python runs, and so does the one command of it that no other test runs."""
 
 import json
-import re
 import shlex
-from pathlib import Path
 
 import pytest
 
-from medllm.cli import COMMANDS, main
-from medllm.command_words import check_options, find_command
-
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+from medllm.cli import main
+from medllm.exam.loaders import load_problems
+from tests.pages import README, ROOT, blocks, commands, write_examples
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-
-
-def commands(page: Path) -> list[list[str]]:
-    """Every ``medllm …`` command line of a page, in words."""
-    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("medllm ")]
-
-
-@pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"), ids=lambda code: code.split("\n")[0][:40])
-def test_the_readmes_python_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", blocks(README, "python"), ids=lambda block: block.text.split("\n")[0][:40])
+def test_the_readmes_python_runs(block, tmp_path, monkeypatch, capsys):
     pytest.importorskip("jax")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "medllm").symlink_to(ROOT / "medllm")
-    problem = {"problem_id": "1", "problem_text": "?", "choices": ["x", "y"], "answer": ["a"]}
-    (tmp_path / "problems.jsonl").write_text(json.dumps(problem))
-    (tmp_path / "predictions.jsonl").write_text(json.dumps({"problem_id": "1", "prediction": "a", "explanation": "a"}))
-    names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
-    if "sheet" in names:
-        assert names["sheet"].points == 1
-    else:
-        assert float(names["loss"]) > 0
-        assert names["gradients"]
+    write_examples(tmp_path)
+    exec(compile(block.text, "README.md", "exec"), {})
+    lines = [json.loads(line) for line in (tmp_path / "runs/cpt/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert capsys.readouterr().out.strip()
 
 
-@PAGE
-def test_every_command_on_a_page_parses(page):
-    for words in commands(page):
-        if words[1].startswith("--"):
-            continue
-        name, command, rest = find_command(words[1:], COMMANDS)
-        check_options(name, [word for word in rest if word not in ("--help", "--debug")], command.parser())
-
-
-@PAGE
-def test_what_a_page_points_to_is_there(page):
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (page.parent / target).exists(), target
-    for script in re.findall(r"(?:scripts|parity_tests)/[\w./]+\w", text):
-        assert (ROOT / script).exists(), script
-
-
-def test_the_readme_names_every_command():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    listed = re.search(r"`medllm ([a-z |]+)`", text)
-    assert listed is not None
-    assert set(listed[1].split(" | ")) == set(COMMANDS)
+def test_published_predictions_are_scored_by_the_readmes_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_examples(tmp_path)
+    published = tmp_path / "igakuqa/baseline_results/2018/112-A_gpt4.jsonl"
+    published.parent.mkdir(parents=True)
+    (problem,) = load_problems("igakuqa/data/2018").problems
+    published.write_text(json.dumps({"problem_id": problem.problem_id, "prediction": ",".join(problem.answer)}))
+    (command,) = (command for command in commands(README) if command.startswith("medllm score"))
+    assert main(shlex.split(command)[1:]) == 0
+    assert json.loads((tmp_path / "gpt4.json").read_text())["correct"] == 1
 
 
 def test_version_and_help_exit_cleanly(capsys):

@@ -13,6 +13,7 @@ from medllm.mini.diet import cpt_documents
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from tests.pages import documented
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = "--model.dtype float32 --training.max_steps 1 --training.accumulation 2 --lora.rank 4"
@@ -58,6 +59,8 @@ def test_the_papers_run_goes_through_on_a_small_model(script, engine, inputs, tm
         ("cpt", "curate", "rpo", "evaluate-explanation-false", "evaluate-explanation-true"), engine
     )
     assert results["evaluate-explanation-true"]["setting"] == "3-shot with explanation"
+    for result in results.values():
+        assert result.keys() <= documented("result.json", result["stage"]), "docs/data.md names every field"
     assert (tmp_path / "out" / "report.html").exists()
 
 
