@@ -138,7 +138,7 @@ def _settings(work: DeviceShape, stage: str) -> dict[str, Any]:
     dense = "fp32" if work.model.dtype == "float32" else "bf16"
     settings = {
         "model": work.model.architecture.to_hf(),
-        "quantization": "nf4" if work.model.quantization == "nf4" else dense,
+        "quantization": dense if work.model.quantization == "none" else work.model.quantization,
         "rank": work.model.rank,
         "remat": work.remat,
         "accumulation": 1,

@@ -1,4 +1,4 @@
-"""A linear layer of a transformer: base weight (dense or NF4) + LoRA, stacked over the layers of the model.
+"""A linear layer of a transformer: base weight (dense or packed) + LoRA, stacked over the layers of the model.
 
     y = x Wᵀ (+ b) + scaling · (x Aᵀ) Bᵀ          W [out, in]   A [rank, in]   B [out, rank]
 
@@ -6,7 +6,7 @@ Every array has a leading layer axis; the model scans over it and each layer see
 ``declare``: shape, logical axes, type and initializer. Abstract shapes come from ``nnx.eval_shape`` over the declarations and
 shardings from the logical axes they carry.
 
-A NF4 weight is dequantized where it is used, and again in the backward pass: between the two only the packed codes stay in
+A packed weight is dequantized where it is used, and again in the backward pass: between the two only the packed codes stay in
 memory, never the dense weight.
 
 In fp32 and wider, where there are more tokens than it pays for, the update is added to the weight instead, W + scaling · B A:
@@ -28,15 +28,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jax_medllm.attention import matmul_precision
-from jax_medllm.nf4 import (
-    BLOCK,
-    NF4Weight,
-    byte_scales,
-    dequantize_absmax,
-    dequantize_halves,
-    quantize,
-    weight_shapes,
-)
+from jax_medllm.nf4 import byte_scales, check_width, dequantize_halves
+from jax_medllm.quantized_weight import KINDS, QuantizedWeight, code_axes, scale_axes
 from jax_medllm.sharding import Layout, constrain, entry, gathered, in_use
 from medllm.adapter_directory import module_name
 from medllm.axes import Axis
@@ -59,7 +52,7 @@ class LoraScaling(nnx.Variable):
 
 
 class PackedParam(nnx.Variable):
-    """A part of a NF4 weight. Not trainable."""
+    """An array of a packed weight. Not trainable."""
 
 
 def declare(
@@ -140,11 +133,11 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         normal = nnx.initializers.normal(0.02)
-        packed = quantization == "nf4"
+        packed = quantization != "none"
         axes = (layers, out_axis, in_axis)
         self.axes = axes[1:]
         self.weight = None if packed else declare(nnx.Param, axes, dtype, normal, rngs.params())
-        self.quantized = PackedWeight(*axes, normal, rngs.params()) if packed else None
+        self.quantized = PackedWeight(KINDS[quantization], *axes, normal, rngs.params()) if packed else None
         bias_axes = layers, replace(out_axis, name="bias")
         self.bias = declare(nnx.Param, bias_axes, dtype, nnx.initializers.zeros, rngs.params()) if bias else None
 
@@ -181,26 +174,29 @@ class Linear(nnx.Module):
 
 
 class PackedWeight(nnx.Module):
-    """The parts of a NF4 weight, each stacked over the layers."""
+    """The arrays of a packed weight, each stacked over the layers."""
 
-    def __init__(self, layers: Axis, out_axis: Axis, in_axis: Axis, initializer: Initializer, key: jax.Array):
-        shapes = weight_shapes(out_axis.size, in_axis.size)
+    def __init__(
+        self,
+        kind: type[QuantizedWeight],
+        layers: Axis,
+        out_axis: Axis,
+        in_axis: Axis,
+        initializer: Initializer,
+        key: jax.Array,
+    ):
+        check_width(in_axis.size)
         dense = initializer(key, (layers.size, out_axis.size, in_axis.size), jnp.float32)
-        parts = jax.lax.map(quantize, dense)
-        nested = Axis("absmax_blocks", shapes.nested_absmax.shape[0])
+        made = jax.lax.map(kind.quantize, dense)
+        self.kind = kind
+        self.shape = dense.shape
+        for name, part in kind.parts.items():
+            axes = (layers, *part.axes(out_axis, in_axis))
+            setattr(self, name, declare(PackedParam, axes, part.dtype, lambda *_, name=name: getattr(made, name), key))
 
-        def part(name: str, *axes: Axis) -> nnx.Variable:
-            return declare(PackedParam, (layers, *axes), getattr(shapes, name).dtype, lambda *_: getattr(parts, name), key)
-
-        packed, codes = packed_axes(out_axis, in_axis)
-        self.packed = part("packed", *packed)
-        self.absmax_codes = part("absmax_codes", *codes)
-        self.nested_absmax = part("nested_absmax", nested)
-        self.offset = part("offset")
-
-    def value(self) -> NF4Weight:
-        """The parts as one pytree (of one layer, or of all where the stack is whole)."""
-        return NF4Weight(self.packed[...], self.absmax_codes[...], self.nested_absmax[...], self.offset[...])
+    def value(self) -> QuantizedWeight:
+        """The arrays as one pytree (of one layer, or of all where the stack is whole)."""
+        return self.kind(**{name: getattr(self, name)[...] for name in self.kind.parts})
 
 
 def matmul(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> Float[Array, "*b out"]:
@@ -291,18 +287,10 @@ def _matrix_slopes(
     return of_a, of_b.T
 
 
-def packed_axes(out_axis: Axis, in_axis: Axis) -> tuple[tuple[Axis, Axis], tuple[Axis, Axis]]:
-    """Axes of the codes of a NF4 weight, and of the codes of its scales.
-
-    Where devices share a row so that a block of 64 is cut between two of them (the 29,568 inputs of 72B's down_proj over 4),
-    each of them keeps the scales of the whole row.
-    """
-    blocks = in_axis.size // BLOCK
-    return (out_axis, replace(in_axis, size=in_axis.size // 2)), (out_axis, Axis(in_axis.name, blocks, may_stay_whole=True))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def nf4_matmul(x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Axis] | None = None) -> Float[Array, "*b out"]:
+def nf4_matmul(
+    x: Float[Array, "*b in"], weight: QuantizedWeight, axes: tuple[Axis, Axis] | None = None
+) -> Float[Array, "*b out"]:
     """x Wᵀ with a quantized weight, dequantized to the type of ``x``. Only ``x`` has a gradient.
 
     Args:
@@ -316,13 +304,13 @@ def nf4_matmul(x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Ax
 
 
 def _nf4_matmul_forward(
-    x: Float[Array, "*b in"], weight: NF4Weight, axes: tuple[Axis, Axis] | None
-) -> tuple[Float[Array, "*b out"], NF4Weight]:
+    x: Float[Array, "*b in"], weight: QuantizedWeight, axes: tuple[Axis, Axis] | None
+) -> tuple[Float[Array, "*b out"], QuantizedWeight]:
     return nf4_matmul(x, weight, axes), weight
 
 
 def _nf4_matmul_backward(
-    axes: tuple[Axis, Axis] | None, weight: NF4Weight, g: Float[Array, "*b out"]
+    axes: tuple[Axis, Axis] | None, weight: QuantizedWeight, g: Float[Array, "*b out"]
 ) -> tuple[Float[Array, "*b in"], None]:
     g, weight = jax.lax.optimization_barrier((g, _gathered(weight, axes)))
     slopes = matmul_back(g, _dense(weight, axes, g.dtype))
@@ -333,24 +321,24 @@ def _nf4_matmul_backward(
 nf4_matmul.defvjp(_nf4_matmul_forward, _nf4_matmul_backward)
 
 
-def _gathered(weight: NF4Weight, axes: tuple[Axis, Axis] | None) -> NF4Weight:
+def _gathered(weight: QuantizedWeight, axes: tuple[Axis, Axis] | None) -> QuantizedWeight:
     """The weight where it is used."""
     if axes is None:
         return weight
-    codes, scales = packed_axes(*axes)
-    packed, absmax_codes = gathered(weight.packed, codes), gathered(weight.absmax_codes, scales)
-    return replace(weight, packed=packed, absmax_codes=absmax_codes)
+    # What has the weight's rows is spread as they are; everything else is whole on every device.
+    spread = {name: of for name, part in weight.parts.items() if axes[0] in (of := part.axes(*axes))}
+    return replace(weight, **{name: gathered(getattr(weight, name), of) for name, of in spread.items()})
 
 
-def _dense(weight: NF4Weight, axes: tuple[Axis, Axis] | None, dtype: jnp.dtype) -> Float[Array, "out in"]:
+def _dense(weight: QuantizedWeight, axes: tuple[Axis, Axis] | None, dtype: jnp.dtype) -> Float[Array, "out in"]:
     """The weight with its columns in the order of :func:`_as_held`."""
-    absmax = dequantize_absmax(weight)
+    absmax = weight.scales()
     layout = in_use()
     if layout is None or axes is None:
         scales = byte_scales(absmax, 0, weight.packed.shape[1])
     else:
         scales = _own_scales(layout, absmax, axes, weight.packed.shape)
-    return _as_held(*dequantize_halves(weight, scales, dtype), axes)
+    return _as_held(*dequantize_halves(weight.packed, scales, dtype), axes)
 
 
 def _as_held(even: Array, odd: Array, axes: tuple[Axis, Axis] | None) -> Array:
@@ -369,12 +357,12 @@ def _pieces(axes: tuple[Axis, Axis] | None) -> int:
     layout = in_use()
     if layout is None or axes is None:
         return 1
-    return layout.pieces(layout.used(packed_axes(*axes)[0])[1])
+    return layout.pieces(layout.used(code_axes(*axes))[1])
 
 
 def _own_scales(layout: Layout, absmax: Array, axes: tuple[Axis, Axis], shape: tuple[int, int]) -> Array:
     """The scales of the bytes that each device has, which may have a part of a row that cuts a block."""
-    codes, scales = (layout.used(part) for part in packed_axes(*axes))
+    codes, scales = (layout.used(part(*axes)) for part in (code_axes, scale_axes))
     count = layout.sharding(codes).shard_shape(shape)[1]
     cut = codes[1] != scales[1]  # each device has the scales of whole rows
 

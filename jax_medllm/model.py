@@ -173,7 +173,7 @@ class Qwen2(nnx.Module):
         lora: Adapter to train (``LoraParam``): A random, B zero.
         frozen_loras: Adapters that belong to the model (``FrozenLoraParam``), in the order they are added.
         reference: The trained adapter has a frozen counterpart, which takes its place where it is switched off.
-        quantization: ``nf4`` packs the seven linear kinds; embeddings, norms and biases stay in ``dtype``.
+        quantization: How the seven linear kinds are held; embeddings, norms and biases stay in ``dtype``.
         dtype: Type of weights and computation; LoRA matrices are fp32.
         rngs: Keys of the random base weights. To load weights instead use :func:`jax_medllm.weights.load_model`.
     """

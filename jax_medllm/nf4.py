@@ -1,9 +1,9 @@
-"""NF4 with double quantization, bit for bit as bitsandbytes 0.50 stores it.
+"""The arithmetic of NF4, of its scales too, bit for bit as bitsandbytes 0.50 computes it.
 
 A weight [out, in] is cut into blocks of 64. A block keeps one scale, its largest magnitude (absmax), and for each value a
-4-bit code: the nearest of the 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314). The absmaxes are quantized in
-turn: their mean is taken off, and blocks of 256 keep an fp32 scale and 8-bit codes into the *dynamic map* (arXiv 2110.02861).
-That makes 4.127 bits a weight.
+4-bit code: the nearest of the 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314). With double quantization the
+absmaxes are quantized in turn: their mean is taken off, and blocks of 256 keep an fp32 scale and 8-bit codes into the *dynamic
+map* (arXiv 2110.02861).
 
 bitsandbytes blocks the flattened weight. With an input width that is a multiple of 64, as in every Qwen2.5, that is the same
 as blocking each row, and no block crosses a row; blocks of absmaxes do.
@@ -17,7 +17,6 @@ absmaxes is summed in an order that depends on the GPU, so its last bits may dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import jax
@@ -25,11 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from jax_medllm.pytree import Leaf, pytree
 from medllm.errors import UserError
-
-BLOCK = 64
-NESTED_BLOCK = 256
+from medllm.quantization import BLOCK, NESTED_BLOCK
 
 CODES = np.array(
     [
@@ -42,51 +38,14 @@ CODES = np.array(
 )  # fmt: skip
 
 
-@pytree
-@dataclass(frozen=True)
-class NF4Weight:
-    """A quantized weight of shape [out, in], or a stack of them over the layers.
-
-    Attributes:
-        packed: Two codes a byte, the earlier value in the high half.
-        absmax_codes: Quantized scale of each block of 64.
-        nested_absmax: Scale of each block of 256 absmaxes, counted over the flattened weight.
-        offset: Mean of the absmaxes.
-    """
-
-    packed: UInt8[Leaf, "*l out half_in"]
-    absmax_codes: UInt8[Leaf, "*l out blocks"]
-    nested_absmax: Float[Leaf, "*l nested_blocks"]
-    offset: Float[Leaf, "*l"]
-
-
-def weight_shapes(out_features: int, in_features: int) -> NF4Weight:
-    """Shapes and types of the parts of a quantized [out, in] weight, as ``ShapeDtypeStruct``.
+def check_width(in_features: int) -> None:
+    """Refuse an input width that blocks do not fill: they would cross rows.
 
     Raises:
-        UserError: the input width is not a multiple of 64.
+        UserError: it is not a multiple of 64.
     """
     if in_features % BLOCK:
         raise UserError(f"nf4 needs layer inputs in multiples of {BLOCK}; this model has one of width {in_features}")
-    blocks = in_features // BLOCK
-    nested = -(-out_features * blocks // NESTED_BLOCK)
-    return NF4Weight(
-        packed=jax.ShapeDtypeStruct((out_features, in_features // 2), jnp.uint8),
-        absmax_codes=jax.ShapeDtypeStruct((out_features, blocks), jnp.uint8),
-        nested_absmax=jax.ShapeDtypeStruct((nested,), jnp.float32),
-        offset=jax.ShapeDtypeStruct((), jnp.float32),
-    )
-
-
-def quantize(weight: Float[Array, "out in"]) -> NF4Weight:
-    """Quantize a weight of finite values as bitsandbytes does on CUDA.
-
-    Equal values give equal bytes whatever their type, and on every backend: all arithmetic is fp32, in a fixed order.
-
-    Raises:
-        UserError: the input width is not a multiple of 64.
-    """
-    return join_blocks(*quantize_blocks(weight), rows=weight.shape[0])
 
 
 def quantize_blocks(weight: Float[Array, "out in"]) -> tuple[UInt8[Array, "blocks half_block"], Float[Array, " blocks"]]:
@@ -97,17 +56,10 @@ def quantize_blocks(weight: Float[Array, "out in"]) -> tuple[UInt8[Array, "block
     Raises:
         UserError: the input width is not a multiple of 64.
     """
-    weight_shapes(*weight.shape)
+    check_width(weight.shape[1])
     values, absmax = _normalized(weight.astype(jnp.float32).reshape(-1, BLOCK))
     codes = _boundaries_below(values, _midpoints(CODES))
     return codes[:, 0::2] << 4 | codes[:, 1::2], absmax
-
-
-def join_blocks(packed: UInt8[Array, "blocks half_block"], absmax: Float[Array, " blocks"], rows: int) -> NF4Weight:
-    """The weight of ``rows`` rows that all of its blocks make, in order: their scales are quantized together."""
-    offset = absmax_mean(absmax)
-    codes, nested_absmax = quantize_absmax(absmax, offset)
-    return NF4Weight(packed.reshape(rows, -1), codes.reshape(rows, -1), nested_absmax, offset)
 
 
 def absmax_mean(absmax: Float[Array, " n"]) -> Float[Array, ""]:
@@ -140,23 +92,17 @@ def quantize_absmax(
     return _boundaries_below(values, boundaries).reshape(-1)[:count], nested_absmax
 
 
-def dequantize(weight: NF4Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
-    """The weight the codes stand for: code · absmax in fp32, rounded once to ``dtype``."""
-    scales = byte_scales(dequantize_absmax(weight), 0, weight.packed.shape[1])
-    return jnp.stack(dequantize_halves(weight, scales, dtype), axis=-1).reshape(len(weight.packed), -1)
-
-
 def dequantize_halves(
-    weight: NF4Weight, scales: Float[Array, "out half_in"], dtype: jnp.dtype
+    packed: UInt8[Array, "out half_in"], scales: Float[Array, "out half_in"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "out half_in"], Float[Array, "out half_in"]]:
-    """The columns of even and of odd number of :func:`dequantize`: the high and the low halves of the bytes.
+    """Code · absmax of a weight's columns of even and of odd number: the high and the low halves of its bytes.
 
     Args:
-        weight: The weight, or a part of it.
-        scales: Of each byte (:func:`byte_scales`).
-        dtype: Of the result.
+        packed: The codes of the weight, or of a part of it.
+        scales: Of each byte (:func:`byte_scales`), fp32.
+        dtype: To which the product is rounded.
     """
-    high, low = ((_looked_up(codes) * scales).astype(dtype) for codes in (weight.packed >> 4, weight.packed & 15))
+    high, low = ((_looked_up(codes) * scales).astype(dtype) for codes in (packed >> 4, packed & 15))
     return high, low
 
 
@@ -185,14 +131,15 @@ def byte_scales(absmax: Float[Array, "out blocks"], first: Int[Array, ""] | int,
     return jax.lax.dynamic_slice_in_dim(repeated, first, count, axis=1) if count < repeated.shape[1] else repeated
 
 
-def dequantize_absmax(weight: NF4Weight) -> Float[Array, "out blocks"]:
-    """Scale of each block of 64: dynamic map · nested absmax, rounded, + offset."""
-    count = weight.absmax_codes.size
-    nested = jnp.repeat(weight.nested_absmax, NESTED_BLOCK)
-    scaled = jnp.asarray(dynamic_map())[weight.absmax_codes] * nested[:count].reshape(weight.absmax_codes.shape)
+def dequantize_absmax(
+    codes: UInt8[Array, "out blocks"], nested_absmax: Float[Array, " nested_blocks"], offset: Float[Array, ""]
+) -> Float[Array, "out blocks"]:
+    """What quantized scales stand for: dynamic map · nested absmax, rounded, + offset."""
+    nested = jnp.repeat(nested_absmax, NESTED_BLOCK)
+    scaled = jnp.asarray(dynamic_map())[codes] * nested[: codes.size].reshape(codes.shape)
     # bitsandbytes rounds the product before it adds the offset. Compilers contract the two into a fused multiply-add, which
     # rounds once, and drop optimization barriers and no-op roundings; a selection between the two they leave alone.
-    return jnp.where(jnp.isnan(scaled), 0, scaled) + weight.offset
+    return jnp.where(jnp.isnan(scaled), 0, scaled) + offset
 
 
 @cache

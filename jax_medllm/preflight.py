@@ -17,9 +17,11 @@ import numpy as np
 from jax_medllm.attention import Backend, Visibility, attend, using
 from jax_medllm.device_bench import cpt
 from jax_medllm.linear import nf4_matmul
-from jax_medllm.nf4 import NF4Weight, dequantize, quantize
+from jax_medllm.packed import read_packed
+from jax_medllm.quantized_weight import QuantizedWeight
 from medllm.child import serve
 from medllm.errors import UserError
+from medllm.model_directory import ModelDirectory
 
 TOLERANCE = 0.02
 """Largest error, relative to the largest value, of what is computed in bf16: five of its roundings."""
@@ -32,7 +34,7 @@ def check(*, shape: dict[str, Any], smoke: bool, attention: Backend | None = Non
         shape: Of the tiny step.
         smoke: On the CPU.
         attention: The only backend that will be used; None: all that are there.
-        nf4: File in which :mod:`torch_ref.preflight` left a weight; None leaves that out.
+        nf4: Folder in which :mod:`torch_ref.preflight` left a weight; None leaves that out.
 
     Raises:
         UserError: says what is wrong.
@@ -79,24 +81,24 @@ def check_attention(backend: Backend) -> float:
     return worst
 
 
-def check_nf4(file: str) -> float:
+def check_nf4(folder: str) -> float:
     """Bytes, dequantized weight and product of a weight that bitsandbytes quantized; the product's error.
 
     Raises:
         UserError: one of them is another.
     """
-    stored = np.load(file)
-    parts = NF4Weight(*(jnp.asarray(stored[name]) for name in ("packed", "absmax_codes", "nested_absmax", "offset")))
-    weight, x = jnp.asarray(stored["weight"], jnp.bfloat16), jnp.asarray(stored["x"], jnp.bfloat16)
-    packed = np.asarray(jax.jit(quantize)(weight).packed)
-    if differ := int((packed != stored["packed"]).sum()):
-        raise UserError(f"NF4: {differ} of {packed.size} bytes are not bitsandbytes' ({stored['device']}); none may differ")
-    dense = np.asarray(jax.jit(dequantize, static_argnums=1)(parts, jnp.bfloat16), np.float32)
-    if differ := int((dense != stored["dequantized"]).sum()):
-        raise UserError(f"NF4: {differ} of {dense.size} dequantized weights are not bitsandbytes' ({stored['device']})")
-    truth = stored["x"].astype(np.float64) @ dense.astype(np.float64).T
-    ours = np.asarray(jax.jit(nf4_matmul)(x, parts), np.float64)
-    for who, product in (("JAX", ours), ("bitsandbytes", stored["product"])):
+    left = ModelDirectory(folder)
+    theirs, device = read_packed(left, "packed"), left.config["device"]
+    weight, x = (jnp.asarray(left.read(name), jnp.bfloat16) for name in ("weight", "x"))
+    packed = np.asarray(jax.jit(type(theirs).quantize)(weight).packed)
+    if differ := int((packed != theirs.packed).sum()):
+        raise UserError(f"NF4: {differ} of {packed.size} bytes are not bitsandbytes' ({device}); none may differ")
+    dense = np.asarray(jax.jit(QuantizedWeight.dequantize, static_argnums=1)(theirs, jnp.bfloat16), np.float32)
+    if differ := int((dense != left.read("dequantized")).sum()):
+        raise UserError(f"NF4: {differ} of {dense.size} dequantized weights are not bitsandbytes' ({device})")
+    truth = left.read("x").astype(np.float64) @ dense.astype(np.float64).T
+    ours = np.asarray(jax.jit(nf4_matmul)(x, theirs), np.float64)
+    for who, product in (("JAX", ours), ("bitsandbytes", left.read("product"))):
         off = _off(product, truth)
         if not off <= TOLERANCE:
             raise UserError(f"NF4: the product of {who} is off float64 by {off:.3g}; {TOLERANCE} is allowed")

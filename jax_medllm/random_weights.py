@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ from jax_medllm.adapters import Path, assign, variables
 from jax_medllm.linear import LoraParam, LoraScaling
 from jax_medllm.model import Qwen2
 from jax_medllm.nf4 import CODES
+from jax_medllm.quantized_weight import KINDS
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig
 from medllm.quantization import Quantization
@@ -28,7 +30,7 @@ def random_model(
 ) -> Qwen2:
     """A model with random weights, filled in one compiled program.
 
-    Codes are uniform, so a weight's spread is that of the sixteen codes times its scale; scales vary by a quarter.
+    Codes are uniform, so a weight's spread is that of the sixteen codes times its scale.
 
     Args:
         config: Its sizes, and what its family fixes.
@@ -43,12 +45,14 @@ def random_model(
 
     model = nnx.eval_shape(build)
     made = nnx.Any(LoraParam, LoraScaling)
+    scale = SPREAD / float(np.sqrt(np.mean(CODES**2)))
+    levels = KINDS[quantization].typical(scale) if quantization in KINDS else {}
     base = {path: (variable.shape, variable.dtype) for path, variable in variables(model, nnx.Not(made)).items()}
 
     @jax.jit
     def fill() -> tuple[dict[Path, jax.Array], Any]:
         keys = jax.random.split(jax.random.key(0), len(base))
-        drawn = {path: _drawn(key, path, *declared) for key, (path, declared) in zip(keys, base.items(), strict=True)}
+        drawn = {path: _drawn(key, path, *declared, levels) for key, (path, declared) in zip(keys, base.items(), strict=True)}
         return drawn, nnx.state(build(), made)  # of what ``build`` makes only the adapter leaves, so nothing else is computed
 
     drawn, adapters = jax.block_until_ready(fill())
@@ -56,12 +60,11 @@ def random_model(
     return model
 
 
-def _drawn(key: jax.Array, path: Path, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    scale = SPREAD / float(np.sqrt(np.mean(CODES**2)))
+def _drawn(key: jax.Array, path: Path, shape: tuple[int, ...], dtype: Any, levels: Mapping[str, float]) -> jax.Array:
     if dtype == jnp.uint8:
         return _by_layer(key, shape, lambda layer, rest: jax.random.bits(layer, rest, jnp.uint8))
-    if path[-1] in ("nested_absmax", "offset"):
-        return jnp.full(shape, scale if path[-1] == "offset" else scale / 4, dtype)
+    if path[-1] in levels:
+        return jnp.full(shape, levels[path[-1]], dtype)
     if str(path[-2]).endswith("norm"):
         return jnp.ones(shape, dtype)
 

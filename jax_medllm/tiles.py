@@ -18,8 +18,8 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 
 LANES = 128
-_PACKED = "packed"
-"""Name of the codes in :class:`jax_medllm.linear.PackedWeight`."""
+_CODES = "packed"
+"""Name of the codes in every :class:`jax_medllm.quantized_weight.QuantizedWeight`."""
 
 
 def lay_codes(model: nnx.Module, platform: str | None = None) -> None:
@@ -47,5 +47,5 @@ def laid_codes(state: nnx.State, turned: Callable[[Any, Format], Any], platform:
 
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(
-        {path: variable.replace(laid(variable.get_value())) if path[-1] == _PACKED else variable for path, variable in flat}
+        {path: variable.replace(laid(variable.get_value())) if path[-1] == _CODES else variable for path, variable in flat}
     )

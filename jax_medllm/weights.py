@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -26,9 +26,9 @@ from jax_medllm.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign
 from jax_medllm.host_memory import release_free_memory
 from jax_medllm.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
 from jax_medllm.model import Qwen2
-from jax_medllm.nf4 import NF4Weight, dequantize, join_blocks, quantize_blocks
-from jax_medllm.packed import PARTS, is_packed, packed_config, packed_parts, packed_shape, read_packed
-from jax_medllm.processes import whole
+from jax_medllm.nf4 import quantize_blocks
+from jax_medllm.packed import packed_config, packed_parts, read_packed, stored, suffixes
+from jax_medllm.quantized_weight import QuantizedWeight
 from jax_medllm.sharding import in_use, shardings
 from jax_medllm.stack import Stack
 from medllm.adapter_directory import Adapter, read_adapter
@@ -66,8 +66,8 @@ def read_model(
 ) -> Qwen2:
     """As :func:`load_model`, from opened directories and in any floating type.
 
-    A bitsandbytes NF4 directory is read as it is, codes and scales, when ``quantization`` is ``nf4``. Dense weights are
-    rounded to ``dtype`` before they are quantized, as bitsandbytes does.
+    A bitsandbytes NF4 directory is read as it is, codes and scales, when ``quantization`` is its own. Dense weights are rounded
+    to ``dtype`` before they are quantized, as bitsandbytes does.
 
     Args:
         directory: The weights.
@@ -102,10 +102,11 @@ def read_model(
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}
     stacks = {path: Stack(variable, path) for path, variable in _base(model).items()}
-    for name, slot in slots.items():
-        _fill(stacks, directory, name, slot, model.dtype)
+    finite = {name: _fill(stacks, directory, name, slot, model.dtype) for name, slot in slots.items()}
     arrays = {path: stack.array() for path, stack in stacks.items()}
-    _check_scales(arrays, directory, slots)
+    for name, is_finite in finite.items():  # looked at when all is read: nothing waits for a weight to be quantized
+        if not is_finite:
+            raise _not_finite(directory, name)
     for place, one in given.items():
         arrays |= adapter_arrays(model, one, place)
     if settings is not None or adapters:
@@ -128,7 +129,7 @@ def model_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
     arrays = variables(model)
     for name, slot in _base_slots(model).items():
         parts = _parts(arrays, slot)
-        weight = np.asarray(dequantize(parts, model.dtype) if isinstance(parts, NF4Weight) else parts)
+        weight = np.asarray(parts.dequantize(model.dtype) if isinstance(parts, QuantizedWeight) else parts)
         if slot.layer is not None and slot.path[-1] in ("weight", "quantized"):
             update = frozen_update(model, arrays, slot.path[:-1], slot.layer)
             if update is not None:
@@ -136,14 +137,21 @@ def model_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
         yield name, weight
 
 
-def write_quantized(source: str | FilePath, out: str | FilePath, dtype: Any = jnp.bfloat16, shard_bytes: int = 1 << 30) -> None:
-    """Write a dense model directory anew with its linear layers in NF4, as ``save_pretrained`` writes a quantized model.
+def write_quantized(
+    source: str | FilePath,
+    out: str | FilePath,
+    quantization: Quantization,
+    dtype: Any = jnp.bfloat16,
+    shard_bytes: int = 1 << 30,
+) -> None:
+    """Write a dense model directory anew with its linear layers packed, as ``save_pretrained`` writes a quantized model.
 
     Memory holds one shard of the result and a piece of one tensor.
 
     Args:
         source: The dense model.
         out: The folder; it appears only when complete.
+        quantization: How they are packed.
         dtype: Type to which weights are rounded before they are quantized, and of those that stay dense.
         shard_bytes: Size from which a new shard is begun.
 
@@ -154,38 +162,37 @@ def write_quantized(source: str | FilePath, out: str | FilePath, dtype: Any = jn
         raise UserError(f"{out}: already exists; give another --out, or remove it")
     directory, dtype = ModelDirectory(source), jnp.dtype(dtype)
     config = directory.architecture
-    slots = _base_slots(nnx.eval_shape(lambda: Qwen2(config, quantization="nf4", dtype=dtype, rngs=nnx.Rngs(0))))
+    slots = _base_slots(nnx.eval_shape(lambda: Qwen2(config, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))))
+    for name in slots:
+        if stored(directory, name) is not None:
+            raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")
     _check_tensors(directory, slots, config)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, slot in slots.items():
-            if not slot.quantized:
+            if slot.kind is None:
                 yield name, directory.read(name).astype(dtype)
                 continue
-            if is_packed(directory, name):
-                raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")
-            weight = _quantized(directory, name, slot, dtype)
-            if not np.isfinite(weight.offset):
+            weight = _quantized(directory, name, slot, slot.kind, dtype)
+            if not weight.finite():
                 raise _not_finite(directory, name)
             yield from packed_parts(name, weight, dtype)
 
-    write_model(out, packed_config(directory.config, dtype), tensors(), shard_bytes=shard_bytes, companions_from=source)
+    packed = packed_config(directory.config, quantization, dtype)
+    write_model(out, packed, tensors(), shard_bytes=shard_bytes, companions_from=source)
 
 
 @dataclass(frozen=True)
 class _Slot:
     """Where a tensor goes: an array of the model, a layer of it (None: the whole), and the shape expected on disk.
 
-    The path of a quantized weight ends in ``quantized`` and stands for all parts of it.
+    The path of a packed weight, one with a ``kind``, ends in ``quantized`` and stands for all arrays of it.
     """
 
     path: Path
     layer: int | None
     shape: tuple[int, ...]
-
-    @property
-    def quantized(self) -> bool:
-        return self.path[-1] == "quantized"
+    kind: type[QuantizedWeight] | None
 
 
 def _base(model: Qwen2) -> dict[Path, nnx.Variable]:
@@ -197,13 +204,13 @@ def _base_slots(model: Qwen2) -> dict[str, _Slot]:
     """Hugging Face name → slot, for every base tensor of the model."""
     slots = {}
     for path, variable in _base(model).items():
-        shape = tuple(variable.shape)
+        shape, kind = tuple(variable.shape), None
         if isinstance(variable, PackedParam):
-            if path[-1] != "packed":
-                continue
-            path, shape = path[:-1], (*shape[:-1], 2 * shape[-1])
+            path = path[:-1]
+            weight: Any = reduce(getattr, path, model)
+            shape, kind = weight.shape, weight.kind
         for layer in range(shape[0]) if path[0] == "layers" else [None]:
-            slots[_tensor_name(path, layer)] = _Slot(path, layer, shape if layer is None else shape[1:])
+            slots[_tensor_name(path, layer)] = _Slot(path, layer, shape if layer is None else shape[1:], kind)
     return slots
 
 
@@ -224,15 +231,16 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: A
     for name, slot in slots.items():
         if name not in directory:
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
-        packed = is_packed(directory, name)
-        if packed and not slot.quantized:
-            raise UserError(f"{directory.path}: {name} is stored in 4 bits; open this model with --model.quantization nf4")
-        shape = packed_shape(directory, name) if packed else directory.shape(name)
+        packed = stored(directory, name)
+        if packed and packed.kind is not slot.kind:
+            kind = packed.kind.name
+            raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
+        shape = packed.shape if packed else directory.shape(name)
         if shape != slot.shape:
             raise UserError(f"{directory.path}: {name} has shape {shape}; its config.json makes it {slot.shape}")
         if not packed and not jnp.issubdtype(directory.dtype(name), jnp.floating):
             raise UserError(f"{directory.path}: {name} is stored as {directory.dtype(name)}; a dense or nf4 weight is needed")
-    known = set(slots) | {f"{name}{part}" for name, slot in slots.items() if slot.quantized for part in PARTS}
+    known = set(slots) | {f"{name}{suffix}" for name, slot in slots.items() if slot.kind for suffix in suffixes(slot.kind)}
     if config.tie_embeddings:
         known.add("lm_head.weight")  # some savers write the tied matrix twice
     for name in directory.names():
@@ -240,15 +248,16 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: A
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
 
 
-def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> None:
-    """Read one tensor into its place, quantized where the model is."""
-    if not slot.quantized:
+def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> Any:
+    """Read one tensor into its place, quantized where the model is; false where it has numbers that cannot be."""
+    if slot.kind is None:
         for row, piece in _pieces(directory, name, slot):
             stacks[slot.path].put(piece, slot.layer, row)
-        return
-    weight = read_packed(directory, name) if is_packed(directory, name) else _quantized(directory, name, slot, dtype)
-    for part in fields(weight):
-        stacks[*slot.path, part.name].put(getattr(weight, part.name), slot.layer)
+        return True
+    weight = read_packed(directory, name) if stored(directory, name) else _quantized(directory, name, slot, slot.kind, dtype)
+    for part in slot.kind.parts:
+        stacks[*slot.path, part].put(getattr(weight, part), slot.layer)
+    return weight.finite()
 
 
 def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple[int, np.ndarray]]:
@@ -258,13 +267,13 @@ def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple
         yield start, directory.read_slice(name, slice(start, min(start + rows, slot.shape[0])))
 
 
-def _quantized(directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> NF4Weight:
+def _quantized(directory: ModelDirectory, name: str, slot: _Slot, kind: type[QuantizedWeight], dtype: Any) -> QuantizedWeight:
     """A dense tensor, quantized as it is read."""
     done: list[tuple[jax.Array, jax.Array]] = []
     for _, piece in _pieces(directory, name, slot):
         jax.block_until_ready(done[-1:])  # one piece is quantized while the next is read, no more
         done.append(_quantize_rows(piece, dtype))
-    return _join(done, slot.shape[0])
+    return _join(done, slot.shape[0], kind)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -272,26 +281,18 @@ def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(rows.astype(dtype))
 
 
-@partial(jax.jit, static_argnums=1)
-def _join(pieces: list[tuple[jax.Array, jax.Array]], rows: int) -> NF4Weight:
+@partial(jax.jit, static_argnums=(1, 2))
+def _join(pieces: list[tuple[jax.Array, jax.Array]], rows: int, kind: type[QuantizedWeight]) -> QuantizedWeight:
     packed, absmax = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
-    return join_blocks(packed, absmax, rows)
-
-
-def _check_scales(arrays: dict[Path, jax.Array], directory: ModelDirectory, slots: dict[str, _Slot]) -> None:
-    """A number that is not finite shows in the mean of its weight's absmaxes."""
-    offsets = {slot.path: whole(arrays[(*slot.path, "offset")]) for slot in slots.values() if slot.quantized}
-    for name, slot in slots.items():
-        if slot.quantized and not np.isfinite(offsets[slot.path][slot.layer]):
-            raise _not_finite(directory, name)
+    return kind.of_blocks(packed, absmax, rows)
 
 
 def _not_finite(directory: ModelDirectory, name: str) -> UserError:
     return UserError(f"{directory.path}: {name} holds NaN or infinity, or numbers too large to average; nf4 cannot store them")
 
 
-def _parts(arrays: dict[Path, Any], slot: _Slot) -> NF4Weight | jax.Array:
+def _parts(arrays: dict[Path, Any], slot: _Slot) -> QuantizedWeight | jax.Array:
     """What the model holds in a place."""
-    if slot.quantized:
-        return NF4Weight(**{part.name: arrays[(*slot.path, part.name)][slot.layer] for part in fields(NF4Weight)})
+    if slot.kind is not None:
+        return slot.kind(**{part: arrays[(*slot.path, part)][slot.layer] for part in slot.kind.parts})
     return arrays[slot.path][...] if slot.layer is None else arrays[slot.path][slot.layer]

@@ -12,7 +12,7 @@ from medllm.adapter_directory import merge_adapter
 from medllm.engines import load, require
 from medllm.errors import UserError
 from medllm.handover import held_rows, measure_handovers
-from medllm.quantization import Quantization
+from medllm.quantization import PACKINGS, Quantization
 from medllm.run import write_json
 
 
@@ -33,8 +33,8 @@ def convert_model(
         model: Folder of the unquantized weights.
         out: Folder to write; beside it ``<out>.handover.json``, where hand-overs were measured.
         adapters: PEFT folders to merge, in order.
-        quantization: ``nf4`` stores the linear kinds as bitsandbytes does (needs JAX).
-        dtype: With ``nf4``, the type of the weights that stay dense.
+        quantization: Other than ``none``, the linear kinds are stored as bitsandbytes does (needs JAX).
+        dtype: With a quantization, the type of the weights that stay dense.
         held_text: Documents to measure the hand-overs on (:func:`medllm.handover.measure_handovers`), held out of training.
         text_column: Column that holds a document's text.
         progress: Called with (models measured, models in all).
@@ -42,13 +42,13 @@ def convert_model(
     Raises:
         UserError: there is nothing to do, ``out`` exists, or a folder or the text cannot be used.
     """
-    target, packed = Path(out), quantization == "nf4"
+    target, packed = Path(out), quantization in PACKINGS
     if target.exists():
         raise UserError(f"{out}: already exists; give another --out, or remove it")
     if not (adapters or packed):
-        raise UserError("convert: there is nothing to do; give --adapter to merge one, --quantization nf4 to quantize, or both")
+        raise UserError("convert: there is nothing to do; give --adapter to merge one, --quantization to quantize, or both")
     if packed:
-        require("convert --quantization nf4", "jax", "jax")
+        require(f"convert --quantization {quantization}", "jax", "jax")
     if held_text is not None:
         if not adapters:
             raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
@@ -61,7 +61,7 @@ def convert_model(
         if held_text is not None:
             result |= measure_handovers(model, adapters, merged, rows, quantization, progress)
         if packed:
-            load("jax", "weights").write_quantized(merged if adapters else model, target, dtype)
+            load("jax", "weights").write_quantized(merged if adapters else model, target, quantization, dtype)
     finally:
         if packed:
             shutil.rmtree(merged, ignore_errors=True)

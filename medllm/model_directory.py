@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from medllm.architecture import Architecture
 from medllm.errors import UserError
+from medllm.quantization import DESCRIPTION
 from medllm.run import atomic_path, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -92,6 +93,10 @@ class ModelDirectory:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header alone."""
         with self._opened(name) as stream:
@@ -99,7 +104,7 @@ class ModelDirectory:
 
     def logical_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight, also where bitsandbytes stored it packed: its description keeps the shape."""
-        state = f"{name}.quant_state.bitsandbytes__nf4"
+        state = f"{name}{DESCRIPTION}"
         return tuple(json.loads(self.read(state).tobytes())["shape"]) if state in self else self.shape(name)
 
     def dtype(self, name: str) -> np.dtype:

@@ -88,7 +88,7 @@ class _Sweep:
         self.theirs = ModelDirectory(config.reference) if config.reference else self.ours
         self.config = self.ours.architecture
         for directory in dict.fromkeys((self.ours, self.theirs)):
-            check_directory(directory, nf4=model.quantization == "nf4")
+            check_directory(directory, model.quantization)
         check_same_shape(self.ours, self.theirs)
         self.hf_config = read_hf_config(self.theirs.path)
         on_theirs = dataclasses.replace(model, adapter=config.reference_adapter or model.adapter)
@@ -102,7 +102,6 @@ class _Sweep:
         self.adapted = bool(self.our_adapters and self.their_adapters)  # a merged model cannot be switched off
         self.allowance = AUDIT[model.dtype]
         self.dtype = DTYPES[model.dtype]
-        self.nf4 = model.quantization == "nf4"
         self.audit = Audit(self.config.num_layers, facts=_facts(config))
         self.rows = self._rows()
 
@@ -210,7 +209,7 @@ class _Sweep:
         return values, truth
 
     def _jax_layer(self, index: int, streams: list[_Stream], inputs: list[States]) -> list[Any]:
-        view = LayerView(self.ours, index, self.dtype if self.nf4 else None)
+        view = self._view(index)
         for check in nf4_codes.compare(view, index):
             self._add(check)
         layer = self._read_jax(index, view)
@@ -221,11 +220,15 @@ class _Sweep:
         return values
 
     def _read_torch(self, index: int) -> TorchLayer:
-        return TorchLayer(self.theirs, self.hf_config, index, self.dtype, nf4=self.nf4, adapters=self.their_adapters)
+        quantization = self.settings.model.quantization
+        return TorchLayer(self.theirs, self.hf_config, index, self.dtype, quantization, adapters=self.their_adapters)
 
     def _read_jax(self, index: int, view: LayerView | None = None) -> JaxLayer:
-        view = view or LayerView(self.ours, index, self.dtype if self.nf4 else None)
-        return JaxLayer(view, index, self.settings.model.dtype, nf4=self.nf4, adapters=self.our_adapters)
+        model = self.settings.model
+        return JaxLayer(view or self._view(index), index, model.dtype, model.quantization, adapters=self.our_adapters)
+
+    def _view(self, index: int) -> LayerView:
+        return LayerView(self.ours, index, self.settings.model.quantization, self.dtype)
 
     def _gradients(self, state: torch.Tensor) -> None:
         """Walk the truth back from its last state, and hold each layer's adapter gradients against it."""

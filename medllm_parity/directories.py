@@ -7,24 +7,25 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2Config as HfConfig
 
-from jax_medllm.packed import PARTS, is_packed, packed_shape
+from jax_medllm.packed import stored, suffixes
 from medllm.architecture import HEAD
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import Quantization
 
 _COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 
 
-def check_directory(directory: ModelDirectory, *, nf4: bool) -> None:
+def check_directory(directory: ModelDirectory, quantization: Quantization) -> None:
     """Every tensor a Qwen2 of this configuration has is there, in a file that is whole, and in its shape; and no other.
 
     Raises:
-        UserError: it is not; weights are stored in 4 bits and ``nf4`` is false, or in a way that is not read.
+        UserError: it is not; weights are stored in another quantization than this, or in one that is not read.
     """
     expected = directory.architecture.tensors
     read_hf_config(directory.path)
-    packed = {name for name in expected if is_packed(directory, name)}
-    parts = {f"{name}{part}" for name in packed for part in PARTS}
+    packed = {name: kept for name in expected if (kept := stored(directory, name))}
+    parts = {f"{name}{suffix}" for name, kept in packed.items() for suffix in suffixes(kept.kind)}
     known = {*expected, *parts, HEAD}  # some savers write a tied matrix twice
     for name in [*expected, *sorted(parts)]:
         if name not in directory:
@@ -33,9 +34,9 @@ def check_directory(directory: ModelDirectory, *, nf4: bool) -> None:
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
     for name, tensor in expected.items():
-        if name in packed and not (nf4 and tensor.kind == "linear"):
-            raise UserError(f"{directory.path}: {name} is stored in 4 bits; open this model with --model.quantization nf4")
-        found = packed_shape(directory, name) if name in packed else directory.shape(name)
+        if name in packed and not ((kind := packed[name].kind.name) == quantization and tensor.kind == "linear"):
+            raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
+        found = packed[name].shape if name in packed else directory.shape(name)
         if found != tensor.shape:
             raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {tensor.shape}")
 

@@ -20,6 +20,7 @@ from jax_medllm.model import Layer, Rotary, RowContext
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import Adapter
 from medllm.architecture import PROJECTIONS, Architecture
+from medllm.quantization import Quantization
 from medllm_parity.layer_view import LayerView, adapter_view
 from medllm_parity.quantities import LAYER, MODULES, TAPS
 from medllm_parity.rows import Rows
@@ -32,14 +33,16 @@ class JaxLayer:
         view: The layer as a directory.
         index: Which layer it is.
         dtype: Type of weights and computation.
-        nf4: Whether the linear kinds are 4-bit.
+        quantization: How the linear kinds are held.
         adapters: The adapters on top, in order.
     """
 
-    def __init__(self, view: LayerView, index: int, dtype: Any, *, nf4: bool = False, adapters: Sequence[Adapter] = ()):
+    def __init__(
+        self, view: LayerView, index: int, dtype: Any, quantization: Quantization, *, adapters: Sequence[Adapter] = ()
+    ):
         here = {number: part for number, adapter in enumerate(adapters) if (part := adapter_view(adapter, index))}
         self._numbers = list(here)
-        model = read_model(view, adapter=list(here.values()), quantization="nf4" if nf4 else "none", dtype=dtype)
+        model = read_model(view, adapter=list(here.values()), quantization=quantization, dtype=dtype)
         self.config = model.config
         self.dtype = model.dtype
         parts: Any = nnx.split(model.layers, FrozenLoraParam, ...)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 
+from jax_medllm.packed import suffixes
+from jax_medllm.quantized_weight import KINDS
 from medllm.adapter_directory import Adapter, module_name
 from medllm.architecture import EMBEDDING, NORM
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.model_directory import ModelDirectory
-from medllm_parity.torch_layer import PACKED_PARTS, to_torch
+from medllm.quantization import BLOCK, DESCRIPTION, PACKINGS, Quantization
+from medllm_parity.torch_layer import to_torch
 
 _AROUND = (EMBEDDING, NORM)
 
@@ -23,37 +27,43 @@ class LayerView(ModelDirectory):
     Args:
         directory: The whole model.
         index: The layer that is shown.
-        quantize_as: Quantize the linear kinds of a dense directory with bitsandbytes, from weights rounded to this type, and
-            show them as a 4-bit directory would. On a CPU bitsandbytes looks scales up in a table and misses the nearest one
-            in a few of a thousand; both stacks must have the same codes for their arithmetic to be compared.
+        quantization: Other than ``none``, quantize the linear kinds of a dense directory with bitsandbytes and show them as a
+            packed directory would. On a CPU bitsandbytes looks scales up in a table and misses the nearest one in a few of a
+            thousand; both stacks must have the same codes for their arithmetic to be compared.
+        dtype: To which weights are rounded before they are quantized.
     """
 
-    def __init__(self, directory: ModelDirectory, index: int, quantize_as: torch.dtype | None = None):
+    def __init__(self, directory: ModelDirectory, index: int, quantization: Quantization, dtype: torch.dtype):
         self.path = directory.path
         self.config = {**directory.config, "num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": True}
         self._directory = directory
         self._prefix = f"model.layers.{index}."
-        self._dtype = quantize_as
+        self.kind = KINDS.get(quantization)
+        self._dtype = dtype
         self._made: dict[str, np.ndarray] = {}
 
     def names(self) -> list[str]:
         """Names of all tensors."""
         shown = [self._shown(name) for name in self._directory.names() if name.startswith(self._prefix)]
-        return [*_AROUND, *shown, *(f"{name}.{part}" for name in shown if self._quantizes(name) for part in PACKED_PARTS)]
+        return [*_AROUND, *shown, *(f"{name}{part}" for name in shown if self._quantizes(name) for part in self._suffixes())]
 
     def __contains__(self, name: str) -> bool:
-        stem, part = _split(name)
+        stem, part = self._split(name)
         return name in _AROUND or self._name(name) in self._directory or (bool(part) and self._quantizes(stem))
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor, or the weight it is made of."""
+        return self._directory.file(self._name(self._split(name)[0]))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        if name in _AROUND or self._quantizes(_split(name)[0]):
+        if name in _AROUND or self._quantizes(self._split(name)[0]):
             return self.read(name).shape
         return self._directory.shape(self._name(name))
 
     def dtype(self, name: str) -> np.dtype:
         """Stored type of a tensor."""
-        if name in _AROUND or self._quantizes(_split(name)[0]):
+        if name in _AROUND or self._quantizes(self._split(name)[0]):
             return self.read(name).dtype
         return self._directory.dtype(self._name(name))
 
@@ -62,7 +72,7 @@ class LayerView(ModelDirectory):
         if name in _AROUND:
             width = int(self.config["hidden_size"])
             return np.zeros((1, width) if name == EMBEDDING else (width,), np.float32)
-        stem, _ = _split(name)
+        stem, _ = self._split(name)
         if self._quantizes(stem):
             if name not in self._made:
                 self._made |= self._quantized(stem)
@@ -71,7 +81,7 @@ class LayerView(ModelDirectory):
 
     def read_slice(self, name: str, index: Any) -> np.ndarray:
         """Part of a tensor."""
-        if name in _AROUND or self._quantizes(_split(name)[0]):
+        if name in _AROUND or self._quantizes(self._split(name)[0]):
             return self.read(name)[index]
         return self._directory.read_slice(self._name(name), index)
 
@@ -87,23 +97,27 @@ class LayerView(ModelDirectory):
 
     def _quantizes(self, shown: str) -> bool:
         """Whether a weight is dense on disk and shown in 4 bits."""
-        if self._dtype is None or not shown.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR)):
+        if self.kind is None or not shown.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR)):
             return False
         name = self._name(shown)
-        return name in self._directory and f"{name}.{PACKED_PARTS[-1]}" not in self._directory
+        return name in self._directory and f"{name}{DESCRIPTION}" not in self._directory
 
     def _quantized(self, shown: str) -> dict[str, np.ndarray]:
-        packed, state = bnb.quantize_4bit(self.dense(shown), blocksize=64, quant_type="nf4", compress_statistics=True)
+        assert self.kind is not None
+        double = PACKINGS[self.kind.name].double
+        packed, state = bnb.quantize_4bit(self.dense(shown), blocksize=BLOCK, quant_type="nf4", compress_statistics=double)
         parts = {part: tensor.numpy() for part, tensor in state.as_dict(packed=True).items()}
         return {shown: packed.numpy(), **{f"{shown}.{part}": value for part, value in parts.items()}}
 
+    def _suffixes(self) -> tuple[str, ...]:
+        return suffixes(self.kind) if self.kind else ()
 
-def _split(name: str) -> tuple[str, str]:
-    """A tensor's name without the 4-bit part it is of, and that part."""
-    for part in PACKED_PARTS:
-        if name.endswith(f".weight.{part}"):
-            return name.removesuffix(f".{part}"), part
-    return name, ""
+    def _split(self, name: str) -> tuple[str, str]:
+        """A tensor's name without the part of a packed weight it is, and that part."""
+        for part in self._suffixes():
+            if name.endswith(f".weight{part}"):
+                return name.removesuffix(part), part
+        return name, ""
 
 
 def adapter_view(adapter: Adapter, index: int) -> Adapter | None:

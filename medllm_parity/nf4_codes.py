@@ -1,44 +1,63 @@
-"""The codes :mod:`jax_medllm.nf4` finds for a dense layer, beside those bitsandbytes finds on this machine."""
+"""The bytes the JAX engine packs a dense layer into, beside those bitsandbytes makes of it on this machine."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_medllm.nf4 import BLOCK, quantize
+from jax_medllm.packed import read_packed
+from jax_medllm.quantized_weight import QuantizedWeight
 from medllm.architecture import PROJECTIONS
+from medllm.quantization import BLOCK
 from medllm_parity.ends import as_numpy
 from medllm_parity.layer_view import LayerView
 from medllm_parity.measure import Check
-from medllm_parity.tolerances import NF4_CODES, NF4_SCALE_CODES
+from medllm_parity.tolerances import NF4_CODES, NF4_SCALE_CODES, NF4_SCALES
 
-_quantize = jax.jit(quantize)
+_ALLOWED = {"codes": NF4_CODES, "scales": NF4_SCALES, "scale codes": NF4_SCALE_CODES}
+"""By what a part of a packed weight holds (:attr:`jax_medllm.quantized_weight.Part.values`)."""
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantized(weight: jax.Array, kind: type[QuantizedWeight]) -> QuantizedWeight:
+    return kind.quantize(weight)
 
 
 def compare(view: LayerView, index: int) -> Iterator[Check]:
-    """Shares of differing bytes over the dense linear weights of a layer; nothing where the directory is in 4 bits already.
+    """Shares of differing numbers over the dense linear weights of a layer; nothing where the directory is packed already.
 
-    A block of zeros is left out: bitsandbytes stores it as code 7 on a CPU and as code 0 on CUDA, and both mean zeros.
+    The codes of a block of zeros are left out: bitsandbytes stores them as 7 on a CPU and as 0 on CUDA, and both mean zeros.
     """
-    differ: dict[str, list[np.ndarray]] = {"nf4 codes": [], "nf4 scale codes": []}
+    differ: dict[str, list[np.ndarray]] = defaultdict(list)
     for name in (f"model.layers.0.{path}.weight" for path in PROJECTIONS.values()):
         dense = view.dense(name)
         if dense is None:
             continue
-        ours = _quantize(jnp.asarray(as_numpy(dense)))
+        theirs = read_packed(view, name)
+        ours = _quantized(jnp.asarray(as_numpy(dense)), type(theirs))
         counted = (dense.reshape(-1, BLOCK) != 0).any(dim=1).numpy()
-        packed = np.asarray(ours.packed).reshape(-1, BLOCK // 2) != view.read(name).reshape(-1, BLOCK // 2)
-        differ["nf4 codes"].append(packed[counted].ravel())
-        differ["nf4 scale codes"].append(np.asarray(ours.absmax_codes).ravel() != view.read(f"{name}.absmax").ravel())
-    for (quantity, parts), tolerance in zip(differ.items(), (NF4_CODES, NF4_SCALE_CODES), strict=True):
-        if parts:
-            share = float(np.concatenate(parts).mean())
-            module = f"model.layers.{index}"
-            ok = share <= tolerance.relative
-            stack = "" if ok else "jax"
-            yield Check(
-                f"{module}: {quantity}", share, tolerance.relative, ok, index, module, quantity, difference=share, stack=stack
-            )
+        for part, declared in theirs.parts.items():
+            if declared.values:
+                apart = np.asarray(getattr(ours, part)) != getattr(theirs, part)
+                one = apart.reshape(len(counted), -1)
+                differ[declared.values].append((one[counted] if declared.values == "codes" else one).ravel())
+    for values, shares in differ.items():
+        share, tolerance = float(np.concatenate(shares).mean()), _ALLOWED[values]
+        quantity, module = f"nf4 {values}", f"model.layers.{index}"
+        ok = share <= tolerance.relative
+        yield Check(
+            f"{module}: {quantity}",
+            share,
+            tolerance.relative,
+            ok,
+            index,
+            module,
+            quantity,
+            difference=share,
+            stack="" if ok else "jax",
+        )

@@ -61,6 +61,7 @@ AUDIT = {
     ),
 }
 NF4_CODES = Tolerance(0.0, "share of differing bytes: both take the nearest of 16 codes in the same fp32 arithmetic", 0.0)
+NF4_SCALES = Tolerance(0.0, "share of differing scales, where they are kept in fp32: both take the largest magnitude", 0.0)
 NF4_SCALE_CODES = Tolerance(
     0.02,
     "share of differing bytes: on a CPU bitsandbytes takes scales from a table and misses the nearest in some of them",

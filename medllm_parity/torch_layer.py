@@ -21,15 +21,15 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from jax_medllm.packed import PARTS, is_packed
+from jax_medllm.packed import stored, suffixes
 from medllm.adapter_directory import Adapter
 from medllm.architecture import PROJECTIONS
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import PACKINGS, Quantization
 from medllm_parity.oracle import lift, row_mask
 from medllm_parity.quantities import LAYER, MODULES, TAPS
 from medllm_parity.rows import Rows
 
-PACKED_PARTS = tuple(part.removeprefix(".") for part in PARTS)
 _ADAPTER = "adapter"
 _ATTENTION = "sdpa"  # what from_pretrained chooses
 
@@ -51,7 +51,7 @@ class TorchLayer:
         config: The model's configuration, as transformers reads it.
         index: Which layer.
         dtype: Type of weights and computation.
-        nf4: Whether the linear kinds are 4-bit: read as they are from a 4-bit directory, quantized here from a dense one.
+        quantization: How the linear kinds are held: read as they are from a packed directory, quantized here from a dense one.
         adapters: The adapters on top, in order.
     """
 
@@ -61,8 +61,8 @@ class TorchLayer:
         config: Qwen2Config,
         index: int,
         dtype: torch.dtype,
+        quantization: Quantization,
         *,
-        nf4: bool = False,
         adapters: Sequence[Adapter] = (),
     ):
         self.dtype = dtype
@@ -73,11 +73,8 @@ class TorchLayer:
         for name, expected in layer.state_dict().items():
             stem, _, leaf = name.rpartition(".")
             module = layer.get_submodule(stem)
-            packed = is_packed(directory, prefix + name)
-            if nf4 and leaf == "weight" and stem in PROJECTIONS.values():
-                weight = (
-                    _packed(directory, prefix + name, dtype) if packed else _quantized(directory.read(prefix + name), dtype)
-                )
+            if quantization in PACKINGS and leaf == "weight" and stem in PROJECTIONS.values():
+                weight = _weight4bit(directory, prefix + name, dtype, PACKINGS[quantization].double)
                 replacement = _linear4bit(weight, expected.shape, module.bias, dtype)
                 layer.set_submodule(stem, replacement)
             else:
@@ -179,15 +176,13 @@ def _adapted(stem: _Stem, index: int, adapters: Sequence[Adapter]) -> peft.PeftM
     return wrapped
 
 
-def _quantized(weight: np.ndarray, dtype: torch.dtype) -> bnb.nn.Params4bit:
-    """A dense weight, quantized as transformers has bitsandbytes do it when it opens a model."""
-    parameter = bnb.nn.Params4bit(to_torch(weight, dtype), quant_type="nf4", compress_statistics=True)
-    return parameter.to("cpu")
-
-
-def _packed(directory: ModelDirectory, name: str, dtype: torch.dtype) -> bnb.nn.Params4bit:
-    """A weight of a 4-bit directory as it is."""
-    parts = {part: to_torch(directory.read(f"{name}.{part}")) for part in PACKED_PARTS}
+def _weight4bit(directory: ModelDirectory, name: str, dtype: torch.dtype, double: bool) -> bnb.nn.Params4bit:
+    """A packed weight as it is; a dense one quantized as transformers has bitsandbytes do it when it opens a model."""
+    packed = stored(directory, name)
+    if packed is None:
+        dense = to_torch(directory.read(name), dtype)
+        return bnb.nn.Params4bit(dense, quant_type="nf4", compress_statistics=double).to("cpu")
+    parts = {suffix.removeprefix("."): to_torch(directory.read(f"{name}{suffix}")) for suffix in suffixes(packed.kind)}
     weight = bnb.nn.Params4bit.from_prequantized(to_torch(directory.read(name)), parts, device="cpu")
     # The audit's type, not the one the directory was saved in: the dequantized weight is rounded once, to the former.
     weight.quant_state.dtype = dtype

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from medllm.config import ModelConfig
+from medllm.quantization import Quantization
 from parity_tests.tiny_models import TinyModel, write_tiny_adapter, write_tiny_model
 from torch_ref.model import open_model
 
@@ -63,11 +64,11 @@ def nf4_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """As ``tiny_model``, quantized and saved by bitsandbytes, so that both stacks hold the same codes and scales."""
     folder = tmp_path_factory.mktemp("packed")
 
-    def model(dtype: torch.dtype = torch.float32, **shape: int | bool) -> Packed:
+    def model(dtype: torch.dtype = torch.float32, quantization: Quantization = "nf4", **shape: int | bool) -> Packed:
         dense = tiny_model(dtype, **shape)
-        packed = Packed(folder / dense.name, dense)
+        packed = Packed(folder / quantization / dense.name, dense)
         if not packed.path.exists():
-            config = ModelConfig(str(dense), quantization="nf4", dtype=str(dtype).removeprefix("torch."))
+            config = ModelConfig(str(dense), quantization=quantization, dtype=str(dtype).removeprefix("torch."))
             open_model(config).save_pretrained(packed.path)
         return packed
 

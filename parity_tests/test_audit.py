@@ -72,7 +72,7 @@ def layer(index: int, module: str, leaf: str = "weight") -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "nf4-single"])
 def test_a_sound_model_with_an_adapter_passes_every_check(base, adapter, dtype, quantization):
     found = audit(base, adapter=str(adapter), dtype=dtype, quantization=quantization)
     assert found.ok, found.first_divergence
@@ -81,7 +81,9 @@ def test_a_sound_model_with_an_adapter_passes_every_check(base, adapter, dtype, 
     for expected in ("k after rotary", "k after rotary (adapter off)", "down"):
         module = "mlp.down_proj" if expected == "down" else "self_attn"
         assert {f"model.layers.{index}.{module}: {expected}" for index in range(LAYERS)} <= names
+    assert ("model.layers.0: nf4 codes" in names) == (quantization != "none")
     assert ("model.layers.0: nf4 scale codes" in names) == (quantization == "nf4")
+    assert ("model.layers.0: nf4 scales" in names) == (quantization == "nf4-single")
     gradients = [check for check in found.checks if check.quantity.startswith("gradient of lora")]
     assert len(gradients) == LAYERS * 7 * 2
     assert all(check.reference_error > 0 for check in gradients)
@@ -311,9 +313,8 @@ def gelu(self: Any, x: jax.Array, adapter: bool) -> jax.Array:
     return self.down_proj(jax.nn.gelu(self.gate_proj(x, adapter=adapter)) * self.up_proj(x, adapter=adapter), adapter=adapter)
 
 
-def low_nibble_first(weight: nf4.NF4Weight, scales: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    swapped = replace(weight, packed=weight.packed << 4 | weight.packed >> 4)
-    return nf4.dequantize_halves(swapped, scales, dtype)
+def low_nibble_first(packed: jax.Array, scales: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return nf4.dequantize_halves(packed << 4 | packed >> 4, scales, dtype)
 
 
 IN_JAX = [

@@ -15,8 +15,10 @@ import torch
 from bitsandbytes import functional as bnb
 from peft import PeftModel
 
-from jax_medllm.nf4 import BLOCK, CODES, NESTED_BLOCK, NF4Weight, dequantize, dynamic_map, quantize, quantize_absmax
+from jax_medllm.nf4 import CODES, dynamic_map, quantize_absmax
+from jax_medllm.quantized_weight import NF4Weight
 from medllm.config import ModelConfig
+from medllm.quantization import BLOCK, NESTED_BLOCK
 from medllm_parity.measure import Values
 from medllm_parity.tolerances import AUDIT
 from parity_tests import jax_results, torch_results
@@ -76,7 +78,7 @@ def check_codes(ours: np.ndarray, theirs: np.ndarray, values: np.ndarray, table:
 def test_codes_equal_bitsandbytes_cuda_kernels(shape, dtype):
     theirs, given = weight(shape, dtype)
     expected, absmax, _, _ = quantized_on_cuda(theirs)
-    ours, reference = unpacked(np.asarray(jax.jit(quantize)(given).packed)), unpacked(expected.packed)
+    ours, reference = unpacked(np.asarray(jax.jit(NF4Weight.quantize)(given).packed)), unpacked(expected.packed)
     nonzero = absmax != 0
     values = np.asarray(given, np.float64).reshape(-1, BLOCK)[nonzero] / absmax[nonzero, None]
     differing = check_codes(ours[nonzero], reference[nonzero], values, CODES)
@@ -88,7 +90,7 @@ def test_an_all_zero_block_is_code_0_as_on_cuda():
     expected, absmax, _, _ = quantized_on_cuda(theirs)
     assert np.flatnonzero(absmax == 0).tolist() == [ZERO_ROW * SHAPES[0][1] // BLOCK]
     zeros = unpacked(expected.packed)[absmax == 0]
-    np.testing.assert_array_equal(unpacked(np.asarray(jax.jit(quantize)(given).packed))[absmax == 0], zeros)
+    np.testing.assert_array_equal(unpacked(np.asarray(jax.jit(NF4Weight.quantize)(given).packed))[absmax == 0], zeros)
     assert (zeros == 0).all()
 
 
@@ -98,7 +100,7 @@ def test_scales_equal_bitsandbytes_cuda_kernels(shape):
     expected, absmax, _, _ = quantized_on_cuda(theirs)
     blocks = np.abs(np.asarray(given, np.float32).reshape(-1, BLOCK))
     np.testing.assert_array_equal(absmax, blocks.max(axis=1))
-    np.testing.assert_allclose(jax.jit(quantize)(given).offset, expected.offset, rtol=2.0**-23)
+    np.testing.assert_allclose(jax.jit(NF4Weight.quantize)(given).offset, expected.offset, rtol=2.0**-23)
     codes, nested = jax.jit(quantize_absmax)(jnp.asarray(absmax), jnp.asarray(expected.offset))
     np.testing.assert_array_equal(nested, expected.nested_absmax)
     spread = np.repeat(np.asarray(nested, np.float64), NESTED_BLOCK)[: absmax.size]
@@ -112,7 +114,7 @@ def test_dequantized_weights_equal_bitsandbytes_cuda_bit_for_bit(shape, dtype):
     theirs, _ = weight(shape, dtype)
     parts, _, packed, state = quantized_on_cuda(theirs)
     expected = bnb.dequantize_4bit(packed, state).float().cpu().numpy()
-    found = jax.jit(dequantize, static_argnums=1)(jax.tree.map(jnp.asarray, parts), TYPES[dtype])
+    found = jax.jit(NF4Weight.dequantize, static_argnums=1)(jax.tree.map(jnp.asarray, parts), TYPES[dtype])
     np.testing.assert_array_equal(np.asarray(found, np.float32), expected)
 
 

@@ -156,11 +156,11 @@ def test_an_adapter_trained_further_takes_the_same_steps_on_both_engines(runs, c
     assert all(read_adapter(runs[engine, "continue"][1]["adapter"]).lora == settings for engine in ("jax", "torch"))
 
 
-@pytest.mark.parametrize("handover", ["stack", "continue"])
-def test_over_nf4_the_reference_is_as_exact(base, cpt, preference_file, tmp_path, handover):
+@pytest.mark.parametrize(("handover", "quantization"), [("stack", "nf4"), ("continue", "nf4"), ("stack", "nf4-single")])
+def test_over_nf4_the_reference_is_as_exact(base, cpt, preference_file, tmp_path, handover, quantization):
     for engine in ("jax", "torch"):
         config = rpo_config(base, cpt, preference_file, tmp_path / engine, handover)
-        model = dataclasses.replace(config.model, quantization="nf4")
+        model = dataclasses.replace(config.model, quantization=quantization)
         training = dataclasses.replace(config.training, max_steps=1)
         run_rpo(dataclasses.replace(config, model=model, training=training), engine)
         (line,) = metrics(tmp_path / engine)
@@ -168,13 +168,14 @@ def test_over_nf4_the_reference_is_as_exact(base, cpt, preference_file, tmp_path
         assert line["rewards/chosen"] == pytest.approx(0, abs=1e-6)
 
 
-def test_continued_pretraining_goes_on_top_of_an_adapter_on_both_engines(base, cpt, tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4-single"])  # of which a CPU makes what the JAX engine makes, bit for bit
+def test_continued_pretraining_goes_on_top_of_an_adapter_on_both_engines(base, cpt, tmp_path, quantization):
     rows = pack([np.resize(TOKENS[0], 12).astype(np.int32)] * 2, 12, 0)
     first = {}
     for adapter in (None, str(cpt)):
         for engine in ("jax", "torch"):
             config = CptConfig(
-                ModelConfig(str(base), adapter, dtype="float32"),
+                ModelConfig(str(base), adapter, quantization=quantization, dtype="float32"),
                 str(tmp_path / f"{engine}-{adapter is None}"),
                 lora=LoraConfig(rank=2, alpha=4.0),
                 optimizer=OptimizerConfig(1e-2, warmup_ratio=0.0),

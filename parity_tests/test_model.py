@@ -18,6 +18,7 @@ from jax_medllm.weights import read_model
 from medllm.architecture import HEAD, Architecture
 from medllm.config import ModelConfig, RematPolicy
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import PACKINGS
 from medllm_parity.oracle import lift
 from parity_tests import torch_results
 from parity_tests.jax_results import Results, forward_and_backward, jax_loss, open_trainable
@@ -108,12 +109,13 @@ def test_a_row_of_more_than_4096_tokens_has_the_true_logits(float64, tiny_model)
     )
 
 
-def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(float64, nf4_model, tiny_adapter):
-    packed = nf4_model(kv_heads=1)
+@pytest.mark.parametrize("quantization", PACKINGS)
+def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(float64, nf4_model, tiny_adapter, quantization):
+    packed = nf4_model(quantization=quantization, kv_heads=1)
     adapter = tiny_adapter(packed.dense)
-    stock = open_model(ModelConfig(str(packed.path), quantization="nf4", dtype="float32"))
+    stock = open_model(ModelConfig(str(packed.path), quantization=quantization, dtype="float32"))
     truth = torch_results.forward_and_backward(float64_copy(stock, adapter, trainable=True), rows())
-    found = forward_and_backward(open_trainable(packed.path, adapter, jnp.float64, "nf4"), rows())
+    found = forward_and_backward(open_trainable(packed.path, adapter, jnp.float64, quantization), rows())
     check_against_truth(found, truth, rows()[1])
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 
-from jax_medllm.nf4 import CODES, quantize
+from jax_medllm.nf4 import CODES
+from jax_medllm.quantized_weight import NF4Weight
 
 BOUNDARIES = (CODES[:-1] + CODES[1:]) / np.float32(2)
 
@@ -28,7 +29,7 @@ def on_boundaries(absmax: np.ndarray) -> np.ndarray:
 
 def check_codes(weight: np.ndarray) -> None:
     packed, _ = bnb.quantize_4bit(torch.from_numpy(weight), blocksize=64, quant_type="nf4", compress_statistics=False)
-    np.testing.assert_array_equal(jax.jit(quantize)(weight).packed, packed.numpy().reshape(len(weight), -1))
+    np.testing.assert_array_equal(jax.jit(NF4Weight.quantize)(weight).packed, packed.numpy().reshape(len(weight), -1))
 
 
 def test_a_value_between_two_codes_goes_where_bitsandbytes_puts_it():

@@ -24,7 +24,7 @@ STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 def packed(tmp_path_factory) -> Path:
     """The embedded model in 4 bits."""
     out = tmp_path_factory.mktemp("packed") / "model"
-    write_quantized(BASE, out, "float32")
+    write_quantized(BASE, out, "nf4", "float32")
     return out
 
 
@@ -106,7 +106,7 @@ def test_a_shard_that_is_not_there(folder, refusal):
         ({"quant_type": "fp4"}, "quant_type fp4"),
         ({"blocksize": 128}, "blocksize 128"),
         ({"nested_blocksize": 64}, "nested_blocksize 64"),
-        ({"nested_blocksize": None}, "without double quantization"),
+        ({"nested_blocksize": None}, "--model.quantization nf4-single"),
         ({"shape": [8, 64]}, "shape (8, 64)"),
         ({"shape": "wide"}, "shape wide"),
         ({"nested_offset": None}, "offset None"),

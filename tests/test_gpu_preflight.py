@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jax_medllm import attention
 from jax_medllm import preflight as jax_preflight
 from medllm.bench import preflight
 from medllm.bench.device_shapes import SMOKE
 from medllm.errors import UserError
+from medllm.model_directory import WEIGHTS
 from torch_ref.preflight import leave_nf4
 
 LOSS = math.log(SMOKE.model.vocabulary)
@@ -115,8 +117,8 @@ def test_a_backend_that_cannot_run_here_says_so():
 @pytest.fixture
 def left(tmp_path) -> str:
     """What bitsandbytes leaves on this machine."""
-    leave_nf4(str(tmp_path / "nf4.npz"))
-    return str(tmp_path / "nf4.npz")
+    leave_nf4(str(tmp_path / "nf4"))
+    return str(tmp_path / "nf4")
 
 
 def test_nf4_is_held_against_bitsandbytes_own_bytes(left):
@@ -132,10 +134,11 @@ def test_nf4_is_held_against_bitsandbytes_own_bytes(left):
     ],
 )
 def test_one_byte_or_one_product_that_is_another_is_found(left, name, said):
-    stored = dict(np.load(left))
+    file = Path(left) / WEIGHTS
+    stored = load_file(file)
     changed = stored[name].copy()
     changed.flat[5] = changed.flat[5] ^ 0x10 if name == "packed" else changed.flat[5] + 10
-    np.savez(left, **{**stored, name: changed})
+    save_file({**stored, name: changed}, file)
     with pytest.raises(UserError) as stopped:
         jax_preflight.check_nf4(left)
     assert said in str(stopped.value)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax_medllm.decoder import CHUNK, Decoder, Fill
 from jax_medllm.linear import LoraScaling, adapted_matmul, nf4_matmul
 from jax_medllm.model import LoraParam, PackedParam, Qwen2
-from jax_medllm.nf4 import dequantize, quantize
+from jax_medllm.quantized_weight import NF4Weight
 from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, Sampling
 from tests.test_architecture import hf_config
@@ -221,13 +221,13 @@ def test_a_weight_under_an_adapter_is_not_differentiated_and_says_so():
 
 def test_a_quantized_layer_keeps_only_packed_bytes_for_the_backward_pass():
     rng = np.random.default_rng(0)
-    weight = jax.jit(quantize)(rng.normal(size=(128, 192)))
+    weight = jax.jit(NF4Weight.quantize)(rng.normal(size=(128, 192)))
     x = jnp.asarray(rng.normal(size=(5, 192)), jnp.float32)
     y, backward = jax.vjp(lambda x: nf4_matmul(x, weight), x)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
     assert kept < 128 * 192
     g = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
-    dense = dequantize(weight, jnp.float32)
+    dense = weight.dequantize(jnp.float32)
     np.testing.assert_allclose(y, x @ dense.T, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(backward(g)[0], g @ dense, rtol=1e-5, atol=1e-4)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.nf4 import (
-    BLOCK,
-    CODES,
-    absmax_mean,
-    dequantize,
-    dequantize_absmax,
-    dynamic_map,
-    quantize,
-    quantize_absmax,
-    quantize_blocks,
-    weight_shapes,
-)
+from jax_medllm.nf4 import CODES, absmax_mean, dynamic_map, quantize_absmax, quantize_blocks
+from jax_medllm.quantized_weight import KINDS, NF4Weight
 from medllm.errors import UserError
+from medllm.quantization import BLOCK, PACKINGS, Quantization
 
-quantized = jax.jit(quantize)
+quantized = jax.jit(NF4Weight.quantize)
 TYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
@@ -182,7 +175,7 @@ def test_double_quantization_keeps_scales_within_half_a_step(seed, exponent):
     absmax = np.abs(weight.reshape(32, -1, BLOCK)).max(axis=-1)
     largest = np.abs(absmax - absmax.mean()).max()
     widest_step = np.diff(dynamic_map()).max()
-    assert np.abs(np.asarray(dequantize_absmax(quantized(weight))) - absmax).max() <= 0.51 * widest_step * largest
+    assert np.abs(np.asarray(quantized(weight).scales()) - absmax).max() <= 0.51 * widest_step * largest
 
 
 def test_the_first_value_of_a_pair_is_in_the_high_half_of_its_byte():
@@ -202,26 +195,41 @@ def test_an_all_zero_block_is_code_0_as_on_cuda_and_comes_back_as_the_error_of_i
     weight[3, :BLOCK] = 0
     parts = quantized(weight)
     np.testing.assert_array_equal(unpacked(parts.packed)[3, :BLOCK], 0)
-    back = dequantize(parts, jnp.float32)
-    scale = float(dequantize_absmax(parts)[3, 0])
+    back = parts.dequantize(jnp.float32)
+    scale = float(parts.scales()[3, 0])
     np.testing.assert_array_equal(back[3, :BLOCK], np.float32(-scale))
     assert abs(scale) < 0.01 * float(parts.offset)
 
 
 def test_a_weight_of_zeros_comes_back_as_zeros():
-    np.testing.assert_array_equal(dequantize(quantized(np.zeros((4, 64), np.float32)), jnp.float32), 0)
+    np.testing.assert_array_equal(quantized(np.zeros((4, 64), np.float32)).dequantize(jnp.float32), 0)
 
 
+@pytest.mark.parametrize("kind", KINDS.values())
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_shows_in_the_offset(wrong):
+def test_a_value_that_is_not_finite_shows(wrong, kind):
     weight = random_weight(0)
+    assert kind.quantize(weight).finite()
     weight[5, 7] = wrong
-    assert not np.isfinite(quantized(weight).offset)
+    assert not kind.quantize(weight).finite()
 
 
-def test_the_parts_have_the_declared_shapes():
-    weight = quantized(np.ones((20, 320), np.float32))  # 100 blocks: the block of absmaxes is not full
-    declared = weight_shapes(20, 320)
+def test_every_setting_has_its_kind_whose_fields_are_its_parts():
+    assert ["none", *KINDS] == ["none", *PACKINGS] == list(get_args(Quantization))
+    for kind in KINDS.values():
+        assert [field.name for field in fields(kind)] == list(kind.parts)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_bytes_that_are_planned_for_are_those_of_the_arrays(name):
+    arrays = jax.tree.leaves(KINDS[name].shapes(64, 256 * BLOCK))
+    assert PACKINGS[name].bytes_of(64 * 256 * BLOCK) == sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_the_parts_have_the_declared_shapes(kind):
+    weight = jax.jit(kind.quantize)(np.ones((20, 320), np.float32))  # a block of absmaxes is not full
+    declared = kind.shapes(20, 320)
     for found, part in zip(jax.tree.leaves(weight), jax.tree.leaves(declared), strict=True):
         assert (found.shape, found.dtype) == (part.shape, part.dtype)
 
@@ -235,14 +243,14 @@ def test_sixteen_bit_weights_quantize_as_the_same_values_in_fp32(dtype):
 @pytest.mark.parametrize("dtype", TYPES[1:])
 def test_a_dequantized_weight_is_the_fp32_product_rounded_once(dtype):
     parts = quantized(random_weight(4))
-    exact = jax.jit(partial(dequantize, dtype=jnp.float32))(parts)
-    for compute in (partial(dequantize, dtype=dtype), jax.jit(partial(dequantize, dtype=dtype))):
+    exact = jax.jit(partial(NF4Weight.dequantize, dtype=jnp.float32))(parts)
+    for compute in (partial(NF4Weight.dequantize, dtype=dtype), jax.jit(partial(NF4Weight.dequantize, dtype=dtype))):
         np.testing.assert_array_equal(np.asarray(compute(parts)), np.asarray(exact).astype(dtype))
 
 
 def test_a_width_that_is_no_multiple_of_a_block_is_refused():
     with pytest.raises(UserError, match="96"):
-        quantize(jnp.ones((8, 96)))
+        NF4Weight.quantize(jnp.ones((8, 96)))
 
 
 def test_a_block_beyond_the_range_of_normal_reciprocals_is_all_zero_codes_as_on_cuda():

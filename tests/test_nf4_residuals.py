@@ -20,10 +20,11 @@ from jax_medllm.adapters import assign, variables
 from jax_medllm.batches import CptBatch
 from jax_medllm.linear import Linear, PackedParam, matmul, nf4_matmul
 from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.nf4 import NF4Weight, dequantize, weight_shapes
+from jax_medllm.quantized_weight import KINDS, QuantizedWeight
 from jax_medllm.train import cpt_loss_fn
 from medllm.axes import Axis
 from medllm.config import LoraConfig, RematPolicy
+from medllm.quantization import Quantization
 from tests.small_model import small_config
 
 # No activation of seven tokens has as many numbers as a weight, nor has the embedding.
@@ -32,9 +33,9 @@ TOKENS = jnp.arange(1, 8)[None]
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 
-def naive_matmul(x: jax.Array, weight: NF4Weight, axes: Any = None) -> jax.Array:
+def naive_matmul(x: jax.Array, weight: QuantizedWeight, axes: Any = None) -> jax.Array:
     """Without the custom derivative: the dense weight is a residual."""
-    return matmul(x, dequantize(weight, x.dtype))
+    return matmul(x, weight.dequantize(x.dtype))
 
 
 def dense_residuals(function: Any, trained: Any, rest: Any, sizes: set[int]) -> list[str]:
@@ -55,8 +56,8 @@ def dense_sizes(module: Any) -> set[int]:
     return {share * stack.size // layers for stack in stacks for layers in (1, stack.shape[0]) for share in (1, 2)}
 
 
-def abstract_model(dtype: Any) -> Qwen2:
-    return nnx.eval_shape(lambda: Qwen2(CONFIG, lora=LORA, quantization="nf4", dtype=dtype, rngs=nnx.Rngs(0)))
+def abstract_model(dtype: Any, quantization: Quantization = "nf4") -> Qwen2:
+    return nnx.eval_shape(lambda: Qwen2(CONFIG, lora=LORA, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def loss_of(model: Qwen2, remat: RematPolicy = "none") -> tuple[Any, Any, Any]:
@@ -70,9 +71,10 @@ def loss_of(model: Qwen2, remat: RematPolicy = "none") -> tuple[Any, Any, Any]:
     return loss, trained, rest
 
 
+@pytest.mark.parametrize("kind", KINDS.values())
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_product_with_a_packed_weight_keeps_no_dense_one(dtype):
-    given = jax.ShapeDtypeStruct((5, 192), dtype), weight_shapes(128, 192)
+def test_a_product_with_a_packed_weight_keeps_no_dense_one(dtype, kind):
+    given = jax.ShapeDtypeStruct((5, 192), dtype), kind.shapes(128, 192)
     assert dense_residuals(nf4_matmul, *given, sizes={128 * 192, 128 * 96}) == []
     assert len(dense_residuals(naive_matmul, *given, sizes={128 * 192, 128 * 96})) == 1
 
@@ -94,9 +96,9 @@ def test_a_linear_layer_with_adapters_keeps_no_dense_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("remat", get_args(RematPolicy))
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_training_loss_keeps_no_dense_weight(dtype, remat):
-    model = abstract_model(dtype)
+@pytest.mark.parametrize(("dtype", "quantization"), [(jnp.float32, "nf4"), (jnp.bfloat16, "nf4"), (jnp.bfloat16, "nf4-single")])
+def test_the_training_loss_keeps_no_dense_weight(dtype, quantization, remat):
+    model = abstract_model(dtype, quantization)
     assert dense_residuals(*loss_of(model, remat), sizes=dense_sizes(model)) == []
 
 
@@ -106,15 +108,17 @@ def test_the_check_finds_the_stack_of_each_kind_of_weight_without_the_custom_der
     assert len(dense_residuals(*loss_of(model), sizes=dense_sizes(model))) == 7
 
 
-@partial(jax.jit, static_argnums=0)
-def random_states(dtype: str) -> tuple[tuple[nnx.GraphDef, nnx.State], tuple[nnx.GraphDef, nnx.State]]:
+@partial(jax.jit, static_argnums=(0, 1))
+def random_states(
+    dtype: str, quantization: Quantization
+) -> tuple[tuple[nnx.GraphDef, nnx.State], tuple[nnx.GraphDef, nnx.State]]:
     """A quantized model with B random, so that every gradient is there, and the dense one its codes stand for."""
 
     def build(quantization: Any) -> Qwen2:
         rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))  # a generator that is quick to compile
         return Qwen2(CONFIG, lora=LORA, quantization=quantization, dtype=jnp.dtype(dtype), rngs=rngs)
 
-    model, dense = build("nf4"), build("none")
+    model, dense = build(quantization), build("none")
     held = {path: variable[...] for path, variable in variables(model).items()}
     for number, (path, value) in enumerate(held.items()):
         if path[-1] == "B":
@@ -122,21 +126,28 @@ def random_states(dtype: str) -> tuple[tuple[nnx.GraphDef, nnx.State], tuple[nnx
     assign(model, held)
     for path in list(held):
         if path[-1] == "packed":
-            parts = NF4Weight(**{name: held.pop((*path[:-1], name)) for name in NF4Weight.__dataclass_fields__})
-            held[(*path[:-2], "weight")] = jax.vmap(partial(dequantize, dtype=model.dtype))(parts)
+            kind = KINDS[quantization]
+            parts = kind(**{name: held.pop((*path[:-1], name)) for name in kind.parts})
+            held[(*path[:-2], "weight")] = jax.vmap(partial(kind.dequantize, dtype=model.dtype))(parts)
     assert held.keys() == variables(dense).keys()
     assign(dense, held)
     return nnx.split(model), nnx.split(dense)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound", "remat"),
-    [("float64", 1e-10, "none"), ("float64", 1e-10, "layer"), ("float32", 1e-5, "none"), ("bfloat16", 2e-2, "none")],
+    ("dtype", "bound", "remat", "quantization"),
+    [
+        ("float64", 1e-10, "none", "nf4"),
+        ("float64", 1e-10, "layer", "nf4"),
+        ("float64", 1e-10, "layer", "nf4-single"),
+        ("float32", 1e-5, "none", "nf4"),
+        ("bfloat16", 2e-2, "none", "nf4"),
+    ],
 )
-def test_gradients_are_those_of_the_dense_model_with_the_dequantized_weights(dtype, bound, remat):
+def test_gradients_are_those_of_the_dense_model_with_the_dequantized_weights(dtype, bound, remat, quantization):
     with jax.enable_x64(dtype == "float64"):
         results = []
-        for split in random_states(dtype):
+        for split in random_states(dtype, quantization):
             loss, trained, rest = loss_of(nnx.merge(*split), remat)
             results.append(jax.jit(jax.value_and_grad(loss))(trained, rest))
         (loss, found), (expected_loss, expected) = results

@@ -86,6 +86,7 @@ def tiny(tmp_path):
     [
         ("cpt", "fp32", "projections", 4),
         ("cpt", "fp32", "none", 4),
+        ("cpt", "nf4-single", "layer", 1),
         ("rpo", "fp32", "layer", 2),
         ("generate", "fp32", "layer", 8),
     ],

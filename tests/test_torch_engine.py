@@ -298,13 +298,14 @@ def test_an_earlier_adapter_stays_in_the_reference_of_preference_training(dense,
     assert len(adapter_of(summary)) == 2 * 2 * 7
 
 
-def test_nf4_is_quantized_as_documented_and_trains_on_this_cpu(nf4, tmp_path):
-    model = open_model(nf4)
+@pytest.mark.parametrize("quantization", ["nf4", "nf4-single"])
+def test_nf4_is_quantized_as_documented_and_trains_on_this_cpu(nf4, quantization):
+    model = open_model(dataclasses.replace(nf4, quantization=quantization))
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * 7
     for layer in layers:
         state = layer.weight.quant_state
-        assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
+        assert (state.quant_type, state.nested, state.blocksize) == ("nf4", quantization == "nf4", 64)
         assert layer.compute_dtype == torch.bfloat16
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():

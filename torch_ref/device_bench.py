@@ -41,6 +41,7 @@ from medllm.child import serve
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
 from medllm.process_memory import peak_resident_bytes
+from medllm.quantization import PACKINGS, Packing
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import DTYPES, add_adapter, device, initialize_adapter, peft_config
 from torch_ref.rpo import loss_arguments
@@ -247,8 +248,8 @@ def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
-                if isinstance(linear, torch.nn.Linear) and shape.quantization == "nf4":
-                    setattr(block, name, _packed(linear, packed, dtype, where))
+                if isinstance(linear, torch.nn.Linear) and shape.quantization in PACKINGS:
+                    setattr(block, name, _packed(linear, packed, PACKINGS[shape.quantization], dtype, where))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             module, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -261,20 +262,21 @@ def random_model(shape: ModelShape, where: torch.device) -> Qwen2ForCausalLM:
     if left:
         raise RuntimeError(f"transformers' Qwen2 has {left[0]}, which this measurement leaves without a value")
     model.config.dtype = dtype
-    model.is_loaded_in_4bit = shape.quantization == "nf4"  # what PEFT, TRL and accelerate go by
+    model.is_loaded_in_4bit = shape.quantization in PACKINGS  # what PEFT, TRL and accelerate go by
     return model.requires_grad_(False).eval()
 
 
 def _packed(
     linear: torch.nn.Linear,
     packed: dict[torch.Size, tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    packing: Packing,
     dtype: torch.dtype,
     where: torch.device,
 ) -> Linear4bit:
     shape = linear.weight.shape
     if shape not in packed:
         dense = torch.empty(shape, dtype=dtype, device=where).normal_(0.0, _SPREAD)
-        data, state = bnb.quantize_4bit(dense, blocksize=64, compress_statistics=True, quant_type="nf4")
+        data, state = bnb.quantize_4bit(dense, blocksize=64, compress_statistics=packing.double, quant_type="nf4")
         packed[shape] = data, state.as_dict(packed=True)
     with torch.device("meta"):
         layer = Linear4bit(

@@ -23,6 +23,7 @@ from medllm.adapter_directory import open_adapters
 from medllm.config import LoraConfig, ModelConfig, TorchConfig
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
+from medllm.quantization import PACKINGS, check_stored
 from medllm.tokenizer import check_vocabulary, load_tokenizer
 from torch_ref.switches import check_switches
 
@@ -50,7 +51,8 @@ def check_model(model: ModelConfig) -> ModelDirectory:
     """Refuse, before gigabytes are read, a model or adapter folder that cannot be opened; the model's folder, checked.
 
     Raises:
-        UserError: a folder or file is missing, incomplete or of a kind that is not read.
+        UserError: a folder or file is missing, incomplete or of a kind that is not read, or the weights are stored in another
+            quantization than ``model`` says.
     """
     folder = ModelDirectory(model.path)
     folder.names()
@@ -58,6 +60,7 @@ def check_model(model: ModelConfig) -> ModelDirectory:
         raise UserError(f"{model.path}: config.json asks for code of its own (auto_map); code in model folders is never run")
     if "vocab_size" not in folder.config:
         raise UserError(f"{model.path}/config.json: no vocab_size; a causal language model was expected")
+    check_stored(folder.path, folder.config, model.quantization)
     open_adapters(model.adapters, folder)
     return folder
 
@@ -77,9 +80,13 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
     attention = {} if switches.attention == "sdpa" else {"attn_implementation": switches.attention}
     quantization: dict[str, Any] = {}
     # A directory stored in 4 bits says so in its config and is opened as it is.
-    if model.quantization == "nf4" and "quantization_config" not in folder.config:
+    packing = PACKINGS.get(model.quantization)
+    if packing is not None and "quantization_config" not in folder.config:
         quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=packing.double,
+            bnb_4bit_compute_dtype=dtype,
         )
     try:
         base, report = AutoModelForCausalLM.from_pretrained(

@@ -7,11 +7,11 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 
 from medllm.child import serve
+from medllm.model_directory import write_model
 from torch_ref.device_bench import cpt, device
 
 _SHAPE = (128, 512)
@@ -19,7 +19,7 @@ _ROWS = 16
 
 
 def check(*, shape: dict[str, Any], smoke: bool, nf4: str | None = None) -> dict[str, Any]:
-    """One tiny training step, and a weight in NF4 with its product, in the file ``nf4``."""
+    """One tiny training step, and a weight in NF4 with its product, in the folder ``nf4``."""
     found = cpt(shape=shape, seconds=0.0, smoke=smoke)
     if nf4 is not None:
         leave_nf4(nf4)
@@ -27,26 +27,24 @@ def check(*, shape: dict[str, Any], smoke: bool, nf4: str | None = None) -> dict
     return {"loss": found["loss"], "tried": found["tried"], "versions": versions}
 
 
-def leave_nf4(file: str) -> None:
-    """Quantize a random bf16 weight on the device and write its parts, the weight they stand for, and a product with it."""
+def leave_nf4(folder: str) -> None:
+    """Quantize a random bf16 weight on the device and write it as bitsandbytes does (``packed``), with the weight that was
+    quantized, the one that it stands for, and a product with that."""
     where = device()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_SHAPE, generator=generator).to(torch.bfloat16)
     x = torch.randn((_ROWS, _SHAPE[1]), generator=generator).to(torch.bfloat16)
     packed, state = bnb.quantize_4bit(weight.to(where), blocksize=64, compress_statistics=True, quant_type="nf4")
     dense = bnb.dequantize_4bit(packed, state)
-    parts = {
-        "packed": packed.cpu().numpy().reshape(_SHAPE[0], -1),
-        "absmax_codes": state.absmax.cpu().numpy().reshape(_SHAPE[0], -1),
-        "nested_absmax": state.state2.absmax.cpu().numpy(),
-        "offset": state.offset.cpu().numpy().reshape(()),
-        "weight": weight.float().numpy(),
-        "dequantized": dense.float().cpu().numpy(),
-        "x": x.float().numpy(),
-        "product": (x.to(where) @ dense.T).double().cpu().numpy(),
-        "device": np.asarray(where.type),
+    tensors = {
+        "packed": packed,
+        **{f"packed.{name}": part for name, part in state.as_dict(packed=True).items()},
+        "weight": weight.float(),
+        "dequantized": dense.float(),
+        "x": x.float(),
+        "product": (x.to(where) @ dense.T).double(),
     }
-    np.savez(file, **parts)
+    write_model(folder, {"device": where.type}, ((name, tensor.cpu().numpy()) for name, tensor in tensors.items()))
 
 
 if __name__ == "__main__":

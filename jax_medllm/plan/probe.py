@@ -31,6 +31,7 @@ from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.preferences.pairs import Rank
 from medllm.preferences.tokenization import TokenizedGroup
+from medllm.quantization import PACKINGS
 
 DEPTHS = (2, 4)
 """Layers of the two models that are run. Not one: a loop of one round is no loop, and is compiled as none."""
@@ -111,7 +112,7 @@ def _at_depth(stage: str, settings: dict[str, Any], layers: int, layout: Layout,
     loss_fn, batches = _step(stage, settings)
     weights = random_model(
         model,
-        quantization="nf4" if settings["quantization"] == "nf4" else "none",
+        quantization=settings["quantization"] if settings["quantization"] in PACKINGS else "none",
         dtype="float32" if settings["quantization"] == "fp32" else "bfloat16",
         rank=settings["rank"],
     )

@@ -22,6 +22,7 @@ from jax_medllm.tiles import laid_codes
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
+from medllm.quantization import PACKINGS
 
 _ROWS = ("batch",)
 _STEPS = 1000
@@ -173,7 +174,7 @@ def _model(settings: Mapping[str, Any]) -> Qwen2:
         Qwen2,
         config,
         lora=LoraConfig(rank=settings["rank"]),
-        quantization="nf4" if precision == "nf4" else "none",
+        quantization=precision if precision in PACKINGS else "none",
         dtype="float32" if precision == "fp32" else "bfloat16",
     )
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))

@@ -65,7 +65,7 @@ def _work(part: str, work: DeviceShape) -> str:
         "rpo": f"prompt {work.prompt}, {RESPONSES} responses of {work.response}, {len(PAIRS)} pairs",
         "decode": f"{work.decode_rows} rows at {work.decode_tokens} tokens",
     }[part]
-    held = "NF4" if model.quantization == "nf4" else model.dtype
+    held = model.dtype if model.quantization == "none" else model.quantization.upper()
     keeps = "" if part == "decode" else f", LoRA r={model.rank}, remat {work.remat} (JAX)"
     return f"{work.name} {part}:{by_depth} {model.layers} layers of width {model.width}, {held}{keeps}; {does}"
 

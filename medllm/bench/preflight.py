@@ -60,7 +60,7 @@ def preflight(
     result: dict[str, Any] = {"versions": versions}
     shape = {**SMOKE.to_json(), "depths": ()}
     with tempfile.TemporaryDirectory(prefix="medllm-preflight-") as folder:
-        nf4 = str(Path(folder) / "nf4.npz") if "torch" in engines else None
+        nf4 = str(Path(folder) / "nf4") if "torch" in engines else None
         for engine in _ORDER:
             if engine not in engines:
                 continue

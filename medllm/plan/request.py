@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from medllm.config import RematPolicy
 from medllm.errors import UserError
+from medllm.quantization import Packed
 
 Stage = Literal["cpt", "rpo", "generate"]
 
@@ -43,7 +44,7 @@ class Request:
     prompt: int | None = None
     responses: int = 3
     response: int = 512
-    quantization: Literal["nf4", "bf16", "fp32"] = "nf4"
+    quantization: Literal[Packed, "bf16", "fp32"] = "nf4"
     remat: RematPolicy = "layer"
     rank: int = 16
     accumulation: int = 1
