@@ -29,7 +29,7 @@ from jax_medllm.tiles import lay_codes
 from jax_medllm.train import cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.weights import load_model
 from medllm.adapter_directory import Adapter, open_adapters, write_adapter
-from medllm.config import FREE_ON_RESUME, LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
+from medllm.config import LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
 from medllm.errors import UserError
@@ -38,6 +38,7 @@ from medllm.model_directory import ModelDirectory
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.processes import is_primary_process
 from medllm.run import Run
+from medllm.stage_config import FREE_ON_RESUME
 from medllm.tokenizer import Prompt, check_vocabulary, encode_prompt, end_token, load_tokenizer
 from medllm.training import TrainSummary
 

@@ -80,13 +80,12 @@ def read_model(
     Raises:
         UserError: as for :func:`load_model`.
     """
-    config = directory.architecture
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     settings = lora.lora if isinstance(lora, Adapter) else lora
 
     def build() -> Qwen2:
         return Qwen2(
-            config,
+            directory.architecture,
             lora=settings,
             frozen_loras=tuple(one.lora for one in adapters),
             reference=isinstance(lora, Adapter),
@@ -97,7 +96,7 @@ def read_model(
 
     model = nnx.eval_shape(build)
     slots = _base_slots(model)
-    _check_tensors(directory, slots, config)
+    _check_tensors(directory, slots, directory.architecture)
     given = {frozen(index): one for index, one in enumerate(adapters)}
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}

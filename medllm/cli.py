@@ -21,12 +21,13 @@ from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, find_command, gather_lists, name_presets
-from medllm.config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, ProblemsFormat, RpoConfig
+from medllm.config import ProblemsFormat
 from medllm.engines import EngineName, load, require
 from medllm.errors import UserError
 from medllm.processes import ended, is_primary_process
 from medllm.progress import progress_bar
 from medllm.quantization import Quantization
+from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 
 
 def main(arguments: list[str] | None = None) -> int:

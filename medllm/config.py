@@ -1,7 +1,7 @@
-"""Every setting of the study, declared once.
+"""Every setting of the study, declared once: the parts that the stages' own (:mod:`medllm.stage_config`) are made of.
 
-Each stage's config is a frozen dataclass; presets in ``medllm/presets`` are YAML files of the same shape and carry the
-reason or the source of every number. The paper publishes almost none of its hyper-parameters, so the defaults here are ours.
+Presets in ``medllm/presets`` carry the reason or the source of every number. The paper publishes almost none of its
+hyper-parameters, so the defaults here are ours.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {
 ALL_LINEAR = tuple(PROJECTIONS)
 
 
-def _require(holds: bool, setting: str, value: object, expected: str) -> None:
+def expect(holds: bool, setting: str, value: object, expected: str) -> None:
+    """Refuse a setting that does not hold.
+
+    Raises:
+        UserError: it does not; with the setting, its value, and what was ``expected``.
+    """
     if not holds:
         raise UserError(f"{setting} is {value!r}; expected {expected}")
-
-
-def _require_counts(batch_size: int, shot_count: int, limit: int) -> None:
-    _require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-    _require(shot_count >= 0, "shot_count", shot_count, "0 (zero-shot) or more")
-    _require(limit >= 0, "limit", limit, "0 (all) or more")
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,16 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        expect(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        expect(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
         fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
-        _require(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
+        expect(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            _require(all(map(_is_regex, pattern)), f"lora.{name}", pattern, "regular expressions for module names")
+            expect(all(map(_is_regex, pattern)), f"lora.{name}", pattern, "regular expressions for module names")
         positive = all(rank >= 1 for rank in self.rank_pattern.values())
-        _require(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
+        expect(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
         positive = all(alpha > 0 for alpha in self.alpha_pattern.values())
-        _require(positive, "lora.alpha_pattern", self.alpha_pattern, "positive numbers")
+        expect(positive, "lora.alpha_pattern", self.alpha_pattern, "positive numbers")
 
     def covers(self, module: str) -> bool:
         """Whether ``module`` (``model.layers.0.self_attn.q_proj``) carries an adapter, by PEFT's rule for lists."""
@@ -170,12 +169,12 @@ class OptimizerConfig:
         return len(self.betas)
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more")
-        _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a fraction in [0, 1)")
-        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a positive number")
+        expect(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        expect(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
+        expect(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
+        expect(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 (off) or more")
+        expect(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a fraction in [0, 1)")
+        expect(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class CorpusConfig:
     packing: Literal["packed", "wrapped"] = "packed"
 
     def __post_init__(self) -> None:
-        _require(self.length >= 2, "corpus.length", self.length, "at least 2 tokens in a row")
+        expect(self.length >= 2, "corpus.length", self.length, "at least 2 tokens in a row")
 
 
 @dataclass(frozen=True)
@@ -232,9 +231,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
-            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+            expect(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("checkpoint_every", "max_steps"):
-            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+            expect(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,25 +293,6 @@ class Recipe(MeshConfig):
 
 
 @dataclass(frozen=True)
-class CptConfig(Recipe):
-    """Stage 1: continued pretraining. Two epochs is the paper's figure.
-
-    Args:
-        model: The model that is trained on.
-        run: Run folder; the adapter is written into it.
-        corpus: The texts, and how they become rows.
-    """
-
-    model: ModelConfig
-    run: str
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-
-    def __post_init__(self) -> None:
-        precomputed = self.torch.precompute_reference
-        _require(not precomputed, "torch.precompute_reference", precomputed, "false: continued pretraining has no reference")
-
-
-@dataclass(frozen=True)
 class Sampling:
     """How text is generated. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters off.
 
@@ -335,47 +315,13 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
-        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a probability in (0, 1]")
-        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (off) or more")
-        _require(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
+        expect(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "at least 1")
+        expect(self.temperature >= 0, "sampling.temperature", self.temperature, "0 (greedy) or more")
+        expect(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a probability in (0, 1]")
+        expect(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (off) or more")
+        expect(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
         differ = self.samples == 1 or self.temperature > 0
-        _require(differ, "sampling.temperature", self.temperature, f"above 0 to draw {self.samples} different samples")
-
-
-@dataclass(frozen=True)
-class CurateConfig(MeshConfig):
-    """Preference data from the model's own answers.
-
-    Args:
-        model: The model that writes the responses (the CPT model in the paper).
-        run: Run folder; ``preferences.jsonl`` is written into it.
-        problems: Problem files or folders, with verified explanations.
-        problems_format: Of those files; ``auto`` goes by a file's name and content.
-        shots: Problem file whose first ``shot_count`` rows are the examples; the problems' own first ones when unset.
-        shot_count: Examples before the question (three in the paper).
-        problems_until: Problems of later years are refused: the exams held out for evaluation never enter training.
-        sampling: Several samples a problem at a temperature that gives right and wrong answers.
-        answer_as: Answers are written as option letters, or as the options' own text.
-        batch_size: Continuations generated at a time.
-        limit: Use only the first so many problems (0: all).
-    """
-
-    model: ModelConfig
-    run: str
-    problems: tuple[str, ...]
-    shots: str | None = None
-    shot_count: int = 3
-    problems_until: int = 2017
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, samples=8))
-    answer_as: Literal["letters", "text"] = "letters"
-    batch_size: int = 32
-    limit: int = 0
-    problems_format: ProblemsFormat = "auto"
-
-    def __post_init__(self) -> None:
-        _require_counts(self.batch_size, self.shot_count, self.limit)
+        expect(differ, "sampling.temperature", self.temperature, f"above 0 to draw {self.samples} different samples")
 
 
 @dataclass(frozen=True)
@@ -396,8 +342,8 @@ class PreferenceLoss:
     nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence"
 
     def __post_init__(self) -> None:
-        _require(self.beta > 0, "loss.beta", self.beta, "a positive number")
-        _require(self.alpha >= 0, "loss.alpha", self.alpha, "0 (plain DPO) or more")
+        expect(self.beta > 0, "loss.beta", self.beta, "a positive number")
+        expect(self.alpha >= 0, "loss.alpha", self.alpha, "0 (plain DPO) or more")
 
 
 @dataclass(frozen=True)
@@ -418,9 +364,9 @@ class PairConfig:
     max_length: int = 4096
 
     def __post_init__(self) -> None:
-        _require(self.max_chosen >= 0, "pairs.max_chosen", self.max_chosen, "0 (all) or more")
-        _require(self.max_rejected >= 0, "pairs.max_rejected", self.max_rejected, "0 (all) or more")
-        _require(self.max_length >= 2, "pairs.max_length", self.max_length, "at least 2 tokens")
+        expect(self.max_chosen >= 0, "pairs.max_chosen", self.max_chosen, "0 (all) or more")
+        expect(self.max_rejected >= 0, "pairs.max_rejected", self.max_rejected, "0 (all) or more")
+        expect(self.max_length >= 2, "pairs.max_length", self.max_length, "at least 2 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,105 +391,3 @@ class PreferenceRecipe(Recipe):
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=1))
     handover: Literal["merge", "stack", "continue"] = "merge"
     reference_cache: str | None = None
-
-
-@dataclass(frozen=True)
-class RpoConfig(PreferenceRecipe):
-    """Stage 2: preference training.
-
-    Args:
-        model: The model that is trained on. Its adapter, where it has one, is that of stage 1.
-        run: Run folder.
-        preferences: The preference file.
-    """
-
-    model: ModelConfig
-    run: str
-    preferences: str
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(MeshConfig):
-    """An exam sat by a model, from prompts to the score.
-
-    Args:
-        model: The model that sits it.
-        run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
-        problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
-        problems_format: Of those files; ``auto`` goes by a file's name and content.
-        shots: Problem file with the examples, which is needed where there are any.
-        shot_count: Examples before the question (three in the paper, 0: none).
-        explanation: Ask for an explanation before the answer (the paper's second column).
-        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
-            after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
-        option_prompt: That prompt, by JMedBench's names: in English or in Japanese, with the options listed in it or not.
-        template: The prompt: ``igakuqa`` is the benchmark's own, ``curation`` the paper's Question/Explanation/Answer.
-        format: The prompt's form: ``completion`` for base models, ``chat`` for models with a chat template.
-        answer_as: The shots answer with option letters, or with the options' own text.
-        batch_size: Continuations generated at a time.
-        lenient: Also forgive spaces in a prediction; the official scoring does not.
-        limit: Only the first so many problems (0: all).
-        label: What the model is called in tables; its folder when unset.
-    """
-
-    model: ModelConfig
-    run: str
-    problems: tuple[str, ...]
-    shots: str | None = None
-    shot_count: int = 3
-    explanation: bool = False
-    method: Literal["generate", "options"] = "generate"
-    template: Literal["igakuqa", "curation"] = "igakuqa"
-    format: Literal["completion", "chat"] = "completion"
-    answer_as: Literal["letters", "text"] = "letters"
-    sampling: Sampling = field(default_factory=Sampling)
-    batch_size: int = 32
-    lenient: bool = False
-    limit: int = 0
-    label: str | None = None
-    problems_format: ProblemsFormat = "auto"
-    option_prompt: OptionPrompt = "mcqa_with_options_jp"
-
-    def __post_init__(self) -> None:
-        _require_counts(self.batch_size, self.shot_count, self.limit)
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """The parity audit: one checkpoint in both stacks and in float64.
-
-    Args:
-        model: The checkpoint, its adapters, its quantization, and the type both stacks compute in.
-        reference: Model folder that the torch stack and the truth read in place of ``model.path``.
-        reference_adapter: Adapter folder, or several, that they put on in place of ``model.adapter``.
-        text: A UTF-8 text file to take the tokens from; random tokens without it.
-        tokens: Length of a row.
-        rows: How many rows: a whole, a packed, a padded one, and more whole ones.
-        seed: Seed of the random tokens.
-        bisect: Stop at the first divergence.
-    """
-
-    model: ModelConfig
-    reference: str | None = None
-    reference_adapter: tuple[str, ...] | str | None = None
-    text: str | None = None
-    tokens: int = 128
-    rows: int = 4
-    seed: int = 0
-    bisect: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.tokens >= 8, "tokens", self.tokens, "at least 8")
-        _require(self.rows >= 3, "rows", self.rows, "at least 3: a whole, a packed and a padded one")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
-
-
-FREE_ON_RESUME = frozenset(
-    {
-        *("run", "resume", "mesh", "rules", "reference_cache"),
-        *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
-        *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
-    }
-)
-"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, and how the same numbers are
-computed."""

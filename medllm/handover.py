@@ -1,4 +1,4 @@
-"""What becomes of stage 1's adapter in stage 2: ``merge``, ``stack`` or ``continue`` (:class:`medllm.config.RpoConfig`).
+"""What becomes of stage 1's adapter in stage 2: ``merge``, ``stack`` or ``continue`` (:class:`medllm.stage_config.RpoConfig`).
 
 With the base W, as Q(W) where it is quantized, the adapter's update U = s·BA and the new adapter N:
 
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medllm.adapter_directory import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
-from medllm.config import CorpusConfig, LoraConfig, ModelConfig, PreferenceRecipe, RpoConfig
+from medllm.config import CorpusConfig, LoraConfig, ModelConfig, PreferenceRecipe
 from medllm.engines import load, require
 from medllm.errors import UserError
 from medllm.model_directory import ModelDirectory
 from medllm.quantization import Quantization
 from medllm.run import MERGED, Run, is_primary_process
+from medllm.stage_config import RpoConfig
 
 if TYPE_CHECKING:
     from medllm.corpus.packing import PackedRows

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from medllm.config import FREE_ON_RESUME
 from medllm.errors import UserError
 from medllm.processes import is_primary_process
+from medllm.stage_config import FREE_ON_RESUME
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

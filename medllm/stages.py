@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, ProblemsFormat, RpoConfig
+from medllm.config import ModelConfig, ProblemsFormat
 from medllm.engine import Generates, Scores
 from medllm.engines import EngineName, open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.progress import progress_bar
 from medllm.run import Run, is_primary_process
+from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 
 Progress = Callable[[int, int], None]
 

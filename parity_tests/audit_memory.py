@@ -10,7 +10,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from medllm.config import AuditConfig, ModelConfig
+from medllm.config import ModelConfig
+from medllm.stage_config import AuditConfig
 from medllm_parity.audit import run_audit
 
 

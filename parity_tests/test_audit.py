@@ -20,9 +20,10 @@ from jax_medllm import attention, linear, model, nf4
 from jax_medllm.weights import read_model
 from medllm.adapter_directory import merge_adapter, read_adapter, write_adapter
 from medllm.cli import main
-from medllm.config import AuditConfig, ModelConfig
+from medllm.config import ModelConfig
 from medllm.mini.study import BASE
 from medllm.model_directory import ModelDirectory, write_model
+from medllm.stage_config import AuditConfig
 from medllm.tokenizer import load_tokenizer
 from medllm_parity import audit as audits
 from medllm_parity.audit import run_audit

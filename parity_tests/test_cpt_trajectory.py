@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from jax_medllm.batches import CptData
 from jax_medllm.train import cpt_loss_fn
 from medllm.adapter_directory import read_adapter
-from medllm.config import CptConfig, ModelConfig, TrainingConfig
+from medllm.config import ModelConfig, TrainingConfig
 from medllm.run import Run
+from medllm.stage_config import CptConfig
 from parity_tests.cpt_cases import documents, float64_loss, stock_trainer
 from parity_tests.jax_results import open_trainable
 from parity_tests.oracle import float64_model

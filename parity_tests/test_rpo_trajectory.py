@@ -21,9 +21,10 @@ from jax_medllm.batches import PreferenceData, Step, single_pairs
 from jax_medllm.optimizer import warmup_steps
 from jax_medllm.train import LossFn, preference_loss_fn
 from medllm.adapter_directory import read_adapter
-from medllm.config import ModelConfig, PairConfig, PreferenceLoss, RpoConfig, TrainingConfig
+from medllm.config import ModelConfig, PairConfig, PreferenceLoss, TrainingConfig
 from medllm.preferences.pairs import trl_rows
 from medllm.run import Run
+from medllm.stage_config import RpoConfig
 from medllm.tokenizer import load_tokenizer
 from parity_tests.jax_results import open_trainable
 from parity_tests.oracle import float64_model

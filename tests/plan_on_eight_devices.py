@@ -26,8 +26,9 @@ from jax_medllm.plan.programs import trace
 from jax_medllm.sharding import Layout
 from jax_medllm.train import _Compiled
 from medllm.bench.shapes import CptShape, ModelShape
-from medllm.config import CptConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from medllm.run import Run
+from medllm.stage_config import CptConfig
 
 ROUNDS = 5
 Body = Callable[[jax.Array], jax.Array]

@@ -19,10 +19,11 @@ from flax import nnx
 from jax_medllm.engine import JaxEngine
 from medllm.adapter_directory import read_adapter
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
-from medllm.config import CptConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, RpoConfig, Sampling, TrainingConfig
+from medllm.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, Sampling, TrainingConfig
 from medllm.engine import Continuation
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
+from medllm.stage_config import CptConfig, RpoConfig
 
 SHAPE = ModelShape(layers=2, width=128, mlp=192, heads=8, kv_heads=4, vocabulary=64, rank=4)
 TRAINING = TrainingConfig(epochs=1, batch_size=6, accumulation=1)

@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from medllm.config import EvaluateConfig, ModelConfig, Sampling
+from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generation
 from medllm.errors import UserError
 from medllm.exam.evaluation import OPTION_PROMPTS, check_exam, evaluate, score_options, write_predictions
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
+from medllm.stage_config import EvaluateConfig
 
 CHOICES = ("赤", "青", "緑色", "黒", "白")
 PROBLEMS = tuple(

@@ -16,17 +16,7 @@ from jax_medllm.model import Qwen2
 from jax_medllm.reference import compute_reference
 from jax_medllm.weights import model_tensors
 from medllm.adapter_directory import read_adapter
-from medllm.config import (
-    CptConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PairConfig,
-    PreferenceLoss,
-    RpoConfig,
-    Sampling,
-    TrainingConfig,
-)
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, Sampling, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation
 from medllm.errors import UserError
@@ -34,6 +24,7 @@ from medllm.model_directory import write_model
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
+from medllm.stage_config import CptConfig, RpoConfig
 from tests.small_model import small_config
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz_.:"

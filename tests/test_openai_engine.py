@@ -11,11 +11,12 @@ import pytest
 pytest.importorskip("openai", reason="openai is not installed: pip install 'medllm[eval]'")
 
 from medllm import openai_engine
-from medllm.config import EvaluateConfig, ModelConfig, Sampling
+from medllm.config import ModelConfig, Sampling
 from medllm.engines import open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.evaluation import evaluate
 from medllm.exam.problem import Problem
+from medllm.stage_config import EvaluateConfig
 from medllm.tokenizer import Message
 
 KEY = "sk-secret-of-the-test"

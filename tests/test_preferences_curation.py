@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from medllm.config import CurateConfig, ModelConfig, Sampling
+from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generation
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt
 from medllm.preferences.curation import check_problems, curate
 from medllm.preferences.records import Sample
+from medllm.stage_config import CurateConfig
 from medllm.stages import build_preferences
 from medllm.tokenizer import Prompt
 

@@ -10,9 +10,10 @@ import pytest
 import medllm.stages
 from medllm.child import run_in_child
 from medllm.cli import main
-from medllm.config import CorpusConfig, CptConfig, ModelConfig
+from medllm.config import CorpusConfig, ModelConfig
 from medllm.mini.study import BASE
 from medllm.progress import part_of, progress_bar, tracked
+from medllm.stage_config import CptConfig
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from medllm.config import CptConfig, CurateConfig, EvaluateConfig, ModelConfig, RpoConfig
+from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.predictions import Prediction, write_predictions
@@ -29,6 +29,7 @@ from medllm.report.runs import read_cell, read_run, report_from_runs
 from medllm.report.statistics import Bootstrap
 from medllm.report.study import choose_examples, composition
 from medllm.run import Run
+from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 
 DRAW = Bootstrap(resamples=200)
 SETTINGS = ("3-shot", "3-shot with explanation")

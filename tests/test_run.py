@@ -6,9 +6,10 @@ import json
 import pytest
 import yaml
 
-from medllm.config import FREE_ON_RESUME, CptConfig, EvaluateConfig, LoraConfig, ModelConfig, RpoConfig
+from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.run import Run, atomic_path
+from medllm.stage_config import FREE_ON_RESUME, CptConfig, EvaluateConfig, RpoConfig
 
 
 def config(tmp_path):

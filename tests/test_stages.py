@@ -7,12 +7,13 @@ from typing import get_args
 import pytest
 
 from medllm.cli import main
-from medllm.config import EvaluateConfig, ModelConfig, OptionPrompt, Sampling
+from medllm.config import ModelConfig, OptionPrompt, Sampling
 from medllm.exam import evaluation
 from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from medllm.stage_config import EvaluateConfig
 from medllm.stages import run_evaluate
 from medllm.tokenizer import encode, load_tokenizer
 

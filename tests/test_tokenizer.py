@@ -52,7 +52,8 @@ def test_the_jax_engine_trains_and_answers_without_importing_torch(tmp_path):
 import sys
 import numpy as np
 from medllm.bench.shapes import CptShape, ModelShape
-from medllm.config import CptConfig, ModelConfig, Sampling, TrainingConfig
+from medllm.config import ModelConfig, Sampling, TrainingConfig
+from medllm.stage_config import CptConfig
 from medllm.engines import open_trainer
 from medllm.run import Run
 engine = open_trainer("jax", ModelConfig({str(BASE)!r}, dtype="float32"))

@@ -20,17 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import torch_ref
-from medllm.config import (
-    CptConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PairConfig,
-    PreferenceLoss,
-    RpoConfig,
-    Sampling,
-    TrainingConfig,
-)
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, Sampling, TrainingConfig
 from medllm.corpus.packing import pack
 from medllm.engine import Continuation
 from medllm.errors import UserError
@@ -38,6 +28,7 @@ from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
+from medllm.stage_config import CptConfig, RpoConfig
 from tests.small_torch_model import END, TEXTS
 from torch_ref import TorchEngine, add_adapter, open_model
 from torch_ref.cpt import RowFeatures
@@ -185,7 +176,8 @@ def test_a_run_that_has_reached_its_last_step_takes_no_other_on_resuming(dense, 
 TWO_PROCESSES = """
 import sys
 import numpy as np
-from medllm.config import CptConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from medllm.stage_config import CptConfig
 from medllm.corpus.packing import pack
 from medllm.run import Run
 from torch_ref import TorchEngine

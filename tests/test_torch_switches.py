@@ -13,15 +13,7 @@ from trl import DPOTrainer
 
 import torch_ref.cpt
 from medllm.cli import main
-from medllm.config import (
-    CptConfig,
-    LoraConfig,
-    OptimizerConfig,
-    PairConfig,
-    RpoConfig,
-    TorchConfig,
-    TrainingConfig,
-)
+from medllm.config import LoraConfig, OptimizerConfig, PairConfig, TorchConfig, TrainingConfig
 from medllm.corpus.packing import pack
 from medllm.engines import open_trainer
 from medllm.errors import UserError
@@ -29,6 +21,7 @@ from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
+from medllm.stage_config import CptConfig, RpoConfig
 from tests.small_torch_model import TEXTS
 from torch_ref import TorchEngine, open_model
 from torch_ref import switches as switches_here

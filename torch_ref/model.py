@@ -78,16 +78,6 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
     check_switches(switches, model)
     dtype = DTYPES[model.dtype]
     attention = {} if switches.attention == "sdpa" else {"attn_implementation": switches.attention}
-    quantization: dict[str, Any] = {}
-    # A directory stored in 4 bits says so in its config and is opened as it is.
-    packing = PACKINGS.get(model.quantization)
-    if packing is not None and "quantization_config" not in folder.config:
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=packing.double,
-            bnb_4bit_compute_dtype=dtype,
-        )
     try:
         base, report = AutoModelForCausalLM.from_pretrained(
             model.path,
@@ -100,7 +90,7 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             **attention,
-            **quantization,
+            **_quantized_on_opening(folder, model, dtype),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model.path}: transformers cannot open this model: {str(error).splitlines()[0]}") from error
@@ -126,6 +116,20 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
     if names:
         adapted.base_model.set_adapter(["default", *names], inference_mode=True)
     return adapted.eval()
+
+
+def _quantized_on_opening(folder: ModelDirectory, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers is told to quantize; nothing of a directory stored in 4 bits, which says so itself."""
+    packing = PACKINGS.get(model.quantization)
+    if packing is None or "quantization_config" in folder.config:
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=packing.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings}
 
 
 def open_continued(model: ModelConfig, switches: TorchConfig | None = None) -> peft.PeftModel:

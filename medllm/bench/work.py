@@ -15,13 +15,11 @@ from typing import Any
 
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.config import (
-    CptConfig,
     LoraConfig,
     ModelConfig,
     PairConfig,
     PreferenceLoss,
     RematPolicy,
-    RpoConfig,
     Sampling,
     TorchConfig,
     TrainingConfig,
@@ -30,6 +28,7 @@ from medllm.engines import EngineName, open_engine, open_trainer
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.process_memory import peak_resident_bytes
 from medllm.run import Run
+from medllm.stage_config import CptConfig, RpoConfig
 from medllm.training import TrainSummary
 
 Profiler = Callable[[str], AbstractContextManager[Any]]

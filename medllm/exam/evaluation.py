@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medllm.config import EvaluateConfig, OptionPrompt
+from medllm.config import OptionPrompt
 from medllm.engine import Continuation, Generates, Scores
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
@@ -15,6 +15,7 @@ from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
 from medllm.progress import part_of
+from medllm.stage_config import EvaluateConfig
 from medllm.tokenizer import encode_continuation
 
 __all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]

@@ -20,15 +20,11 @@ from typing import Any, Literal
 from medllm.adapter_directory import merge_adapter
 from medllm.config import (
     CorpusConfig,
-    CptConfig,
-    CurateConfig,
-    EvaluateConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PairConfig,
     PreferenceLoss,
-    RpoConfig,
     Sampling,
     TrainingConfig,
 )
@@ -43,6 +39,7 @@ from medllm.mini.world import make_world
 from medllm.presets import preset_file
 from medllm.quantization import Quantization
 from medllm.run import atomic_path
+from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
 from medllm.training import TrainSummary
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from medllm.config import CurateConfig, PairConfig, Sampling
+from medllm.config import PairConfig, Sampling
 from medllm.corpus.documents import refuse_held_out
 from medllm.engine import Generates, Generation
 from medllm.errors import UserError
@@ -22,6 +22,7 @@ from medllm.exam.prompts import curation_prompt, curation_response, naming_probl
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
 from medllm.progress import part_of
+from medllm.stage_config import CurateConfig
 
 
 @dataclass(frozen=True)

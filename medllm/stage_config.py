@@ -1,0 +1,182 @@
+"""Settings of a stage as a whole, one class a command: what a preset fills in.
+
+Each is a frozen dataclass; presets in ``medllm/presets`` are YAML files of the same shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from medllm.config import (
+    CorpusConfig,
+    MeshConfig,
+    ModelConfig,
+    OptionPrompt,
+    PreferenceRecipe,
+    ProblemsFormat,
+    Recipe,
+    Sampling,
+    expect,
+)
+
+
+def _require_counts(batch_size: int, shot_count: int, limit: int) -> None:
+    expect(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    expect(shot_count >= 0, "shot_count", shot_count, "0 (zero-shot) or more")
+    expect(limit >= 0, "limit", limit, "0 (all) or more")
+
+
+@dataclass(frozen=True)
+class CptConfig(Recipe):
+    """Stage 1: continued pretraining. Two epochs is the paper's figure.
+
+    Args:
+        model: The model that is trained on.
+        run: Run folder; the adapter is written into it.
+        corpus: The texts, and how they become rows.
+    """
+
+    model: ModelConfig
+    run: str
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+
+    def __post_init__(self) -> None:
+        precomputed = self.torch.precompute_reference
+        expect(not precomputed, "torch.precompute_reference", precomputed, "false: continued pretraining has no reference")
+
+
+@dataclass(frozen=True)
+class CurateConfig(MeshConfig):
+    """Preference data from the model's own answers.
+
+    Args:
+        model: The model that writes the responses (the CPT model in the paper).
+        run: Run folder; ``preferences.jsonl`` is written into it.
+        problems: Problem files or folders, with verified explanations.
+        problems_format: Of those files; ``auto`` goes by a file's name and content.
+        shots: Problem file whose first ``shot_count`` rows are the examples; the problems' own first ones when unset.
+        shot_count: Examples before the question (three in the paper).
+        problems_until: Problems of later years are refused: the exams held out for evaluation never enter training.
+        sampling: Several samples a problem at a temperature that gives right and wrong answers.
+        answer_as: Answers are written as option letters, or as the options' own text.
+        batch_size: Continuations generated at a time.
+        limit: Use only the first so many problems (0: all).
+    """
+
+    model: ModelConfig
+    run: str
+    problems: tuple[str, ...]
+    shots: str | None = None
+    shot_count: int = 3
+    problems_until: int = 2017
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, samples=8))
+    answer_as: Literal["letters", "text"] = "letters"
+    batch_size: int = 32
+    limit: int = 0
+    problems_format: ProblemsFormat = "auto"
+
+    def __post_init__(self) -> None:
+        _require_counts(self.batch_size, self.shot_count, self.limit)
+
+
+@dataclass(frozen=True)
+class RpoConfig(PreferenceRecipe):
+    """Stage 2: preference training.
+
+    Args:
+        model: The model that is trained on. Its adapter, where it has one, is that of stage 1.
+        run: Run folder.
+        preferences: The preference file.
+    """
+
+    model: ModelConfig
+    run: str
+    preferences: str
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(MeshConfig):
+    """An exam sat by a model, from prompts to the score.
+
+    Args:
+        model: The model that sits it.
+        run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
+        problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
+        problems_format: Of those files; ``auto`` goes by a file's name and content.
+        shots: Problem file with the examples, which is needed where there are any.
+        shot_count: Examples before the question (three in the paper, 0: none).
+        explanation: Ask for an explanation before the answer (the paper's second column).
+        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
+            after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
+        option_prompt: That prompt, by JMedBench's names: in English or in Japanese, with the options listed in it or not.
+        template: The prompt: ``igakuqa`` is the benchmark's own, ``curation`` the paper's Question/Explanation/Answer.
+        format: The prompt's form: ``completion`` for base models, ``chat`` for models with a chat template.
+        answer_as: The shots answer with option letters, or with the options' own text.
+        batch_size: Continuations generated at a time.
+        lenient: Also forgive spaces in a prediction; the official scoring does not.
+        limit: Only the first so many problems (0: all).
+        label: What the model is called in tables; its folder when unset.
+    """
+
+    model: ModelConfig
+    run: str
+    problems: tuple[str, ...]
+    shots: str | None = None
+    shot_count: int = 3
+    explanation: bool = False
+    method: Literal["generate", "options"] = "generate"
+    template: Literal["igakuqa", "curation"] = "igakuqa"
+    format: Literal["completion", "chat"] = "completion"
+    answer_as: Literal["letters", "text"] = "letters"
+    sampling: Sampling = field(default_factory=Sampling)
+    batch_size: int = 32
+    lenient: bool = False
+    limit: int = 0
+    label: str | None = None
+    problems_format: ProblemsFormat = "auto"
+    option_prompt: OptionPrompt = "mcqa_with_options_jp"
+
+    def __post_init__(self) -> None:
+        _require_counts(self.batch_size, self.shot_count, self.limit)
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """The parity audit: one checkpoint in both stacks and in float64.
+
+    Args:
+        model: The checkpoint, its adapters, its quantization, and the type both stacks compute in.
+        reference: Model folder that the torch stack and the truth read in place of ``model.path``.
+        reference_adapter: Adapter folder, or several, that they put on in place of ``model.adapter``.
+        text: A UTF-8 text file to take the tokens from; random tokens without it.
+        tokens: Length of a row.
+        rows: How many rows: a whole, a packed, a padded one, and more whole ones.
+        seed: Seed of the random tokens.
+        bisect: Stop at the first divergence.
+    """
+
+    model: ModelConfig
+    reference: str | None = None
+    reference_adapter: tuple[str, ...] | str | None = None
+    text: str | None = None
+    tokens: int = 128
+    rows: int = 4
+    seed: int = 0
+    bisect: bool = False
+
+    def __post_init__(self) -> None:
+        expect(self.tokens >= 8, "tokens", self.tokens, "at least 8")
+        expect(self.rows >= 3, "rows", self.rows, "at least 3: a whole, a packed and a padded one")
+        expect(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+FREE_ON_RESUME = frozenset(
+    {
+        *("run", "resume", "mesh", "rules", "reference_cache"),
+        *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
+        *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
+    }
+)
+"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, and how the same numbers are
+computed."""
