@@ -127,13 +127,14 @@ class TrainingStep:
         gradients: ``(trainable, frozen, batch) -> (gradients, metrics)`` of one micro-batch.
         add: ``(total, part) -> total``, into the memory of the first.
         update: ``(trainable, optimizer state, step, total) -> (trainable, state, metrics)``; the first two are donated.
+        programs: What ran so far, compiled: by the part and the shapes of its last argument.
     """
 
     init: Callable[[nnx.State], Any]
     gradients: jax.stages.Wrapped
     add: jax.stages.Wrapped
     update: jax.stages.Wrapped
-    _programs: dict[Any, Any] = field(default_factory=dict, repr=False)
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(
         self, trainable: nnx.State, optimizer_state: Any, index: Array, frozen: Any, batches: Sequence[Any]
@@ -149,11 +150,11 @@ class TrainingStep:
         """A part, compiled once for each shape of its last argument. The device ends what it was given first: its time is not
         the compiler's."""
         program = (part, *(leaf.shape for leaf in jax.tree.leaves(arguments[-1])))
-        if program not in self._programs:
+        if program not in self.programs:
             jax.block_until_ready(arguments)
-            self._programs[program] = part.lower(*arguments).compile()
+            self.programs[program] = part.lower(*arguments).compile()
             release_free_memory()
-        return self._programs[program](*arguments)
+        return self.programs[program](*arguments)
 
     def trace(
         self, trainable: nnx.State, optimizer_state: Any, index: Any, frozen: Any, batch: Any

@@ -24,7 +24,7 @@ from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.hlo import Program
 from jax_medllm.plan.programs import trace
 from jax_medllm.sharding import Layout
-from jax_medllm.train import _Compiled
+from jax_medllm.train import TrainingStep
 from medllm.bench.shapes import CptShape, ModelShape
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from medllm.run import Run
@@ -79,23 +79,19 @@ def on_a_device(arrays: Any) -> int:
 def ran(folder: Path, model: ModelConfig, mesh: str, rows: int) -> dict[str, Any]:
     """What a step that the engine runs takes: its arguments' bytes on a device, and the memory of its compiled parts."""
     found: dict[str, Any] = {}
-    call = _Compiled.__call__
+    call = TrainingStep.__call__
 
-    def observed(part: _Compiled, *arguments: Any) -> Any:
-        if len(arguments) == 3:
-            trainable, frozen, batch = arguments
-            found.update(alive=on_a_device(jax.live_arrays()), base=on_a_device(frozen), batch=on_a_device(batch))
-        else:
-            trainable, moments, *_ = arguments
-            found.update(adapters=on_a_device(trainable), moments=on_a_device(moments))
-        result = call(part, *arguments)
-        (program,) = part._programs.values()
-        memory = program.memory_analysis()
-        name = "gradients" if len(arguments) == 3 else "update"
-        found[name] = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes]
+    def observed(step: TrainingStep, trainable: Any, moments: Any, index: Any, frozen: Any, batches: Any) -> Any:
+        found.update(alive=on_a_device(jax.live_arrays()), base=on_a_device(frozen), batch=on_a_device(batches))
+        found.update(adapters=on_a_device(trainable), moments=on_a_device(moments))
+        result = call(step, trainable, moments, index, frozen, batches)
+        for (part, *_), program in step.programs.items():
+            memory = program.memory_analysis()
+            name = "gradients" if part is step.gradients else "update"
+            found[name] = [memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes]
         return result
 
-    _Compiled.__call__ = observed  # type: ignore[method-assign]
+    TrainingStep.__call__ = observed  # type: ignore[method-assign]
     groups = int(np.prod([int(part[-1]) for part in mesh.split(",") if part.startswith(("data", "fsdp"))]))
     data = CptShape(SHAPE, rows=rows * groups, length=LENGTH, steps=2).data()
     run = str(folder / f"run-{mesh}")
@@ -111,7 +107,7 @@ def ran(folder: Path, model: ModelConfig, mesh: str, rows: int) -> dict[str, Any
         with Run(run, config, engine="jax") as opened:
             JaxEngine(model, config).train_cpt(data, config, opened)
     finally:
-        _Compiled.__call__ = call  # type: ignore[method-assign]
+        TrainingStep.__call__ = call  # type: ignore[method-assign]
     return found
 
 
