@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_medllm.batches import ResponseBatch, buckets, response_rows, round_up, row_size
 from jax_medllm.logprobs import response_logprobs
 from jax_medllm.model import Qwen2
+from jax_medllm.rows import ResponseBatch, buckets, response_rows, round_up, row_size
 from jax_medllm.sharding import constrain, place_rows
 from medllm.engine import Continuation
 from medllm.errors import UserError

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
-from jax_medllm.batches import MULTIPLE, buckets, round_up
 from jax_medllm.cached_attention import Stored
 from jax_medllm.decoder import CHUNK, Decoder, Fill, Slots
+from jax_medllm.rows import MULTIPLE, buckets, round_up
 from medllm.config import Sampling
 from medllm.engine import Generation
 from medllm.errors import PromptError

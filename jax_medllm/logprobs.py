@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.attention import matmul_precision
-from jax_medllm.batches import ResponseBatch
 from jax_medllm.embedding import lookup
 from jax_medllm.model import Qwen2
+from jax_medllm.rows import ResponseBatch
 from jax_medllm.sharding import constrain, in_use
 from medllm.axes import Axis
 from medllm.config import RematPolicy

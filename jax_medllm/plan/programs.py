@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_medllm.attention import Backend, backend_for, using
-from jax_medllm.batches import CptBatch, PreferenceBatch, ResponseBatch
+from jax_medllm.batches import CptBatch, PreferenceBatch
 from jax_medllm.decoder import CHUNK, Decoder, Fill, by_axes
 from jax_medllm.logprobs import cut
 from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.rows import ResponseBatch
 from jax_medllm.sharding import Layout, shardings
 from jax_medllm.tiles import laid_codes
 from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
