@@ -14,32 +14,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
-from jax_medllm.continuations import Scorer
-from jax_medllm.decoder import Decoder
-from jax_medllm.generate import generate
-from jax_medllm.losses import objective
-from jax_medllm.model import Qwen2
-from jax_medllm.processes import everywhere, join
-from jax_medllm.reference import ReferenceFile, compute_reference
-from jax_medllm.remat import fitting_policy
-from jax_medllm.sharding import Layout, place_rows
-from jax_medllm.tiles import lay_codes
-from jax_medllm.train import cpt_loss_fn, preference_loss_fn, train
-from jax_medllm.weights import load_model
-from medllm.adapter_directory import Adapter, open_adapters, write_adapter
+from jax_medllm.generate.cached_decoder import Decoder
+from jax_medllm.generate.queue import generate
+from jax_medllm.generate.scorer import Scorer
+from jax_medllm.mesh.layout import Layout, place_rows
+from jax_medllm.mesh.processes import everywhere, join
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.train.auto_remat import fitting_policy
+from jax_medllm.train.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
+from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.train.losses import objective
+from jax_medllm.train.reference_cache import ReferenceFile, compute_reference
+from jax_medllm.weights.adapters import adapter_tensors
+from jax_medllm.weights.code_layout import lay_codes
+from jax_medllm.weights.read import load_model
 from medllm.config import LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
 from medllm.errors import UserError
-from medllm.handover import continued_adapter
-from medllm.model_directory import ModelDirectory
+from medllm.host.processes import is_primary_process
+from medllm.model.adapter import Adapter, open_adapters, write_adapter
+from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import Prompt, check_vocabulary, encode_prompt, end_token, load_tokenizer
 from medllm.preferences.tokenization import TokenizedPreferences
-from medllm.processes import is_primary_process
 from medllm.run import Run
 from medllm.stage_config import FREE_ON_RESUME
-from medllm.tokenizer import Prompt, check_vocabulary, encode_prompt, end_token, load_tokenizer
+from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
 
 
@@ -99,7 +99,7 @@ class JaxEngine:
         """See :class:`medllm.training.Trains`.
 
         Raises:
-            UserError: what :func:`jax_medllm.train.train` raises.
+            UserError: what :func:`jax_medllm.train.loop.train` raises.
         """
         contents = digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
         facts = {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "data": contents}
@@ -110,7 +110,7 @@ class JaxEngine:
         """See :class:`medllm.training.Trains`.
 
         Raises:
-            UserError: the model has an adapter that is to be merged, or what :func:`jax_medllm.train.train` raises.
+            UserError: the model has an adapter that is to be merged, or what :func:`jax_medllm.train.loop.train` raises.
         """
         groups = preferences.groups
         if (preferences.dropped_pairs or preferences.truncated) and not recipe.resume:

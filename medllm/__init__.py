@@ -12,10 +12,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "run_cpt": "stages",
-    "run_curate": "stages",
-    "run_rpo": "stages",
-    "run_evaluate": "stages",
+    "run_cpt": "stages.cpt",
+    "run_curate": "stages.curate",
+    "run_rpo": "stages.rpo",
+    "run_evaluate": "stages.evaluate",
     "CptConfig": "stage_config",
     "CurateConfig": "stage_config",
     "RpoConfig": "stage_config",
@@ -43,7 +43,7 @@ _HOME = {
     "load_documents": "corpus.documents",
     "tokenize_documents": "corpus.packing",
     "pack": "corpus.packing",
-    "load_tokenizer": "tokenizer",
+    "load_tokenizer": "model.tokenizer",
     "UserError": "errors",
 }
 

@@ -24,8 +24,8 @@ from medllm.command_words import check_options, find_command, gather_lists, name
 from medllm.config import ProblemsFormat
 from medllm.engines import EngineName, load, require
 from medllm.errors import UserError
-from medllm.processes import ended, is_primary_process
-from medllm.progress import progress_bar
+from medllm.host.processes import ended, is_primary_process
+from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 
@@ -124,7 +124,7 @@ def _config(values: Any, config_class: type) -> Any:
 
 
 def _cpt(values: Any) -> dict[str, Any]:
-    from medllm.stages import run_cpt
+    from medllm.stages.cpt import run_cpt
 
     result = run_cpt(_config(values, CptConfig), values.engine)
     rate = f"{result['rate']:.0f} tokens/s{_remat(result)}"
@@ -138,7 +138,7 @@ def _remat(result: dict[str, Any]) -> str:
 
 
 def _curate(values: Any) -> dict[str, Any]:
-    from medllm.stages import PREFERENCES, run_curate
+    from medllm.stages.curate import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
     with progress_bar("curate") as progress:
@@ -149,7 +149,7 @@ def _curate(values: Any) -> dict[str, Any]:
 
 
 def _rpo(values: Any) -> dict[str, Any]:
-    from medllm.stages import run_rpo
+    from medllm.stages.rpo import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
     rate = f"{result['rate']:.2f} pairs/s{_remat(result)}"
@@ -158,7 +158,7 @@ def _rpo(values: Any) -> dict[str, Any]:
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
-    from medllm.stages import run_evaluate
+    from medllm.stages.evaluate import run_evaluate
 
     config = _config(values, EvaluateConfig)
     with progress_bar("evaluate") as progress:
@@ -219,8 +219,8 @@ def _convert_arguments(parser: ArgumentParser) -> None:
 
 
 def _convert(values: Any) -> dict[str, Any]:
-    from medllm.conversion import convert_model
-    from medllm.handover import handover_table
+    from medllm.stages.convert import convert_model
+    from medllm.stages.handover import handover_table
 
     with progress_bar("convert") as progress:
         result = convert_model(

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from medllm.processes import is_primary_process
+from medllm.host.processes import is_primary_process
 
 
 @dataclass(frozen=True)

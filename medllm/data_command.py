@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from medllm.command import Command, say
 from medllm.config import CorpusConfig, PairConfig, ProblemsFormat
 from medllm.errors import UserError
-from medllm.progress import progress_bar
+from medllm.host.progress import progress_bar
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _model_arguments(parser: ArgumentParser) -> None:
 
 
 def _model(values: Any) -> dict[str, Any]:
-    from medllm.random_model import write_random_model
+    from medllm.model.random import write_random_model
 
     write_random_model(
         values.out,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from medllm.config import Sampling
-from medllm.tokenizer import Prompt
+from medllm.model.tokenizer import Prompt
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Generates(Protocol):
 
 
 class Scores(Protocol):
-    """A model that says how likely it finds a given text; ``tokenizer`` is its own (:mod:`medllm.tokenizer`)."""
+    """A model that says how likely it finds a given text; ``tokenizer`` is its own (:mod:`medllm.model.tokenizer`)."""
 
     name: str
     tokenizer: Any

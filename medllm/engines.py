@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from medllm.errors import UserError
-from medllm.installation import install_command
+from medllm.host.installation import install_command
 
 if TYPE_CHECKING:
     from medllm.config import MeshConfig, ModelConfig, TorchConfig
@@ -50,12 +50,12 @@ HOMES = {
         extra="jax",
         modules={
             "engine": "jax_medllm.engine",
-            "weights": "jax_medllm.weights",
-            "handover": "jax_medllm.handover",
+            "weights": "jax_medllm.weights.read",
+            "handover": "jax_medllm.weights.handover",
             "plan": "jax_medllm.plan",
-            "bench": "jax_medllm.bench",
-            "device bench": "jax_medllm.device_bench",
-            "preflight": "jax_medllm.preflight",
+            "bench": "jax_medllm.bench.stages",
+            "device bench": "jax_medllm.bench.device",
+            "preflight": "jax_medllm.bench.preflight",
         },
         engine="JaxEngine",
     ),

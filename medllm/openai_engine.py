@@ -20,7 +20,7 @@ import openai
 
 from medllm.engine import Generation
 from medllm.errors import UserError
-from medllm.tokenizer import Prompt
+from medllm.model.tokenizer import Prompt
 
 if TYPE_CHECKING:
     from medllm.config import ModelConfig, Sampling

@@ -1,7 +1,7 @@
 """How the linear layers' weights can be held, as far as those have to know who hold none.
 
-The arrays of a packed weight, what is computed with them and their names on disk are :mod:`jax_medllm.quantized_weight`'s; the
-reference engine has bitsandbytes for them.
+The arrays of a packed weight, what is computed with them and their names on disk are
+:mod:`jax_medllm.model.quantized_weight`'s; the reference engine has bitsandbytes for them.
 """
 
 from __future__ import annotations

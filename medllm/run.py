@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from medllm.errors import UserError
-from medllm.processes import is_primary_process
+from medllm.host.processes import is_primary_process
 from medllm.stage_config import FREE_ON_RESUME
 
 if TYPE_CHECKING:

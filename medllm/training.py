@@ -36,7 +36,7 @@ class Trains(Protocol):
 
     Attributes:
         name: The engine's.
-        tokenizer: The model's (:mod:`medllm.tokenizer`).
+        tokenizer: The model's (:mod:`medllm.model.tokenizer`).
         context: The longest row, in tokens, that the model takes.
     """
 
@@ -61,6 +61,6 @@ class Trains(Protocol):
         The adapter is left in ``run.path/adapter``.
 
         Raises:
-            UserError: the model has an adapter that is to be merged (:func:`medllm.handover.merged_weights` does that).
+            UserError: the model has an adapter that is to be merged (:func:`medllm.stages.handover.merged_weights` does that).
         """
         ...

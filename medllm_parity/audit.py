@@ -23,12 +23,12 @@ import torch
 from transformers import AutoTokenizer
 
 import torch_ref.console  # noqa: F401  (keeps the libraries of the torch stack quiet)
-from medllm.adapter_directory import check_adapter, read_adapter
 from medllm.config import ModelConfig
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import check_adapter, read_adapter
+from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.stage_config import AuditConfig
-from medllm.tokenizer import encode, load_tokenizer
 from medllm_parity import ends, gradients, nf4_codes
 from medllm_parity.directories import check_directory, check_same_shape, read_hf_config
 from medllm_parity.ends import States, as_numpy

@@ -7,10 +7,10 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen2Config as HfConfig
 
-from jax_medllm.packed import stored, suffixes
+from jax_medllm.weights.bnb_files import stored, suffixes
 from medllm.architecture import HEAD
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
 
 _COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")

@@ -20,10 +20,10 @@ from jaxtyping import Array
 from transformers import Qwen2Config as HfConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import RMSNorm, head_logits
+from jax_medllm.model.decoder import RMSNorm, head_logits
+from jax_medllm.model.logprobs import token_logprobs
 from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 from medllm_parity.measure import Values, magnitude, relative
 from medllm_parity.oracle import lift
 from medllm_parity.rows import Rows

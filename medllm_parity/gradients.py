@@ -18,10 +18,10 @@ import torch
 from flax import nnx
 from transformers import Qwen2Config as HfConfig
 
-from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import RMSNorm
+from jax_medllm.model.decoder import RMSNorm
+from jax_medllm.model.logprobs import token_logprobs
 from medllm.architecture import NORM, Architecture
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 from medllm_parity.ends import as_numpy, read_table, table_name, torch_norm
 from medllm_parity.jax_layer import JaxLayer
 from medllm_parity.measure import Values

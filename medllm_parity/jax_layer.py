@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_medllm.linear import FrozenLoraParam
-from jax_medllm.model import Layer, Rotary, RowContext
-from jax_medllm.weights import read_model
-from medllm.adapter_directory import Adapter
+from jax_medllm.model.decoder import Layer, Rotary, RowContext
+from jax_medllm.model.linear import FrozenLoraParam
+from jax_medllm.weights.read import read_model
 from medllm.architecture import PROJECTIONS, Architecture
+from medllm.model.adapter import Adapter
 from medllm.quantization import Quantization
 from medllm_parity.layer_view import LayerView, adapter_view
 from medllm_parity.quantities import LAYER, MODULES, TAPS

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 
-from jax_medllm.packed import suffixes
-from jax_medllm.quantized_weight import KINDS
-from medllm.adapter_directory import Adapter, module_name
+from jax_medllm.model.quantized_weight import KINDS
+from jax_medllm.weights.bnb_files import suffixes
 from medllm.architecture import EMBEDDING, NORM
 from medllm.config import ALL_LINEAR, LoraConfig
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import Adapter, module_name
+from medllm.model.directory import ModelDirectory
 from medllm.quantization import BLOCK, DESCRIPTION, PACKINGS, Quantization
 from medllm_parity.torch_layer import to_torch
 

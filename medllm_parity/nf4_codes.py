@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_medllm.packed import read_packed
-from jax_medllm.quantized_weight import QuantizedWeight
+from jax_medllm.model.quantized_weight import QuantizedWeight
+from jax_medllm.weights.bnb_files import read_packed
 from medllm.architecture import PROJECTIONS
 from medllm.quantization import BLOCK
 from medllm_parity.ends import as_numpy
@@ -20,7 +20,7 @@ from medllm_parity.measure import Check
 from medllm_parity.tolerances import NF4_CODES, NF4_SCALE_CODES, NF4_SCALES
 
 _ALLOWED = {"codes": NF4_CODES, "scales": NF4_SCALES, "scale codes": NF4_SCALE_CODES}
-"""By what a part of a packed weight holds (:attr:`jax_medllm.quantized_weight.Part.values`)."""
+"""By what a part of a packed weight holds (:attr:`jax_medllm.model.quantized_weight.Part.values`)."""
 
 
 @partial(jax.jit, static_argnums=1)

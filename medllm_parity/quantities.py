@@ -1,7 +1,7 @@
 """What an audit compares inside a decoder layer, in the order in which it is computed.
 
 One table for all stacks: a quantity is the input or the output of a submodule that has the same name in transformers and in
-:mod:`jax_medllm.model`, or what the attention is handed after the rotation.
+:mod:`jax_medllm.model.decoder`, or what the attention is handed after the rotation.
 """
 
 from __future__ import annotations

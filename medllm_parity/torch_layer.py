@@ -21,10 +21,10 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from jax_medllm.packed import stored, suffixes
-from medllm.adapter_directory import Adapter
+from jax_medllm.weights.bnb_files import stored, suffixes
 from medllm.architecture import PROJECTIONS
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import Adapter
+from medllm.model.directory import ModelDirectory
 from medllm.quantization import PACKINGS, Quantization
 from medllm_parity.oracle import lift, row_mask
 from medllm_parity.quantities import LAYER, MODULES, TAPS

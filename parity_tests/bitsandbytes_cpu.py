@@ -1,7 +1,7 @@
 """NF4 as bitsandbytes 0.50 quantizes it on a CPU: the variant for comparisons made on a machine without CUDA.
 
-:mod:`jax_medllm.nf4` follows the CUDA kernels. On a CPU bitsandbytes computes something else in three places, all of which are
-followed here to the last bit:
+:mod:`jax_medllm.model.nf4` follows the CUDA kernels. On a CPU bitsandbytes computes something else in three places, all of
+which are followed here to the last bit:
 
 - an all-zero block is stored as code 7, the zero, where CUDA stores code 0, and subnormal numbers are numbers;
 - scales are not searched in the dynamic map but looked up in a table of 65,536 entries, which misses the nearest code for
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jax_medllm.nf4 import CODES, dynamic_map
-from jax_medllm.quantized_weight import NF4Weight
+from jax_medllm.model.nf4 import CODES, dynamic_map
+from jax_medllm.model.quantized_weight import NF4Weight
 from medllm.quantization import BLOCK, NESTED_BLOCK
 
 _LANES = 8  # of an AVX2 vector: torch compiles this sum for no wider one

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.adapters import TRAINED, adapter_arrays, adapter_tensors, assign
-from jax_medllm.batches import CptBatch
-from jax_medllm.logprobs import token_logprobs
-from jax_medllm.model import LoraParam, Qwen2, Rotary, RowContext
-from jax_medllm.train import cpt_loss_fn
-from jax_medllm.weights import read_model
-from medllm.adapter_directory import Adapter, read_adapter
+from jax_medllm.model.decoder import LoraParam, Qwen2, Rotary, RowContext
+from jax_medllm.model.logprobs import token_logprobs
+from jax_medllm.train.batches import CptBatch
+from jax_medllm.train.loop import cpt_loss_fn
+from jax_medllm.weights.adapters import TRAINED, adapter_arrays, adapter_tensors, assign
+from jax_medllm.weights.read import read_model
 from medllm.config import RematPolicy
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import Adapter, read_adapter
+from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
 from parity_tests.packed_rows import Rows, target_mask
 

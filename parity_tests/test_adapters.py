@@ -11,12 +11,12 @@ from flax import nnx
 from peft import PeftModel
 from transformers import Qwen2ForCausalLM
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.model import LoraParam
-from jax_medllm.weights import model_tensors, read_model
-from medllm.adapter_directory import Adapter, merge_adapter, read_adapter, write_adapter
+from jax_medllm.model.decoder import LoraParam
+from jax_medllm.weights.adapters import adapter_tensors
+from jax_medllm.weights.read import model_tensors, read_model
 from medllm.config import LoraConfig
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.adapter import Adapter, merge_adapter, read_adapter, write_adapter
+from medllm.model.directory import ModelDirectory, write_model
 from parity_tests.jax_results import jax_loss, set_adapter
 from parity_tests.oracle import float64_model, row_logits, row_loss
 from parity_tests.packed_rows import rows

@@ -16,15 +16,16 @@ import pytest
 import torch
 from transformers.models.qwen2 import modeling_qwen2
 
-from jax_medllm import attention, linear, model, nf4
-from jax_medllm.weights import read_model
-from medllm.adapter_directory import merge_adapter, read_adapter, write_adapter
+from jax_medllm.model import attention, linear, nf4
+from jax_medllm.model import decoder as model
+from jax_medllm.weights.read import read_model
 from medllm.cli import main
 from medllm.config import ModelConfig
 from medllm.mini.study import BASE
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.adapter import merge_adapter, read_adapter, write_adapter
+from medllm.model.directory import ModelDirectory, write_model
+from medllm.model.tokenizer import load_tokenizer
 from medllm.stage_config import AuditConfig
-from medllm.tokenizer import load_tokenizer
 from medllm_parity import audit as audits
 from medllm_parity.audit import run_audit
 from medllm_parity.measure import Audit

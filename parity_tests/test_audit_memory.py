@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medllm.model_directory import write_model
+from medllm.model.directory import write_model
 
 WIDTH, MLP, VOCAB = 512, 3584, 2048
 LAYER_BYTES = 4 * (2 * WIDTH * WIDTH + 2 * 64 * WIDTH + 3 * WIDTH * MLP + 3 * WIDTH + 128)

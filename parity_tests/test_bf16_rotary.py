@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2Config as HfConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import Rotary
+from jax_medllm.model.decoder import Rotary
 from medllm.architecture import Architecture
 
 

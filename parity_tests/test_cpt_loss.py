@@ -14,10 +14,10 @@ from flax import nnx
 from peft import PeftModel
 from transformers import Qwen2ForCausalLM
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import Step, cpt_step
-from jax_medllm.model import LoraParam
-from jax_medllm.train import cpt_loss_fn
+from jax_medllm.model.decoder import LoraParam
+from jax_medllm.train.batches import Step, cpt_step
+from jax_medllm.train.loop import cpt_loss_fn
+from jax_medllm.weights.adapters import adapter_tensors
 from medllm.config import OptimizerConfig, TrainingConfig
 from medllm.run import Run
 from parity_tests.cpt_cases import documents, float64_loss, stock_trainer

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from jax_medllm.batches import CptData
-from jax_medllm.train import cpt_loss_fn
-from medllm.adapter_directory import read_adapter
+from jax_medllm.train.batches import CptData
+from jax_medllm.train.loop import cpt_loss_fn
 from medllm.config import ModelConfig, TrainingConfig
+from medllm.model.adapter import read_adapter
 from medllm.run import Run
 from medllm.stage_config import CptConfig
 from parity_tests.cpt_cases import documents, float64_loss, stock_trainer

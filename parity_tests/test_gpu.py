@@ -15,8 +15,8 @@ import torch
 from bitsandbytes import functional as bnb
 from peft import PeftModel
 
-from jax_medllm.nf4 import CODES, dynamic_map, quantize_absmax
-from jax_medllm.quantized_weight import NF4Weight
+from jax_medllm.model.nf4 import CODES, dynamic_map, quantize_absmax
+from jax_medllm.model.quantized_weight import NF4Weight
 from medllm.config import ModelConfig
 from medllm.quantization import BLOCK, NESTED_BLOCK
 from medllm_parity.measure import Values

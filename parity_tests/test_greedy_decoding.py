@@ -11,15 +11,15 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from jax_medllm.continuations import Scorer
-from jax_medllm.decoder import Decoder
 from jax_medllm.engine import JaxEngine
-from jax_medllm.generate import generate
-from jax_medllm.weights import read_model
-from medllm.adapter_directory import read_adapter
+from jax_medllm.generate.cached_decoder import Decoder
+from jax_medllm.generate.queue import generate
+from jax_medllm.generate.scorer import Scorer
+from jax_medllm.weights.read import read_model
 from medllm.config import ModelConfig, Sampling
 from medllm.engine import Continuation
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import read_adapter
+from medllm.model.directory import ModelDirectory
 from parity_tests import preference_oracle
 from parity_tests.oracle import float64_model
 from parity_tests.tiny_models import VOCAB

@@ -16,18 +16,18 @@ from bitsandbytes import functional as bnb
 from peft import PeftModel
 from transformers import Qwen2ForCausalLM
 
-from jax_medllm.handover import handover_errors
-from jax_medllm.model import Qwen2
-from jax_medllm.weights import load_model
-from medllm.adapter_directory import merge_adapter, read_adapter
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.weights.handover import handover_errors
+from jax_medllm.weights.read import load_model
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, TrainingConfig
 from medllm.corpus.packing import PackedRows, pack
 from medllm.engines import open_trainer
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import merge_adapter, read_adapter
+from medllm.model.directory import ModelDirectory
 from medllm.preferences.records import write_preferences
 from medllm.run import Run
 from medllm.stage_config import CptConfig, RpoConfig
-from medllm.stages import run_rpo
+from medllm.stages.rpo import run_rpo
 from parity_tests.preference_cases import letters, preferences
 from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT32_TRAJECTORY_LOSS, HANDOVER_KL, HANDOVER_WEIGHT_ERROR
 from torch_ref.model import open_model

@@ -12,16 +12,16 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from jax_medllm.adapters import adapter_tensors
 from jax_medllm.engine import JaxEngine
-from jax_medllm.weights import load_model, model_tensors, read_model
-from medllm.adapter_directory import merge_adapter, read_adapter, write_adapter
+from jax_medllm.weights.adapters import adapter_tensors
+from jax_medllm.weights.read import load_model, model_tensors, read_model
 from medllm.config import ModelConfig, Sampling
 from medllm.mini.diet import cpt_documents
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
-from medllm.model_directory import ModelDirectory, write_model
-from medllm.tokenizer import encode, end_token, load_tokenizer
+from medllm.model.adapter import merge_adapter, read_adapter, write_adapter
+from medllm.model.directory import ModelDirectory, write_model
+from medllm.model.tokenizer import encode, end_token, load_tokenizer
 
 NEW = 16
 Texts = list[tuple[int, ...]]

@@ -13,11 +13,11 @@ from transformers import Qwen2Config as HfConfig
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from jax_medllm.model import Rotary
-from jax_medllm.weights import read_model
+from jax_medllm.model.decoder import Rotary
+from jax_medllm.weights.read import read_model
 from medllm.architecture import HEAD, Architecture
 from medllm.config import ModelConfig, RematPolicy
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 from medllm.quantization import PACKINGS
 from medllm_parity.oracle import lift
 from parity_tests import torch_results

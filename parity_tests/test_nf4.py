@@ -13,8 +13,8 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from jax_medllm.nf4 import dynamic_map, quantize_absmax, quantize_blocks
-from jax_medllm.quantized_weight import NF4Weight, SingleNF4Weight
+from jax_medllm.model.nf4 import dynamic_map, quantize_absmax, quantize_blocks
+from jax_medllm.model.quantized_weight import NF4Weight, SingleNF4Weight
 from parity_tests import bitsandbytes_cpu
 
 TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 
-from jax_medllm.nf4 import CODES
-from jax_medllm.quantized_weight import NF4Weight
+from jax_medllm.model.nf4 import CODES
+from jax_medllm.model.quantized_weight import NF4Weight
 
 BOUNDARIES = (CODES[:-1] + CODES[1:]) / np.float32(2)
 

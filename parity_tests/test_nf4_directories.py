@@ -15,14 +15,14 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from jax_medllm.model import Qwen2
-from jax_medllm.packed import packed_config, packed_parts
-from jax_medllm.quantized_weight import KINDS
-from jax_medllm.weights import load_model, model_tensors, read_model, write_quantized
-from medllm.adapter_directory import module_name
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.quantized_weight import KINDS
+from jax_medllm.weights.bnb_files import packed_config, packed_parts
+from jax_medllm.weights.read import load_model, model_tensors, read_model, write_quantized
 from medllm.config import ALL_LINEAR, ModelConfig
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.adapter import module_name
+from medllm.model.directory import ModelDirectory, write_model
 from medllm.quantization import Quantization
 from parity_tests.jax_results import jax_loss
 from parity_tests.oracle import row_logits

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
-from jax_medllm.optimizer import AdamState, clip_by_trainer_norm, learning_rate, make_optimizer, warmup_steps
+from jax_medllm.train.optimizer import AdamState, clip_by_trainer_norm, learning_rate, make_optimizer, warmup_steps
 from medllm.config import OptimizerConfig
 from parity_tests.tolerances import FLOAT64_OPTIMIZER
 

@@ -14,11 +14,11 @@ from transformers import DataCollatorWithFlattening, Qwen2ForCausalLM
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from jax_medllm.batches import Step, cpt_step
-from jax_medllm.train import cpt_loss_fn
-from jax_medllm.weights import read_model
+from jax_medllm.train.batches import Step, cpt_step
+from jax_medllm.train.loop import cpt_loss_fn
+from jax_medllm.weights.read import read_model
 from medllm.corpus.packing import PackedRows, pack
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 from parity_tests.jax_results import jax_loss
 from parity_tests.tiny_models import VOCAB
 from parity_tests.tolerances import FLOAT32_FORWARD

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import PreferenceBatch, PreferenceData, Step
-from jax_medllm.model import LoraParam
-from jax_medllm.train import preference_loss_fn
-from medllm.adapter_directory import read_adapter
+from jax_medllm.model.decoder import LoraParam
+from jax_medllm.train.batches import PreferenceBatch, PreferenceData, Step
+from jax_medllm.train.loop import preference_loss_fn
+from jax_medllm.weights.adapters import adapter_tensors
 from medllm.config import ALL_LINEAR, PreferenceLoss, TrainingConfig
+from medllm.model.adapter import read_adapter
 from medllm.preferences.pairs import trl_rows
 from parity_tests.jax_results import open_trainable
 from parity_tests.oracle import float64_model

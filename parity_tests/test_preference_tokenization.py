@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-from jax_medllm.batches import PreferenceData, Step
+from jax_medllm.train.batches import PreferenceData, Step
 from medllm.config import PairConfig, TrainingConfig
+from medllm.model.tokenizer import load_tokenizer
 from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
-from medllm.tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
 

@@ -14,12 +14,12 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
-from jax_medllm.batches import PreferenceData, Step
-from jax_medllm.logprobs import response_logprobs
-from jax_medllm.weights import read_model
-from medllm.adapter_directory import read_adapter
+from jax_medllm.model.logprobs import response_logprobs
+from jax_medllm.train.batches import PreferenceData, Step
+from jax_medllm.weights.read import read_model
 from medllm.config import ModelConfig, TrainingConfig
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import read_adapter
+from medllm.model.directory import ModelDirectory
 from medllm.preferences.pairs import trl_rows
 from parity_tests import preference_oracle
 from parity_tests.jax_results import open_trainable, set_adapter

@@ -17,15 +17,15 @@ import torch
 from safetensors.numpy import load_file
 from transformers import get_cosine_schedule_with_warmup
 
-from jax_medllm.batches import PreferenceData, Step, single_pairs
-from jax_medllm.optimizer import warmup_steps
-from jax_medllm.train import LossFn, preference_loss_fn
-from medllm.adapter_directory import read_adapter
+from jax_medllm.train.batches import PreferenceData, Step, single_pairs
+from jax_medllm.train.loop import LossFn, preference_loss_fn
+from jax_medllm.train.optimizer import warmup_steps
 from medllm.config import ModelConfig, PairConfig, PreferenceLoss, TrainingConfig
+from medllm.model.adapter import read_adapter
+from medllm.model.tokenizer import load_tokenizer
 from medllm.preferences.pairs import trl_rows
 from medllm.run import Run
 from medllm.stage_config import RpoConfig
-from medllm.tokenizer import load_tokenizer
 from parity_tests.jax_results import open_trainable
 from parity_tests.oracle import float64_model
 from parity_tests.preference_cases import PAIRS, letters, preferences

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from jax_medllm.batches import Step
+from jax_medllm.train.batches import Step
 
 MOMENTS_AFTER = (1, 10)
 

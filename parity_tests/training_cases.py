@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import TrainingData
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.optimizer import AdamState
-from jax_medllm.train import LossFn, StepMetrics, make_step, train
-from jax_medllm.weights import read_model
-from medllm.adapter_directory import read_adapter, write_adapter
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train.batches import TrainingData
+from jax_medllm.train.loop import LossFn, StepMetrics, make_step, train
+from jax_medllm.train.optimizer import AdamState
+from jax_medllm.weights.adapters import adapter_tensors
+from jax_medllm.weights.read import read_model
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import read_adapter, write_adapter
+from medllm.model.directory import ModelDirectory
 from medllm.run import Run
 from parity_tests.jax_results import set_adapter
 from parity_tests.tolerances import Tolerance

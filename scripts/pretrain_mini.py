@@ -26,13 +26,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_medllm.model import Qwen2
-from jax_medllm.weights import model_tensors
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.weights.read import model_tensors
 from medllm.architecture import Architecture, RotaryRule, qwen2
 from medllm.mini.diet import Row, base_diet
 from medllm.mini.vocabulary import train_tokenizer
 from medllm.mini.world import World, make_world
-from medllm.model_directory import write_model
+from medllm.model.directory import write_model
 
 VOCAB_SIZE = 2048  # room for every name and phrase; merging ends well before
 BUCKETS = (44, 68, 168, 248)  # row lengths that are compiled: documents and direct answers, explained ones, three shots

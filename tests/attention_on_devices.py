@@ -9,8 +9,8 @@ import json
 
 import jax
 
-from jax_medllm.attention import attend
-from jax_medllm.sharding import Layout
+from jax_medllm.mesh.layout import Layout
+from jax_medllm.model.attention import attend
 from tests.dense_attention import case, computed, expected, far_apart
 
 CASES = (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_medllm.attention import Visibility
+from jax_medllm.model.attention import Visibility
 
 NAMES = ["output", "gradient of q", "gradient of k", "gradient of v"]
 

@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_medllm.engine import JaxEngine
+from jax_medllm.mesh.layout import Layout
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.hlo import Program
 from jax_medllm.plan.programs import trace
-from jax_medllm.sharding import Layout
-from jax_medllm.train import TrainingStep
+from jax_medllm.train.loop import TrainingStep
 from medllm.bench.shapes import CptShape, ModelShape
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from medllm.run import Run

@@ -5,7 +5,7 @@
 
 import sys
 
-from jax_medllm import remat
+from jax_medllm.train import auto_remat as remat
 from medllm.cli import main
 
 if __name__ == "__main__":

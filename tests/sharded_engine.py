@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.engine import JaxEngine
-from medllm.adapter_directory import read_adapter
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, Sampling, TrainingConfig
 from medllm.engine import Continuation
+from medllm.model.adapter import read_adapter
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from medllm.stage_config import CptConfig, RpoConfig

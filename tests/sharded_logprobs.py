@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_medllm.logprobs import token_logprobs
+from jax_medllm.model.logprobs import token_logprobs
 
 BATCH, LENGTH, WIDTH, VOCAB, IN_FLIGHT = 8, 24, 16, 4096, 64
 MESHES = {"vocab=8": ((8,), ("vocab",)), "batch=2,vocab=4": ((2, 4), ("batch", "vocab"))}

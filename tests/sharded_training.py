@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.batches import CptBatch, PreferenceData
-from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.mesh.layout import Layout, laid_out, place_rows, shardings
+from jax_medllm.model.decoder import LoraParam, Qwen2
 from jax_medllm.plan.hlo import Program
-from jax_medllm.sharding import Layout, laid_out, place_rows, shardings
-from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+from jax_medllm.train.batches import CptBatch, PreferenceData
+from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
 from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
 from medllm.preferences.tokenization import TokenizedGroup
 from tests.small_model import small_config

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from medllm.adapter_directory import (
+from medllm.config import ALL_LINEAR, LoraConfig
+from medllm.errors import UserError
+from medllm.model.adapter import (
     Adapter,
     check_adapter,
     merge_adapter,
@@ -15,9 +17,7 @@ from medllm.adapter_directory import (
     tensor_name,
     write_adapter,
 )
-from medllm.config import ALL_LINEAR, LoraConfig
-from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.directory import ModelDirectory, write_model
 
 MODULE = "model.layers.0.self_attn.q_proj"
 LORA = LoraConfig(rank=2, alpha=8.0, targets=("q_proj",))

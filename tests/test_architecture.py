@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jax_medllm.adapters import variables
-from jax_medllm.linear import PackedParam
-from jax_medllm.model import Qwen2
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.linear import PackedParam
+from jax_medllm.weights.adapters import variables
 from medllm.architecture import HEAD, PUBLISHED, Architecture, qwen2
 from medllm.axes import RULES
 from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy

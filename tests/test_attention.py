@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from jax_medllm.attention import Visibility, attend, backend_for, cudnn, using, xla
+from jax_medllm.model.attention import Visibility, attend, backend_for, cudnn, using, xla
 from jax_medllm.plan.flops import matrix_flops
 from medllm.errors import UserError
 from tests.attention_on_devices import CASES

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_medllm.attention import Visibility, pallas, using
-from jax_medllm.attention.pallas import Tiles
-from jax_medllm.model import Qwen2
+from jax_medllm.model.attention import Visibility, pallas, using
+from jax_medllm.model.attention.pallas import Tiles
+from jax_medllm.model.decoder import Qwen2
 from tests.dense_attention import Case, case, computed, expected, far_apart, in_pieces, sees
 from tests.small_model import small_config
 

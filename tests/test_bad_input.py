@@ -7,7 +7,7 @@ import pytest
 
 from medllm.cli import main
 from medllm.mini.study import BASE
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 
 PROBLEM = {"problem_id": "1", "problem_text": "どれか。", "choices": ["甲", "乙"], "answer": ["a"], "explanation": "甲である。"}
 

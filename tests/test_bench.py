@@ -14,9 +14,9 @@ from medllm.bench.compare import compare, table
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
 from medllm.cli import main
 from medllm.config import PairConfig
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import encode_prompt, load_tokenizer
 from medllm.preferences.tokenization import tokenize_preferences
-from medllm.tokenizer import encode_prompt, load_tokenizer
 
 TINY = ModelShape(layers=2, width=32, mlp=48, heads=2, kv_heads=1, vocabulary=128, rank=2)
 TINY_WORDS = [f"--model.{name}={value}" for name, value in dataclasses.asdict(TINY).items() if isinstance(value, int)]

@@ -202,7 +202,7 @@ def test_presets_are_packaged():
 
 
 def test_an_install_hint_is_for_this_installation(monkeypatch, tmp_path):
-    from medllm import installation
+    from medllm.host import installation
 
     assert installation.install_command("jax") == f"pip install -e '{Path(medllm.__file__).parents[1]}[jax]'"
     monkeypatch.setattr(installation, "_FOLDER", tmp_path)  # as site-packages is: no project in it

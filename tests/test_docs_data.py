@@ -10,7 +10,6 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from medllm.adapter_directory import read_adapter
 from medllm.cli import main
 from medllm.config import CorpusConfig
 from medllm.corpus.documents import load_documents
@@ -18,6 +17,7 @@ from medllm.errors import UserError
 from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
+from medllm.model.adapter import read_adapter
 from medllm.preferences.records import Preference, Sample, read_preferences
 from medllm.report.runs import report_from_runs
 from tests.pages import DATA, documented, inline_commands, names, tables, write_examples

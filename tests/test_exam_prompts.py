@@ -6,7 +6,7 @@ from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response, evaluation_prompt, render_answer, stop_strings
-from medllm.tokenizer import Message
+from medllm.model.tokenizer import Message
 
 COLOURS = ("赤", "青", "緑", "黒", "白")
 SKY = Problem("s1", "ミロリ星の空は何色か。", COLOURS, ("c",), explanation="緑の雲がある。\n\n他は誤り。")

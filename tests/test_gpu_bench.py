@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import jax_medllm.model
-from jax_medllm.adapters import variables
-from jax_medllm.batches import PreferenceData, cpt_step
-from jax_medllm.batches import plan_steps as steps_of
-from jax_medllm.decoder import CHUNK, Decoder
-from jax_medllm.linear import LoraParam
-from jax_medllm.model import Qwen2
-from jax_medllm.random_weights import random_model
-from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+import jax_medllm.model.decoder
+from jax_medllm.generate.cached_decoder import CHUNK, Decoder
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.linear import LoraParam
+from jax_medllm.train.batches import PreferenceData, cpt_step
+from jax_medllm.train.batches import plan_steps as steps_of
+from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
+from jax_medllm.weights.adapters import variables
+from jax_medllm.weights.random import random_model
 from medllm.bench import arithmetic, device, device_goals, device_table
 from medllm.bench.device_shapes import PAIRS, RESPONSES, SMOKE, DeviceShape, device_shape
 from medllm.bench.shapes import ModelShape
-from medllm.child import run_in_child, run_process
 from medllm.config import LoraConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.errors import UserError
+from medllm.host.child import run_in_child, run_process
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_bench.sh"
 GIB = 2**30
@@ -74,7 +74,7 @@ def whole_attention(monkeypatch):
         wide = [jnp.repeat(part, q.shape[2] // part.shape[2], axis=2) for part in (k, v)]
         return jnp.einsum("bhqt,bthx->bqhx", jax.nn.softmax(jnp.einsum("bqhx,bthx->bhqt", q, wide[0])), wide[1])
 
-    monkeypatch.setattr(jax_medllm.model, "attend", attend)
+    monkeypatch.setattr(jax_medllm.model.decoder, "attend", attend)
 
 
 def compiled_flops(loss_fn, batch) -> float:
@@ -339,13 +339,13 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(tmp_p
 def test_a_child_that_sees_no_gpu_refuses_to_measure_the_host():
     given = {"side": 8, "copied": 64, "smoke": False}
     with pytest.raises(UserError, match="JAX sees no GPU"):
-        run_in_child("jax_medllm.device_bench", "rates", given, environment={**os.environ, "JAX_PLATFORMS": "cpu"})
+        run_in_child("jax_medllm.bench.device", "rates", given, environment={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
 def test_the_last_line_of_a_failed_child_is_its_error():
     with pytest.raises(RuntimeError, match="ended early: TypeError: "):
         run_in_child(
-            "jax_medllm.device_bench",
+            "jax_medllm.bench.device",
             "cpt",
             {"shape": SMOKE.to_json() | {"name": ["72B"], "rows": "one"}, "seconds": 1, "smoke": True},
         )

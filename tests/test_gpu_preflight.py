@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_medllm import attention
-from jax_medllm import preflight as jax_preflight
+from jax_medllm.bench import preflight as jax_preflight
+from jax_medllm.model import attention
 from medllm.bench import preflight
 from medllm.bench.device_shapes import SMOKE
 from medllm.errors import UserError
-from medllm.model_directory import WEIGHTS
+from medllm.model.directory import WEIGHTS
 from torch_ref.preflight import leave_nf4
 
 LOSS = math.log(SMOKE.model.vocabulary)

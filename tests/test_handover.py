@@ -7,18 +7,18 @@ import json
 import numpy as np
 import pytest
 
-from medllm.adapter_directory import merge_adapter, module_name, read_adapter, tensor_name, write_adapter
 from medllm.cli import main
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, TrainingConfig
 from medllm.engines import HOMES, load
 from medllm.errors import UserError
-from medllm.handover import continued_adapter
 from medllm.mini.study import BASE
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.adapter import merge_adapter, module_name, read_adapter, tensor_name, write_adapter
+from medllm.model.directory import ModelDirectory, write_model
+from medllm.model.random import write_random_model
 from medllm.preferences.records import Preference, Sample, write_preferences
-from medllm.random_model import write_random_model
 from medllm.stage_config import RpoConfig
-from medllm.stages import run_rpo
+from medllm.stages.handover import continued_adapter
+from medllm.stages.rpo import run_rpo
 
 CPT = LoraConfig(rank=2, alpha=4.0, rank_pattern={"down_proj": 3})
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.batches import CptBatch
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.train import cpt_loss_fn, make_step
-from medllm.adapter_directory import module_name
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train.batches import CptBatch
+from jax_medllm.train.loop import cpt_loss_fn, make_step
+from jax_medllm.weights.adapters import adapter_tensors
 from medllm.config import LoraConfig, OptimizerConfig
+from medllm.model.adapter import module_name
 from tests.small_model import small_config
 
 LORA = LoraConfig(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm import cached_attention
-from jax_medllm.cached_attention import Prefilling, Stored, attend_parts
-from jax_medllm.decoder import Decoder, Fill
-from jax_medllm.model import Qwen2
+from jax_medllm.generate import cached_attention
+from jax_medllm.generate.cached_attention import Prefilling, Stored, attend_parts
+from jax_medllm.generate.cached_decoder import Decoder, Fill
+from jax_medllm.model.decoder import Qwen2
 from tests.small_model import small_config
 
 B, S, H, K, X = 3, 5, 6, 2, 4

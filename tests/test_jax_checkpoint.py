@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.batches import CptData, plan_steps
-from jax_medllm.checkpoint import Checkpoints
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.train import cpt_loss_fn, train
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train.batches import CptData, plan_steps
+from jax_medllm.train.checkpoint import Checkpoints
+from jax_medllm.train.loop import cpt_loss_fn, train
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError

@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_medllm import engine as engine_module
 from jax_medllm.engine import JaxEngine
-from jax_medllm.model import Qwen2
-from jax_medllm.reference import compute_reference
-from jax_medllm.weights import model_tensors
-from medllm.adapter_directory import read_adapter
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.train.reference_cache import compute_reference
+from jax_medllm.weights.read import model_tensors
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, Sampling, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation
 from medllm.errors import UserError
-from medllm.model_directory import write_model
+from medllm.model.adapter import read_adapter
+from medllm.model.directory import write_model
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run

@@ -12,11 +12,11 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.continuations import Scorer
-from jax_medllm.decoder import Decoder
-from jax_medllm.generate import generate
-from jax_medllm.model import Qwen2
-from jax_medllm.sampling import sample_tokens
+from jax_medllm.generate.cached_decoder import Decoder
+from jax_medllm.generate.queue import generate
+from jax_medllm.generate.sampling import sample_tokens
+from jax_medllm.generate.scorer import Scorer
+from jax_medllm.model.decoder import Qwen2
 from medllm.config import Sampling
 from medllm.engine import Continuation
 from medllm.errors import UserError

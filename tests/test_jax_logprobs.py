@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm import logprobs
-from jax_medllm.logprobs import response_logprobs, token_logprobs
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.rows import response_rows
+from jax_medllm.model import logprobs
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.logprobs import response_logprobs, token_logprobs
+from jax_medllm.model.rows import response_rows
 from medllm.config import LoraConfig
 from tests.forced_devices import found_on_eight
 from tests.small_model import small_config

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm import train as loop
-from jax_medllm.batches import CptBatch, CptData, cpt_step, plan_steps
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.train import CptMetrics, StepMetrics, TrainingLog, cpt_loss_fn, make_step, train
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train import loop as loop
+from jax_medllm.train.batches import CptBatch, CptData, cpt_step, plan_steps
+from jax_medllm.train.loop import CptMetrics, StepMetrics, TrainingLog, cpt_loss_fn, make_step, train
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.run import Run

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_medllm.losses import Pairs, cpt_loss, dpo, dpo_loss, nll_loss, objective, pair_logprobs, rpo
+from jax_medllm.train.losses import Pairs, cpt_loss, dpo, dpo_loss, nll_loss, objective, pair_logprobs, rpo
 from medllm.config import PreferenceLoss
 from medllm.errors import UserError
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.decoder import CHUNK, Decoder, Fill
-from jax_medllm.linear import LoraScaling, adapted_matmul, nf4_matmul
-from jax_medllm.model import LoraParam, PackedParam, Qwen2
-from jax_medllm.quantized_weight import NF4Weight
+from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill
+from jax_medllm.model.decoder import LoraParam, PackedParam, Qwen2
+from jax_medllm.model.linear import LoraScaling, adapted_matmul, nf4_matmul
+from jax_medllm.model.quantized_weight import NF4Weight
 from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, Sampling
 from tests.test_architecture import hf_config

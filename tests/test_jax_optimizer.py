@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_medllm.optimizer import learning_rate, make_optimizer, warmup_steps
+from jax_medllm.train.optimizer import learning_rate, make_optimizer, warmup_steps
 from medllm.config import OptimizerConfig
 
 CONFIG = OptimizerConfig(learning_rate=3e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, warmup_ratio=0.15, clip_norm=1.0)

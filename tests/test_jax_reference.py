@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm import reference
-from jax_medllm.batches import PreferenceData
-from jax_medllm.losses import OBJECTIVES, Objective
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.reference import ReferenceFile, compute_reference
-from jax_medllm.train import CptMetrics, preference_loss_fn, train
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train import reference_cache as reference
+from jax_medllm.train.batches import PreferenceData
+from jax_medllm.train.loop import CptMetrics, preference_loss_fn, train
+from jax_medllm.train.losses import OBJECTIVES, Objective
+from jax_medllm.train.reference_cache import ReferenceFile, compute_reference
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
 from medllm.preferences.tokenization import TokenizedGroup

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.batches import CptBatch, PreferenceData
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.remat import fitting_policy
-from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train.auto_remat import fitting_policy
+from jax_medllm.train.batches import CptBatch, PreferenceData
+from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
 from medllm.config import LoraConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.preferences.tokenization import TokenizedGroup
 from tests.small_model import small_config

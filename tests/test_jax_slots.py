@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.decoder import CHUNK
-from jax_medllm.generate import generate
+from jax_medllm.generate.cached_decoder import CHUNK
+from jax_medllm.generate.queue import generate
 from medllm.config import Sampling
 
 END, WORD = 0, 1

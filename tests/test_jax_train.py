@@ -14,10 +14,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.batches import CptData, PreferenceData, cpt_step, plan_steps, single_pairs
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.rows import buckets, round_up
-from jax_medllm.train import cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.rows import buckets, round_up
+from jax_medllm.train.batches import CptData, PreferenceData, cpt_step, plan_steps, single_pairs
+from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import PackedRows, target_mask
 from medllm.errors import UserError

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.adapters import adapter_tensors
-from jax_medllm.model import Qwen2
-from jax_medllm.weights import load_model, model_tensors
-from medllm.adapter_directory import Adapter, write_adapter
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.weights.adapters import adapter_tensors
+from jax_medllm.weights.read import load_model, model_tensors
 from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.adapter import Adapter, write_adapter
+from medllm.model.directory import ModelDirectory, write_model
 
 CONFIG = Architecture(
     family="qwen2",

@@ -12,8 +12,8 @@ from medllm.mini.problems import exam_problems
 from medllm.mini.study import BASE, SHOTS, load_preset
 from medllm.mini.vocabulary import END, train_tokenizer
 from medllm.mini.world import make_world
-from medllm.model_directory import ModelDirectory
-from medllm.tokenizer import check_vocabulary, encode, end_token, load_tokenizer
+from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import check_vocabulary, encode, end_token, load_tokenizer
 
 MEBIBYTE = 2**20
 

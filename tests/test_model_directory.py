@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory, write_model
+from medllm.model.directory import ModelDirectory, write_model
 
 MODULE = "model.layers.0.self_attn.q_proj"
 

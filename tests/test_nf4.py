@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.nf4 import CODES, absmax_mean, dynamic_map, quantize_absmax, quantize_blocks
-from jax_medllm.quantized_weight import KINDS, NF4Weight
+from jax_medllm.model.nf4 import CODES, absmax_mean, dynamic_map, quantize_absmax, quantize_blocks
+from jax_medllm.model.quantized_weight import KINDS, NF4Weight
 from medllm.errors import UserError
 from medllm.quantization import BLOCK, PACKINGS, Quantization
 

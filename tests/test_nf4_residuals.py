@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm import linear
-from jax_medllm.adapters import assign, variables
-from jax_medllm.batches import CptBatch
-from jax_medllm.linear import Linear, PackedParam, matmul, nf4_matmul
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.quantized_weight import KINDS, QuantizedWeight
-from jax_medllm.train import cpt_loss_fn
+from jax_medllm.model import linear
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.linear import Linear, PackedParam, matmul, nf4_matmul
+from jax_medllm.model.quantized_weight import KINDS, QuantizedWeight
+from jax_medllm.train.batches import CptBatch
+from jax_medllm.train.loop import cpt_loss_fn
+from jax_medllm.weights.adapters import assign, variables
 from medllm.axes import Axis
 from medllm.config import LoraConfig, RematPolicy
 from medllm.quantization import Quantization

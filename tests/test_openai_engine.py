@@ -16,8 +16,8 @@ from medllm.engines import open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.evaluation import evaluate
 from medllm.exam.problem import Problem
+from medllm.model.tokenizer import Message
 from medllm.stage_config import EvaluateConfig
-from medllm.tokenizer import Message
 
 KEY = "sk-secret-of-the-test"
 CHAT = (Message("system", "解きます。"), Message("user", "空は何色か。"))

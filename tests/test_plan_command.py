@@ -14,7 +14,7 @@ import pytest
 
 from medllm.architecture import Architecture
 from medllm.cli import main
-from medllm.installation import install_command
+from medllm.host.installation import install_command
 from medllm.plan import command, planning, search
 from medllm.plan.targets import DEVICES, Target
 from tests.test_cli import fails

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from jax_medllm.model import LoraParam, Qwen2
+from jax_medllm.mesh.layout import Layout
+from jax_medllm.model.decoder import LoraParam, Qwen2
 from jax_medllm.plan.flops import matrix_flops
 from jax_medllm.plan.programs import trace
-from jax_medllm.sharding import Layout
 from medllm.bench.shapes import ModelShape
 from medllm.config import LoraConfig
 from tests.small_model import small_config

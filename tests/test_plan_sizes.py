@@ -10,10 +10,10 @@ import jax
 import pytest
 from flax import nnx
 
-from jax_medllm.model import Qwen2
+from jax_medllm.mesh.layout import Layout
+from jax_medllm.model.decoder import Qwen2
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.programs import trace
-from jax_medllm.sharding import Layout
 from medllm.architecture import PUBLISHED, Architecture
 from medllm.plan.models import planned_model
 from medllm.plan.request import Request

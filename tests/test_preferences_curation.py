@@ -12,11 +12,11 @@ from medllm.engine import Generation
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt
+from medllm.model.tokenizer import Prompt
 from medllm.preferences.curation import check_problems, curate
 from medllm.preferences.records import Sample
 from medllm.stage_config import CurateConfig
-from medllm.stages import build_preferences
-from medllm.tokenizer import Prompt
+from medllm.stages.curate import build_preferences
 
 
 class ScriptedEngine:

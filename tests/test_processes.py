@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_medllm import processes
-from medllm.adapter_directory import read_adapter
+from jax_medllm.mesh import processes
 from medllm.cli import main
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from medllm.model.adapter import read_adapter
 from tests.forced_devices import environment
 
 MESH = ("--mesh", "fsdp=4,tensor=2")  # each process holds half of the rows, and half of the weights

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import medllm.stages
-from medllm.child import run_in_child
+import medllm.stages.cpt
 from medllm.cli import main
 from medllm.config import CorpusConfig, ModelConfig
+from medllm.host.child import run_in_child
+from medllm.host.progress import part_of, progress_bar, tracked
 from medllm.mini.study import BASE
-from medllm.progress import part_of, progress_bar, tracked
 from medllm.stage_config import CptConfig
 
 
@@ -85,19 +85,19 @@ def test_a_corpus_that_becomes_tokens_shows_how_far_it_is(tmp_path, monkeypatch)
         def train_cpt(self, rows, config, run):
             raise InterruptedError
 
-    monkeypatch.setattr(medllm.stages, "progress_bar", recorded)
-    monkeypatch.setattr(medllm.stages, "open_engine", lambda *_: Opened())
+    monkeypatch.setattr(medllm.stages.cpt, "progress_bar", recorded)
+    monkeypatch.setattr(medllm.stages.cpt, "open_trainer", lambda *_: Opened())
     (tmp_path / "text.txt").write_text("text")
     config = CptConfig(ModelConfig(str(BASE)), str(tmp_path / "run"), CorpusConfig((str(tmp_path / "text.txt"),), length=16))
     with pytest.raises(InterruptedError):
-        medllm.stages.run_cpt(config)
+        medllm.stages.cpt.run_cpt(config)
     assert seen == [("tokens", 1, 1)]
 
 
 def test_a_process_of_its_own_is_heard(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text(
         "import sys\n"
-        "from medllm.child import serve, tell\n"
+        "from medllm.host.child import serve, tell\n"
         "def work(parts):\n"
         "    for done in range(parts):\n"
         "        tell(done, parts, f'part {done}')\n"

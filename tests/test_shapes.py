@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from jax_medllm.attention import Visibility, attend
-from jax_medllm.batches import CptBatch, target_mask
-from jax_medllm.linear import matmul
-from jax_medllm.logprobs import token_logprobs
-from jax_medllm.losses import dpo_loss
-from jax_medllm.nf4 import quantize
+from jax_medllm.model.attention import Visibility, attend
+from jax_medllm.model.linear import matmul
+from jax_medllm.model.logprobs import token_logprobs
+from jax_medllm.model.quantized_weight import NF4Weight
+from jax_medllm.train.batches import CptBatch, target_mask
+from jax_medllm.train.losses import dpo_loss
 from medllm.corpus.packing import PackedRows
 from medllm.report.statistics import score_interval
 
@@ -24,7 +24,7 @@ WRONG = {
     "targets that are no integers": lambda: token_logprobs(jnp.ones((1, 4, 8)), jnp.ones((9, 8)), jnp.ones((1, 4))),
     "a weight the other way round": lambda: matmul(jnp.ones((3, 8)), jnp.ones((8, 5))),
     "pairs without their axis": lambda: dpo_loss(jnp.ones(4), jnp.ones(4), jnp.ones(4), beta=0.1),
-    "a weight to pack with three axes": lambda: quantize(jnp.ones((2, 64, 64))),
+    "a weight to pack with three axes": lambda: NF4Weight.quantize(jnp.ones((2, 64, 64))),
     "segments of one row": lambda: target_mask(ROW[0]),
     "rows and segments that differ": lambda: CptBatch(ROW, ROW[:1], ROW, np.asarray(1.0)),
     "packed rows of floats": lambda: PackedRows(ROW.astype(np.float32), ROW, ROW),

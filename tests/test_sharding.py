@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_medllm.sharding import Layout, entry
+from jax_medllm.mesh.layout import Layout, entry
 from medllm.axes import MESH_AXES, RULES, Axis
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
@@ -209,7 +209,7 @@ def test_rules_name_mesh_axes_that_exist():
 
 
 def test_without_a_layout_nothing_is_laid_out():
-    from jax_medllm.sharding import constrain, gathered, place_rows
+    from jax_medllm.mesh.layout import constrain, gathered, place_rows
 
     x = np.zeros((2, 3))
     assert constrain(x, "batch", None) is x

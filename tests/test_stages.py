@@ -13,9 +13,9 @@ from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.stage_config import EvaluateConfig
-from medllm.stages import run_evaluate
-from medllm.tokenizer import encode, load_tokenizer
+from medllm.stages.evaluate import run_evaluate
 
 MODEL = ModelConfig(str(BASE), dtype="float32")
 

@@ -8,15 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from jax_medllm import weights
-from jax_medllm.adapters import variables
-from jax_medllm.weights import read_model
+from jax_medllm.weights import read as weights
+from jax_medllm.weights.adapters import variables
+from jax_medllm.weights.read import read_model
 from medllm.bench import load
 from medllm.bench.load import ALLOWANCE, bench_load, checkpoint_model
 from medllm.cli import main
 from medllm.mini.study import BASE
-from medllm.model_directory import ModelDirectory
-from medllm.random_model import random_tensors
+from medllm.model.directory import ModelDirectory
+from medllm.model.random import random_tensors
 
 
 class Watched(ModelDirectory):

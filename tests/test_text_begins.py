@@ -16,9 +16,9 @@ from medllm.corpus.packing import tokenize_documents
 from medllm.errors import UserError
 from medllm.exam.evaluation import score_options
 from medllm.exam.problem import Problem
+from medllm.model.tokenizer import Message, encode, encode_continuation, encode_prompt, load_tokenizer
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
-from medllm.tokenizer import Message, encode, encode_continuation, encode_prompt, load_tokenizer
 
 BASE = Path(medllm.mini.__file__).parent / "data" / "base"
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"

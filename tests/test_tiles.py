@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.batches import CptBatch
-from jax_medllm.linear import PackedParam
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.tiles import lay_codes
-from jax_medllm.train import cpt_loss_fn, make_gradients
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.linear import PackedParam
+from jax_medllm.train.batches import CptBatch
+from jax_medllm.train.loop import cpt_loss_fn, make_gradients
+from jax_medllm.weights.code_layout import lay_codes
 from medllm.config import LoraConfig
 from tests.small_model import small_config
 

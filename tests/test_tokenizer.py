@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import medllm.mini
-from medllm.tokenizer import load_tokenizer
+from medllm.model.tokenizer import load_tokenizer
 
 BASE = Path(medllm.mini.__file__).parent / "data" / "base"
 TEXTS = ("第3問 アモキ病の徴候はどれか。\n", "don't 12 34  two spaces\n\nx", "１２３ＡＢＣ é e\u0301 <|endoftext|>a", "")

@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 
-from jax_medllm import operations
+from jax_medllm.bench import operations
 from medllm.bench import arithmetic, floor
 from medllm.bench.compiled_text import read_compiled
 from medllm.bench.profile import add_tables
@@ -38,10 +38,10 @@ PATH = "jit(gradients)/transpose(jvp())/while/body/checkpoint"
 TEXT = f"""HloModule jit_gradients, is_scheduled=true, entry_computation_layout={{(f32[8,64]{{1,0}})->f32[8,32]{{1,0}}}}
 
 FileNames
-1 "/somewhere/jax_medllm/train.py"
-2 "/somewhere/jax_medllm/linear.py"
-3 "/somewhere/jax_medllm/attention/xla.py"
-4 "/somewhere/jax_medllm/logprobs.py"
+1 "/somewhere/jax_medllm/train/loop.py"
+2 "/somewhere/jax_medllm/model/linear.py"
+3 "/somewhere/jax_medllm/model/attention/xla.py"
+4 "/somewhere/jax_medllm/model/logprobs.py"
 
 FunctionNames
 1 "step"
@@ -99,7 +99,7 @@ def test_a_fusion_is_what_its_product_is():
     assert instruction.flops == 2 * 8 * 64 * 32
     assert instruction.products[0].sides == (8, 64, 32)
     assert instruction.operation.endswith("rematted_computation/...i,oi->...o/dot_general")
-    assert instruction.files == ("/somewhere/jax_medllm/linear.py", "/somewhere/jax_medllm/train.py")
+    assert instruction.files == ("/somewhere/jax_medllm/model/linear.py", "/somewhere/jax_medllm/train/loop.py")
 
 
 def test_a_batched_product_counts_once_for_each_of_the_batch():

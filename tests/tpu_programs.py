@@ -20,10 +20,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_medllm.attention import Visibility, attend
-from jax_medllm.batches import CptBatch
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.train import cpt_loss_fn
+from jax_medllm.model.attention import Visibility, attend
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.train.batches import CptBatch
+from jax_medllm.train.loop import cpt_loss_fn
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig, RematPolicy
 from tests.small_model import small_config

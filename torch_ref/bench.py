@@ -1,4 +1,4 @@
-"""The measurements of ``medllm bench`` that run in a process of their own (:mod:`medllm.child`)."""
+"""The measurements of ``medllm bench`` that run in a process of their own (:mod:`medllm.host.child`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from medllm.bench.profile import OPERATORS
 from medllm.bench.work import measurements
-from medllm.child import serve
+from medllm.host.child import serve
 from medllm.run import write_json
 
 

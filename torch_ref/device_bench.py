@@ -37,10 +37,10 @@ from trl import DPOConfig, DPOTrainer
 
 from medllm.bench.device_shapes import PAIRS, DeviceShape
 from medllm.bench.shapes import ModelShape
-from medllm.child import serve
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError
-from medllm.process_memory import peak_resident_bytes
+from medllm.host.child import serve
+from medllm.host.memory import peak_resident_bytes
 from medllm.quantization import PACKINGS, Packing
 from torch_ref.cpt import RowFeatures
 from torch_ref.model import DTYPES, add_adapter, device, initialize_adapter, peft_config

@@ -14,9 +14,9 @@ import numpy as np
 from medllm.config import ModelConfig, PreferenceRecipe, Recipe, Sampling, TorchConfig
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
+from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
-from medllm.tokenizer import Prompt
 from medllm.training import TrainSummary
 from torch_ref.cpt import train_cpt
 from torch_ref.generate import generate, logprobs

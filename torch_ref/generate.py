@@ -18,7 +18,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from medllm.config import Sampling
 from medllm.engine import Continuation, Generation
 from medllm.errors import PromptError, UserError
-from medllm.tokenizer import Prompt, encode_prompt, end_token
+from medllm.model.tokenizer import Prompt, encode_prompt, end_token
 
 
 def generate(

@@ -19,12 +19,12 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from medllm.adapter_directory import open_adapters
 from medllm.config import LoraConfig, ModelConfig, TorchConfig
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory
+from medllm.model.adapter import open_adapters
+from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import check_vocabulary, load_tokenizer
 from medllm.quantization import PACKINGS, check_stored
-from medllm.tokenizer import check_vocabulary, load_tokenizer
 from torch_ref.switches import check_switches
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

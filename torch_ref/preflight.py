@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from bitsandbytes import functional as bnb
 
-from medllm.child import serve
-from medllm.model_directory import write_model
+from medllm.host.child import serve
+from medllm.model.directory import write_model
 from torch_ref.device_bench import cpt, device
 
 _SHAPE = (128, 512)

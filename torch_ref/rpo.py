@@ -20,8 +20,8 @@ from trl import DPOConfig, DPOTrainer
 
 from medllm.config import ModelConfig, PreferenceLoss, PreferenceRecipe
 from medllm.errors import UserError
-from medllm.handover import continued_adapter
 from medllm.run import Run
+from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
 from torch_ref.model import initialize_adapter, open_continued, open_model, peft_config, trainable_base
 from torch_ref.trainer import RunLog, per_process, processes, run_trainer, trainer_arguments

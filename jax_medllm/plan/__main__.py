@@ -9,12 +9,12 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
+from jax_medllm.mesh.layout import Layout
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.probe import probe
 from jax_medllm.plan.programs import trace
 from jax_medllm.plan.targets import devices_of
-from jax_medllm.sharding import Layout
-from medllm.child import serve, tell
+from medllm.host.child import serve, tell
 
 
 def compile_stage(target: dict[str, Any], mesh: str, rules: str, stage: str, settings: dict[str, Any]) -> dict[str, Any]:

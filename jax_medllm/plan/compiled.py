@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jax_medllm.mesh.layout import Layout, device_bytes, entry
 from jax_medllm.plan.flops import matrix_flops
 from jax_medllm.plan.hlo import Program
 from jax_medllm.plan.programs import Stage, Traced
 from jax_medllm.plan.targets import READABLE
-from jax_medllm.sharding import Layout, device_bytes, entry
 
 GIB = 2**30
 

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_medllm.attention import matmul_precision
-from jax_medllm.batches import PreferenceData, cpt_step, plan_steps
+from jax_medllm.mesh.layout import Layout
+from jax_medllm.model.attention import matmul_precision
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.programs import trace
-from jax_medllm.random_weights import random_model
-from jax_medllm.sharding import Layout
-from jax_medllm.timed_steps import call_seconds, copy_bytes, timed_training
-from jax_medllm.train import cpt_loss_fn, preference_loss_fn
+from jax_medllm.train.batches import PreferenceData, cpt_step, plan_steps
+from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
+from jax_medllm.train.timed_steps import call_seconds, copy_bytes, timed_training
+from jax_medllm.weights.random import random_model
 from medllm.architecture import Architecture
 from medllm.config import PreferenceLoss, TrainingConfig
 from medllm.corpus.packing import PackedRows

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_medllm.attention import Backend, backend_for, using
-from jax_medllm.batches import CptBatch, PreferenceBatch
-from jax_medllm.decoder import CHUNK, Decoder, Fill, by_axes
-from jax_medllm.logprobs import cut
-from jax_medllm.model import LoraParam, Qwen2
-from jax_medllm.rows import ResponseBatch
-from jax_medllm.sharding import Layout, shardings
-from jax_medllm.tiles import laid_codes
-from jax_medllm.train import cpt_loss_fn, make_step, preference_loss_fn
+from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill, by_axes
+from jax_medllm.mesh.layout import Layout, shardings
+from jax_medllm.model.attention import Backend, backend_for, using
+from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.logprobs import cut
+from jax_medllm.model.rows import ResponseBatch
+from jax_medllm.train.batches import CptBatch, PreferenceBatch
+from jax_medllm.train.loop import cpt_loss_fn, make_step, preference_loss_fn
+from jax_medllm.weights.code_layout import laid_codes
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
 from medllm.quantization import PACKINGS

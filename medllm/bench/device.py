@@ -25,9 +25,9 @@ from medllm.bench.device_shapes import SIZES, SMOKE, DeviceShape, device_shape
 from medllm.bench.device_table import outcome, table
 from medllm.bench.preflight import LIMIT as PREFLIGHT_LIMIT
 from medllm.bench.preflight import preflight
-from medllm.child import run_in_child, run_process
 from medllm.engines import module_of, require_engine
 from medllm.errors import UserError
+from medllm.host.child import run_in_child, run_process
 from medllm.run import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[2]

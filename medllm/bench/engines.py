@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from medllm.child import run_in_child
 from medllm.engines import module_of, require_engine
+from medllm.host.child import run_in_child
 
 
 def measure(engine: str, name: str, **settings: Any) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import numpy as np
 from medllm.architecture import PUBLISHED, Architecture, qwen2
 from medllm.bench.engines import measure
 from medllm.errors import UserError
-from medllm.model_directory import write_model
+from medllm.model.directory import write_model
+from medllm.model.random import random_tensors
 from medllm.quantization import Quantization
-from medllm.random_model import random_tensors
 
 ALLOWANCE = 1_200_000_000
 """Bytes that opening a model may take beyond the model itself, interpreter and libraries included."""

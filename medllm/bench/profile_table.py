@@ -20,11 +20,11 @@ _REST = "everything else"
 _OPTIMIZER = frozenset({"jit_add", "jit_update"})
 # By the innermost file on the stack that is one of these.
 _PLACES = {
-    "jax_medllm/attention/": "attention",
-    "jax_medllm/cached_attention.py": "attention",
-    "jax_medllm/logprobs.py": "head",
-    "jax_medllm/linear.py": "weights",
-    "jax_medllm/nf4.py": "weights",
+    "jax_medllm/model/attention/": "attention",
+    "jax_medllm/generate/cached_attention.py": "attention",
+    "jax_medllm/model/logprobs.py": "head",
+    "jax_medllm/model/linear.py": "weights",
+    "jax_medllm/model/nf4.py": "weights",
 }
 _ORDER = (
     *("weights", "LoRA", "attention", "attention, rest", "head", "head, rest"),

@@ -17,10 +17,10 @@ from medllm.architecture import Architecture, qwen2
 from medllm.config import ModelConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
-from medllm.model_directory import write_model
+from medllm.model.directory import write_model
+from medllm.model.random import random_tensors
 from medllm.preferences.records import Preference, Sample
 from medllm.quantization import Quantization
-from medllm.random_model import random_tensors
 
 _END = "</s>"
 

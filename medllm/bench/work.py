@@ -25,8 +25,8 @@ from medllm.config import (
     TrainingConfig,
 )
 from medllm.engines import EngineName, open_engine, open_trainer
+from medllm.host.memory import peak_resident_bytes
 from medllm.preferences.tokenization import tokenize_preferences
-from medllm.process_memory import peak_resident_bytes
 from medllm.run import Run
 from medllm.stage_config import CptConfig, RpoConfig
 from medllm.training import TrainSummary
@@ -38,7 +38,7 @@ Profiler = Callable[[str], AbstractContextManager[Any]]
 def measurements(
     engine: EngineName, profiler: Profiler, compile_seconds: Callable[[], float] | None = None
 ) -> dict[str, Callable[..., dict[str, Any]]]:
-    """``cpt``, ``rpo`` and ``generate`` on ``engine``, for :func:`medllm.child.serve`.
+    """``cpt``, ``rpo`` and ``generate`` on ``engine``, for :func:`medllm.host.child.serve`.
 
     Args:
         engine: Which engine does the work.

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Int32
 from numpy import ndarray
 
 from medllm.errors import UserError
-from medllm.tokenizer import encode_texts, end_token
+from medllm.model.tokenizer import encode_texts, end_token
 
 if TYPE_CHECKING:
     from medllm.corpus.documents import Document
@@ -68,7 +68,7 @@ def tokenize_documents(
     Arrays rather than lists: a corpus of a billion tokens is 4 GB this way, and 36 GB as Python integers.
 
     Args:
-        tokenizer: A fast tokenizer from :func:`medllm.tokenizer.load_tokenizer`.
+        tokenizer: A fast tokenizer from :func:`medllm.model.tokenizer.load_tokenizer`.
         documents: What :func:`medllm.corpus.documents.load_documents` found.
         progress: Called with (documents done, documents in all).
     """

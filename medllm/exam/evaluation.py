@@ -14,9 +14,9 @@ from medllm.exam.answers import extract_answer
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
-from medllm.progress import part_of
+from medllm.host.progress import part_of
+from medllm.model.tokenizer import encode_continuation
 from medllm.stage_config import EvaluateConfig
-from medllm.tokenizer import encode_continuation
 
 __all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
 

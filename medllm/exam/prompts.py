@@ -20,7 +20,7 @@ from typing import Literal
 
 from medllm.errors import PromptError, UserError
 from medllm.exam.problem import LETTERS, Problem
-from medllm.tokenizer import Message, Prompt
+from medllm.model.tokenizer import Message, Prompt
 
 AnswerAs = Literal["letters", "text"]
 Template = Literal["igakuqa", "curation"]

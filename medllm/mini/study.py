@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from medllm.adapter_directory import merge_adapter
 from medllm.config import (
     CorpusConfig,
     LoraConfig,
@@ -36,11 +35,15 @@ from medllm.exam.problem import Problem
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
+from medllm.model.adapter import merge_adapter
 from medllm.presets import preset_file
 from medllm.quantization import Quantization
 from medllm.run import atomic_path
 from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
-from medllm.stages import PREFERENCES, build_preferences, run_cpt, run_rpo, sit_exam
+from medllm.stages.cpt import run_cpt
+from medllm.stages.curate import PREFERENCES, build_preferences
+from medllm.stages.evaluate import sit_exam
+from medllm.stages.rpo import run_rpo
 from medllm.training import TrainSummary
 
 BASE = Path(__file__).parent / "data" / "base"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from medllm.architecture import Architecture
-from medllm.child import run_in_child
 from medllm.engines import module_of, require
 from medllm.errors import UserError
+from medllm.host.child import run_in_child
 from medllm.plan.calibration import Calibration
 from medllm.plan.models import planned_model
 from medllm.plan.planning import check_context

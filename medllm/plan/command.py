@@ -9,10 +9,10 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from medllm.errors import UserError
+from medllm.host.progress import progress_bar
 from medllm.plan.calibration import Calibration
 from medllm.plan.request import Request
 from medllm.plan.wording import KINDS, mesh_words
-from medllm.progress import progress_bar
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medllm.architecture import PUBLISHED, Architecture
 from medllm.errors import UserError
-from medllm.model_directory import ModelDirectory
+from medllm.model.directory import ModelDirectory
 
 
 def planned_model(name: str) -> Architecture:

@@ -9,14 +9,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from medllm.architecture import Architecture
-from medllm.child import run_in_child
 from medllm.engines import module_of, require
 from medllm.errors import UserError
+from medllm.host.child import run_in_child
+from medllm.host.progress import Progress
 from medllm.plan.calibration import Calibration, Work
 from medllm.plan.models import planned_model
 from medllm.plan.request import Request
 from medllm.plan.targets import Device, Target
-from medllm.progress import Progress
 from medllm.run import this_machine
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"), "cpu": ()}

@@ -14,12 +14,12 @@ from medllm.architecture import Architecture
 from medllm.axes import MESH_AXES, RULES
 from medllm.config import REMAT_KEEPS, OptimizerConfig, RematPolicy
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.plan.models import planned_model
 from medllm.plan.planning import asked, check_context, check_installed, make_plan, model_sizes
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
 from medllm.plan.wording import mesh_words
-from medllm.progress import Progress
 
 _ROWS = (1, 2, 4, 8)
 _GIB = 2**30

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 from medllm.errors import UserError
-from medllm.process_memory import physical_bytes
+from medllm.host.memory import physical_bytes
 
 
 @dataclass(frozen=True)

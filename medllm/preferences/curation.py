@@ -19,9 +19,9 @@ from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.prompts import curation_prompt, curation_response, naming_problems, stop_strings
+from medllm.host.progress import part_of
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
-from medllm.progress import part_of
 from medllm.stage_config import CurateConfig
 
 

@@ -24,9 +24,9 @@ from typing import Any
 
 from medllm.config import PairConfig
 from medllm.errors import UserError
+from medllm.model.tokenizer import encode_texts
 from medllm.preferences.pairs import Pair, Rank, select_pairs, training_pairs
 from medllm.preferences.records import Preference
-from medllm.tokenizer import encode_texts
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What ``medllm bench`` measures of this engine, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""The model and its parts: layers, attention, adapters, packed weights, log-probabilities."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its data, losses, optimizer and checkpoints."""

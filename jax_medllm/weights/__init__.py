@@ -1,0 +1,1 @@
+"""Weights and adapters, from files into their shards and back."""

@@ -1,0 +1,297 @@
+"""Weights in and out: Hugging Face models, PEFT adapters, bitsandbytes 4-bit directories.
+
+One rule maps an array of the model to its tensors on disk, in both directions: an attribute path is Hugging Face's module
+path, orientation included, and an array below ``layers`` is the stack of one tensor a layer. Tensors are read some rows at a
+time into their place in the stack, quantized on the way, so beside the model memory holds a piece of one tensor.
+
+A model's own adapters (``ModelConfig.adapter``) stay frozen low-rank terms beside the weight, as PEFT computes them; nothing is
+ever added to a quantized weight. Adapters' own arrays are :mod:`jax_medllm.weights.adapters`'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_medllm.mesh.host_memory import release_free_memory
+from jax_medllm.mesh.layout import in_use, shardings
+from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
+from jax_medllm.model.nf4 import quantize_blocks
+from jax_medllm.model.quantized_weight import QuantizedWeight
+from jax_medllm.weights.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
+from jax_medllm.weights.bnb_files import packed_config, packed_parts, read_packed, stored, suffixes
+from jax_medllm.weights.filling import Stack
+from medllm.architecture import Architecture
+from medllm.config import LoraConfig, ModelConfig
+from medllm.errors import UserError
+from medllm.model.adapter import Adapter, read_adapter
+from medllm.model.directory import ModelDirectory, write_model
+from medllm.quantization import Quantization
+
+_PIECE = 1 << 22  # numbers of a tensor that are read, and quantized, at a time
+
+
+def load_model(model: ModelConfig, *, lora: LoraConfig | Adapter | None = None) -> Qwen2:
+    """Open a model directory, with the adapters the configuration names (frozen) and one to train where asked.
+
+    Raises:
+        UserError: the directory is not a supported Qwen2, or a tensor is missing, superfluous or of another shape.
+    """
+    return read_model(
+        ModelDirectory(model.path),
+        lora=lora,
+        adapter=[read_adapter(path) for path in model.adapters],
+        quantization=model.quantization,
+        dtype=model.dtype,
+    )
+
+
+def read_model(
+    directory: ModelDirectory,
+    *,
+    lora: LoraConfig | Adapter | None = None,
+    adapter: Adapter | Sequence[Adapter] = (),
+    quantization: Quantization = "none",
+    dtype: Any = jnp.float32,
+) -> Qwen2:
+    """As :func:`load_model`, from opened directories and in any floating type.
+
+    A bitsandbytes NF4 directory is read as it is, codes and scales, when ``quantization`` is its own. Dense weights are rounded
+    to ``dtype`` before they are quantized, as bitsandbytes does.
+
+    Args:
+        directory: The weights.
+        lora: The adapter to train: the settings of a fresh one, or one that is trained further. Beside the latter its frozen
+            copy is loaded, which takes its place where the trained adapter is switched off.
+        adapter: One that belongs to the model and stays frozen, or several.
+        quantization: How the seven linear kinds are stored.
+        dtype: Type of the other weights and of the computation.
+
+    Raises:
+        UserError: as for :func:`load_model`.
+    """
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    settings = lora.lora if isinstance(lora, Adapter) else lora
+
+    def build() -> Qwen2:
+        return Qwen2(
+            directory.architecture,
+            lora=settings,
+            frozen_loras=tuple(one.lora for one in adapters),
+            reference=isinstance(lora, Adapter),
+            quantization=quantization,
+            dtype=jnp.dtype(dtype),
+            rngs=nnx.Rngs(0),
+        )
+
+    model = nnx.eval_shape(build)
+    slots = _base_slots(model)
+    _check_tensors(directory, slots, directory.architecture)
+    given = {frozen(index): one for index, one in enumerate(adapters)}
+    if isinstance(lora, Adapter):
+        given |= {TRAINED: lora, REFERENCE: lora}
+    stacks = {path: Stack(variable, path) for path, variable in _base(model).items()}
+    finite = {name: _fill(stacks, directory, name, slot, model.dtype) for name, slot in slots.items()}
+    arrays = {path: stack.array() for path, stack in stacks.items()}
+    for name, is_finite in finite.items():  # looked at when all is read: nothing waits for a weight to be quantized
+        if not is_finite:
+            raise _not_finite(directory, name)
+    for place, one in given.items():
+        arrays |= adapter_arrays(model, one, place)
+    if settings is not None or adapters:
+        # Only these leave the compiled function, so the random base weights the model is built with are never computed.
+        kinds = nnx.Any(LoraScaling, LoraParam)
+        given_shardings = shardings(nnx.state(model, kinds)) if in_use() else None
+        made = jax.jit(lambda: nnx.state(build(), kinds), out_shardings=given_shardings)()
+        arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(made) if path not in arrays}
+    assign(model, arrays)
+    release_free_memory()
+    return model
+
+
+def model_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
+    """Base weights under Hugging Face's names, in the model's type, one tensor in host memory at a time.
+
+    Quantized weights come out dequantized. Frozen adapters are added in fp32, with one rounding; the trained one is not in it
+    (:func:`jax_medllm.weights.adapters.adapter_tensors`).
+    """
+    arrays = variables(model)
+    for name, slot in _base_slots(model).items():
+        parts = _parts(arrays, slot)
+        weight = np.asarray(parts.dequantize(model.dtype) if isinstance(parts, QuantizedWeight) else parts)
+        if slot.layer is not None and slot.path[-1] in ("weight", "quantized"):
+            update = frozen_update(model, arrays, slot.path[:-1], slot.layer)
+            if update is not None:
+                weight = (weight.astype(update.dtype) + update).astype(weight.dtype)
+        yield name, weight
+
+
+def write_quantized(
+    source: str | FilePath,
+    out: str | FilePath,
+    quantization: Quantization,
+    dtype: Any = jnp.bfloat16,
+    shard_bytes: int = 1 << 30,
+) -> None:
+    """Write a dense model directory anew with its linear layers packed, as ``save_pretrained`` writes a quantized model.
+
+    Memory holds one shard of the result and a piece of one tensor.
+
+    Args:
+        source: The dense model.
+        out: The folder; it appears only when complete.
+        quantization: How they are packed.
+        dtype: Type to which weights are rounded before they are quantized, and of those that stay dense.
+        shard_bytes: Size from which a new shard is begun.
+
+    Raises:
+        UserError: ``out`` exists, or ``source`` is no dense Qwen2 directory, or holds numbers that are not finite.
+    """
+    if FilePath(out).exists():
+        raise UserError(f"{out}: already exists; give another --out, or remove it")
+    directory, dtype = ModelDirectory(source), jnp.dtype(dtype)
+    config = directory.architecture
+    slots = _base_slots(nnx.eval_shape(lambda: Qwen2(config, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))))
+    for name in slots:
+        if stored(directory, name) is not None:
+            raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")
+    _check_tensors(directory, slots, config)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, slot in slots.items():
+            if slot.kind is None:
+                yield name, directory.read(name).astype(dtype)
+                continue
+            weight = _quantized(directory, name, slot, slot.kind, dtype)
+            if not weight.finite():
+                raise _not_finite(directory, name)
+            yield from packed_parts(name, weight, dtype)
+
+    packed = packed_config(directory.config, quantization, dtype)
+    write_model(out, packed, tensors(), shard_bytes=shard_bytes, companions_from=source)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor goes: an array of the model, a layer of it (None: the whole), and the shape expected on disk.
+
+    The path of a packed weight, one with a ``kind``, ends in ``quantized`` and stands for all arrays of it.
+    """
+
+    path: Path
+    layer: int | None
+    shape: tuple[int, ...]
+    kind: type[QuantizedWeight] | None
+
+
+def _base(model: Qwen2) -> dict[Path, nnx.Variable]:
+    """The variables that come from the model directory."""
+    return variables(model, nnx.Not(nnx.Any(LoraParam, FrozenLoraParam, LoraScaling)))
+
+
+def _base_slots(model: Qwen2) -> dict[str, _Slot]:
+    """Hugging Face name → slot, for every base tensor of the model."""
+    slots = {}
+    for path, variable in _base(model).items():
+        shape, kind = tuple(variable.shape), None
+        if isinstance(variable, PackedParam):
+            path = path[:-1]
+            weight: Any = reduce(getattr, path, model)
+            shape, kind = weight.shape, weight.kind
+        for layer in range(shape[0]) if path[0] == "layers" else [None]:
+            slots[_tensor_name(path, layer)] = _Slot(path, layer, shape if layer is None else shape[1:], kind)
+    return slots
+
+
+def _tensor_name(path: Path, layer: int | None) -> str:
+    """The rule: ``layers/self_attn/q_proj/weight``, layer 3 → ``model.layers.3.self_attn.q_proj.weight``."""
+    if path[0] == "lm_head":
+        return "lm_head.weight"
+    parts = [str(part) for part in path]
+    if layer is not None:
+        parts.insert(1, str(layer))
+    if parts[-1] == "quantized":
+        parts[-1] = "weight"
+    return ".".join(["model", *parts])
+
+
+def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Architecture) -> None:
+    """All names and shapes, before the first tensor is read."""
+    for name, slot in slots.items():
+        if name not in directory:
+            raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
+        packed = stored(directory, name)
+        if packed and packed.kind is not slot.kind:
+            kind = packed.kind.name
+            raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
+        shape = packed.shape if packed else directory.shape(name)
+        if shape != slot.shape:
+            raise UserError(f"{directory.path}: {name} has shape {shape}; its config.json makes it {slot.shape}")
+        if not packed and not jnp.issubdtype(directory.dtype(name), jnp.floating):
+            raise UserError(f"{directory.path}: {name} is stored as {directory.dtype(name)}; a dense or nf4 weight is needed")
+    known = set(slots) | {f"{name}{suffix}" for name, slot in slots.items() if slot.kind for suffix in suffixes(slot.kind)}
+    if config.tie_embeddings:
+        known.add("lm_head.weight")  # some savers write the tied matrix twice
+    for name in directory.names():
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
+
+
+def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> Any:
+    """Read one tensor into its place, quantized where the model is; false where it has numbers that cannot be."""
+    if slot.kind is None:
+        for row, piece in _pieces(directory, name, slot):
+            stacks[slot.path].put(piece, slot.layer, row)
+        return True
+    weight = read_packed(directory, name) if stored(directory, name) else _quantized(directory, name, slot, slot.kind, dtype)
+    for part in slot.kind.parts:
+        stacks[*slot.path, part].put(getattr(weight, part), slot.layer)
+    return weight.finite()
+
+
+def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple[int, np.ndarray]]:
+    """Consecutive rows of a dense tensor, each piece with the number of its first row."""
+    rows = max(1, _PIECE // math.prod(slot.shape[1:]))
+    for start in range(0, slot.shape[0], rows):
+        yield start, directory.read_slice(name, slice(start, min(start + rows, slot.shape[0])))
+
+
+def _quantized(directory: ModelDirectory, name: str, slot: _Slot, kind: type[QuantizedWeight], dtype: Any) -> QuantizedWeight:
+    """A dense tensor, quantized as it is read."""
+    done: list[tuple[jax.Array, jax.Array]] = []
+    for _, piece in _pieces(directory, name, slot):
+        jax.block_until_ready(done[-1:])  # one piece is quantized while the next is read, no more
+        done.append(_quantize_rows(piece, dtype))
+    return _join(done, slot.shape[0], kind)
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    return quantize_blocks(rows.astype(dtype))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _join(pieces: list[tuple[jax.Array, jax.Array]], rows: int, kind: type[QuantizedWeight]) -> QuantizedWeight:
+    packed, absmax = (jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return kind.of_blocks(packed, absmax, rows)
+
+
+def _not_finite(directory: ModelDirectory, name: str) -> UserError:
+    return UserError(f"{directory.path}: {name} holds NaN or infinity, or numbers too large to average; nf4 cannot store them")
+
+
+def _parts(arrays: dict[Path, Any], slot: _Slot) -> QuantizedWeight | jax.Array:
+    """What the model holds in a place."""
+    if slot.kind is not None:
+        return slot.kind(**{part: arrays[(*slot.path, part)][slot.layer] for part in slot.kind.parts})
+    return arrays[slot.path][...] if slot.layer is None else arrays[slot.path][slot.layer]

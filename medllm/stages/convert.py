@@ -1,0 +1,71 @@
+"""``medllm convert``: a model directory made of another one, its adapters merged, its weights stored in 4 bits, or both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from medllm.engines import load, require
+from medllm.errors import UserError
+from medllm.model.adapter import merge_adapter
+from medllm.quantization import PACKINGS, Quantization
+from medllm.run import write_json
+from medllm.stages.handover import held_rows, measure_handovers
+
+
+def convert_model(
+    model: str,
+    out: str,
+    adapters: Sequence[str] = (),
+    *,
+    quantization: Quantization = "none",
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    held_text: str | None = None,
+    text_column: str = "text",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write ``out`` and return its path, with what each hand-over costs where that was measured.
+
+    Args:
+        model: Folder of the unquantized weights.
+        out: Folder to write; beside it ``<out>.handover.json``, where hand-overs were measured.
+        adapters: PEFT folders to merge, in order.
+        quantization: Other than ``none``, the linear kinds are stored as bitsandbytes does (needs JAX).
+        dtype: With a quantization, the type of the weights that stay dense.
+        held_text: Documents, held out of training, to measure the hand-overs on
+            (:func:`medllm.stages.handover.measure_handovers`).
+        text_column: Column that holds a document's text.
+        progress: Called with (models measured, models in all).
+
+    Raises:
+        UserError: there is nothing to do, ``out`` exists, or a folder or the text cannot be used.
+    """
+    target, packed = Path(out), quantization in PACKINGS
+    if target.exists():
+        raise UserError(f"{out}: already exists; give another --out, or remove it")
+    if not (adapters or packed):
+        raise UserError("convert: there is nothing to do; give --adapter to merge one, --quantization to quantize, or both")
+    if packed:
+        require(f"convert --quantization {quantization}", "jax", "jax")
+    if held_text is not None:
+        if not adapters:
+            raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
+        rows = held_rows(model, held_text, text_column)  # a text that cannot be read is said before anything is written
+    result: dict[str, Any] = {"model": out}
+    merged = target.with_name(f".{target.name}.{os.getpid()}.merged") if packed else target
+    try:
+        if adapters:
+            merge_adapter(model, adapters, merged)
+        if held_text is not None:
+            result |= measure_handovers(model, adapters, merged, rows, quantization, progress)
+        if packed:
+            load("jax", "weights").write_quantized(merged if adapters else model, target, quantization, dtype)
+    finally:
+        if packed:
+            shutil.rmtree(merged, ignore_errors=True)
+    if held_text is not None:
+        write_json(Path(f"{out}.handover.json"), result)
+    return result

@@ -1,0 +1,72 @@
+"""Preference data: a model's own answers to problems, graded and ranked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from medllm.engine import Generates
+from medllm.engines import EngineName, open_engine
+from medllm.exam.problem import Problem
+from medllm.host.processes import is_primary_process
+from medllm.host.progress import Progress
+from medllm.preferences.curation import check_problems, curate
+from medllm.preferences.records import write_preferences
+from medllm.run import Run
+from medllm.stage_config import CurateConfig
+from medllm.stages.problems import read_problems, read_shots
+
+PREFERENCES = "preferences.jsonl"
+
+
+def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> dict[str, Any]:
+    """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
+
+    Raises:
+        UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
+    """
+
+    problems, skipped = read_problems(config.problems, config.problems_format)
+    shots = read_shots(config.shots, config.shot_count) if config.shots else ()
+    check_problems(problems, shots, config)
+    return _curate(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
+
+
+def build_preferences(
+    model: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: CurateConfig,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """:func:`run_curate` on a model that is already open, and problems that are already read."""
+
+    check_problems(problems, shots, config)
+    return _curate(model, problems, shots, config, progress, {})
+
+
+def _curate(
+    model: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: CurateConfig,
+    progress: Progress | None,
+    left_out: Mapping[str, int],
+) -> dict[str, Any]:
+
+    began = time.monotonic()
+    with Run(config.run, config, engine=model.name) as run:
+        curation = curate(model, problems, shots, config, progress)
+        result = {
+            "stage": "curate",
+            "engine": model.name,
+            "seconds": time.monotonic() - began,
+            **asdict(curation.report),
+            "left_out": dict(left_out),
+        }
+        if is_primary_process():
+            write_preferences(run.path / PREFERENCES, curation.preferences)
+        run.finish(result)
+    return result

@@ -1,0 +1,108 @@
+"""An exam: problems to predictions and the official score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from medllm.config import ModelConfig
+from medllm.engine import Generates, Scores
+from medllm.engines import EngineName, open_engine, open_scorer
+from medllm.exam.evaluation import check_exam, evaluate, score_options, write_predictions
+from medllm.exam.problem import Problem, check_ids
+from medllm.exam.scoring import score
+from medllm.exam.setting import setting_name
+from medllm.host.processes import is_primary_process
+from medllm.host.progress import Progress
+from medllm.run import Run
+from medllm.stage_config import EvaluateConfig
+from medllm.stages.problems import read_problems, read_shots
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> dict[str, Any]:
+    """Sit an exam: prompts → generations → predictions → the official score.
+
+    Raises:
+        UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
+    """
+
+    problems, skipped = read_problems(config.problems, config.problems_format)
+    problems = problems[: config.limit] if config.limit else problems
+    if config.method == "options":
+        check_ids(problems)
+        return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
+    shots = read_shots(config.shots, config.shot_count)
+    check_exam(problems, shots, config)
+    return _sit(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
+
+
+def sit_exam(
+    model: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: EvaluateConfig,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """:func:`run_evaluate` with a model that is already open, and problems that are already read."""
+
+    check_exam(problems, shots, config)
+    return _sit(model, problems, shots, config, progress, {})
+
+
+def _sit(
+    model: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: EvaluateConfig,
+    progress: Progress | None,
+    left_out: Mapping[str, int],
+) -> dict[str, Any]:
+
+    began = time.monotonic()
+    with Run(config.run, config, engine=model.name) as run:
+        predictions = evaluate(model, problems, shots, config, progress)
+        if is_primary_process():
+            write_predictions(run.path / PREDICTIONS, predictions)
+        result = {
+            "stage": "evaluate",
+            "engine": model.name,
+            "model": config.label or model_label(config.model),
+            "setting": setting_name(config.shot_count, explanation=config.explanation),
+            "seconds": time.monotonic() - began,
+            "left_out": dict(left_out),
+            "score": score(problems, predictions, lenient=config.lenient).to_json(),
+        }
+        run.finish(result)
+    return result
+
+
+def _choose_options(
+    model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
+) -> dict[str, Any]:
+
+    began = time.monotonic()
+    with Run(config.run, config, engine=model.name) as run:
+        scores = score_options(model, model.tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)
+        result = {
+            "stage": "options",
+            "engine": model.name,
+            "model": config.label or model_label(config.model),
+            "setting": "zero-shot options",
+            "seconds": time.monotonic() - began,
+            "left_out": {**left_out, **scores.left_out},
+            "questions": len(scores.results),
+            "accuracy": scores.accuracy,
+            "normalized_accuracy": scores.normalized_accuracy,
+            "results": [asdict(one) for one in scores.results],
+        }
+        run.finish(result)
+    return result
+
+
+def model_label(model: ModelConfig) -> str:
+    """How a model is called in tables: its folder, and its adapters'."""
+    return " + ".join((model.path, *model.adapters))

@@ -1,0 +1,46 @@
+"""The problem files of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medllm.config import ProblemsFormat
+from medllm.errors import UserError
+from medllm.exam.loaders import load_problems
+from medllm.exam.problem import Problem
+
+
+def read_problems(paths: Sequence[str], problems_format: ProblemsFormat) -> tuple[tuple[Problem, ...], dict[str, int]]:
+    """The problems of all files, and how many rows were left out, by reason.
+
+    Raises:
+        UserError: no file is named, or one cannot be read.
+    """
+
+    if not paths:
+        raise UserError("no problems given: name a file or folder (--problems)")
+    problems: list[Problem] = []
+    skipped: dict[str, int] = {}
+    for path in paths:
+        loaded = load_problems(path, problems_format=problems_format)
+        problems += loaded.problems
+        for reason, count in loaded.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    return tuple(problems), skipped
+
+
+def read_shots(path: str | None, count: int) -> tuple[Problem, ...]:
+    """The first ``count`` problems of a file: the worked examples before a question.
+
+    Raises:
+        UserError: no file is named although examples are asked for, it cannot be read, or it holds fewer.
+    """
+
+    if not count:
+        return ()
+    if path is None:
+        raise UserError(f"{count} shots are asked for: name their problem file (--shots), or set --shot_count 0")
+    shots = load_problems(path).problems
+    if len(shots) < count:
+        raise UserError(f"{path}: holds {len(shots)} problems, {count} shots are asked for (--shot_count)")
+    return shots[:count]
