@@ -13,6 +13,7 @@ from medllm.config import CorpusConfig, ModelConfig
 from medllm.host.child import run_in_child
 from medllm.host.progress import part_of, progress_bar, tracked
 from medllm.mini.study import BASE
+from medllm.model.tokenizer import load_tokenizer
 from medllm.stage_config import CptConfig
 
 
@@ -82,6 +83,8 @@ def test_a_corpus_that_becomes_tokens_shows_how_far_it_is(tmp_path, monkeypatch)
         yield lambda *done: seen.append((label, *done))
 
     class Opened:
+        tokenizer, context = load_tokenizer(str(BASE)), 512
+
         def train_cpt(self, rows, config, run):
             raise InterruptedError
 

@@ -39,7 +39,7 @@ def test_a_wrong_argument_is_an_error_at_the_function_that_gets_it(call):
 
 
 def test_a_wrong_shape_is_an_error_when_it_is_traced_too():
-    with pytest.raises(TypeCheckError, match=r"jax_medllm\.linear\.matmul"):
+    with pytest.raises(TypeCheckError, match=r"jax_medllm\.model\.linear\.matmul"):
         jax.jit(matmul)(jnp.ones((3, 8)), jnp.ones((8, 5)))
 
 
