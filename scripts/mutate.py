@@ -6,8 +6,9 @@
     python scripts/mutate.py --list
 
 A fault is one exact piece of text replaced by another in one file of a copy of the working tree; the tree itself is never
-touched. It is *caught* when a parity test fails by an assertion. It is *broken*, and counts as not caught, when something else
-happens: an import that fails, an exception in place of wrong numbers. Before anything is planted the tests must be green
+touched. It is *caught* when a parity test fails by an assertion, or at an annotation that promises another shape, which tests
+check. It is *broken*, and counts as not caught, when something else happens: an import that fails, an exception in place of
+wrong numbers. Before anything is planted the tests must be green
 without a fault, and every run proves that it imported the product from the copy.
 
 Importing torch, transformers, TRL and JAX takes longer than most runs, so they are imported once and every run is a fork.
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from jaxtyping import TypeCheckError
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = "parity_tests"
@@ -224,7 +226,7 @@ class Probe:
         report = yield
         if report.failed:
             assert call.excinfo is not None
-            asserted = call.when == "call" and call.excinfo.errisinstance(AssertionError)
+            asserted = call.when == "call" and call.excinfo.errisinstance((AssertionError, TypeCheckError))
             self._fail(item.nodeid, asserted, call.excinfo.exconly())
         self.passed += report.passed and call.when == "call"
         return report
