@@ -211,12 +211,12 @@ class _Pairs:
         cut = tiles.reshape(self.count[0], b, self.kv_heads, heads // self.kv_heads, self.tile.queries, x)
         return jnp.moveaxis(cut, (0, 1, 2, 3, 4), (1, 0, 3, 4, 2)).reshape(b, -1, heads, x)[:, :length]
 
-    def of_keys(self, rows: Float[Array, "b t k x"]) -> Float[Array, "b k t x"]:
+    def of_keys(self, rows: Float[Array, "b t k x"]) -> Float[Array, "b k tiled x"]:
         """What each key has, filled up to whole tiles."""
         more = self.count[1] * (self.tile.keys or self.keys) - self.keys
         return jnp.pad(rows, ((0, 0), (0, more), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    def keys_back(self, of_keys: Float[Array, "b k x t"], like: Float[Array, "b t k x"]) -> Float[Array, "b t k x"]:
+    def keys_back(self, of_keys: Float[Array, "b k x tiled"], like: Float[Array, "b t k x"]) -> Float[Array, "b t k x"]:
         """A gradient of what :meth:`of_keys` filled up."""
         return jnp.moveaxis(of_keys, 3, 1)[:, : self.keys].astype(like.dtype)
 
