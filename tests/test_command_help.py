@@ -84,7 +84,7 @@ def bash_script(tmp_path, capsys):
         (["cu"], ["curate"]),
         (["data", "exp"], ["export-trl"]),
         (["cpt", "--optimizer.learn"], ["--optimizer.learning_rate"]),
-        (["cpt", "--model.quantization", ""], ["none", "nf4"]),
+        (["cpt", "--model.quantization", ""], ["none", "nf4", "nf4-single"]),
         (["cpt", "--config", "paper"], ["paper_cpt_72b"]),
         (["mini", "--preset", ""], ["medllm.bash", "mini", "mini_smoke"]),
         (["evaluate", "--problems", "med"], ["medllm.bash"]),
@@ -99,7 +99,7 @@ def test_bash_completes(words, offered, bash_script):
 def test_zsh_gets_the_same_commands_options_and_presets(tmp_path, capsys):
     script = page(capsys, "--completion", "zsh")
     assert script.startswith("#compdef medllm")
-    for word in (*COMMANDS, "export-trl", "--optimizer.learning_rate", "(none nf4)", "compadd -- paper_cpt_72b"):
+    for word in (*COMMANDS, "export-trl", "--optimizer.learning_rate", "(none nf4 nf4-single)", "compadd -- paper_cpt_72b"):
         assert word in script
     if shutil.which("zsh"):
         file = tmp_path / "_medllm"
