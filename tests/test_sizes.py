@@ -15,8 +15,8 @@ LONGER = {
     "medllm/bench/device.py::bench_device": 68,
     "parity_tests/test_audit.py": 472,
     "tests/plans.py::a_plan": 66,
-    "tests/test_report_page.py": 404,
-    "tests/test_torch_engine.py": 415,
+    "tests/medllm/report/test_report_page.py": 404,
+    "tests/torch_ref/test_torch_engine.py": 415,
 }
 
 

@@ -17,7 +17,7 @@ from jax_medllm.model.linear import LoraScaling, adapted_matmul, nf4_matmul
 from jax_medllm.model.quantized_weight import NF4Weight
 from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, Sampling
-from tests.test_architecture import hf_config
+from tests.medllm.test_architecture import hf_config
 
 TINY = Architecture(
     family="qwen2",

@@ -35,7 +35,7 @@ from medllm.config import LoraConfig, PreferenceLoss, RematPolicy, TrainingConfi
 from medllm.errors import UserError
 from medllm.host.child import run_in_child, run_process
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_bench.sh"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_bench.sh"
 GIB = 2**30
 
 

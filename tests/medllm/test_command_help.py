@@ -13,7 +13,7 @@ from medllm.command import Group
 from medllm.command_help import settings_of
 from medllm.command_words import options_of
 from medllm.presets import preset_titles
-from tests.test_cli import fails, leaves, page
+from tests.medllm.test_cli import fails, leaves, page
 
 
 @pytest.mark.parametrize("words", [[], *([name] for name, one in COMMANDS.items() if isinstance(one, Group))], ids=str)

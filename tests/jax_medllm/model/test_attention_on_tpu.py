@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 ALL_SCORES = 64 * 4096**2 * 4
 """Bytes of all scores of a row of 4,096 tokens and 64 heads."""
 

@@ -17,7 +17,7 @@ from medllm.cli import main
 from medllm.host.installation import install_command
 from medllm.plan import command, planning, search
 from medllm.plan.targets import DEVICES, Target
-from tests.test_cli import fails
+from tests.medllm.test_cli import fails
 
 TINY = {
     "model_type": "qwen2",

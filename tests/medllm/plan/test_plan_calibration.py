@@ -15,8 +15,8 @@ from medllm.plan import calibrating, planning
 from medllm.plan.calibration import Calibration, Probe, Work
 from medllm.plan.targets import DEVICES
 from medllm.run import this_machine
-from tests.test_cli import fails
-from tests.test_plan_command import TINY
+from tests.medllm.plan.test_plan_command import TINY
+from tests.medllm.test_cli import fails
 
 # A layer: 3e12 operations and 1e10 bytes. The rest: 1e12 and 2e10. Bound by operations in the layers, by bytes outside.
 LAYER, REST = (3e12, 1e10), (1e12, 2e10)
