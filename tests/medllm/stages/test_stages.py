@@ -15,6 +15,7 @@ from medllm.mini.study import BASE
 from medllm.mini.world import make_world
 from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.stage_config import EvaluateConfig
+from medllm.stages import evaluate as stage
 from medllm.stages.evaluate import run_evaluate
 
 MODEL = ModelConfig(str(BASE), dtype="float32")
@@ -55,7 +56,7 @@ def test_the_prompt_of_an_option_is_a_setting(exam, tmp_path, monkeypatch):
     pytest.importorskip("jax")
     seen = []
     monkeypatch.setattr(
-        evaluation, "score_options", lambda *_, prompt, **__: seen.append(prompt) or evaluation.OptionScores(0, 0, (), {})
+        stage, "score_options", lambda *_, prompt, **__: seen.append(prompt) or evaluation.OptionScores(0, 0, (), {})
     )
     config = EvaluateConfig(MODEL, str(tmp_path / "run"), (str(exam / "exam.jsonl"),), method="options", option_prompt="mcqa")
     run_evaluate(config)
