@@ -31,7 +31,7 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
     return math.ceil(config.warmup_ratio * total_steps)
 
 
-def learning_rate(config: OptimizerConfig, total_steps: int, step: Int[Array, ""] | int) -> Float[Array, ""]:
+def learning_rate(config: OptimizerConfig, total_steps: int, step: Int[Array, "*t"] | int) -> Float[Array, "*t"]:
     r"""Learning rate of optimizer step ``step``, counted from 0 (transformers ``get_cosine_schedule_with_warmup``).
 
     With w warmup steps of T in all: :math:`t/\max(1,w)` for :math:`t<w`, else
