@@ -19,7 +19,6 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     Raises:
         UserError: the model, tokenizer, documents or run folder cannot be used.
     """
-
     model = open_trainer(engine, config.model, config)  # several processes meet here, before each reads the corpus
     corpus = load_documents(config.corpus)
     with progress_bar("tokens") as progress:

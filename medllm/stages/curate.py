@@ -27,7 +27,6 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     Raises:
         UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
     """
-
     problems, skipped = read_problems(config.problems, config.problems_format)
     shots = read_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
@@ -42,7 +41,6 @@ def build_preferences(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """:func:`run_curate` on a model that is already open, and problems that are already read."""
-
     check_problems(problems, shots, config)
     return _curate(model, problems, shots, config, progress, {})
 
@@ -55,7 +53,6 @@ def _curate(
     progress: Progress | None,
     left_out: Mapping[str, int],
 ) -> dict[str, Any]:
-
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         curation = curate(model, problems, shots, config, progress)

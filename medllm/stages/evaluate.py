@@ -29,7 +29,6 @@ def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: P
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
-
     problems, skipped = read_problems(config.problems, config.problems_format)
     problems = problems[: config.limit] if config.limit else problems
     if config.method == "options":
@@ -48,7 +47,6 @@ def sit_exam(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """:func:`run_evaluate` with a model that is already open, and problems that are already read."""
-
     check_exam(problems, shots, config)
     return _sit(model, problems, shots, config, progress, {})
 
@@ -61,7 +59,6 @@ def _sit(
     progress: Progress | None,
     left_out: Mapping[str, int],
 ) -> dict[str, Any]:
-
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         predictions = evaluate(model, problems, shots, config, progress)
@@ -83,7 +80,6 @@ def _sit(
 def _choose_options(
     model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
 ) -> dict[str, Any]:
-
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         scores = score_options(model, model.tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)

@@ -16,7 +16,6 @@ def read_problems(paths: Sequence[str], problems_format: ProblemsFormat) -> tupl
     Raises:
         UserError: no file is named, or one cannot be read.
     """
-
     if not paths:
         raise UserError("no problems given: name a file or folder (--problems)")
     problems: list[Problem] = []
@@ -35,7 +34,6 @@ def read_shots(path: str | None, count: int) -> tuple[Problem, ...]:
     Raises:
         UserError: no file is named although examples are asked for, it cannot be read, or it holds fewer.
     """
-
     if not count:
         return ()
     if path is None:

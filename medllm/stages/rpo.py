@@ -24,7 +24,6 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
         UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
             train on.
     """
-
     read = read_preferences(config.preferences)
     check_handover(config)
     model = open_trainer(engine, config.model, config)

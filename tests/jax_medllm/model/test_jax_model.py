@@ -15,23 +15,13 @@ from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill
 from jax_medllm.model.decoder import LoraParam, PackedParam, Qwen2
 from jax_medllm.model.linear import LoraScaling, adapted_matmul, nf4_matmul
 from jax_medllm.model.quantized_weight import NF4Weight
-from medllm.architecture import Architecture, RotaryRule
+from medllm.architecture import Architecture
 from medllm.config import LoraConfig, Sampling
 from tests.medllm.test_architecture import hf_config
+from tests.small_model import small_config
 
-TINY = Architecture(
-    family="qwen2",
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rotary=RotaryRule(1e4),
-    rms_norm_eps=1e-6,
-    tie_embeddings=False,
-    max_positions=64,
+TINY = small_config(
+    vocab_size=97, hidden_size=64, intermediate_size=128, num_layers=3, head_dim=16, tie_embeddings=False, max_positions=64
 )
 # name: width, mlp, layers, heads, kv heads, vocabulary, tied, parameters published on the model's page
 PUBLISHED = {

@@ -13,26 +13,13 @@ from flax import nnx
 from jax_medllm.model.decoder import Qwen2
 from jax_medllm.weights.adapters import adapter_tensors
 from jax_medllm.weights.read import load_model, model_tensors
-from medllm.architecture import Architecture, RotaryRule
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import Adapter, write_adapter
 from medllm.model.directory import ModelDirectory, write_model
+from tests.small_model import small_config
 
-CONFIG = Architecture(
-    family="qwen2",
-    vocab_size=50,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rotary=RotaryRule(1e4),
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    max_positions=64,
-)
+CONFIG = small_config(vocab_size=50, hidden_size=64, intermediate_size=128, head_dim=16, max_positions=64)
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 

@@ -1,13 +1,13 @@
 """Bad input through the command line: one clear line with the place and the remedy, exit code 2, nothing left behind."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from medllm.cli import main
 from medllm.mini.study import BASE
 from medllm.model.directory import ModelDirectory
+from tests.refusal import refused
 
 PROBLEM = {"problem_id": "1", "problem_text": "どれか。", "choices": ["甲", "乙"], "answer": ["a"], "explanation": "甲である。"}
 
@@ -19,16 +19,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def refused(folder: Path, capsys, *arguments: str) -> str:
-    """Run the command, hold it to one line and exit code 2, and to leaving the folder as it was."""
-    before = sorted(folder.rglob("*"))
-    assert main(list(arguments)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert sorted(folder.rglob("*")) == before
-    return lines[0]
 
 
 def cpt(*more: str, model: str = str(BASE), documents: str = "text.jsonl") -> list[str]:

@@ -19,6 +19,7 @@ from medllm.preferences.records import Preference, Sample, write_preferences
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import continued_adapter
 from medllm.stages.rpo import run_rpo
+from tests.refusal import refused
 
 CPT = LoraConfig(rank=2, alpha=4.0, rank_pattern={"down_proj": 3})
 
@@ -59,16 +60,6 @@ def config(folder, run, handover, **changes) -> RpoConfig:
 def rpo(folder, *more: str) -> list[str]:
     model = ["--model.path", str(folder / "base"), "--model.dtype", "float32", "--model.adapter", str(folder / "cpt")]
     return ["rpo", *model, "--run", str(folder / "run"), "--preferences", str(folder / "preferences.jsonl"), *more]
-
-
-def refused(folder, capsys, *arguments: str) -> str:
-    """One line and exit code 2, and nothing written."""
-    before = sorted(folder.rglob("*"))
-    assert main(list(arguments)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert sorted(folder.rglob("*")) == before
-    return lines[0]
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
