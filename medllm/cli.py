@@ -22,7 +22,7 @@ from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, find_command, gather_lists, name_presets
 from medllm.config import ProblemsFormat
-from medllm.engines import EngineName, load, require
+from medllm.engines import EngineName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
@@ -180,7 +180,8 @@ def _score_arguments(parser: ArgumentParser) -> None:
 
 def _score(values: Any) -> dict[str, Any]:
     from medllm.exam.loaders import load_problems
-    from medllm.exam.scoring import read_predictions, score
+    from medllm.exam.predictions import read_predictions
+    from medllm.exam.scoring import score
 
     problems = load_problems(values.problems, problems_format=values.problems_format).problems
     result = score(problems, read_predictions(values.predictions), lenient=values.lenient).to_json()
@@ -251,8 +252,8 @@ def _parity(values: Any) -> dict[str, Any]:
     out = Path(values.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
-    require("medllm parity", "jax", "jax")
-    require("medllm parity", "torch", "torch")
+    require_engine("jax", "medllm parity")
+    require_engine("torch", "medllm parity")
     audits, pages = load("parity", "audit"), load("parity", "page")
     with progress_bar("parity") as progress:
         audit = audits.run_audit(_config(values, AuditConfig), progress)

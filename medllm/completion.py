@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 
+import shtab
+
 from medllm.command import Command, Group
 from medllm.command_help import Setting, settings_of, shared_settings
 from medllm.errors import UserError
@@ -26,8 +28,6 @@ def completion_script(shell: str, commands: Mapping[str, Command | Group]) -> st
     Raises:
         UserError: for another shell than bash and zsh.
     """
-    import shtab
-
     if shell not in SHELLS:
         raise UserError(f"--completion {shell or '(nothing)'}: there are scripts for {' and '.join(SHELLS)}")
     root = argparse.ArgumentParser("medllm", add_help=False)
@@ -40,8 +40,6 @@ def completion_script(shell: str, commands: Mapping[str, Command | Group]) -> st
 
 def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command | Group], shell: str) -> Iterator[str]:
     """Add the commands to a parser that is only looked at; the functions of the script that they need."""
-    import shtab
-
     added = parser.add_subparsers()
     for name, command in commands.items():
         one = added.add_parser(name, help=command.help, description=command.help, add_help=False)

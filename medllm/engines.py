@@ -30,16 +30,16 @@ class Home:
     """Where an engine, or the audit, is.
 
     Attributes:
-        package: The package that must be installed.
-        extra: The extra of this project that installs it.
         modules: The module that each of its parts is in.
+        package: The package that must be installed for an engine.
+        extra: The extra of this project that installs it.
         engine: The class in its part ``engine``; none for the audit.
         has_weights: Whether it has the model's weights, and so can train it and score given text.
     """
 
-    package: str
-    extra: str
     modules: Mapping[str, str]
+    package: str = ""
+    extra: str = ""
     engine: str = ""
     has_weights: bool = True
 
@@ -77,11 +77,7 @@ HOMES = {
         engine="OpenAIEngine",
         has_weights=False,
     ),
-    "parity": Home(
-        package="torch",
-        extra="torch",
-        modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page"},
-    ),
+    "parity": Home(modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page"}),
 }
 
 
@@ -127,13 +123,13 @@ def load(home: str, part: str) -> Any:
     return importlib.import_module(module_of(home, part))
 
 
-def require_engine(name: str) -> None:
-    """Refuse an engine whose package is not installed.
+def require_engine(name: str, what: str = "") -> None:
+    """Refuse an engine, or ``what`` needs one, where its package is not installed.
 
     Raises:
         UserError: as for :func:`require`.
     """
-    require(f"engine '{name}'", HOMES[name].package, HOMES[name].extra)
+    require(what or f"engine '{name}'", HOMES[name].package, HOMES[name].extra)
 
 
 def require(what: str, package: str, extra: str) -> None:
@@ -163,9 +159,7 @@ def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any
         )
     require_engine(name)
     engine = getattr(load(name, "engine"), HOMES[name].engine)
-    if name == "torch" and switches is not None:
-        return engine(model, switches)
-    return engine(model, stage) if name == "jax" else engine(model)
+    return engine(model, stage) if HOMES[name].has_weights else engine(model)
 
 
 def _need_weights(name: EngineName, what: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 import torch_ref.console  # noqa: F401  (keeps the libraries of the torch stack quiet)
+from medllm.architecture import layer_path
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import check_adapter, read_adapter
@@ -245,7 +246,7 @@ class _Sweep:
             gc.collect()
             gradient = found.inputs
             for module, quantity, values in gradients.names(found):
-                name = f"model.layers.{index}.{module}"
+                name = f"{layer_path(index)}.{module}"
                 self._add(judge(self.allowance, values.errors(), quantity=quantity, module=name, layer=index))
 
     def _head(self, stream: _Stream) -> None:

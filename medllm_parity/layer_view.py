@@ -11,7 +11,7 @@ from bitsandbytes import functional as bnb
 
 from jax_medllm.model.quantized_weight import KINDS
 from jax_medllm.weights.bnb_files import suffixes
-from medllm.architecture import EMBEDDING, NORM
+from medllm.architecture import EMBEDDING, NORM, layer_path
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.model.adapter import Adapter, module_name
 from medllm.model.directory import ModelDirectory
@@ -37,7 +37,7 @@ class LayerView(ModelDirectory):
         self.path = directory.path
         self.config = {**directory.config, "num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": True}
         self._directory = directory
-        self._prefix = f"model.layers.{index}."
+        self._prefix = f"{layer_path(index)}."
         self.kind = KINDS.get(quantization)
         self._dtype = dtype
         self._made: dict[str, np.ndarray] = {}
@@ -90,10 +90,10 @@ class LayerView(ModelDirectory):
         return to_torch(self._directory.read(self._name(name)), self._dtype) if self._quantizes(name) else None
 
     def _shown(self, name: str) -> str:
-        return f"model.layers.0.{name.removeprefix(self._prefix)}"
+        return f"{layer_path(0)}.{name.removeprefix(self._prefix)}"
 
     def _name(self, shown: str) -> str:
-        return f"{self._prefix}{shown.removeprefix('model.layers.0.')}"
+        return f"{self._prefix}{shown.removeprefix(f'{layer_path(0)}.')}"
 
     def _quantizes(self, shown: str) -> bool:
         """Whether a weight is dense on disk and shown in 4 bits."""
@@ -122,7 +122,7 @@ class LayerView(ModelDirectory):
 
 def adapter_view(adapter: Adapter, index: int) -> Adapter | None:
     """The part of an adapter that is on layer ``index``, as an adapter of a model of one layer; None where there is none."""
-    prefix, shown = (f"base_model.model.model.layers.{layer}." for layer in (index, 0))
+    prefix, shown = (f"base_model.model.{layer_path(layer)}." for layer in (index, 0))
     tensors = {shown + name.removeprefix(prefix): tensor for name, tensor in adapter.tensors.items() if name.startswith(prefix)}
     if not tensors:
         return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_medllm.model.quantized_weight import QuantizedWeight
 from jax_medllm.weights.bnb_files import read_packed
-from medllm.architecture import PROJECTIONS
+from medllm.architecture import PROJECTIONS, layer_path
 from medllm.quantization import BLOCK
 from medllm_parity.ends import as_numpy
 from medllm_parity.layer_view import LayerView
@@ -34,7 +34,7 @@ def compare(view: LayerView, index: int) -> Iterator[Check]:
     The codes of a block of zeros are left out: bitsandbytes stores them as 7 on a CPU and as 0 on CUDA, and both mean zeros.
     """
     differ: dict[str, list[np.ndarray]] = defaultdict(list)
-    for name in (f"model.layers.0.{path}.weight" for path in PROJECTIONS.values()):
+    for name in (f"{layer_path(0)}.{path}.weight" for path in PROJECTIONS.values()):
         dense = view.dense(name)
         if dense is None:
             continue
@@ -48,7 +48,7 @@ def compare(view: LayerView, index: int) -> Iterator[Check]:
                 differ[declared.values].append((one[counted] if declared.values == "codes" else one).ravel())
     for values, shares in differ.items():
         share, tolerance = float(np.concatenate(shares).mean()), _ALLOWED[values]
-        quantity, module = f"nf4 {values}", f"model.layers.{index}"
+        quantity, module = f"nf4 {values}", layer_path(index)
         ok = share <= tolerance.relative
         yield Check(
             f"{module}: {quantity}",

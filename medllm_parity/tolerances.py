@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A bound on max|x − y| / max|y|.
+    """A bound: on max|x − y| / max|y|, or, where its reason says so, on a share of numbers.
 
     Attributes:
         relative: The bound.
-        reason: Why it is not zero.
+        reason: Why it is this.
         seen: The largest value met when the bound was set.
     """
 

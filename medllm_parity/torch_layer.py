@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from jax_medllm.weights.bnb_files import stored, suffixes
-from medllm.architecture import PROJECTIONS
+from medllm.architecture import PROJECTIONS, layer_path
 from medllm.model.adapter import Adapter
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import PACKINGS, Quantization
@@ -69,7 +69,7 @@ class TorchLayer:
         config._attn_implementation = "audited"
         with torch.device("meta"):
             layer = Qwen2DecoderLayer(config, index)
-        prefix = f"model.layers.{index}."
+        prefix = f"{layer_path(index)}."
         for name, expected in layer.state_dict().items():
             stem, _, leaf = name.rpartition(".")
             module = layer.get_submodule(stem)
@@ -155,7 +155,7 @@ def _adapted(stem: _Stem, index: int, adapters: Sequence[Adapter]) -> peft.PeftM
     wrapped: peft.PeftModel | None = None
     names = []
     for number, adapter in enumerate(adapters):
-        prefix = f"base_model.model.model.layers.{index}."
+        prefix = f"base_model.model.{layer_path(index)}."
         tensors = {name: to_torch(tensor) for name, tensor in adapter.tensors.items() if name.startswith(prefix)}
         if not tensors:
             continue

@@ -10,7 +10,7 @@ import sys
 import datasets
 from transformers.utils import logging as transformers_logging
 
-from medllm.run import is_primary_process
+from medllm.host.processes import is_primary_process
 
 # bitsandbytes looks for an optional inference kernel when it is imported on a CPU with AVX512-BF16; it is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

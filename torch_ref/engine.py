@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medllm.config import ModelConfig, PreferenceRecipe, Recipe, Sampling, TorchConfig
+from medllm.config import MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
 from medllm.model.tokenizer import Prompt
@@ -21,8 +21,9 @@ from medllm.training import TrainSummary
 from torch_ref.cpt import train_cpt
 from torch_ref.generate import generate, logprobs
 from torch_ref.model import check_model, open_model, open_tokenizer
-from torch_ref.rpo import train_preferences
+from torch_ref.rpo import loss_arguments, train_preferences
 from torch_ref.switches import check_switches
+from torch_ref.trainer import checkpoints_layers
 
 
 class TorchEngine:
@@ -33,17 +34,21 @@ class TorchEngine:
 
     Args:
         model: What to open.
-        switches: What training is going to ask for, to be refused at once where it cannot be had.
+        stage: What is going to be asked for, to be refused at once where it cannot be had.
 
     Raises:
-        UserError: the model, adapter or tokenizer folder cannot be used, or a switch cannot be had here.
+        UserError: the model, adapter or tokenizer folder cannot be used, or a setting of the stage cannot be had here.
     """
 
     name = "torch"
 
-    def __init__(self, model: ModelConfig, switches: TorchConfig | None = None):
+    def __init__(self, model: ModelConfig, stage: MeshConfig | None = None):
         self.config = model
-        check_switches(switches or TorchConfig(), model)
+        if isinstance(stage, Recipe):
+            check_switches(stage.torch, model)
+            checkpoints_layers(stage.training)
+        if isinstance(stage, PreferenceRecipe):
+            loss_arguments(stage.loss)
         sizes = check_model(model).config
         self.context = sizes.get("max_position_embeddings", sys.maxsize)
         self.tokenizer = open_tokenizer(model, sizes["vocab_size"])

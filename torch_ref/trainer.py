@@ -16,7 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from medllm.config import ModelConfig, OptimizerConfig, TrainingConfig
 from medllm.errors import UserError
-from medllm.run import Run, atomic_path, is_primary_process
+from medllm.host.processes import is_primary_process
+from medllm.run import Run, atomic_path
 from medllm.training import TrainSummary
 
 _FAR_AWAY = 1_000_000_000
@@ -69,7 +70,7 @@ def trainer_arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": optimizer.warmup_ratio,  # below 1 it is a fraction of all steps, rounded up
         "bf16": model.dtype == "bfloat16",
-        "gradient_checkpointing": _checkpointing(training),
+        "gradient_checkpointing": checkpoints_layers(training),
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "seed": training.seed,
         "data_seed": training.seed,
@@ -88,8 +89,12 @@ def trainer_arguments(
     }
 
 
-def _checkpointing(training: TrainingConfig) -> bool:
-    """Whether each layer keeps its input alone."""
+def checkpoints_layers(training: TrainingConfig) -> bool:
+    """Whether each layer keeps its input alone.
+
+    Raises:
+        UserError: transformers has no such policy.
+    """
     if training.remat not in ("none", "layer"):
         raise UserError(f"training.remat is {training.remat!r}: engine torch knows 'none' and 'layer'; give one of these")
     return training.remat == "layer"

@@ -34,6 +34,7 @@ from medllm.config import PreferenceLoss, Sampling, TrainingConfig
 from medllm.errors import UserError
 from medllm.host.child import serve
 from medllm.host.memory import peak_resident_bytes
+from medllm.plan.request import held_word
 
 
 def rates(*, side: int, copied: int, smoke: bool) -> dict[str, Any]:
@@ -135,10 +136,9 @@ def _trained(
 
 def _settings(work: DeviceShape, stage: str) -> dict[str, Any]:
     """The shape as a plan's settings have it."""
-    dense = "fp32" if work.model.dtype == "float32" else "bf16"
     settings = {
         "model": work.model.architecture.to_hf(),
-        "quantization": dense if work.model.quantization == "none" else work.model.quantization,
+        "quantization": held_word(work.model.quantization, work.model.dtype),
         "rank": work.model.rank,
         "remat": work.remat,
         "accumulation": 1,

@@ -29,9 +29,9 @@ from medllm.architecture import Architecture
 from medllm.config import PreferenceLoss, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
+from medllm.plan.request import held_as, row_length
 from medllm.preferences.pairs import Rank
 from medllm.preferences.tokenization import TokenizedGroup
-from medllm.quantization import PACKINGS
 
 DEPTHS = (2, 4)
 """Layers of the two models that are run. Not one: a loop of one round is no loop, and is compiled as none."""
@@ -78,8 +78,8 @@ def probe(*, stage: str, settings: dict[str, Any], kind: str | None, seconds: fl
 def product_rates(settings: Mapping[str, Any], *, repeats: int, calls: int) -> list[dict[str, Any]]:
     """The products of a layer in the step's own layouts: forward ``x Wᵀ`` and backward ``g W``, with operations and seconds."""
     projections = Architecture.from_hf(settings["model"]).projections
-    dtype = jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
-    tokens = min(_MOST_TOKENS, settings["rows"] * _row_length(settings))
+    dtype = jnp.dtype(held_as(settings["quantization"])[1])
+    tokens = min(_MOST_TOKENS, settings["rows"] * row_length(settings))
     found = []
     for name in ("q_proj", "k_proj", "up_proj"):
         out, into = projections[name].shape
@@ -110,10 +110,11 @@ def _at_depth(stage: str, settings: dict[str, Any], layers: int, layout: Layout,
     model = replace(Architecture.from_hf(settings["model"]), num_layers=layers)
     settings = {**settings, "model": model.to_hf(), "accumulation": 1}
     loss_fn, batches = _step(stage, settings)
+    quantization, dtype = held_as(settings["quantization"])
     weights = random_model(
         model,
-        quantization=settings["quantization"] if settings["quantization"] in PACKINGS else "none",
-        dtype="float32" if settings["quantization"] == "fp32" else "bfloat16",
+        quantization=quantization,
+        dtype=dtype,
         rank=settings["rank"],
     )
     ran = timed_training(weights, loss_fn, batches, seconds)
@@ -148,7 +149,3 @@ def _group(rng: np.random.Generator, vocabulary: int, settings: Mapping[str, Any
         pairs=pairs,
         pair_starts=(0,) * len(pairs),
     )
-
-
-def _row_length(settings: Mapping[str, Any]) -> int:
-    return settings.get("length") or settings["prompt"] + settings["responses"] * settings["response"]

@@ -23,7 +23,7 @@ from jax_medllm.train.loop import cpt_loss_fn, make_step, preference_loss_fn
 from jax_medllm.weights.code_layout import laid_codes
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
-from medllm.quantization import PACKINGS
+from medllm.plan.request import held_as
 
 _ROWS = ("batch",)
 _STEPS = 1000
@@ -85,7 +85,7 @@ def _attention(settings: Mapping[str, Any], layout: Layout) -> Backend | None:
     """
     if layout.mesh.size > 1:
         return None
-    dtype = jnp.float32 if settings["quantization"] == "fp32" else jnp.bfloat16
+    dtype = jnp.dtype(held_as(settings["quantization"])[1])
     with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Architecture.from_hf(settings["model"]).head_dim), dtype))
 
@@ -170,13 +170,14 @@ _STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt,
 
 
 def _model(settings: Mapping[str, Any]) -> Qwen2:
-    config, precision = Architecture.from_hf(settings["model"]), settings["quantization"]
+    config = Architecture.from_hf(settings["model"])
+    quantization, dtype = held_as(settings["quantization"])
     build = partial(
         Qwen2,
         config,
         lora=LoraConfig(rank=settings["rank"]),
-        quantization=precision if precision in PACKINGS else "none",
-        dtype="float32" if precision == "fp32" else "bfloat16",
+        quantization=quantization,
+        dtype=dtype,
     )
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
 

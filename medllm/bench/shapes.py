@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from medllm.architecture import Architecture, qwen2
@@ -80,8 +81,6 @@ class ModelShape:
 
     def write(self, folder: Path) -> ModelConfig:
         """The model directory, its tokenizer included, and how an engine opens it."""
-        import ml_dtypes
-
         rng = np.random.default_rng(0)
         kind = np.float32 if self.dtype == "float32" else ml_dtypes.bfloat16
 

@@ -13,16 +13,17 @@ from typing import Any
 from rich.console import Console
 
 from medllm.engines import EngineName
+from medllm.host.processes import is_primary_process
 from medllm.mini.study import PREVIOUS, Say, StudyResult, run_study
 from medllm.report.page import write_report
 from medllm.report.results import StudyTable, build_table
 from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput
 from medllm.report.tables import terminal_table, to_json
-from medllm.run import is_primary_process, write_json
+from medllm.run import write_json
 
 _SUMMARY = (
-    "This is the embedded study: a model of a million parameters in a generated world. All diseases, drugs, tests and "
+    "This is the embedded study: a model of two million parameters in a generated world. All diseases, drugs, tests and "
     "findings are invented; nothing here is medical knowledge, and no figure says how a large model would fare.",
 )
 

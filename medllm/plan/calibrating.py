@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.architecture import Architecture
-from medllm.engines import module_of, require
+from medllm.engines import module_of, require_engine
 from medllm.errors import UserError
 from medllm.host.child import run_in_child
 from medllm.plan.calibration import Calibration
@@ -39,7 +39,7 @@ def calibrate(request: Request, file: Path) -> dict[str, Any]:
         raise UserError(f"--calibrate {file}: no file can be written there; name a file in a folder that exists")
     if request.stage == "generate":
         raise UserError("--calibrate runs training steps, and --stage generate is none; calibrate cpt or rpo")
-    require("medllm plan --calibrate", "jax", "jax")
+    require_engine("jax", "medllm plan --calibrate")
     target = Target.parse(request.target) if request.target else None
     if target is not None and target.count > 1:
         raise UserError(f"--calibrate runs on one device, and --target {target.name} has {target.count}; name one")

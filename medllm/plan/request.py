@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medllm.config import RematPolicy
 from medllm.errors import UserError
-from medllm.quantization import Packed
+from medllm.quantization import Packed, Quantization
 
 Stage = Literal["cpt", "rpo", "generate"]
+Held = Literal[Packed, "bf16", "fp32"]
+"""How the base weights are held, in a word: the linear ones packed and the others bf16, or all of them in a type."""
+
+
+def held_as(word: str) -> tuple[Quantization, Literal["float32", "bfloat16"]]:
+    """The setting of the linear layers' quantization, and the type of the other weights and of the computation."""
+    packings: tuple[Packed, ...] = get_args(Packed)
+    return next((name for name in packings if name == word), "none"), "float32" if word == "fp32" else "bfloat16"
+
+
+def held_word(quantization: Quantization, dtype: str) -> Held:
+    """What :func:`held_as` reads."""
+    return quantization if quantization != "none" else ("fp32" if dtype == "float32" else "bf16")
+
+
+def row_length(settings: Mapping[str, Any]) -> int:
+    """Tokens in a row of a micro-batch, by the numbers of a stage (:meth:`Request.settings`)."""
+    return settings.get("length") or settings["prompt"] + settings["responses"] * settings["response"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class Request:
     prompt: int | None = None
     responses: int = 3
     response: int = 512
-    quantization: Literal[Packed, "bf16", "fp32"] = "nf4"
+    quantization: Held = "nf4"
     remat: RematPolicy = "layer"
     rank: int = 16
     accumulation: int = 1
@@ -81,11 +100,6 @@ class Request:
         if self.stage == "cpt":
             return {**training, "length": length}
         return {**training, "prompt": self.prompt or 1536, "responses": self.responses, "response": self.response}
-
-    def row_length(self) -> int:
-        """Tokens in a row of a micro-batch."""
-        settings = self.settings()
-        return settings.get("length") or settings["prompt"] + settings["responses"] * settings["response"]
 
     def text_length(self) -> int:
         """Tokens of the longest text, which the model needs positions for."""

@@ -17,7 +17,7 @@ from medllm.errors import UserError
 from medllm.host.progress import Progress
 from medllm.plan.models import planned_model
 from medllm.plan.planning import asked, check_context, check_installed, make_plan, model_sizes
-from medllm.plan.request import Request
+from medllm.plan.request import Request, held_as, row_length
 from medllm.plan.targets import Target
 from medllm.plan.wording import mesh_words
 
@@ -125,7 +125,7 @@ def _policies(request: Request) -> tuple[RematPolicy, ...]:
 def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPolicy, model: Architecture) -> float:
     """GiB that a device needs at the least: weights, adapters with their moments, and what a policy keeps of each layer."""
     shards = _devices(mesh, RULES["heads"])
-    item = 4 if request.quantization == "fp32" else 2
+    item = {"float32": 4, "bfloat16": 2}[held_as(request.quantization)[1]]
     weights = model.weight_bytes(request.quantization, item)
     adapter = 4 * model.adapter_parameters(request.rank)
     if request.stage == "generate":
@@ -133,7 +133,7 @@ def least_gib(request: Request, mesh: dict[str, int], rows: int, policy: RematPo
         cache = 2 * model.num_layers * model.kv_width * slots * length * item
         return (weights + adapter) / shards / _GIB + cache / math.prod(mesh.values()) / _GIB
     held = 2 + OptimizerConfig().moments  # beside the adapter its gradient
-    positions = rows * request.row_length() / _devices(mesh, RULES["sequence"])
+    positions = rows * row_length(request.settings()) / _devices(mesh, RULES["sequence"])
     kept = _kept_width(model, policy) / _devices(mesh, RULES["heads_in"])
     activations = model.num_layers * positions * (model.hidden_size + kept) * item
     return ((weights + held * adapter) / shards + activations) / _GIB

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from medllm.engines import load, require
+from medllm.engines import load, require_engine
 from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter
 from medllm.quantization import PACKINGS, Quantization
@@ -49,7 +49,7 @@ def convert_model(
     if not (adapters or packed):
         raise UserError("convert: there is nothing to do; give --adapter to merge one, --quantization to quantize, or both")
     if packed:
-        require(f"convert --quantization {quantization}", "jax", "jax")
+        require_engine("jax", f"convert --quantization {quantization}")
     if held_text is not None:
         if not adapters:
             raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")

@@ -19,19 +19,20 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medllm.config import CorpusConfig, LoraConfig, ModelConfig, PreferenceRecipe
-from medllm.engines import load, require
+from medllm.corpus.documents import load_documents
+from medllm.corpus.packing import PackedRows, pack, tokenize_documents
+from medllm.engines import load, require_engine
 from medllm.errors import UserError
+from medllm.host.processes import is_primary_process
 from medllm.model.adapter import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
 from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import load_tokenizer
 from medllm.quantization import Quantization
-from medllm.run import MERGED, Run, is_primary_process
+from medllm.run import MERGED, Run
 from medllm.stage_config import RpoConfig
-
-if TYPE_CHECKING:
-    from medllm.corpus.packing import PackedRows
 
 _HELD_ROW = 512
 
@@ -143,11 +144,7 @@ def held_rows(model: str, held_text: str, text_column: str = "text") -> PackedRo
     Raises:
         UserError: JAX, which the measurement runs on, is not installed, or the text cannot be read or is empty.
     """
-    from medllm.corpus.documents import load_documents
-    from medllm.corpus.packing import pack, tokenize_documents
-    from medllm.model.tokenizer import load_tokenizer
-
-    require("measuring hand-overs (--held_text)", "jax", "jax")
+    require_engine("jax", "measuring hand-overs (--held_text)")
     tokenizer = load_tokenizer(model)
     documents = load_documents(CorpusConfig(documents=(held_text,), text_column=text_column)).documents
     length = min(_HELD_ROW, ModelDirectory(model).config.get("max_position_embeddings", _HELD_ROW))

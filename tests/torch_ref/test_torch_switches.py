@@ -13,7 +13,16 @@ from trl import DPOTrainer
 
 import torch_ref.cpt
 from medllm.cli import main
-from medllm.config import LoraConfig, OptimizerConfig, PairConfig, TorchConfig, TrainingConfig
+from medllm.config import (
+    LoraConfig,
+    OptimizerConfig,
+    PairConfig,
+    PreferenceLoss,
+    PreferenceRecipe,
+    Recipe,
+    TorchConfig,
+    TrainingConfig,
+)
 from medllm.corpus.packing import pack
 from medllm.engines import open_trainer
 from medllm.errors import UserError
@@ -174,7 +183,7 @@ def test_a_switch_that_cannot_be_had_here_is_refused(dense, monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(switches_here, "_installed", lambda module: False)
     with pytest.raises(UserError, match=expected) as refused:
-        TorchEngine(dense, TorchConfig(**switches))
+        TorchEngine(dense, Recipe(torch=TorchConfig(**switches)))
     assert "\n" not in str(refused.value)
 
 
@@ -183,7 +192,19 @@ def test_flash_attention_is_refused_in_fp32(dense, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(switches_here, "_installed", lambda module: True)
     with pytest.raises(UserError, match=r"computes in bf16 only, and --model\.dtype is 'float32'"):
-        TorchEngine(dense, TorchConfig("flash_attention_2"))
+        TorchEngine(dense, Recipe(torch=TorchConfig("flash_attention_2")))
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (PreferenceRecipe(loss=PreferenceLoss("rop")), r"loss\.name is 'rop': engine torch knows 'rpo', 'dpo'"),
+        (Recipe(training=TrainingConfig(remat="projections")), r"training\.remat is 'projections': engine torch knows"),
+    ],
+)
+def test_what_the_engine_does_not_know_is_refused_on_opening(dense, stage, expected):
+    with pytest.raises(UserError, match=expected):
+        TorchEngine(dense, stage)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
