@@ -94,6 +94,11 @@ def as_slurm(port: int, index: int) -> dict[str, str]:
     return {processes.COUNT: "auto", "JAX_COORDINATOR_PORT": str(port), **step, **task}
 
 
+def hears_interrupts() -> None:
+    """In a child: what a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Pair:
     """Two processes of four devices each on this machine.
 
@@ -111,6 +116,7 @@ class Pair:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=hears_interrupts,
             )
             for index, command in enumerate(commands)
         ]
