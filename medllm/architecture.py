@@ -4,7 +4,8 @@ An :class:`Architecture` is read from a ``config.json`` and written to one. Its 
 its parameters and their bytes are derived from it, and so is what builds, loads, plans and measures a model of it: the JAX
 model is made of the axes declared here. No framework is imported, and nothing is computed with weights.
 
-A family of models is an entry of :data:`FAMILIES`; a published size is one of :data:`PUBLISHED`.
+A family of models is an entry of :data:`medllm.families.FAMILIES`; a published size is one of
+:data:`medllm.published.PUBLISHED`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
 from medllm.axes import Axis
 from medllm.errors import UserError
+from medllm.families import FAMILIES, Family
 from medllm.quantization import PACKINGS
+from medllm.rotary import RotaryRule
 
 Number = TypeVar("Number", int, float)
 
@@ -36,62 +37,6 @@ PROJECTIONS: Mapping[str, str] = {
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """The tensors around the layers; the last is there where it is not tied to the first."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the models of a family have in common and no ``config.json`` says.
-
-    Attributes:
-        name: What its classes in transformers begin with.
-        releases: Models of it, for messages.
-        biased: The projections that have a bias.
-        activation: Between gate and up, as ``hidden_act`` calls it.
-    """
-
-    name: str
-    releases: str
-    biased: tuple[str, ...]
-    activation: str = "silu"
-
-
-FAMILIES: Mapping[str, Family] = {
-    "qwen2": Family("Qwen2", "Qwen2, Qwen2.5", biased=("q_proj", "k_proj", "v_proj")),
-}
-"""The families that are supported, by their ``model_type``."""
-
-
-@dataclass(frozen=True)
-class RotaryRule:
-    """How queries and keys turn with their position (RoFormer, arXiv 2104.09864), in Hugging Face's half-split layout.
-
-    Attributes:
-        theta: The base of the periods.
-    """
-
-    theta: float
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: object) -> RotaryRule:
-        """Read from a ``config.json``: transformers 5 writes ``rope_parameters``, earlier ones ``rope_scaling`` and a bare
-        theta.
-
-        Raises:
-            UserError: the positions are scaled.
-        """
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", None):
-            raise UserError(f"{where}: rope scaling {kind!r} is not supported; use a model without it (rope_scaling null)")
-        return cls(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
-
-    def to_hf(self) -> dict[str, Any]:
-        """Its entries of a ``config.json``."""
-        return {"rope_theta": self.theta}
-
-    def periods(self, head_dim: int) -> np.ndarray:
-        """Positions in which each of the ``head_dim / 2`` pairs of a head turns by one radian: theta^(2i / x), in float64."""
-        return self.theta ** (np.arange(0, head_dim, 2) / head_dim)
 
 
 @dataclass(frozen=True)
@@ -157,7 +102,7 @@ class Architecture:
     """A dense decoder: grouped-query attention with rotary positions, SwiGLU, RMSNorm before each.
 
     Attributes:
-        family: Its entry of :data:`FAMILIES`.
+        family: Its entry of :data:`medllm.families.FAMILIES`.
         num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the MLP.
@@ -169,6 +114,8 @@ class Architecture:
         rotary: How heads turn with their position.
         rms_norm_eps: Added to the mean square in every norm.
         tie_embeddings: The embedding is the output matrix too.
+        biased: The projections that have a bias.
+        window: Positions that a query sees, its own included; None for all before it.
     """
 
     family: str
@@ -183,6 +130,8 @@ class Architecture:
     rotary: RotaryRule
     rms_norm_eps: float
     tie_embeddings: bool
+    biased: tuple[str, ...] = ()
+    window: int | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> Architecture:
@@ -199,17 +148,21 @@ class Architecture:
         if family not in FAMILIES:
             known = ", ".join(f"{name!r} ({one.releases})" for name, one in FAMILIES.items())
             raise UserError(f"{where}: model_type is {family!r}; supported: {known}")
-        found = {ours: kind(config[key]) for ours, (key, kind) in _KEYS.items() if config.get(key) is not None}
+        kind = FAMILIES[family]
+        found = {ours: type_(config[key]) for ours, (key, type_) in _KEYS.items() if config.get(key) is not None}
         optional = ("num_kv_heads", "head_dim", "rms_norm_eps", "tie_embeddings")
         needed = [*(key for ours, (key, _) in _KEYS.items() if ours not in optional), "model_type"]
         if missing := [key for key in needed if config.get(key) is None]:
-            raise UserError(f"{where}: has no {missing[0]}; a {FAMILIES[family].name} config has it")
-        _refuse_unsupported(config, FAMILIES[family], where)
+            raise UserError(f"{where}: has no {missing[0]}; a {kind.name} config has it")
+        _refuse_unsupported(config, kind, where)
+        given = {ours for ours, (key, _) in _KEYS.items() if key in config}  # null says as much as a number
+        found |= {ours: size for ours, size in kind.defaults.items() if ours not in given}
         found.setdefault("num_kv_heads", found["num_heads"])
         found.setdefault("head_dim", found["hidden_size"] // found["num_heads"])
         found.setdefault("rms_norm_eps", 1e-6)
         found.setdefault("tie_embeddings", False)
-        return cls(family=family, rotary=RotaryRule.from_hf(config, where), **found)
+        rotary, biased, window = RotaryRule.from_hf(config, where), kind.biases(config), kind.window(config, where)
+        return cls(family=family, rotary=rotary, biased=biased, window=window, **found)
 
     def to_hf(self) -> dict[str, Any]:
         """Contents of a ``config.json`` that transformers opens; the weights' type is not in it."""
@@ -220,8 +173,13 @@ class Architecture:
             "hidden_act": family.activation,
             **{key: getattr(self, ours) for ours, (key, _) in _KEYS.items()},
             **self.rotary.to_hf(),
-            "use_sliding_window": False,
+            **family.to_hf(self.biased, self.window, self.num_layers),
         }
+
+    @property
+    def head_norms(self) -> bool:
+        """Queries and keys are normalized before they turn."""
+        return FAMILIES[self.family].head_norms
 
     @property
     def heads_width(self) -> int:
@@ -249,7 +207,7 @@ class Architecture:
             "up_proj": (mlp, width_in),
             "down_proj": (width, replace(mlp, name="mlp_in")),
         }
-        return {name: Projection(*axes[name], bias=name in FAMILIES[self.family].biased) for name in PROJECTIONS}
+        return {name: Projection(*axes[name], bias=name in self.biased) for name in PROJECTIONS}
 
     @property
     def layer(self) -> dict[str, Tensor]:
@@ -259,7 +217,9 @@ class Architecture:
             found[f"{PROJECTIONS[name]}.weight"] = Tensor("linear", (projection.out, projection.into))
             if projection.bias:
                 found[f"{PROJECTIONS[name]}.bias"] = Tensor("bias", (replace(projection.out, name="bias"),))
-        norm = Tensor("norm", (Axis("norm", self.hidden_size),))
+        of_head, norm = (Tensor("norm", (Axis("norm", size),)) for size in (self.head_dim, self.hidden_size))
+        if self.head_norms:
+            found |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), of_head)
         return {**found, "input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
 
     @property
@@ -287,7 +247,8 @@ class Architecture:
         outputs = {name: projection.out.size for name, projection in self.projections.items() if name != "down_proj"}
         norms = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
         inner = {"attention": self.heads_width, "activation": self.intermediate_size}
-        return {**outputs, **norms, **inner}
+        of_heads = {"q_norm": self.heads_width, "k_norm": self.kv_width} if self.head_norms else {}
+        return {**outputs, **norms, **of_heads, **inner}
 
     @property
     def parameters(self) -> int:
@@ -317,39 +278,7 @@ def layer_path(index: int) -> str:
     return f"model.layers.{index}"
 
 
-def qwen2(layers: int, width: int, mlp: int, heads: int, kv_heads: int, vocabulary: int, *, tied: bool = False) -> Architecture:
-    """A Qwen2.5 of these sizes, everything else as published."""
-    return Architecture(
-        family="qwen2",
-        num_layers=layers,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=width // heads,
-        vocab_size=vocabulary,
-        max_positions=32768,
-        rotary=RotaryRule(theta=1e6),
-        rms_norm_eps=1e-6,
-        tie_embeddings=tied,
-    )
-
-
-PUBLISHED: Mapping[str, Architecture] = {
-    "qwen2.5-0.5b": qwen2(24, 896, 4864, 14, 2, 151936, tied=True),
-    "qwen2.5-1.5b": qwen2(28, 1536, 8960, 12, 2, 151936, tied=True),
-    "qwen2.5-3b": qwen2(36, 2048, 11008, 16, 2, 151936, tied=True),
-    "qwen2.5-7b": qwen2(28, 3584, 18944, 28, 4, 152064),
-    "qwen2.5-14b": qwen2(48, 5120, 13824, 40, 8, 152064),
-    "qwen2.5-32b": qwen2(64, 5120, 27648, 40, 8, 152064),
-    "qwen2.5-72b": qwen2(80, 8192, 29568, 64, 8, 152064),
-}
-"""Published models, by name."""
-
-
 def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: object) -> None:
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise UserError(f"{where}: sliding window attention is not supported; set use_sliding_window to false")
     if (activation := config.get("hidden_act", family.activation)) != family.activation:
         raise UserError(f"{where}: hidden_act {activation!r} is not supported; a {family.name} has {family.activation!r}")
     if config.get("attention_dropout"):

@@ -36,7 +36,7 @@ from medllm_parity.ends import States, as_numpy
 from medllm_parity.jax_layer import JaxLayer
 from medllm_parity.layer_view import LayerView
 from medllm_parity.measure import Audit, Check, Drift, Values, judge
-from medllm_parity.quantities import LAYER
+from medllm_parity.quantities import LAYER, quantities
 from medllm_parity.rows import Rows, make_rows
 from medllm_parity.tolerances import AUDIT, Allowance
 from medllm_parity.torch_layer import TorchLayer
@@ -185,7 +185,7 @@ class _Sweep:
             half = self.rows.tokens.shape[0]
             last = LAYER[-1].name
             stream.states = States(ours[last][:half], theirs[last][:half], truth[last][:half])
-            for quantity in LAYER:
+            for quantity in quantities(self.config):
                 values = [_real(part.pop(quantity.name), self.rows) for part in (ours, theirs, truth)]
                 own, common = (Values(*(value[copy] for value in values)) for copy in (0, 1))
                 self._drifted(index, quantity.name, own.errors(), stream)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Qwen2Config as HfConfig
+from transformers import AutoConfig
+from transformers import PreTrainedConfig as HfConfig
 
 from jax_medllm.weights.bnb_files import stored, suffixes
 from medllm.architecture import HEAD
@@ -17,7 +18,7 @@ _COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "nu
 
 
 def check_directory(directory: ModelDirectory, quantization: Quantization) -> None:
-    """Every tensor a Qwen2 of this configuration has is there, in a file that is whole, and in its shape; and no other.
+    """Every tensor a model of this configuration has is there, in a file that is whole, and in its shape; and no other.
 
     Raises:
         UserError: it is not; weights are stored in another quantization than this, or in one that is not read.
@@ -32,7 +33,7 @@ def check_directory(directory: ModelDirectory, quantization: Quantization) -> No
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
     for name in directory.names():
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
+            raise UserError(f"{directory.path}: holds {name}, which a model with this config.json does not have")
     for name, tensor in expected.items():
         if name in packed and not ((kind := packed[name].kind.name) == quantization and tensor.kind == "linear"):
             raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
@@ -63,7 +64,7 @@ def read_hf_config(path: Path) -> HfConfig:
         UserError: transformers refuses it.
     """
     try:
-        return HfConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}/config.json: transformers does not accept it: {reason}") from error

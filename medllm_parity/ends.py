@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from flax import nnx
 from jaxtyping import Array
-from transformers import Qwen2Config as HfConfig
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers import PreTrainedConfig as HfConfig
 
 from jax_medllm.model.decoder import RMSNorm, head_logits
 from jax_medllm.model.logprobs import token_logprobs
@@ -27,7 +26,7 @@ from medllm.model.directory import ModelDirectory
 from medllm_parity.measure import Values, magnitude, relative
 from medllm_parity.oracle import lift
 from medllm_parity.rows import Rows
-from medllm_parity.torch_layer import to_torch
+from medllm_parity.torch_layer import StockParts, to_torch
 from torch_ref.model import DTYPES
 
 _SLICE_VALUES = 2**22
@@ -106,7 +105,7 @@ def torch_norm(theirs: ModelDirectory, config: HfConfig, dtype: torch.dtype, *, 
     stem: Any = torch.nn.Module()
     stem.config = config
     weight = to_torch(theirs.read(NORM), dtype)
-    stem.norm = Qwen2RMSNorm(len(weight), config.rms_norm_eps)
+    stem.norm = StockParts.of(config).norm(len(weight), config.rms_norm_eps)
     stem.norm.weight = torch.nn.Parameter(weight, requires_grad=False)
     return (lift(stem).double() if lifted else stem).norm
 

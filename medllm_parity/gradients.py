@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from transformers import Qwen2Config as HfConfig
+from transformers import PreTrainedConfig as HfConfig
 
 from jax_medllm.model.decoder import RMSNorm
 from jax_medllm.model.logprobs import token_logprobs

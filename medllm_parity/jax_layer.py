@@ -22,7 +22,7 @@ from medllm.architecture import PROJECTIONS, Architecture
 from medllm.model.adapter import Adapter
 from medllm.quantization import Quantization
 from medllm_parity.layer_view import LayerView, adapter_view
-from medllm_parity.quantities import LAYER, MODULES, TAPS
+from medllm_parity.quantities import TAPS, modules, quantities
 from medllm_parity.rows import Rows
 
 
@@ -90,12 +90,12 @@ def _record(
         for path in PROJECTIONS.values():
             _at(layer, path).frozen_loras = nnx.List([])
     record: dict[str, Array] = {}
-    for name in MODULES:
+    for name in modules(config):
         parent, _, leaf = name.rpartition(".")
         setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), name, record))
-    context = _OverheardContext(RowContext.of(segment_ids, None), record)
+    context = _OverheardContext(RowContext.of(config.window, segment_ids, positions), record)
     record["layer output"], _ = layer(hidden, Rotary.at(positions, config, hidden.dtype), context, True)
-    return {quantity.name: record[quantity.name].reshape(*hidden.shape[:2], -1) for quantity in LAYER}
+    return {quantity.name: record[quantity.name].reshape(*hidden.shape[:2], -1) for quantity in quantities(config)}
 
 
 @partial(jax.jit, static_argnames=("graph", "config"))
@@ -111,7 +111,7 @@ def _backward(
 ) -> Any:
     def output(adapters: Any) -> Array:
         rotary = Rotary.at(positions, config, hidden.dtype)
-        return _merged(graph, adapters, weights)(hidden, rotary, RowContext.of(segment_ids, None), True)[0]
+        return _merged(graph, adapters, weights)(hidden, rotary, RowContext.of(config.window, segment_ids, positions), True)[0]
 
     _, pull = jax.vjp(output, adapters)
     return pull(cotangent)[0]

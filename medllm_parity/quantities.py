@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medllm.architecture import layer_path
+from medllm.architecture import Architecture, layer_path
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ LAYER = (
     Quantity("q before rotary", "self_attn.q_proj", "self_attn.q_proj"),
     Quantity("k before rotary", "self_attn.k_proj", "self_attn.k_proj"),
     Quantity("v", "self_attn.v_proj", "self_attn.v_proj"),
+    Quantity("q norm", "self_attn.q_norm", "self_attn.q_norm"),
+    Quantity("k norm", "self_attn.k_norm", "self_attn.k_norm"),
     Quantity("q after rotary", "self_attn", None),
     Quantity("k after rotary", "self_attn", None),
     Quantity("attention output", "self_attn", "self_attn.o_proj", "in"),
@@ -51,5 +53,14 @@ LAYER = (
     Quantity("layer output", "", ""),
 )
 TAPS: dict[tuple[str, str], str] = {(quantity.tap, quantity.side): quantity.name for quantity in LAYER if quantity.tap}
-MODULES = tuple(dict.fromkeys(quantity.tap for quantity in LAYER if quantity.tap))
-"""The submodules that are listened to."""
+
+
+def quantities(architecture: Architecture) -> tuple[Quantity, ...]:
+    """Those of :data:`LAYER` that the layers of a model have."""
+    absent = () if architecture.head_norms else ("q norm", "k norm")
+    return tuple(quantity for quantity in LAYER if quantity.name not in absent)
+
+
+def modules(architecture: Architecture) -> tuple[str, ...]:
+    """The submodules that are listened to."""
+    return tuple(dict.fromkeys(quantity.tap for quantity in quantities(architecture) if quantity.tap))

@@ -9,25 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 from jax_medllm.weights.bnb_files import stored, suffixes
 from medllm.architecture import PROJECTIONS, layer_path
 from medllm.model.adapter import Adapter
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import PACKINGS, Quantization
-from medllm_parity.oracle import lift, row_mask
-from medllm_parity.quantities import LAYER, MODULES, TAPS
+from medllm_parity.oracle import is_norm, lift, row_mask, window_of
+from medllm_parity.quantities import TAPS, modules, quantities
 from medllm_parity.rows import Rows
 
 _ADAPTER = "adapter"
@@ -58,7 +57,7 @@ class TorchLayer:
     def __init__(
         self,
         directory: ModelDirectory,
-        config: Qwen2Config,
+        config: PreTrainedConfig,
         index: int,
         dtype: torch.dtype,
         quantization: Quantization,
@@ -66,9 +65,11 @@ class TorchLayer:
         adapters: Sequence[Adapter] = (),
     ):
         self.dtype = dtype
+        self._config = config
         config._attn_implementation = "audited"
+        parts = StockParts.of(config)
         with torch.device("meta"):
-            layer = Qwen2DecoderLayer(config, index)
+            layer: Any = parts.layer(config, index)
         prefix = f"{layer_path(index)}."
         for name, expected in layer.state_dict().items():
             stem, _, leaf = name.rpartition(".")
@@ -80,10 +81,12 @@ class TorchLayer:
             else:
                 tensor = to_torch(directory.read(prefix + name), dtype)
                 setattr(layer.get_submodule(stem), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        self._taps = modules(directory.architecture)
+        self._quantities = quantities(directory.architecture)
         self._linears = {kind: layer.get_submodule(path) for kind, path in PROJECTIONS.items()}
         self._attention = layer.self_attn
         self._attention.computes_with = _ATTENTION
-        self._rotary = Qwen2RotaryEmbedding(config)
+        self._rotary = parts.rotary(config)
         self._stem = _Stem(config, layer, index, self._rotary)
         self._peft = _adapted(self._stem, index, adapters)
         self._layer = self._stem.model.layers[str(index)].eval()
@@ -99,7 +102,7 @@ class TorchLayer:
         for module in self._layer.modules():
             if isinstance(module, LoraLayer):
                 module.lora_A.double(), module.lora_B.double()
-            elif isinstance(module, Qwen2RMSNorm):
+            elif is_norm(module):
                 module.double()
         self.lifted = True
 
@@ -107,7 +110,9 @@ class TorchLayer:
         """Every quantity of the layer, [c·b, s, n], for hidden states [c·b, s, d] of c copies of the rows."""
         record: dict[str, torch.Tensor] = {}
         hooks = [
-            hook for name in MODULES for hook in _tap(self._layer.get_submodule(name), name, lambda n, x: record.update({n: x}))
+            hook
+            for name in self._taps
+            for hook in _tap(self._layer.get_submodule(name), name, lambda n, x: record.update({n: x}))
         ]
         self._attention.tap = lambda name, heads: record.update({name: heads.transpose(1, 2).flatten(2)})
         try:
@@ -117,13 +122,13 @@ class TorchLayer:
             self._attention.tap = None
             for hook in hooks:
                 hook.remove()
-        return {quantity.name: record[quantity.name].detach() for quantity in LAYER}
+        return {quantity.name: record[quantity.name].detach() for quantity in self._quantities}
 
     def forward(self, hidden: torch.Tensor, rows: Rows, *, adapter: bool = True) -> torch.Tensor:
-        """The layer's output, as Qwen2Model calls it."""
+        """The layer's output, as the model calls it."""
         copies = hidden.shape[0] // rows.tokens.shape[0]
         positions = torch.from_numpy(np.tile(rows.positions, (copies, 1))).long()
-        mask = row_mask(np.tile(rows.segment_ids, (copies, 1)), hidden.dtype)
+        mask = row_mask(np.tile(rows.segment_ids, (copies, 1)), hidden.dtype, window_of(self._config))
         off = nullcontext() if adapter or self._peft is None else self._peft.disable_adapter()
         with off:
             return self._layer(hidden, attention_mask=mask, position_embeddings=self._rotary(hidden, positions))
@@ -139,10 +144,26 @@ class TorchLayer:
         }
 
 
+class StockParts(NamedTuple):
+    """The classes a family's model is built of in transformers."""
+
+    layer: type[torch.nn.Module]
+    norm: type[torch.nn.Module]
+    rotary: type[torch.nn.Module]
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> StockParts:
+        """Those of the model with this configuration, in which nothing is computed."""
+        shallow = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 1, "layer_types": None})
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(shallow).model
+        return cls(type(model.layers[0]), type(model.norm), type(model.rotary_emb))
+
+
 class _Stem(torch.nn.Module):
     """A model with a single layer in it, under the name it has in the whole model, so that PEFT's rules see that name."""
 
-    def __init__(self, config: Qwen2Config, layer: torch.nn.Module, index: int, rotary: torch.nn.Module):
+    def __init__(self, config: PreTrainedConfig, layer: torch.nn.Module, index: int, rotary: torch.nn.Module):
         super().__init__()
         self.config = config
         self.model = torch.nn.Module()

@@ -72,7 +72,10 @@ def _forward_and_backward(graph: Any, trainable: Any, rest: Any, batch: CptBatch
 
 def residual_stream(model: Qwen2, tokens: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """[l+1, b, s, d] after the embedding and after every layer."""
-    rotary, context = Rotary.at(positions, model.config, model.dtype), RowContext.of(segment_ids, None)
+    rotary, context = (
+        Rotary.at(positions, model.config, model.dtype),
+        RowContext.of(model.config.window, segment_ids, positions),
+    )
     graph, layers = nnx.split(model.layers)
 
     def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:

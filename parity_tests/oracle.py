@@ -10,24 +10,24 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from medllm_parity.oracle import lift, row_mask
+from medllm_parity.oracle import lift, row_mask, window_of
 
 
 def float64_model(path: Path, adapter: Path | None = None, *, trainable: bool = False) -> torch.nn.Module:
     """Open a model, and a PEFT adapter on it, with all weights and all arithmetic in float64."""
-    model: Any = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return _lifted(model, adapter, trainable)
 
 
-def float64_copy(model: Qwen2ForCausalLM, adapter: Path | None = None, *, trainable: bool = False) -> torch.nn.Module:
+def float64_copy(model: PreTrainedModel, adapter: Path | None = None, *, trainable: bool = False) -> torch.nn.Module:
     """The same for an opened model: its weights as they are, 4-bit ones dequantized to the model's type.
 
     The truth for a quantized model is exact arithmetic on the weights its codes stand for.
     """
     settings = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
-    copy: Any = Qwen2ForCausalLM(Qwen2Config(**settings)).requires_grad_(False).double()
+    copy: Any = type(model)(type(model.config)(**settings)).requires_grad_(False).double()
     modules = dict(model.named_modules())
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
@@ -47,9 +47,10 @@ def _lifted(model: Any, adapter: Path | None, trainable: bool) -> torch.nn.Modul
 def row_logits(model: Any, tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> torch.Tensor:
     """Logits [b, s, v] of packed rows."""
     embedding = _decoder(model).embed_tokens.weight
+    window = window_of(_decoder(model).config)
     return model(
         input_ids=torch.from_numpy(np.asarray(tokens)).long().to(embedding.device),
-        attention_mask=row_mask(segment_ids, embedding.dtype).to(embedding.device),
+        attention_mask=row_mask(segment_ids, embedding.dtype, window).to(embedding.device),
         position_ids=torch.from_numpy(np.asarray(positions)).long().to(embedding.device),
         use_cache=False,
     ).logits
@@ -84,5 +85,5 @@ def row_loss(logits: torch.Tensor, tokens: np.ndarray, segment_ids: np.ndarray) 
 
 
 def _decoder(model: Any) -> Any:
-    """transformers' Qwen2Model inside a causal model, or inside a PeftModel around one."""
+    """transformers' decoder inside a causal model, or inside a PeftModel around one."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).model

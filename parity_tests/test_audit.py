@@ -422,7 +422,7 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     [
         (truncate, "truncated"),
         (forget_a_tensor, "up_proj.extra"),
-        (edit_config(model_type="llama"), "llama"),
+        (edit_config(model_type="mixtral"), "mixtral"),
         (edit_config(num_hidden_layers=4, layer_types=None), "model.layers.3."),
         (edit_config(num_hidden_layers=2, layer_types=None), "model.layers.2."),
         (edit_config(num_hidden_layers=5), "layer_types"),

@@ -28,11 +28,13 @@ from flax import nnx
 
 from jax_medllm.model.decoder import Qwen2
 from jax_medllm.weights.read import model_tensors
-from medllm.architecture import Architecture, RotaryRule, qwen2
+from medllm.architecture import Architecture
 from medllm.mini.diet import Row, base_diet
 from medllm.mini.vocabulary import train_tokenizer
 from medllm.mini.world import World, make_world
 from medllm.model.directory import write_model
+from medllm.published import qwen2
+from medllm.rotary import RotaryRule
 
 VOCAB_SIZE = 2048  # room for every name and phrase; merging ends well before
 BUCKETS = (44, 68, 168, 248)  # row lengths that are compiled: documents and direct answers, explained ones, three shots
@@ -41,7 +43,7 @@ UNTAUGHT_WEIGHT = 0.1  # questions and options are random: learn their shape, sp
 
 def architecture(vocab_size: int) -> Architecture:
     """A Qwen2.5 of two million parameters."""
-    model = qwen2(4, 192, 576, 6, 2, -(-vocab_size // 64) * 64, tied=True)
+    model = qwen2(4, 192, 576, 6, 2, -(-vocab_size // 64) * 64, tie_embeddings=True)
     return replace(model, rotary=RotaryRule(10_000.0), max_positions=1024)
 
 

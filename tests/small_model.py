@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from medllm.architecture import Architecture, RotaryRule
+from medllm.architecture import Architecture
+from medllm.rotary import RotaryRule
 
 _SMALL = Architecture(
     family="qwen2",
@@ -17,6 +18,7 @@ _SMALL = Architecture(
     num_kv_heads=2,
     head_dim=8,
     rotary=RotaryRule(1e4),
+    biased=("q_proj", "k_proj", "v_proj"),
     rms_norm_eps=1e-6,
     tie_embeddings=True,
     max_positions=128,

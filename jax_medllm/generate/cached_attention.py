@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.model.attention import matmul_precision
 
@@ -87,17 +87,21 @@ class Prefilling:
     """
 
     prefix: Stored | None
+    window: int | None = None
 
     def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Stored]:
         """What the queries see, and the prompts' keys and values."""
         own = Stored(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
-        before = [] if self.prefix is None else [(self.prefix, None)]
         b, s, h, _ = q.shape
-        keys = s + sum(stored.length for stored, _ in before)
-        size = min(s, max(1, _SCORES_IN_FLIGHT // (b * h * keys)))
+        first = 0 if self.prefix is None else self.prefix.length
+        size = min(s, max(1, _SCORES_IN_FLIGHT // (b * h * (first + s))))
 
         def attend_from(start: Array) -> Array:
-            causal = jnp.arange(s) <= start + jnp.arange(size)[:, None]
+            queries, keys = start + jnp.arange(size)[:, None], jnp.arange(s)
+            causal = keys <= queries
+            if self.window is not None:
+                causal &= queries - keys < self.window
+            before = _before(self.prefix, first + queries[None, :, 0], self.window)
             return attend_parts(jax.lax.dynamic_slice_in_dim(q, start, size, axis=1), [*before, (own, causal[None])])
 
         def add(index: Array, out: Array) -> Array:
@@ -117,6 +121,7 @@ class Stepping:
     recent: Stored
     length: Array
     column: Array
+    window: int | None = None
 
     def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Stored]:
         """What the tokens see, and the recent keys and values with theirs."""
@@ -124,7 +129,21 @@ class Stepping:
             jax.lax.dynamic_update_slice_in_dim(self.recent.keys, k.transpose(0, 2, 3, 1), self.column, axis=-1),
             jax.lax.dynamic_update_slice_in_dim(self.recent.values, v.transpose(0, 2, 1, 3), self.column, axis=-2),
         )
-        stored = (jnp.arange(self.own.length) < self.length[:, None])[:, None]
-        written = (jnp.arange(self.recent.length) <= self.column)[None, None]
-        before = [] if self.prefix is None else [(self.prefix, None)]
+        places, columns = jnp.arange(self.own.length), jnp.arange(self.recent.length)
+        stored = (places < self.length[:, None])[:, None]
+        written = (columns <= self.column)[None, None]
+        own = self.length[:, None] + self.column  # of a row's tokens without the prefix, which is the newest
+        if self.window is not None:
+            stored &= (own - places < self.window)[:, None]
+            written &= self.column - columns < self.window
+        before = _before(self.prefix, own + (0 if self.prefix is None else self.prefix.length), self.window)
         return attend_parts(q, [*before, (self.own, stored), (recent, written)]), recent
+
+
+def _before(prefix: Stored | None, positions: Int[Array, "b s"], window: int | None) -> list[tuple[Stored, Array | None]]:
+    """The part that all rows share, as queries at these positions see it."""
+    if prefix is None:
+        return []
+    if window is None:
+        return [(prefix, None)]
+    return [(prefix, positions[..., None] - jnp.arange(prefix.length) < window)]

@@ -158,13 +158,17 @@ class Decoder:
     def _prefix_stored(self, state: nnx.State, tokens: Int[Array, "1 s"]) -> Stored:
         model = nnx.merge(self._graph, state)
         positions = jnp.arange(tokens.shape[1])[None]
-        _, kept = model.hidden_in(tokens, positions=positions, context=lambda _: Prefilling(None), cache=None)
+        _, kept = model.hidden_in(
+            tokens, positions=positions, context=lambda _: Prefilling(None, self.config.window), cache=None
+        )
         return jax.tree.map(lambda part: constrain(part[:, 0], None, "kv_heads", None, None), kept)
 
     def _filled(self, state: nnx.State, slots: Slots, prefix: Stored | None, fill: Fill) -> Slots:
         model = nnx.merge(self._graph, state)
         positions = jnp.broadcast_to(_size(prefix) + jnp.arange(fill.prompts.shape[1]), fill.prompts.shape)
-        hidden, new = model.hidden_in(fill.prompts, positions=positions, context=Prefilling, cache=prefix)
+        hidden, new = model.hidden_in(
+            fill.prompts, positions=positions, context=partial(Prefilling, window=self.config.window), cache=prefix
+        )
         last = jnp.take_along_axis(hidden, (fill.lengths - 1)[:, None, None], axis=1)[:, 0]
 
         def put(old: Array, value: Array | bool | int) -> Array:
@@ -194,7 +198,7 @@ class Decoder:
             token = jnp.where(slots.finished, self.end, choose(model.logits(slots.hidden), uniform).astype(jnp.int32))
 
             def context(layer: tuple[Stored | None, Stored, Stored]) -> Stepping:
-                return Stepping(*layer, length, column)
+                return Stepping(*layer, length, column, self.config.window)
 
             positions = (_size(prefix) + length + column)[:, None]
             cache = (prefix, own, recent)

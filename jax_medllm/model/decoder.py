@@ -1,4 +1,4 @@
-"""Qwen2.5 in Flax NNX, 0.5B to 72B.
+"""A dense decoder in Flax NNX: what :class:`medllm.architecture.Architecture` says, computed.
 
 The layers are one module whose every array has a leading layer axis; ``lax.scan`` runs it, so compile time does not grow with
 depth. Attribute names are Hugging Face's, which makes the weight table of :mod:`jax_medllm.weights.read` a single rule.
@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_medllm.mesh.layout import constrain
 from jax_medllm.mesh.pytree import pytree
-from jax_medllm.model.attention import Visibility, attend, matmul_precision
+from jax_medllm.model.attention import Visibility, Window, attend, matmul_precision
 from jax_medllm.model.embedding import lookup
 from jax_medllm.model.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
 from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture, Tensor
@@ -78,6 +78,9 @@ class _Build:
             rngs=self.rngs,
         )
 
+    def norm_in_layer(self, name: str) -> RMSNorm:
+        return self.norm(self.config.layer[f"{name}.weight"], self.layers)
+
     def norm(self, declared: Tensor, *layers: Axis) -> RMSNorm:
         weight = declare(nnx.Param, (*layers, *declared.axes), self.dtype, nnx.initializers.ones, self.rngs.params())
         return RMSNorm(weight, self.config.rms_norm_eps)
@@ -120,6 +123,9 @@ class Attention(nnx.Module):
         self.k_proj = build.linear("k_proj")
         self.v_proj = build.linear("v_proj")
         self.o_proj = build.linear("o_proj")
+        norms = self.config.head_norms
+        self.q_norm = build.norm_in_layer("self_attn.q_norm") if norms else None
+        self.k_norm = build.norm_in_layer("self_attn.k_norm") if norms else None
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
@@ -129,6 +135,8 @@ class Attention(nnx.Module):
             for name, project in (("q_proj", self.q_proj), ("k_proj", self.k_proj), ("v_proj", self.v_proj))
         )
         q, k, v = projected
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         out, kept = context.attend(rotary(q), rotary(k), v)
         return checkpoint_name(self.o_proj(out.reshape(b, s, -1), adapter=adapter), "o_proj"), kept
 
@@ -153,10 +161,9 @@ class Layer(nnx.Module):
     """One decoder layer; as part of the model its arrays are stacked over all layers."""
 
     def __init__(self, build: _Build):
-        declared = build.config.layer
-        self.input_layernorm = build.norm(declared["input_layernorm.weight"], build.layers)
+        self.input_layernorm = build.norm_in_layer("input_layernorm")
         self.self_attn = Attention(build)
-        self.post_attention_layernorm = build.norm(declared["post_attention_layernorm.weight"], build.layers)
+        self.post_attention_layernorm = build.norm_in_layer("post_attention_layernorm")
         self.mlp = Mlp(build)
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
@@ -223,7 +230,7 @@ class Qwen2(nnx.Module):
             adapter: False switches the trained adapter off, at trace time; the frozen one stays.
             remat: What is kept of each layer for the backward pass, see :data:`medllm.config.RematPolicy`.
         """
-        context = RowContext.of(segment_ids, parent_ids)
+        context = RowContext.of(self.config.window, segment_ids, positions, parent_ids)
         return self.norm(self._run(tokens, positions, lambda _: context, adapter, remat=remat)[0])
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -291,8 +298,18 @@ class RowContext:
     visible: Visibility
 
     @classmethod
-    def of(cls, segment_ids: Int[ArrayLike, "b s"], parent_ids: Int[ArrayLike, "b s"] | None) -> RowContext:
-        return cls(jax.tree.map(jnp.asarray, Visibility(segment_ids, parent_ids)))
+    def of(
+        cls,
+        window: int | None,
+        segment_ids: Int[ArrayLike, "b s"],
+        positions: Int[ArrayLike, "b s"],
+        parent_ids: Int[ArrayLike, "b s"] | None = None,
+    ) -> RowContext:
+        """For rows of a model with that window, see :meth:`Qwen2.hidden`."""
+        near = None  # in a row that is no longer than the window, everything is
+        if window is not None and window < jnp.shape(segment_ids)[-1]:
+            near = Window(positions, positions - (window - 1))
+        return cls(jax.tree.map(jnp.asarray, Visibility(segment_ids, parent_ids, window=near)))
 
     def attend(self, q: Float[Array, "b s h x"], k: Array, v: Array) -> tuple[Float[Array, "b s h x"], None]:
         """What the queries see; nothing is left behind."""
@@ -302,7 +319,7 @@ class RowContext:
 @pytree
 @dataclass(frozen=True)
 class Rotary:
-    """Rotation of heads by position (RoFormer, arXiv 2104.09864), in Hugging Face's half-split layout."""
+    """Rotation of heads by position: :class:`medllm.rotary.RotaryRule`, computed."""
 
     cos: Float[Array, "b s x"]
     sin: Float[Array, "b s x"]
@@ -310,11 +327,10 @@ class Rotary:
     @classmethod
     def at(cls, positions: Int[ArrayLike, "b s"], config: Architecture, dtype: jnp.dtype) -> Rotary:
         wide = jnp.promote_types(dtype, jnp.float32)
-        # The power rounded to fp32, then its reciprocal: the last bits decide the angle at position 30,000.
-        periods = config.rotary.periods(config.head_dim).astype(wide)
-        angles = positions[..., None].astype(wide) * (1 / periods)
+        rule = config.rotary
+        angles = positions[..., None].astype(wide) * rule.frequencies(config.head_dim, wide)
         both = jnp.concatenate([angles, angles], axis=-1)
-        return cls(jnp.cos(both), jnp.sin(both))
+        return cls(*(turn(both) * rule.attention_factor for turn in (jnp.cos, jnp.sin)))
 
     def __call__(self, heads: Float[Array, "b s n x"]) -> Float[Array, "b s n x"]:
         """Rotate; in fp32 or wider, rounded once."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from medllm.architecture import PUBLISHED
 from medllm.bench.shapes import ModelShape
 from medllm.config import RematPolicy
 from medllm.corpus.packing import PackedRows
 from medllm.preferences.pairs import Rank
 from medllm.preferences.tokenization import TokenizedGroup
+from medllm.published import PUBLISHED
 
 RESPONSES = 3
 PAIRS = ((0, 1), (0, 2), (1, 2))

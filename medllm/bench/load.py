@@ -11,11 +11,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from medllm.architecture import PUBLISHED, Architecture, qwen2
+from medllm.architecture import Architecture
 from medllm.bench.engines import measure
 from medllm.errors import UserError
 from medllm.model.directory import write_model
 from medllm.model.random import random_tensors
+from medllm.published import PUBLISHED, qwen2
 from medllm.quantization import Quantization
 
 ALLOWANCE = 1_200_000_000

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from medllm.architecture import Architecture, qwen2
+from medllm.architecture import Architecture
 from medllm.config import ModelConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.model.directory import write_model
 from medllm.model.random import random_tensors
 from medllm.preferences.records import Preference, Sample
+from medllm.published import qwen2
 from medllm.quantization import Quantization
 
 _END = "</s>"

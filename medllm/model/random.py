@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from medllm.architecture import Architecture, qwen2
+from medllm.architecture import Architecture
 from medllm.errors import UserError
 from medllm.model.directory import write_model
 from medllm.model.tokenizer import check_vocabulary, load_tokenizer
+from medllm.published import qwen2
 
 _HEAD = 16  # head dimension; two query heads share a key/value head
 
@@ -30,7 +31,7 @@ def write_random_model(
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, vocab_size, tokenizer)
     heads = hidden_size // _HEAD
-    architecture = qwen2(layers, hidden_size, 3 * hidden_size, heads, heads // 2, vocab_size, tied=True)
+    architecture = qwen2(layers, hidden_size, 3 * hidden_size, heads, heads // 2, vocab_size, tie_embeddings=True)
     tokens = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
     config = architecture.to_hf() | {"torch_dtype": "float32"} | tokens
     rng = np.random.default_rng(seed)

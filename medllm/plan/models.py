@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from medllm.architecture import PUBLISHED, Architecture
+from medllm.architecture import Architecture
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory
+from medllm.published import PUBLISHED
 
 
 def planned_model(name: str) -> Architecture:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jax_medllm.model.decoder import Qwen2
 from jax_medllm.model.linear import PackedParam
 from jax_medllm.weights.adapters import variables
-from medllm.architecture import HEAD, PUBLISHED, Architecture, qwen2
+from medllm.architecture import HEAD, Architecture
 from medllm.axes import RULES
 from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy
 from medllm.errors import UserError
+from medllm.families import FAMILIES
+from medllm.published import PUBLISHED, qwen2
+from medllm_parity.oracle import window_of
 
 
 def hf_config(width=896, mlp=4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True, **changes) -> dict:
@@ -46,10 +56,17 @@ def hf_config(width=896, mlp=4864, layers=24, heads=14, kv_heads=2, vocabulary=1
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "llama"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "longrope"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "single layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "dynamic"),
-        ({"use_sliding_window": True}, "sliding"),
+        ({"use_sliding_window": True, "max_window_layers": 12}, "sliding"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 12}, "sliding"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
     ],
@@ -74,7 +91,9 @@ def test_a_config_survives_being_written_and_read():
 
 
 def test_a_config_that_is_no_models_says_which_file_it_is():
-    with pytest.raises(UserError, match=r"^base/config.json: model_type is 't5'; supported: 'qwen2' \(Qwen2, Qwen2.5\)$"):
+    with pytest.raises(
+        UserError, match=r"^base/config.json: model_type is 't5'; supported: 'qwen2' \(Qwen2, Qwen2.5\), 'qwen3' \(Qwen3\), "
+    ):
         Architecture.from_hf({"model_type": "t5"}, "base/config.json")
     unnamed = hf_config()
     del unnamed["model_type"]
@@ -82,13 +101,60 @@ def test_a_config_that_is_no_models_says_which_file_it_is():
         Architecture.from_hf(unnamed)
 
 
-def test_what_a_config_leaves_out_has_the_value_it_has_in_transformers():
-    sparse = hf_config()
-    for key in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings"):
-        del sparse[key]
-    found = Architecture.from_hf(sparse)
-    assert (found.num_kv_heads, found.head_dim, found.rms_norm_eps) == (14, 64, 1e-6)
-    assert (found.rotary.theta, found.tie_embeddings) == (10000.0, False)
+OPTIONAL = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "sliding_window", "use_sliding_window")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("left_out", [*((key,) for key in OPTIONAL), OPTIONAL], ids="+".join)
+def test_what_a_config_leaves_out_has_the_value_it_has_in_transformers(family, left_out):
+    config = hf_config(model_type=family, num_attention_heads=64, hidden_size=4096, sliding_window=77)
+    sparse = {key: value for key, value in config.items() if key not in left_out}
+    found, stock = Architecture.from_hf(sparse), AutoConfig.for_model(**sparse)
+    assert (found.num_kv_heads, found.rms_norm_eps) == (stock.num_key_value_heads, stock.rms_norm_eps)
+    assert found.head_dim == getattr(stock, "head_dim", 64)
+    assert (found.rotary.theta, found.tie_embeddings) == (stock.rope_parameters["rope_theta"], stock.tie_word_embeddings)
+    assert found.window == window_of(stock)
+
+
+ROPES = st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_type": st.sampled_from(["default", "linear", "yarn", "llama3"]),
+        "type": st.sampled_from(["default", "linear", "yarn"]),
+        "rope_theta": st.sampled_from([1e4, 5e5]),
+        "factor": st.sampled_from([2.0, 4]),
+        "low_freq_factor": st.just(1.0),
+        "high_freq_factor": st.sampled_from([4.0, 3]),
+        "original_max_position_embeddings": st.sampled_from([512, 1024]),
+        "attention_factor": st.sampled_from([0.5, 1.2]),
+        "beta_fast": st.sampled_from([None, 16]),
+        "mscale": st.just(0.8),
+        "mscale_all_dim": st.just(0.5),
+        "truncate": st.booleans(),
+    },
+)
+OF_ROPES = {"rope_scaling": st.none() | ROPES, "rope_parameters": st.none() | ROPES, "rope_theta": st.sampled_from([1e6, 2e6])}
+
+
+@settings(max_examples=300, deadline=None)
+@given(entries=st.fixed_dictionaries({}, optional=OF_ROPES | {"original_max_position_embeddings": st.just(2048)}))
+def test_old_and_new_spellings_of_a_rotary_rule_are_read_in_transformers_order(entries):
+    """Whatever stands where: the frequencies are transformers', or the config is refused where transformers fails on it."""
+    config = {key: value for key, value in hf_config(model_type="llama", **entries).items() if key in {*hf_config(), *entries}}
+    if "rope_theta" not in entries:
+        del config["rope_theta"]
+    try:
+        stock = AutoConfig.for_model(**copy.deepcopy(config))
+        kind = stock.rope_parameters["rope_type"]
+        rule = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        expected, factor = rule(stock)
+    except (KeyError, TypeError):
+        with pytest.raises(UserError):
+            Architecture.from_hf(config)
+        return
+    found = Architecture.from_hf(config).rotary
+    np.testing.assert_array_max_ulp(found.frequencies(64, np.float32), expected.numpy(), 2)
+    assert found.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
 def arrays(model: Architecture, **settings) -> dict[str, nnx.Variable]:
@@ -99,7 +165,7 @@ def arrays(model: Architecture, **settings) -> dict[str, nnx.Variable]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_jax_model_is_made_of_the_tensors_that_are_declared(tied):
-    model = qwen2(3, 64, 96, 4, 2, 50, tied=tied)
+    model = qwen2(3, 64, 96, 4, 2, 50, tie_embeddings=tied)
     made = arrays(model)
     around = {name.removeprefix("model."): tensor.axes for name, tensor in model.around.items()}
     within = {f"layers.{name}": tensor.axes for name, tensor in model.layer.items()}

@@ -13,8 +13,8 @@ backend     taken for                      what it is
 ==========  =============================  =======================================================================
 
 The backend is taken when a function is traced: for the devices of the layout in use (:mod:`jax_medllm.mesh.layout`) or of the
-mesh (``jax.set_mesh``), which need not be there, else for the default device. ``with using("xla"):`` takes one by name;
-compiled functions know under which they were traced.
+mesh (``jax.set_mesh``), which need not be there, else for the default device. A sliding window that is shorter than the row is
+known to ``xla`` alone. ``with using("xla"):`` takes one by name; compiled functions know under which they were traced.
 
 On a mesh every device attends its own rows and heads, and of a row that several hold an equal share, to keys and values that
 come from all of them (:mod:`jax_medllm.model.attention.shares`).
@@ -32,11 +32,11 @@ from jax_medllm.mesh.layout import Layout, in_use
 from jax_medllm.mesh.pytree import Leaf
 from jax_medllm.model.attention import cudnn, pallas, xla
 from jax_medllm.model.attention.shares import attend_share
-from jax_medllm.model.attention.visibility import Visibility
+from jax_medllm.model.attention.visibility import Visibility, Window
 from jax_medllm.model.attention.xla import matmul_precision
 from medllm.errors import UserError
 
-__all__ = ["Backend", "Visibility", "attend", "backend_for", "matmul_precision", "using"]
+__all__ = ["Backend", "Visibility", "Window", "attend", "backend_for", "matmul_precision", "using"]
 
 Backend = Literal["xla", "cudnn", "pallas"]
 _BACKENDS = {"xla": xla, "cudnn": cudnn, "pallas": pallas}
@@ -56,7 +56,7 @@ def attend(
     """
     layout = in_use()
     if layout is None:
-        return _BACKENDS[backend_for(q)].attend(q, k, v, visible)
+        return _BACKENDS[backend_for(q, visible)].attend(q, k, v, visible)
     return _attend_on_mesh(layout, q, k, v, visible)
 
 
@@ -66,7 +66,7 @@ def _attend_on_mesh(layout: Layout, q: Array, k: Array, v: Array, visible: Visib
     rows = layout.activation(visible.segments.shape, ("batch", None))
 
     def local(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
-        backend = _BACKENDS[backend_for(q)]
+        backend = _BACKENDS[backend_for(q, visible)]
         if queries[1] is None:
             return backend.attend(q, k, v, visible)
         return attend_share(backend.attend, q, k, v, visible, queries[1])
@@ -87,8 +87,8 @@ def using(backend: Backend | None) -> AbstractContextManager[None]:
     return _ASKED_FOR(backend)
 
 
-def backend_for(q: Float[Leaf, "b s h x"]) -> Backend:
-    """The backend that attends these queries, or what has their shape and type.
+def backend_for(q: Float[Leaf, "b s h x"], visible: Visibility | None = None) -> Backend:
+    """The backend that attends these queries, or what has their shape and type, to what is visible (None: no window).
 
     Raises:
         UserError: it is the one that :func:`using` asks for, and it cannot.
@@ -96,10 +96,16 @@ def backend_for(q: Float[Leaf, "b s h x"]) -> Backend:
     asked_for: Backend | None = _ASKED_FOR.value
     if asked_for is None:
         fastest = _fastest()
-        return "xla" if _BACKENDS[fastest].refusal(q) else fastest
-    if reason := _BACKENDS[asked_for].refusal(q):
+        return "xla" if _refusal(fastest, q, visible) else fastest
+    if reason := _refusal(asked_for, q, visible):
         raise UserError(f"the attention backend {asked_for} was asked for and cannot: {reason}; leave the choice to the device")
     return asked_for
+
+
+def _refusal(backend: Backend, q: Float[Leaf, "b s h x"], visible: Visibility | None) -> str | None:
+    if backend != "xla" and visible is not None and visible.window is not None:
+        return "the row is longer than the model's sliding window, which it does not know"
+    return _BACKENDS[backend].refusal(q)
 
 
 def _fastest() -> Backend:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from medllm.architecture import PUBLISHED
 from medllm.errors import UserError
 from medllm.plan.planning import check_installed, make_plan
 from medllm.plan.request import Request, Stage
 from medllm.plan.search import least_gib
 from medllm.plan.targets import Target
+from medllm.published import PUBLISHED
 
 LAYERS = 2
 SHALLOW = replace(PUBLISHED["qwen2.5-72b"], num_layers=LAYERS)

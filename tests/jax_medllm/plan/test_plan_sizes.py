@@ -14,10 +14,11 @@ from jax_medllm.mesh.layout import Layout
 from jax_medllm.model.decoder import Qwen2
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.programs import trace
-from medllm.architecture import PUBLISHED, Architecture
+from medllm.architecture import Architecture
 from medllm.plan.models import planned_model
 from medllm.plan.request import Request
 from medllm.plan.search import least_gib
+from medllm.published import PUBLISHED
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -132,7 +132,7 @@ def test_a_plan_that_does_not_fit_ends_with_one(tiny, monkeypatch, capsys, tmp_p
         (["--target", "v5p:2x2"], "it has 3 sizes, as v5p:4x4x4"),
         (["--rows", "0"], "--rows is 0; at least 1 is needed"),
         (["--length", "8"], "--length is 8; at least 16 is needed"),
-        (["--length", "65536"], "a text of 65536 tokens is asked for, and qwen2.5-7b has a context of 32768"),
+        (["--length", "262144"], "a text of 262144 tokens is asked for, and qwen2.5-7b has a context of 131072"),
         (["--stage", "rpo", "--responses", "1"], "--responses is 1; at least 2 is needed"),
         (["--stage", "rpo", "--length", "4096"], "--length is for cpt and generate"),
         (["--prompt", "512"], "--prompt is for rpo and generate"),
@@ -186,8 +186,8 @@ def test_a_folder_without_a_models_sizes_is_refused(config, said, tmp_path, caps
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "llama"}))
-    assert "llama" in fails(capsys, "plan", "--model", str(tmp_path), "--target", "cpu:1", "--length", "64")
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "mixtral"}))
+    assert "mixtral" in fails(capsys, "plan", "--model", str(tmp_path), "--target", "cpu:1", "--length", "64")
 
 
 @pytest.mark.usefixtures("nothing_is_compiled")
