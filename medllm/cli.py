@@ -158,6 +158,7 @@ def _rpo(values: Any) -> dict[str, Any]:
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
+    from medllm.exam.endings import Endings
     from medllm.stages.evaluate import run_evaluate
 
     config = _config(values, EvaluateConfig)
@@ -167,7 +168,8 @@ def _evaluate(values: Any) -> dict[str, Any]:
         shares = f"{result['accuracy']:.3f} right, {result['normalized_accuracy']:.3f} by likelihood per token"
         say(f"evaluate: {result['setting']}: {shares}, {result['questions']} questions; {config.run}")
     else:
-        say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
+        endings = Endings(**result["endings"]).words()
+        say(f"evaluate: {result['setting']}: {_points(result['score'])}; {endings}; {config.run}")
     return result
 
 

@@ -17,11 +17,15 @@ from medllm.model.tokenizer import Prompt
 
 @dataclass(frozen=True)
 class Generation:
-    """One continuation: its text without stop string and end token, its tokens, and why it ended."""
+    """One continuation: its text without stop string and end token, its tokens, and why it ended.
+
+    ``stopped`` is the stop string that ended it; empty where the model ended it itself, or nothing did.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish: Literal["stop", "length"]
+    stopped: str = ""
 
 
 @dataclass(frozen=True)

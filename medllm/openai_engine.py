@@ -98,10 +98,10 @@ class OpenAIEngine:
         except openai.APIError as error:
             # The cause is not chained: a traceback of the client may show the request, and the key with it.
             raise UserError(self._explain(error, prompt)) from None
-        cuts = [position for position in map(text.find, sampling.stop) if position >= 0]
+        cuts = sorted((text.index(stop), stop) for stop in sampling.stop if stop in text)
         if cuts:
-            text, finish = text[: min(cuts)], "stop"
-        return Generation(text, (), "length" if finish == "length" else "stop")
+            text, finish = text[: cuts[0][0]], "stop"
+        return Generation(text, (), "length" if finish == "length" else "stop", cuts[0][1] if cuts else "")
 
     def _ask(self, prompt: Prompt, settings: dict[str, Any], limit: int) -> tuple[str, str | None]:
         """Text and finish reason of one request."""

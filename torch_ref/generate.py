@@ -159,14 +159,15 @@ def _generation(tokenizer: Any, row: list[int], sampling: Sampling) -> Generatio
     ended = end in row
     tokens = (row[: row.index(end)] if ended else row)[: sampling.max_new_tokens]
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    cuts = [text.index(stop) for stop in sampling.stop if stop in text]
+    cuts = sorted((text.index(stop), stop) for stop in sampling.stop if stop in text)
     if cuts and not ended:
         # A row that stopped at a string is filled up with padding until the longest row of its batch is done.
         tokens = _without_padding(tokens, tokenizer.pad_token_id)
     return Generation(
-        text=text[: min(cuts)] if cuts else text,
+        text=text[: cuts[0][0]] if cuts else text,
         tokens=tuple(tokens),
         finish="stop" if ended or cuts else "length",
+        stopped=cuts[0][1] if cuts else "",
     )
 
 

@@ -203,9 +203,9 @@ class _Queue:
             return None
         for end in range(max(1, len(tokens) - CHUNK + 1), len(tokens) + 1):
             text = self.text_of(tokens[:end])
-            found = [text.index(stop) for stop in stops if stop in text]
-            if found:
-                return Generation(text[: min(found)], tuple(tokens[:end]), "stop")
+            if found := [(text.index(stop), stop) for stop in stops if stop in text]:
+                cut, stop = min(found)
+                return Generation(text[:cut], tuple(tokens[:end]), "stop", stop)
         return None
 
 

@@ -1,6 +1,7 @@
 """Generated text → the answer it gives.
 
-Texts are compared after NFKC (full-width → half-width) and lower-casing, as the benchmark's scripts do to model outputs.
+Texts are compared after NFKC (full-width → half-width) and lower-casing, as the benchmark's scripts do to model outputs, and
+only up to where another question or turn begins (:mod:`medllm.exam.endings`).
 What counts as the answer, in this order: what follows the last answer label at the start of a line (``Answer:``, ``答え:``),
 what follows the last one inside a sentence (``正解は``; after an explanation, in its last line only), and, where no
 explanation was asked for, the first line.
@@ -10,16 +11,14 @@ There an answer is letters (``a,b``, ``(a)と(b)``, ``c: text``), or the options
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator
 from decimal import Decimal
 
+from medllm.exam.endings import ANSWER_WORD, folded, own_part
 from medllm.exam.problem import LETTERS, Problem
 
-_NEXT_QUESTION = re.compile(r"\n[ \t]*(?:問題|question)[ \t]*:")
-_WORD = "(?:最終|final )?(?:answer|答え|解答|回答|正解|正答)"
-_LABEL = re.compile(rf"^[ \t#>*「【(]*{_WORD}[】」)*]*[ \t]*:[*]*", re.MULTILINE)
-_SENTENCE = re.compile(rf"{_WORD}(?:は|[ \t]+is\b)[ \t、:]*|{_WORD}[ \t]*:")
+_LABEL = re.compile(rf"^[ \t#>*「【(]*{ANSWER_WORD}[】」)*]*[ \t]*:[*]*", re.MULTILINE)
+_SENTENCE = re.compile(rf"{ANSWER_WORD}(?:は|[ \t]+is\b)[ \t、:]*|{ANSWER_WORD}[ \t]*:")
 _SEPARATOR = r"(?:[\s,、，・/&+と]|および|及び|and\b)+"
 _ENDING = r"(?:$|[.。,、:)」』】\]]|です|である|だ|が|を)"
 _NOISE = re.compile(r"[\s,、。.・:;()「」『』【】\[\]\"'と]|および|及び|です|である|だ|が正解")
@@ -39,18 +38,11 @@ def extract_answer(text: str, problem: Problem, *, explanation: bool) -> tuple[s
         Letters in order, or the number of a numeric problem as text; ``()`` where no answer, or no single one, is given.
         Letters win where an option's text is itself a letter.
     """
-    plain = _fold(text)
-    following = _NEXT_QUESTION.search(plain)
-    if following:
-        plain = plain[: following.start()]
+    plain = own_part(folded(text))
     line = _first_line(_answering_part(plain, explanation))
     if not line:
         return ()
     return _number(line, problem) if problem.is_numeric else _letters(line, problem)
-
-
-def _fold(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).lower().replace("\N{MINUS SIGN}", "-")
 
 
 def _answering_part(plain: str, explanation: bool) -> str:
@@ -79,7 +71,7 @@ def _number(line: str, problem: Problem) -> tuple[str, ...]:
     if len(found) != 1:
         return ()
     number = found.pop()
-    gold = _NUMBER.fullmatch(_clean(_fold(problem.answer[0])))
+    gold = _NUMBER.fullmatch(_clean(folded(problem.answer[0])))
     if gold and Decimal(gold.group().replace(",", "")) == Decimal(number):
         return problem.answer
     return (number,)
@@ -87,7 +79,7 @@ def _number(line: str, problem: Problem) -> tuple[str, ...]:
 
 def _letters(line: str, problem: Problem) -> tuple[str, ...]:
     letters = LETTERS[: len(problem.choices)]
-    options = {letter: _clean(_fold(choice)) for letter, choice in zip(letters, problem.choices, strict=True)}
+    options = {letter: _clean(folded(choice)) for letter, choice in zip(letters, problem.choices, strict=True)}
     for reading in (_listed, _written_out, _run_together, _labelled, _mentioned):
         found = reading(line, options, problem.answer_count)
         if found:

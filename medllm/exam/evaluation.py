@@ -11,6 +11,7 @@ from medllm.config import OptionPrompt
 from medllm.engine import Continuation, Generates, Scores
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
+from medllm.exam.endings import Ending, ending
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
@@ -69,6 +70,17 @@ def evaluate(
     Raises:
         UserError: the engine refuses a prompt.
     """
+    return [prediction for prediction, _ in sit(engine, problems, shots, config, progress)]
+
+
+def sit(
+    engine: Generates,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[Prediction, Ending]]:
+    """:func:`evaluate`, and how each text ended."""
     sampling = config.sampling
     if config.format == "completion":
         sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
@@ -83,17 +95,24 @@ def evaluate(
         )
         for problem in problems
     ]
-    predictions: list[Prediction] = []
+    sat: list[tuple[Prediction, Ending]] = []
     step = config.batch_size * _BATCHES_AT_A_TIME
     for start in range(0, len(problems), step):
         part = slice(start, start + step)
         with naming_problems(problems[part]):
             within = part_of(progress, start, len(prompts[part]), len(problems))
             generated = engine.generate(prompts[part], sampling, config.batch_size, within)
-        for problem, (generation,) in zip(problems[part], generated, strict=True):
+        for problem, prompt, (generation,) in zip(problems[part], prompts[part], generated, strict=True):
             answer = extract_answer(generation.text, problem, explanation=config.explanation)
-            predictions.append(Prediction(problem.problem_id, ",".join(answer), generation.text))
-    return predictions
+            ended = ending(
+                generation.text,
+                prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
+                stop=generation.stopped,
+                cut_off=generation.finish == "length",
+                unread=not answer,
+            )
+            sat.append((Prediction(problem.problem_id, ",".join(answer), generation.text), ended))
+    return sat
 
 
 @dataclass(frozen=True)

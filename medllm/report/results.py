@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medllm.errors import UserError
+from medllm.exam.endings import Endings
 from medllm.exam.scoring import ProblemResult
 from medllm.exam.setting import explained, explains
 from medllm.report import statistics
@@ -20,11 +21,12 @@ from medllm.report.statistics import BOOTSTRAP, Bootstrap, Comparison, Estimate,
 
 @dataclass(frozen=True)
 class Cell:
-    """One model in one setting (named by :mod:`medllm.exam.setting`), problem by problem."""
+    """One model in one setting (named by :mod:`medllm.exam.setting`), problem by problem, and how its texts ended."""
 
     model: str
     setting: str
     results: tuple[ProblemResult, ...]
+    endings: Endings | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 from medllm.config import ModelConfig
 from medllm.engine import Generates, Scores
 from medllm.engines import EngineName, open_engine, open_scorer
-from medllm.exam.evaluation import check_exam, evaluate, score_options, write_predictions
+from medllm.exam.endings import Endings
+from medllm.exam.evaluation import check_exam, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.scoring import score
 from medllm.exam.setting import setting_name
@@ -61,7 +62,8 @@ def _sit(
 ) -> dict[str, Any]:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
-        predictions = evaluate(model, problems, shots, config, progress)
+        sat = sit(model, problems, shots, config, progress)
+        predictions = [prediction for prediction, _ in sat]
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
         result = {
@@ -72,6 +74,7 @@ def _sit(
             "seconds": time.monotonic() - began,
             "left_out": dict(left_out),
             "score": score(problems, predictions, lenient=config.lenient).to_json(),
+            "endings": asdict(Endings.count(ended for _, ended in sat)),
         }
         run.finish(result)
     return result

@@ -70,6 +70,8 @@ def test_generation_ends_at_a_stop_string_and_cuts_it_off(dense):
         assert after.finish == ("stop" if places else before.finish)
         assert after.tokens == before.tokens[: len(after.tokens)]
     assert cut[0].finish == cut[1].finish == "stop"
+    assert cut[0].stopped in stops
+    assert {generation.stopped for generation in free} == {""}
     assert free[0].finish == "length"
     assert len(cut[0].tokens) < len(free[0].tokens)
 

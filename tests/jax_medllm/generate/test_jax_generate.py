@@ -143,7 +143,7 @@ def test_a_stop_string_ends_the_text_and_is_cut_off(decoder, prompts):
     place = whole[index].text.index(stop)
     assert cut.text == whole[index].text[:place]
     assert cut.tokens == whole[index].tokens[: place + 2]
-    assert cut.finish == "stop"
+    assert (cut.finish, cut.stopped, whole[index].stopped) == ("stop", stop, "")
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_named(decoder, prompts):

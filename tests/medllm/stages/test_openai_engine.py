@@ -137,7 +137,7 @@ def test_stop_strings_beyond_the_apis_four_are_cut_here(server):
     server.respond = lambda path, body: (200, reply(path, "c5d2e", "length"))
     ((generation,),) = engine().generate(["x"], Sampling(stop=("1", "2", "3", "4", "5")))
     assert server.requests[0][1]["stop"] == ["1", "2", "3", "4"]
-    assert (generation.text, generation.finish) == ("c", "stop")
+    assert (generation.text, generation.finish, generation.stopped) == ("c", "stop", "5")
 
 
 def test_a_reply_that_ran_out_of_tokens_says_so(server):
