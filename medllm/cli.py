@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -28,6 +28,10 @@ from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+
+if TYPE_CHECKING:
+    from medllm.exam.scoring import ScoreSheet
+    from medllm.training import TrainSummary
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,14 +131,14 @@ def _cpt(values: Any) -> dict[str, Any]:
     from medllm.stages.cpt import run_cpt
 
     result = run_cpt(_config(values, CptConfig), values.engine)
-    rate = f"{result['rate']:.0f} tokens/s{_remat(result)}"
-    say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
-    return result
+    say(f"cpt: {_trained(result.summary, f'{result.summary.rate:.0f} tokens/s')}")
+    return result.to_json()
 
 
-def _remat(result: dict[str, Any]) -> str:
-    """What was kept for the backward pass, where the engine chose."""
-    return f", remat {result['remat']}" if result["remat"] else ""
+def _trained(summary: TrainSummary, rate: str) -> str:
+    """A training in a line, with what was kept for the backward pass where the engine chose."""
+    remat = f", remat {summary.remat}" if summary.remat else ""
+    return f"{summary.steps} steps, loss {summary.loss:.4f}, {rate}{remat}; {summary.adapter}"
 
 
 def _curate(values: Any) -> dict[str, Any]:
@@ -143,32 +147,32 @@ def _curate(values: Any) -> dict[str, Any]:
     config = _config(values, CurateConfig)
     with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
-    counts = ", ".join(f"{name} {value}" for name, value in result.items() if isinstance(value, int))
+    counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
     say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
-    return result
+    return result.to_json()
 
 
 def _rpo(values: Any) -> dict[str, Any]:
     from medllm.stages.rpo import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
-    rate = f"{result['rate']:.2f} pairs/s{_remat(result)}"
-    say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
-    return result
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}")
+    return result.to_json()
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
-    from medllm.stages.evaluate import run_evaluate
+    from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
-    if config.method == "options":
-        shares = f"{result['accuracy']:.3f} right, {result['normalized_accuracy']:.3f} by likelihood per token"
-        say(f"evaluate: {result['setting']}: {shares}, {result['questions']} questions; {config.run}")
+    if isinstance(result, OptionsResult):
+        scores = result.scores
+        shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
+        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
     else:
-        say(f"evaluate: {result['setting']}: {_points(result['score'])}; {config.run}")
-    return result
+        say(f"evaluate: {result.setting}: {_points(result.score)}; {config.run}")
+    return result.to_json()
 
 
 def _score_arguments(parser: ArgumentParser) -> None:
@@ -184,9 +188,9 @@ def _score(values: Any) -> dict[str, Any]:
     from medllm.exam.scoring import score
 
     problems = load_problems(values.problems, problems_format=values.problems_format).problems
-    result = score(problems, read_predictions(values.predictions), lenient=values.lenient).to_json()
-    say(f"score: {_points(result)}")
-    return result
+    sheet = score(problems, read_predictions(values.predictions), lenient=values.lenient)
+    say(f"score: {_points(sheet)}")
+    return sheet.to_json()
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
@@ -367,9 +371,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _points(score: dict[str, Any]) -> str:
-    share = score["points"] / score["possible"] if score["possible"] else 0.0
-    return f"{score['points']} of {score['possible']} points ({share:.3f}), {score['correct']} of {score['questions']} right"
+def _points(score: ScoreSheet) -> str:
+    share = score.points / score.possible if score.possible else 0.0
+    return f"{score.points} of {score.possible} points ({share:.3f}), {score.correct} of {score.questions} right"
 
 
 def _quiet_libraries() -> None:
