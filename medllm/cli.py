@@ -22,7 +22,7 @@ from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, find_command, gather_lists, name_presets
 from medllm.config import ProblemsFormat
-from medllm.engines import EngineName, load, require_engine
+from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
@@ -114,10 +114,10 @@ def _page(argv: list[str]) -> str | None:
 # --- the commands ---------------------------------------------------------------------------------------------------------
 
 
-def _stage_arguments(config_class: type) -> Callable[[ArgumentParser], None]:
+def _stage_arguments(config_class: type, engines: Any) -> Callable[[ArgumentParser], None]:
     def fill(parser: ArgumentParser) -> None:
         parser.add_argument("--config", action="config", help="YAML file, or the name of a preset")
-        parser.add_argument("--engine", type=EngineName, default="jax", help="which engine does the work")
+        parser.add_argument("--engine", type=engines, default="jax", help="which engine does the work")
         parser.add_class_arguments(config_class, as_group=True)
 
     return fill
@@ -269,7 +269,7 @@ def _parity(values: Any) -> dict[str, Any]:
 
 
 def _mini_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--engine", type=Literal["jax", "torch"], default="jax", help="which engine does the work")
+    parser.add_argument("--engine", type=TrainerName, default="jax", help="which engine does the work")
     parser.add_argument("--preset", type=str, default="mini", help="name of a preset, or a YAML file")
     parser.add_argument("--out", type=str, default="runs/mini", help="folder of the study")
 
@@ -304,9 +304,11 @@ def _data_actions() -> Mapping[str, Command]:
     return ACTIONS
 
 
-def _stage(name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str) -> Command:
+def _stage(
+    name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str, engines: Any = EngineName
+) -> Command:
     options = tuple(f"--{option}" for option in first.split())
-    return Command(help, _stage_arguments(config_class), run, options, presets=f"paper_{name}_*")
+    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_*")
 
 
 COMMANDS: dict[str, Command | Group] = {
@@ -318,6 +320,7 @@ COMMANDS: dict[str, Command | Group] = {
         _cpt,
         "model.path run corpus.documents corpus.problems corpus.length model.quantization lora.rank optimizer.learning_rate "
         "training.epochs training.batch_size training.accumulation engine mesh",
+        TrainerName,
     ),
     "curate": _stage(
         "curate",
@@ -334,6 +337,7 @@ COMMANDS: dict[str, Command | Group] = {
         _rpo,
         "model.path model.adapter handover run preferences loss.alpha model.quantization lora.rank optimizer.learning_rate "
         "training.epochs training.batch_size training.accumulation engine mesh",
+        TrainerName,
     ),
     "evaluate": _stage(
         "evaluate",
@@ -363,6 +367,7 @@ COMMANDS: dict[str, Command | Group] = {
 
 def _one_line(error: Exception) -> str:
     text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", " ".join(str(error).split()))
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", lambda words: f"expected one of {words[1]}.", text)
     missing = text.removeprefix("the following arguments are required: ")
     return text if missing == text else f"required: {', '.join(f'--{name}' for name in missing.split(', '))}"
 

@@ -28,7 +28,7 @@ from medllm.config import (
     TrainingConfig,
 )
 from medllm.engine import Generates
-from medllm.engines import EngineName, open_engine
+from medllm.engines import TrainerName, open_engine
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
@@ -159,7 +159,7 @@ def load_preset(preset: str) -> StudyConfig:
     return StudyConfig(**{item.name: values[item.name] for item in dataclasses.fields(StudyConfig)})
 
 
-def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
+def run_study(engine_name: TrainerName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
     """Run all stages into folders below ``out_dir``.
 
     Args:
@@ -181,7 +181,7 @@ def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyC
 class _Study:
     """The stages, one method each; what they share are the files of the world."""
 
-    def __init__(self, engine_name: EngineName, out: Path, config: StudyConfig, progress: Say):
+    def __init__(self, engine_name: TrainerName, out: Path, config: StudyConfig, progress: Say):
         self.engine_name = engine_name
         self.out = out
         self.config = config

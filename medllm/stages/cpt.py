@@ -8,7 +8,7 @@ from typing import Any
 
 from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import check_rows, pack, tokenize_documents
-from medllm.engines import EngineName, open_trainer
+from medllm.engines import TrainerName, open_trainer
 from medllm.host.progress import progress_bar
 from medllm.run import Run
 from medllm.stage_config import CptConfig
@@ -43,7 +43,7 @@ class CptResult:
         return {"stage": "cpt", "engine": plain.pop("engine"), **plain.pop("summary"), **plain}
 
 
-def run_cpt(config: CptConfig, engine: EngineName = "jax") -> CptResult:
+def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     """Stage 1, continued pretraining: documents → packed rows → a PEFT adapter in the run folder.
 
     Raises:

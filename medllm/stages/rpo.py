@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medllm.config import ModelConfig
-from medllm.engines import EngineName, open_trainer
+from medllm.engines import TrainerName, open_trainer
 from medllm.host.progress import progress_bar
 from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
@@ -50,7 +50,7 @@ class RpoResult:
         }
 
 
-def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> RpoResult:
+def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
     """Stage 2, preference training: pairs of the hierarchy → a PEFT adapter in the run folder.
 
     Raises:
