@@ -213,7 +213,7 @@ def _convert_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, required=True, help="base model folder (unquantized)")
     parser.add_argument("--adapter", type=tuple[str, ...], default=(), help="PEFT adapter folder to merge, or several in order")
     parser.add_argument("--out", type=str, required=True, help="folder of the model to write")
-    parser.add_argument("--quantization", type=Quantization, default="none", help="nf4, nf4-single: as bitsandbytes stores it")
+    parser.add_argument("--quantization", type=Quantization, default="none", help="how bitsandbytes stores it")
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16"], default="bfloat16", help="where quantized: type of the dense weights"
     )
