@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -22,12 +22,16 @@ from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, find_command, gather_lists, name_presets
 from medllm.config import ProblemsFormat
-from medllm.engines import EngineName, load, require_engine
+from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+
+if TYPE_CHECKING:
+    from medllm.exam.scoring import ScoreSheet
+    from medllm.training import TrainSummary
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,10 +114,10 @@ def _page(argv: list[str]) -> str | None:
 # --- the commands ---------------------------------------------------------------------------------------------------------
 
 
-def _stage_arguments(config_class: type) -> Callable[[ArgumentParser], None]:
+def _stage_arguments(config_class: type, engines: Any) -> Callable[[ArgumentParser], None]:
     def fill(parser: ArgumentParser) -> None:
         parser.add_argument("--config", action="config", help="YAML file, or the name of a preset")
-        parser.add_argument("--engine", type=EngineName, default="jax", help="which engine does the work")
+        parser.add_argument("--engine", type=engines, default="jax", help="which engine does the work")
         parser.add_class_arguments(config_class, as_group=True)
 
     return fill
@@ -127,14 +131,14 @@ def _cpt(values: Any) -> dict[str, Any]:
     from medllm.stages.cpt import run_cpt
 
     result = run_cpt(_config(values, CptConfig), values.engine)
-    rate = f"{result['rate']:.0f} tokens/s{_remat(result)}"
-    say(f"cpt: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
-    return result
+    say(f"cpt: {_trained(result.summary, f'{result.summary.rate:.0f} tokens/s')}")
+    return result.to_json()
 
 
-def _remat(result: dict[str, Any]) -> str:
-    """What was kept for the backward pass, where the engine chose."""
-    return f", remat {result['remat']}" if result["remat"] else ""
+def _trained(summary: TrainSummary, rate: str) -> str:
+    """A training in a line, with what was kept for the backward pass where the engine chose."""
+    remat = f", remat {summary.remat}" if summary.remat else ""
+    return f"{summary.steps} steps, loss {summary.loss:.4f}, {rate}{remat}; {summary.adapter}"
 
 
 def _curate(values: Any) -> dict[str, Any]:
@@ -143,34 +147,32 @@ def _curate(values: Any) -> dict[str, Any]:
     config = _config(values, CurateConfig)
     with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
-    counts = ", ".join(f"{name} {value}" for name, value in result.items() if isinstance(value, int))
+    counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
     say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
-    return result
+    return result.to_json()
 
 
 def _rpo(values: Any) -> dict[str, Any]:
     from medllm.stages.rpo import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
-    rate = f"{result['rate']:.2f} pairs/s{_remat(result)}"
-    say(f"rpo: {result['steps']} steps, loss {result['loss']:.4f}, {rate}; {result['adapter']}")
-    return result
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}")
+    return result.to_json()
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
-    from medllm.exam.endings import Endings
-    from medllm.stages.evaluate import run_evaluate
+    from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
-    if config.method == "options":
-        shares = f"{result['accuracy']:.3f} right, {result['normalized_accuracy']:.3f} by likelihood per token"
-        say(f"evaluate: {result['setting']}: {shares}, {result['questions']} questions; {config.run}")
+    if isinstance(result, OptionsResult):
+        scores = result.scores
+        shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
+        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
     else:
-        endings = Endings(**result["endings"]).words()
-        say(f"evaluate: {result['setting']}: {_points(result['score'])}; {endings}; {config.run}")
-    return result
+        say(f"evaluate: {result.setting}: {_points(result.score)}; {result.endings.words()}; {config.run}")
+    return result.to_json()
 
 
 def _score_arguments(parser: ArgumentParser) -> None:
@@ -186,9 +188,9 @@ def _score(values: Any) -> dict[str, Any]:
     from medllm.exam.scoring import score
 
     problems = load_problems(values.problems, problems_format=values.problems_format).problems
-    result = score(problems, read_predictions(values.predictions), lenient=values.lenient).to_json()
-    say(f"score: {_points(result)}")
-    return result
+    sheet = score(problems, read_predictions(values.predictions), lenient=values.lenient)
+    say(f"score: {_points(sheet)}")
+    return sheet.to_json()
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
@@ -211,7 +213,7 @@ def _convert_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=str, required=True, help="base model folder (unquantized)")
     parser.add_argument("--adapter", type=tuple[str, ...], default=(), help="PEFT adapter folder to merge, or several in order")
     parser.add_argument("--out", type=str, required=True, help="folder of the model to write")
-    parser.add_argument("--quantization", type=Quantization, default="none", help="nf4, nf4-single: as bitsandbytes stores it")
+    parser.add_argument("--quantization", type=Quantization, default="none", help="how bitsandbytes stores it")
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16"], default="bfloat16", help="where quantized: type of the dense weights"
     )
@@ -267,7 +269,7 @@ def _parity(values: Any) -> dict[str, Any]:
 
 
 def _mini_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--engine", type=Literal["jax", "torch"], default="jax", help="which engine does the work")
+    parser.add_argument("--engine", type=TrainerName, default="jax", help="which engine does the work")
     parser.add_argument("--preset", type=str, default="mini", help="name of a preset, or a YAML file")
     parser.add_argument("--out", type=str, default="runs/mini", help="folder of the study")
 
@@ -302,9 +304,11 @@ def _data_actions() -> Mapping[str, Command]:
     return ACTIONS
 
 
-def _stage(name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str) -> Command:
+def _stage(
+    name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str, engines: Any = EngineName
+) -> Command:
     options = tuple(f"--{option}" for option in first.split())
-    return Command(help, _stage_arguments(config_class), run, options, presets=f"paper_{name}_*")
+    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_*")
 
 
 COMMANDS: dict[str, Command | Group] = {
@@ -316,6 +320,7 @@ COMMANDS: dict[str, Command | Group] = {
         _cpt,
         "model.path run corpus.documents corpus.problems corpus.length model.quantization lora.rank optimizer.learning_rate "
         "training.epochs training.batch_size training.accumulation engine mesh",
+        TrainerName,
     ),
     "curate": _stage(
         "curate",
@@ -332,6 +337,7 @@ COMMANDS: dict[str, Command | Group] = {
         _rpo,
         "model.path model.adapter handover run preferences loss.alpha model.quantization lora.rank optimizer.learning_rate "
         "training.epochs training.batch_size training.accumulation engine mesh",
+        TrainerName,
     ),
     "evaluate": _stage(
         "evaluate",
@@ -361,6 +367,7 @@ COMMANDS: dict[str, Command | Group] = {
 
 def _one_line(error: Exception) -> str:
     text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", " ".join(str(error).split()))
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", lambda words: f"expected one of {words[1]}.", text)
     missing = text.removeprefix("the following arguments are required: ")
     return text if missing == text else f"required: {', '.join(f'--{name}' for name in missing.split(', '))}"
 
@@ -369,9 +376,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def _points(score: dict[str, Any]) -> str:
-    share = score["points"] / score["possible"] if score["possible"] else 0.0
-    return f"{score['points']} of {score['possible']} points ({share:.3f}), {score['correct']} of {score['questions']} right"
+def _points(score: ScoreSheet) -> str:
+    share = score.points / score.possible if score.possible else 0.0
+    return f"{score.points} of {score.possible} points ({share:.3f}), {score.correct} of {score.questions} right"
 
 
 def _quiet_libraries() -> None:

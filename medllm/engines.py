@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from medllm.errors import UserError
 from medllm.host.installation import install_command
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from medllm.engine import Generates, Scores
     from medllm.training import Trains
 
-EngineName = Literal["jax", "torch", "openai"]
+TrainerName = Literal["jax", "torch"]
+"""The engines that train."""
+ScorerName = TrainerName
+"""Those that say how likely a given text is: who trains a model has its weights."""
+EngineName = Literal[ScorerName, "openai"]
+"""All engines. Each generates."""
 
 LAUNCH_TORCH = "torchrun --nproc_per_node N -m -- medllm COMMAND ..."
 """How the reference engine is started on several GPUs. Without ``--`` torchrun takes our ``--run`` for its ``--run-path``."""
@@ -34,14 +39,14 @@ class Home:
         package: The package that must be installed for an engine.
         extra: The extra of this project that installs it.
         engine: The class in its part ``engine``; none for the audit.
-        has_weights: Whether it has the model's weights, and so can train it and score given text.
+        settings: The settings of a stage that are this engine's: it is opened with the stage where it has some.
     """
 
     modules: Mapping[str, str]
     package: str = ""
     extra: str = ""
     engine: str = ""
-    has_weights: bool = True
+    settings: tuple[str, ...] = ()
 
 
 HOMES = {
@@ -58,6 +63,7 @@ HOMES = {
             "preflight": "jax_medllm.bench.preflight",
         },
         engine="JaxEngine",
+        settings=("mesh", "rules"),
     ),
     "torch": Home(
         package="torch",
@@ -69,13 +75,13 @@ HOMES = {
             "preflight": "torch_ref.preflight",
         },
         engine="TorchEngine",
+        settings=("torch",),
     ),
     "openai": Home(
         package="openai",
         extra="eval",
         modules={"engine": "medllm.openai_engine"},
         engine="OpenAIEngine",
-        has_weights=False,
     ),
     "parity": Home(modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page"}),
 }
@@ -97,19 +103,19 @@ def open_scorer(name: EngineName, model: ModelConfig, stage: MeshConfig | None =
     """:func:`open_engine`, for the likelihood of given text.
 
     Raises:
-        UserError: as there, or the engine has no weights to compute it with.
+        UserError: as there, or the engine is none of them.
     """
-    _need_weights(name, "give log-probabilities of a given text")
+    _refuse_other(name, get_args(ScorerName), "give log-probabilities of a given text")
     return _open(name, model, stage)
 
 
-def open_trainer(name: EngineName, model: ModelConfig, stage: MeshConfig | None = None) -> Trains:
+def open_trainer(name: TrainerName, model: ModelConfig, stage: MeshConfig | None = None) -> Trains:
     """:func:`open_engine`, for training.
 
     Raises:
-        UserError: as there, or the engine has no weights to train.
+        UserError: as there, or the engine is none of them.
     """
-    _need_weights(name, "train")
+    _refuse_other(name, get_args(TrainerName), "train")
     return _open(name, model, stage)
 
 
@@ -147,22 +153,22 @@ def require(what: str, package: str, extra: str) -> None:
 
 
 def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any:
+    home = HOMES[name]
     spread = stage is not None and (stage.mesh or stage.rules)
-    if spread and name != "jax":
+    if spread and "mesh" not in home.settings:
         hint = f"start it as {LAUNCH_TORCH}, one process a GPU" if name == "torch" else "leave them out"
         raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
     switches: TorchConfig | None = getattr(stage, "torch", None)
-    for setting, value in switches.changed().items() if switches is not None and name != "torch" else ():
+    for setting, value in switches.changed().items() if switches is not None and "torch" not in home.settings else ():
         given = f"--torch.{setting} is {value!r}"
         raise UserError(
             f"{given}, a setting of the torch engine alone; add --engine torch, or leave it out for --engine {name}"
         )
     require_engine(name)
-    engine = getattr(load(name, "engine"), HOMES[name].engine)
-    return engine(model, stage) if HOMES[name].has_weights else engine(model)
+    engine = getattr(load(name, "engine"), home.engine)
+    return engine(model, stage) if home.settings else engine(model)
 
 
-def _need_weights(name: EngineName, what: str) -> None:
-    if not HOMES[name].has_weights:
-        able = " or ".join(f"--engine {other}" for other, home in HOMES.items() if home.engine and home.has_weights)
-        raise UserError(f"engine '{name}' cannot {what}; use {able} with the model's weights")
+def _refuse_other(name: str, able: tuple[str, ...], what: str) -> None:
+    if name not in able:
+        raise UserError(f"engine '{name}' cannot {what}; use {' or '.join(f'--engine {one}' for one in able)}")

@@ -131,8 +131,8 @@ def test_the_reference_of_the_first_step_is_the_model_with_stage_1s_adapter(runs
 @pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_the_result_opens_in_peft_and_in_both_engines_with_the_same_logits(runs, base, cpt, engine, handover):
     _, result = runs[engine, handover]
-    expected = torch_logits(by_peft(base, cpt, result["adapter"], handover))
-    opened = ModelConfig(result["opened_as"]["path"], tuple(result["opened_as"]["adapters"]), dtype="float32")
+    expected = torch_logits(by_peft(base, cpt, result.summary.adapter, handover))
+    opened = result.opened_as
     FLOAT32_FORWARD.assert_close(jax_logits(load_model(opened)), expected, "JAX")
     FLOAT32_FORWARD.assert_close(torch_logits(open_model(opened)), expected, "torch_ref")
     untrained = torch_logits(PeftModel.from_pretrained(dense(base), cpt))
@@ -145,7 +145,7 @@ def test_an_adapter_trained_further_takes_the_same_steps_on_both_engines(runs, c
     for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm"):
         FLOAT32_TRAJECTORY_LOSS.assert_close([line[name] for line in ours], [line[name] for line in theirs], name)
     settings = read_adapter(cpt).lora
-    assert all(read_adapter(runs[engine, "continue"][1]["adapter"]).lora == settings for engine in ("jax", "torch"))
+    assert all(read_adapter(runs[engine, "continue"][1].summary.adapter).lora == settings for engine in ("jax", "torch"))
 
 
 @pytest.mark.parametrize(("handover", "quantization"), [("stack", "nf4"), ("continue", "nf4"), ("stack", "nf4-single")])

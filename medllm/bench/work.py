@@ -24,7 +24,7 @@ from medllm.config import (
     TorchConfig,
     TrainingConfig,
 )
-from medllm.engines import EngineName, open_engine, open_trainer
+from medllm.engines import TrainerName, open_engine, open_trainer
 from medllm.host.memory import peak_resident_bytes
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
@@ -36,7 +36,7 @@ Profiler = Callable[[str], AbstractContextManager[Any]]
 
 
 def measurements(
-    engine: EngineName, profiler: Profiler, compile_seconds: Callable[[], float] | None = None
+    engine: TrainerName, profiler: Profiler, compile_seconds: Callable[[], float] | None = None
 ) -> dict[str, Callable[..., dict[str, Any]]]:
     """``cpt``, ``rpo`` and ``generate`` on ``engine``, for :func:`medllm.host.child.serve`.
 
@@ -54,7 +54,7 @@ def measurements(
 
 
 def _cpt(
-    engine: EngineName,
+    engine: TrainerName,
     profiler: Profiler,
     *,
     model: dict,
@@ -77,7 +77,7 @@ def _cpt(
 
 
 def _rpo(
-    engine: EngineName,
+    engine: TrainerName,
     profiler: Profiler,
     *,
     model: dict,
@@ -122,7 +122,7 @@ def _trained(train: Callable[[str], TrainSummary], profiler: Profiler, profile: 
 
 
 def _generate(
-    engine: EngineName,
+    engine: TrainerName,
     profiler: Profiler,
     compile_seconds: Callable[[], float] | None,
     *,

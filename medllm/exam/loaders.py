@@ -20,7 +20,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,27 +171,16 @@ def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _read_jsonl(file: Path, problems_format: ProblemsFormat, skipped: Counter[str]) -> Iterator[tuple[Problem, str]]:
     rows = list(read_json_lines(file))
-    if problems_format == "auto":
-        problems_format = _guess(file, rows)
-    if problems_format == "pharmacist":
-        year = int(file.stem) if _YEAR.fullmatch(file.stem) else None
-        for row, where in rows:
-            mapped = _from_pharmacist(row, year, where)
-            if isinstance(mapped, str):
-                skipped[mapped] += 1
-            else:
-                yield _problem(mapped, where), where
-        return
-    known = _igakuqa_fields(file) if problems_format == "igakuqa" else {}
-    metadata = _metadata(file) if problems_format == "igakuqa" else {}
+    layout = _LAYOUTS.get(problems_format) or next(
+        one for one in _LAYOUTS.values() if one.known_by(file, [row for row, _ in rows])
+    )
+    fields = layout.of(file)
     for row, where in rows:
-        yield _problem(known | metadata.get(str(row.get("problem_id")), {}) | row, where), where
-
-
-def _guess(file: Path, rows: list[tuple[dict[str, Any], str]]) -> ProblemsFormat:
-    if _EXAM_FILE.fullmatch(file.name):
-        return "igakuqa"
-    return "pharmacist" if any("comment" in row or row.get("choices") == "IMAGES" for row, _ in rows) else "jsonl"
+        found = fields(row, where)
+        if isinstance(found, str):
+            skipped[found] += 1
+        else:
+            yield _problem(found, where), where
 
 
 def _igakuqa_fields(file: Path) -> dict[str, Any]:
@@ -248,6 +237,40 @@ _READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------------
+
+_Row = dict[str, Any]
+_Fields = Callable[[_Row, str], _Row | str]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What rows of JSON can be laid out as.
+
+    Attributes:
+        of: From a file to a function ``(row, where) -> row``: the row in IgakuQA's fields, or the reason why it is left out.
+        known_by: Whether a file, with these rows, is laid out so.
+    """
+
+    of: Callable[[Path], _Fields]
+    known_by: Callable[[Path, Sequence[_Row]], bool]
+
+
+def _igakuqa(file: Path) -> _Fields:
+    known, metadata = _igakuqa_fields(file), _metadata(file)
+    return lambda row, _: known | metadata.get(str(row.get("problem_id")), {}) | row
+
+
+def _pharmacist(file: Path) -> _Fields:
+    year = int(file.stem) if _YEAR.fullmatch(file.stem) else None
+    return lambda row, where: _from_pharmacist(row, year, where)
+
+
+_LAYOUTS: Mapping[str, _Layout] = {
+    "igakuqa": _Layout(_igakuqa, lambda file, _: bool(_EXAM_FILE.fullmatch(file.name))),
+    "pharmacist": _Layout(_pharmacist, lambda _, rows: any("comment" in row or row.get("choices") == "IMAGES" for row in rows)),
+    "jsonl": _Layout(lambda _: lambda row, _: row, lambda *_: True),
+}
+"""By the names of :data:`medllm.config.ProblemsFormat`. ``auto`` takes the first that a file is known by."""
 
 
 def _from_pharmacist(row: dict[str, Any], year: int | None, where: str) -> dict[str, Any] | str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from medllm.engines import EngineName
+from medllm.engines import TrainerName
 from medllm.host.processes import is_primary_process
 from medllm.mini.study import PREVIOUS, Say, StudyResult, run_study
 from medllm.report.page import write_report
@@ -28,7 +28,7 @@ _SUMMARY = (
 )
 
 
-def run_and_report(engine_name: EngineName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
+def run_and_report(engine_name: TrainerName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
     """:func:`run_study`, its report as ``report.html`` and its figures as ``result.json``; returns the figures."""
     result = run_study(engine_name, out_dir, preset, progress)
     report = study_report(result)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medllm.config import (
     CorpusConfig,
@@ -28,7 +28,7 @@ from medllm.config import (
     TrainingConfig,
 )
 from medllm.engine import Generates
-from medllm.engines import EngineName, open_engine
+from medllm.engines import TrainerName, open_engine
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
@@ -159,7 +159,7 @@ def load_preset(preset: str) -> StudyConfig:
     return StudyConfig(**{item.name: values[item.name] for item in dataclasses.fields(StudyConfig)})
 
 
-def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
+def run_study(engine_name: TrainerName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
     """Run all stages into folders below ``out_dir``.
 
     Args:
@@ -181,7 +181,7 @@ def run_study(engine_name: EngineName, out_dir: str | Path, preset: str | StudyC
 class _Study:
     """The stages, one method each; what they share are the files of the world."""
 
-    def __init__(self, engine_name: EngineName, out: Path, config: StudyConfig, progress: Say):
+    def __init__(self, engine_name: TrainerName, out: Path, config: StudyConfig, progress: Say):
         self.engine_name = engine_name
         self.out = out
         self.config = config
@@ -245,7 +245,7 @@ class _Study:
         self.say(f"CPT: {len(self.corpus)} documents")
         corpus = CorpusConfig(documents=(str(self._corpus_file),), length=self.config.row_length)
         config = CptConfig(base, str(folder), corpus, lora=stage.lora, optimizer=stage.optimizer, training=stage.training)
-        return self._trained("CPT", base, folder, run_cpt(config, self.engine_name))
+        return self._trained("CPT", base, folder, run_cpt(config, self.engine_name).summary)
 
     def _preference(self, label: str, name: str, start: ModelConfig, preferences: Path, alpha: float) -> ModelConfig:
         folder, stage = self.out / name, self.config.preference
@@ -261,12 +261,10 @@ class _Study:
             optimizer=stage.optimizer,
             training=stage.training,
         )
-        return self._trained(label, start, folder, run_rpo(config, self.engine_name))
+        return self._trained(label, start, folder, run_rpo(config, self.engine_name).summary)
 
-    def _trained(self, label: str, start: ModelConfig, folder: Path, result: dict[str, Any]) -> ModelConfig:
+    def _trained(self, label: str, start: ModelConfig, folder: Path, summary: TrainSummary) -> ModelConfig:
         """The model after training: the adapter merged into the weights it was trained on."""
-        names = [item.name for item in dataclasses.fields(TrainSummary)]
-        summary = TrainSummary(**{name: result[name] for name in names})
         self.training[label] = summary
         self.runs.append(folder)
         self.say(f"{label}: {summary.steps} steps in {summary.seconds:.0f} s, loss {summary.loss:.3f}")
@@ -297,9 +295,9 @@ class _Study:
         )
         result = sit_exam(engine, self.exam, self.shots, config)
         self.runs.append(folder)
-        points, possible = result["score"]["points"], result["score"]["possible"]
-        self.say(f"{label}, {result['setting']}: {points} of {possible} points ({points / possible:.3f})")
-        return Sitting(label, result["setting"], points, possible, folder)
+        points, possible = result.score.points, result.score.possible
+        self.say(f"{label}, {result.setting}: {points} of {possible} points ({points / possible:.3f})")
+        return Sitting(label, result.setting, points, possible, folder)
 
     def _curate(self, engine: Generates, model: ModelConfig, name: str) -> Path:
         folder = self.out / name

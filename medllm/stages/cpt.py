@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import check_rows, pack, tokenize_documents
-from medllm.engines import EngineName, open_trainer
+from medllm.engines import TrainerName, open_trainer
 from medllm.host.progress import progress_bar
 from medllm.run import Run
 from medllm.stage_config import CptConfig
+from medllm.training import TrainSummary
 
 
-def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
+@dataclass(frozen=True)
+class CptResult:
+    """What stage 1 did.
+
+    Attributes:
+        engine: Which engine did the work.
+        summary: Of the training.
+        documents: Documents of the corpus.
+        skipped: Those that were skipped, by reason.
+        tokens: Tokens in the rows, padding not counted.
+        rows: Rows they make.
+        padding: Share of the rows' positions that hold padding.
+    """
+
+    engine: str
+    summary: TrainSummary
+    documents: int
+    skipped: Mapping[str, int]
+    tokens: int
+    rows: int
+    padding: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        plain = asdict(self)
+        return {"stage": "cpt", "engine": plain.pop("engine"), **plain.pop("summary"), **plain}
+
+
+def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     """Stage 1, continued pretraining: documents → packed rows → a PEFT adapter in the run folder.
 
     Raises:
@@ -27,15 +57,14 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
     check_rows(rows, model.context)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
-        result = {
-            "stage": "cpt",
-            "engine": engine,
-            **asdict(summary),
-            "documents": len(corpus.documents),
-            "skipped": dict(corpus.skipped),
-            "tokens": int((rows.segment_ids > 0).sum()),
-            "rows": len(rows.tokens),
-            "padding": rows.padding,
-        }
-        run.finish(result)
+        result = CptResult(
+            engine=engine,
+            summary=summary,
+            documents=len(corpus.documents),
+            skipped=dict(corpus.skipped),
+            tokens=int((rows.segment_ids > 0).sum()),
+            rows=len(rows.tokens),
+            padding=rows.padding,
+        )
+        run.finish(result.to_json())
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from medllm.engine import Generates
@@ -12,7 +12,7 @@ from medllm.engines import EngineName, open_engine
 from medllm.exam.problem import Problem
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
-from medllm.preferences.curation import check_problems, curate
+from medllm.preferences.curation import CurationReport, check_problems, curate
 from medllm.preferences.records import write_preferences
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
@@ -21,7 +21,29 @@ from medllm.stages.problems import read_problems, read_shots
 PREFERENCES = "preferences.jsonl"
 
 
-def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CurateResult:
+    """How preference data came about.
+
+    Attributes:
+        engine: Which engine did the work.
+        seconds: Of the stage, opening the model not counted.
+        report: What became of the problems and of the samples.
+        left_out: Rows of the problem files that could not be used, by reason.
+    """
+
+    engine: str
+    seconds: float
+    report: CurationReport
+    left_out: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        head = {"stage": "curate", "engine": self.engine, "seconds": self.seconds}
+        return {**head, **asdict(self.report), "left_out": dict(self.left_out)}
+
+
+def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult:
     """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
 
     Raises:
@@ -39,7 +61,7 @@ def build_preferences(
     shots: Sequence[Problem],
     config: CurateConfig,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> CurateResult:
     """:func:`run_curate` on a model that is already open, and problems that are already read."""
     check_problems(problems, shots, config)
     return _curate(model, problems, shots, config, progress, {})
@@ -52,18 +74,12 @@ def _curate(
     config: CurateConfig,
     progress: Progress | None,
     left_out: Mapping[str, int],
-) -> dict[str, Any]:
+) -> CurateResult:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         curation = curate(model, problems, shots, config, progress)
-        result = {
-            "stage": "curate",
-            "engine": model.name,
-            "seconds": time.monotonic() - began,
-            **asdict(curation.report),
-            "left_out": dict(left_out),
-        }
+        result = CurateResult(model.name, time.monotonic() - began, curation.report, left_out)
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)
-        run.finish(result)
+        run.finish(result.to_json())
     return result

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medllm.config import ModelConfig
 from medllm.engine import Generates, Scores
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.endings import Endings
-from medllm.exam.evaluation import check_exam, score_options, sit, write_predictions
+from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
-from medllm.exam.scoring import score
+from medllm.exam.scoring import ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
@@ -24,7 +24,54 @@ from medllm.stages.problems import read_problems, read_shots
 PREDICTIONS = "predictions.jsonl"
 
 
-def run_evaluate(config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExamResult:
+    """An exam that was sat.
+
+    Attributes:
+        engine: Which engine did the work.
+        model: The model's label in tables.
+        setting: The exam's.
+        seconds: Of the stage, opening the model not counted.
+        left_out: Rows of the problem files that could not be used, by reason.
+        score: The official score.
+        endings: How the texts ended.
+    """
+
+    engine: str
+    model: str
+    setting: str
+    seconds: float
+    left_out: Mapping[str, int]
+    score: ScoreSheet
+    endings: Endings
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        return {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
+
+
+@dataclass(frozen=True)
+class OptionsResult:
+    """An exam whose options were chosen by their likelihood: an :class:`ExamResult`, but for ``scores``."""
+
+    engine: str
+    model: str
+    setting: str
+    seconds: float
+    scores: OptionScores
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        plain = asdict(self)
+        scores = plain.pop("scores")
+        left_out, questions = scores.pop("left_out"), len(self.scores.results)
+        return {"stage": "options", **plain, "left_out": left_out, "questions": questions, **scores}
+
+
+def run_evaluate(
+    config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None
+) -> ExamResult | OptionsResult:
     """Sit an exam: prompts → generations → predictions → the official score.
 
     Raises:
@@ -46,7 +93,7 @@ def sit_exam(
     shots: Sequence[Problem],
     config: EvaluateConfig,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> ExamResult:
     """:func:`run_evaluate` with a model that is already open, and problems that are already read."""
     check_exam(problems, shots, config)
     return _sit(model, problems, shots, config, progress, {})
@@ -59,46 +106,40 @@ def _sit(
     config: EvaluateConfig,
     progress: Progress | None,
     left_out: Mapping[str, int],
-) -> dict[str, Any]:
+) -> ExamResult:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         sat = sit(model, problems, shots, config, progress)
         predictions = [prediction for prediction, _ in sat]
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
-        result = {
-            "stage": "evaluate",
-            "engine": model.name,
-            "model": config.label or model_label(config.model),
-            "setting": setting_name(config.shot_count, explanation=config.explanation),
-            "seconds": time.monotonic() - began,
-            "left_out": dict(left_out),
-            "score": score(problems, predictions, lenient=config.lenient).to_json(),
-            "endings": asdict(Endings.count(ended for _, ended in sat)),
-        }
-        run.finish(result)
+        result = ExamResult(
+            engine=model.name,
+            model=config.label or model_label(config.model),
+            setting=setting_name(config.shot_count, explanation=config.explanation),
+            seconds=time.monotonic() - began,
+            left_out=left_out,
+            score=score(problems, predictions, lenient=config.lenient),
+            endings=Endings.count(ended for _, ended in sat),
+        )
+        run.finish(result.to_json())
     return result
 
 
 def _choose_options(
     model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
-) -> dict[str, Any]:
+) -> OptionsResult:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         scores = score_options(model, model.tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)
-        result = {
-            "stage": "options",
-            "engine": model.name,
-            "model": config.label or model_label(config.model),
-            "setting": "zero-shot options",
-            "seconds": time.monotonic() - began,
-            "left_out": {**left_out, **scores.left_out},
-            "questions": len(scores.results),
-            "accuracy": scores.accuracy,
-            "normalized_accuracy": scores.normalized_accuracy,
-            "results": [asdict(one) for one in scores.results],
-        }
-        run.finish(result)
+        result = OptionsResult(
+            engine=model.name,
+            model=config.label or model_label(config.model),
+            setting="zero-shot options",
+            seconds=time.monotonic() - began,
+            scores=replace(scores, left_out={**left_out, **scores.left_out}),
+        )
+        run.finish(result.to_json())
     return result
 
 

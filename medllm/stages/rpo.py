@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from medllm.engines import EngineName, open_trainer
+from medllm.config import ModelConfig
+from medllm.engines import TrainerName, open_trainer
 from medllm.host.progress import progress_bar
 from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import check_handover, merged_weights, merges, opened_as
+from medllm.training import TrainSummary
 
 
-def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
+@dataclass(frozen=True)
+class RpoResult:
+    """What stage 2 did.
+
+    Attributes:
+        engine: Which engine did the work.
+        summary: Of the training.
+        problems: Problems in the preference file.
+        pairs: Pairs trained on.
+        handover: What became of stage 1's adapter; None where there was none.
+        opened_as: How the trained model is opened: under ``handover: merge`` on the merged weights in the run folder, else on
+            the base, with its adapters in order.
+    """
+
+    engine: str
+    summary: TrainSummary
+    problems: int
+    pairs: int
+    handover: str | None
+    opened_as: ModelConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        return {
+            "stage": "rpo",
+            "engine": self.engine,
+            **asdict(self.summary),
+            "problems": self.problems,
+            "pairs": self.pairs,
+            **({"handover": self.handover} if self.handover else {}),
+            "opened_as": {"path": self.opened_as.path, "adapters": list(self.opened_as.adapters)},
+        }
+
+
+def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
     """Stage 2, preference training: pairs of the hierarchy → a PEFT adapter in the run folder.
-
-    ``opened_as`` of the result says how the trained model is opened: under ``handover: merge`` on the merged weights in the run
-    folder, else on the base, with its adapters in order.
 
     Raises:
         UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
@@ -34,15 +67,13 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
         if merges(config.model, config):
             model = model.with_weights(merged_weights(config, run))
         summary = model.train_preferences(preferences, config, run)
-        opened = opened_as(config, run.path, summary.adapter)
-        result = {
-            "stage": "rpo",
-            "engine": engine,
-            **asdict(summary),
-            "problems": len(read),
-            "pairs": len(preferences.texts),
-            **({"handover": config.handover} if config.model.adapters else {}),
-            "opened_as": {"path": opened.path, "adapters": list(opened.adapters)},
-        }
-        run.finish(result)
+        result = RpoResult(
+            engine=engine,
+            summary=summary,
+            problems=len(read),
+            pairs=len(preferences.texts),
+            handover=config.handover if config.model.adapters else None,
+            opened_as=opened_as(config, run.path, summary.adapter),
+        )
+        run.finish(result.to_json())
     return result

@@ -6,11 +6,13 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import medllm
-from medllm.engines import HOMES
+from medllm.cli import main
+from medllm.engines import HOMES, TrainerName
 
 ROOT = Path(medllm.__file__).parents[1]
 PACKAGES = ("medllm", "jax_medllm", "torch_ref", "medllm_parity")
@@ -33,6 +35,15 @@ def test_what_the_table_names_is_there(home):
         source = (ROOT / HOMES[home].modules["engine"].replace(".", "/")).with_suffix(".py")
         classes = [node.name for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         assert HOMES[home].engine in classes
+
+
+def test_a_command_offers_the_engines_that_can_do_it(capsys):
+    def offered(command):
+        assert main([command, "--engine", "slide rule"]) == 2
+        return re.findall(r"'(\w+)'", capsys.readouterr().err.partition("expected one of")[2])
+
+    assert offered("cpt") == offered("rpo") == offered("mini") == list(get_args(TrainerName))
+    assert offered("curate") == offered("evaluate") == [name for name, home in HOMES.items() if home.engine]
 
 
 def test_nothing_is_imported_by_its_name_elsewhere():

@@ -41,8 +41,8 @@ def test_a_model_of_another_architecture(folder, capsys, engine):
     other.mkdir()
     for file in BASE.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    (other / "config.json").write_text(json.dumps(ModelDirectory(BASE).config | {"model_type": "llama"}))
-    assert "llama" in refused(folder, capsys, *cpt("--engine", engine, "--corpus.length", "64", model="other"))
+    (other / "config.json").write_text(json.dumps(ModelDirectory(BASE).config | {"model_type": "mixtral"}))
+    assert "mixtral" in refused(folder, capsys, *cpt("--engine", engine, "--corpus.length", "64", model="other"))
 
 
 def test_a_malformed_line_is_named_by_file_and_number(folder, capsys):

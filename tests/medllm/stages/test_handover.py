@@ -130,8 +130,10 @@ def test_merge_leaves_the_weights_it_trained_on_in_the_run_folder(folder, tmp_pa
     pytest.importorskip("jax")
     asked = config(folder, tmp_path / "run", "merge")
     result = run_rpo(asked)
-    assert result["handover"] == "merge"
-    assert result["opened_as"] == {"path": f"{tmp_path}/run/merged", "adapters": [f"{tmp_path}/run/adapter"]}
+    assert result.to_json()["handover"] == "merge"
+    opened = {"path": f"{tmp_path}/run/merged", "adapters": [f"{tmp_path}/run/adapter"]}
+    assert result.to_json()["opened_as"] == opened
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result.to_json()
     merge_adapter(folder / "base", folder / "cpt", tmp_path / "again")
     found, expected = ModelDirectory(tmp_path / "run" / "merged"), ModelDirectory(tmp_path / "again")
     for name in expected.names():
@@ -154,8 +156,8 @@ def test_a_resumed_run_goes_on_against_the_reference_it_began_with(folder, tmp_p
     parts = config(folder, tmp_path / "parts", "continue")
     run_rpo(dataclasses.replace(parts, training=dataclasses.replace(parts.training, max_steps=1)), engine)
     resumed = run_rpo(dataclasses.replace(parts, resume=True), engine)
-    assert resumed["steps"] == whole["steps"] == 3
-    found, expected = read_adapter(resumed["adapter"]), read_adapter(whole["adapter"])
+    assert resumed.summary.steps == whole.summary.steps == 3
+    found, expected = read_adapter(resumed.summary.adapter), read_adapter(whole.summary.adapter)
     assert found.tensors.keys() == expected.tensors.keys()
     moved = read_adapter(folder / "cpt").tensors
     for name, value in expected.tensors.items():
