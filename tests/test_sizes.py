@@ -15,7 +15,6 @@ LONGER = {
     "medllm/bench/device.py::bench_device": 68,
     "parity_tests/test_audit.py": 472,
     "tests/plans.py::a_plan": 66,
-    "tests/medllm/report/test_report_page.py": 404,
     "tests/torch_ref/test_torch_engine.py": 415,
 }
 

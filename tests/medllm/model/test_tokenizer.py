@@ -42,7 +42,7 @@ def test_another_kind_of_tokenizer_is_left_to_autotokenizer(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(BASE / name, tmp_path / name)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
     assert type(load_tokenizer(tmp_path)) is type(theirs)
 
