@@ -56,7 +56,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such tokenizer folder; give a Hugging Face directory (--model.tokenizer)")
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        raise UserError(f"{folder}: no tokenizer here (expected {_FILE}, or vocab.json with merges.txt)")
+        raise UserError(
+            f"{folder}: no tokenizer here (expected {_FILE}, or vocab.json with merges.txt; "
+            "AutoTokenizer's save_pretrained makes them of a tokenizer.model)"
+        )
     settings = read_json(folder / _SETTINGS, "") if (folder / _SETTINGS).exists() else {}
     if "auto_map" in settings:
         raise UserError(f"{folder}/{_SETTINGS}: asks for code of its own (auto_map); code in model folders is never run")
