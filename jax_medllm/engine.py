@@ -35,7 +35,8 @@ from medllm.errors import UserError
 from medllm.host.processes import is_primary_process
 from medllm.model.adapter import Adapter, open_adapters, write_adapter
 from medllm.model.directory import ModelDirectory
-from medllm.model.tokenizer import Prompt, check_vocabulary, encode_prompt, end_token, load_tokenizer
+from medllm.model.endings import read_endings
+from medllm.model.tokenizer import Prompt, check_vocabulary, decode, encode_prompt, load_tokenizer
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
 from medllm.stage_config import FREE_ON_RESUME
@@ -73,6 +74,7 @@ class JaxEngine:
         open_adapters(model.adapters, directory)
         self.tokenizer = load_tokenizer(model.tokenizer or model.path)
         check_vocabulary(self.tokenizer, sizes.vocab_size, model.tokenizer or model.path)
+        self._endings = read_endings(self.tokenizer, model.path)
 
     @cached_property
     def model(self) -> Qwen2:
@@ -82,7 +84,7 @@ class JaxEngine:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self.model, end_token(self.tokenizer))
+        return Decoder(self.model, self._endings.ids)
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -142,12 +144,14 @@ class JaxEngine:
         """See :class:`medllm.engine.Generates`.
 
         Raises:
-            UserError: an empty prompt, or one that does not fit the context.
+            UserError: an empty prompt or one that does not fit the context, or a stop string no text can show.
         """
+        endings = self._endings.with_stops(self.tokenizer, sampling.stop)
+        sampling = dataclasses.replace(sampling, stop=endings.strings)
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text_of = partial(decode, self.tokenizer)
         with self._on_mesh():
-            return generate(self._decoder, ids, sampling, decode, batch_size, progress)
+            return generate(self._decoder, ids, sampling, text_of, batch_size, progress, stop_ids=endings.ids)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :class:`medllm.engine.Scores`.

@@ -297,13 +297,13 @@ class Sampling:
     """How text is generated. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 switch those filters off.
 
     Args:
-        max_new_tokens: Longest continuation, end-of-text token not counted.
+        max_new_tokens: Longest continuation, end tokens not counted.
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Smallest set of tokens whose probability reaches this.
         top_k: Only the k most likely tokens.
         samples: Continuations for each prompt.
         seed: The text of (prompt, sample) depends on this seed, not on what else is in the batch.
-        stop: Strings that end a continuation; they are cut off.
+        stop: Strings that end a continuation; they are cut off. One that is a special token ends it by its id.
     """
 
     max_new_tokens: int = 512

@@ -1,11 +1,18 @@
-"""A tokenizer and a preference file small enough to read, with the cases that have gone wrong in preference training."""
+"""A tokenizer and a preference file small enough to read, with the cases that have gone wrong; and what TRL makes of them."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from medllm.config import PairConfig
+from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 
 PAIRS = PairConfig(max_chosen=2, max_rejected=2, max_length=40)
@@ -31,3 +38,27 @@ def preferences() -> list[Preference]:
         problem("short", "Q: the second question\nA", ": so it goes! and on c", [], [": d"]),
         problem("merged", "Q: two\nA", " cold! a", [" ! cold a"], ["bed rest"]),
     ]
+
+
+def trl_dataset(tokenizer: Any, preferences: list[Preference], config: PairConfig) -> Dataset:
+    """The rows after DPOTrainer's own preparation. It reads one attribute of the trainer, which needs no model for that."""
+    rows = Dataset.from_list(trl_rows(preferences, config))
+    settings = DPOConfig(output_dir="unused", max_length=config.max_length, report_to=[], use_cpu=True, bf16=False)
+    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, settings, "train")
+
+
+def trl_sequences(tokenizer: Any, prepared: Dataset, max_length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, chosen, rejected) of each row as the collator hands them to the model, cut at ``max_length``."""
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
+    sequences = []
+    for row in prepared:
+        batch = collate([row])
+        halves = []
+        for ids, seen, completion in zip(
+            batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["completion_mask"].tolist(), strict=True
+        ):
+            prompt = [token for token, real, ours in zip(ids, seen, completion, strict=True) if real and not ours]
+            halves.append((prompt, [token for token, ours in zip(ids, completion, strict=True) if ours]))
+        assert halves[0][0] == halves[1][0]
+        sequences.append((halves[0][0], halves[0][1], halves[1][1]))
+    return sequences

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +62,7 @@ def continuation(stock: Qwen2ForCausalLM, prompt: list[int], end: int) -> tuple[
 @pytest.mark.parametrize(("which", "end", "batch_size"), [("shared", 74, 2), ("apart", 2, 8), ("many", 89, 8)])
 def test_greedy_text_is_transformers_token_for_token(base, stock, which, end, batch_size):
     prompts = PROMPTS[which]
-    decoder = Decoder(read_model(ModelDirectory(base)), end)
+    decoder = Decoder(read_model(ModelDirectory(base)), (end,))
     found = generate(decoder, prompts, Sampling(max_new_tokens=NEW), lambda tokens: str(list(tokens)), batch_size)
     expected = [continuation(stock, prompt, end) for prompt in prompts]
     assert [generation.tokens for (generation,) in found] == expected
@@ -124,6 +127,45 @@ def test_engines_end_at_the_end_token_at_a_stop_string_and_at_the_length_as_tran
             finishes.add("stop string" if cut else row.finish)
         assert found == [row for (row,) in reference.generate(texts, Sampling(max_new_tokens=NEW, stop=stops), batch_size=5)]
     assert finishes == {"stop string", "stop", "length"}
+
+
+@pytest.fixture
+def several_ends(tiny_model, tmp_path):
+    """A model of three end tokens: its tokenizer's, two of generation_config, one of config; id 77 is another special token."""
+    base = tmp_path / "model"
+    shutil.copytree(tiny_model(), base)
+    vocab = {chr(256 + index): index for index in range(VOCAB - 1)}
+    del vocab[chr(256 + 77)]
+    core = Tokenizer(BPE(vocab={**vocab, "<stop>": 77}, merges=[]))
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<stop>", "<end>")])
+    whole = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", padding_side="left")
+    whole.save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [VOCAB - 1, 34]}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 41}))
+    return base, whole
+
+
+def test_engines_end_at_each_of_several_end_tokens_as_transformers(several_ends):
+    base, whole = several_ends
+    texts = ["".join(chr(256 + token) for token in np.random.default_rng(n).integers(0, 77, 5)) for n in range(40)]
+    stock = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    batch = whole(texts, return_tensors="pt", padding=True)
+    config, ended = ModelConfig(str(base), dtype="float32"), set()
+    engines = JaxEngine(config), TorchEngine(config)
+    for stops, ends in (((), [VOCAB - 1, 34, 41]), (("<stop>",), [VOCAB - 1, 34, 41, 77])):
+        settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": ends, "pad_token_id": VOCAB - 1}
+        theirs = stock.generate(**batch, **settings)[:, 5:].tolist()
+        lengths = [min([row.index(end) for end in ends if end in row], default=NEW) for row in theirs]
+        ended |= {row[length] for row, length in zip(theirs, lengths, strict=True) if length < NEW}
+        for engine in engines:
+            found = [row for (row,) in engine.generate(texts, Sampling(max_new_tokens=NEW, stop=stops), batch_size=8)]
+            for row, given, length in zip(found, theirs, lengths, strict=True):
+                assert list(row.tokens) == given[:length], engine.name
+                assert row.text == whole.decode(given[:length], skip_special_tokens=True)
+                assert row.finish == "stop" or length == NEW
+    assert ended >= {34, 41, 77}, "each of them ends a text"
 
 
 def test_option_logprobs_are_those_of_torch_ref_and_of_the_formula_in_float64(tiny_model, tiny_adapter, tokenizer):

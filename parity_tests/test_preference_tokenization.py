@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from jax_medllm.train.batches import PreferenceData, Step
 from medllm.config import PairConfig, TrainingConfig
 from medllm.model.tokenizer import load_tokenizer
-from medllm.preferences.pairs import trl_rows
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
+from parity_tests.preference_cases import trl_dataset, trl_sequences
 
 EOS = "<|endoftext|>"
 
@@ -59,30 +56,6 @@ def tokenizer():
 def preference(prompt: str, ground_truth: str, chosen: list[str], rejected: list[str], problem_id: str = "110A1") -> Preference:
     samples = [tuple(Sample(text, "a") for text in texts) for texts in (chosen, rejected)]
     return Preference(problem_id, prompt, Sample(ground_truth, "a"), *samples)
-
-
-def trl_dataset(tokenizer, preferences: list[Preference], config: PairConfig) -> Dataset:
-    """The rows after DPOTrainer's own preparation. It reads one attribute of the trainer, which needs no model for that."""
-    rows = Dataset.from_list(trl_rows(preferences, config))
-    settings = DPOConfig(output_dir="unused", max_length=config.max_length, report_to=[], use_cpu=True, bf16=False)
-    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, settings, "train")
-
-
-def trl_sequences(tokenizer, prepared: Dataset, max_length: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """(prompt, chosen, rejected) of each row as the collator hands them to the model, cut at ``max_length``."""
-    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, max_length=max_length)
-    sequences = []
-    for row in prepared:
-        batch = collate([row])
-        halves = []
-        for ids, seen, completion in zip(
-            batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["completion_mask"].tolist(), strict=True
-        ):
-            prompt = [token for token, real, ours in zip(ids, seen, completion, strict=True) if real and not ours]
-            halves.append((prompt, [token for token, ours in zip(ids, completion, strict=True) if ours]))
-        assert halves[0][0] == halves[1][0]
-        sequences.append((halves[0][0], halves[0][1], halves[1][1]))
-    return sequences
 
 
 def our_sequences(tokenizer, preferences: list[Preference], config: PairConfig) -> list[tuple[list[int], list[int], list[int]]]:

@@ -14,6 +14,7 @@ import numpy as np
 from medllm.config import MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
+from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
@@ -52,6 +53,7 @@ class TorchEngine:
         sizes = check_model(model).config
         self.context = sizes.get("max_position_embeddings", sys.maxsize)
         self.tokenizer = open_tokenizer(model, sizes["vocab_size"])
+        self._endings = read_endings(self.tokenizer, model.path)
 
     @cached_property
     def model(self) -> Any:
@@ -83,7 +85,7 @@ class TorchEngine:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Generation]]:
         """See :func:`torch_ref.generate.generate`."""
-        return generate(self.model, self.tokenizer, prompts, sampling, batch_size, progress)
+        return generate(self.model, self.tokenizer, prompts, sampling, self._endings, batch_size, progress)
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :func:`torch_ref.generate.logprobs`."""

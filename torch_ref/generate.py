@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from medllm.config import Sampling
 from medllm.engine import Continuation, Generation
 from medllm.errors import PromptError, UserError
-from medllm.model.tokenizer import Prompt, encode_prompt, end_token
+from medllm.model.endings import Endings
+from medllm.model.tokenizer import Prompt, decode, encode_prompt
 
 
 def generate(
@@ -26,6 +28,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     sampling: Sampling,
+    endings: Endings,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Generation]]:
@@ -36,12 +39,14 @@ def generate(
         tokenizer: Its tokenizer.
         prompts: Texts or conversations.
         sampling: Length, temperature, filters, seed and stop strings.
+        endings: What the model's own folder ends a continuation with.
         batch_size: Continuations generated at a time.
         progress: Called with (continuations done, continuations in all).
 
     Raises:
-        UserError: a prompt and its continuation do not fit the model's context.
+        UserError: a prompt and its continuation do not fit the model's context, or a stop string no text can show.
     """
+    endings = endings.with_stops(tokenizer, sampling.stop)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     _check_context(model, encoded, sampling.max_new_tokens)
     # Prompts of like length share a batch, the longest first: little padding, and memory runs out at once or never.
@@ -51,8 +56,11 @@ def generate(
     )
     results: dict[tuple[int, int], Generation] = {}
     for batch in _batches(jobs, batch_size):
-        tokens = _continue(model, tokenizer, [encoded[number] for number, _ in batch], [job[1] for job in batch], sampling)
-        results |= {job: _generation(tokenizer, row, sampling) for job, row in zip(batch, tokens, strict=True)}
+        given, samples = [encoded[number] for number, _ in batch], [sample for _, sample in batch]
+        tokens = _continue(model, tokenizer, given, samples, sampling, endings)
+        results |= {
+            job: _generation(tokenizer, row, sampling.max_new_tokens, endings) for job, row in zip(batch, tokens, strict=True)
+        }
         if progress:
             progress(len(results), len(jobs))
     return [[results[number, sample] for sample in range(sampling.samples)] for number in range(len(encoded))]
@@ -112,12 +120,14 @@ class _StopAtStrings(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         generated = input_ids[:, self._prompt_width :][:, -self._tail :]
-        texts = self._tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = [decode(self._tokenizer, row) for row in generated.tolist()]
         return torch.tensor([any(stop in text for stop in self._stop) for text in texts], device=input_ids.device)
 
 
 @torch.no_grad()
-def _continue(model: Any, tokenizer: Any, prompts: list[list[int]], samples: list[int], sampling: Sampling) -> list[list[int]]:
+def _continue(
+    model: Any, tokenizer: Any, prompts: list[list[int]], samples: list[int], sampling: Sampling, endings: Endings
+) -> list[list[int]]:
     """New tokens of one batch, end and padding tokens included; one more than asked for, to see whether it is the end."""
     tokens, mask = _pad(prompts, tokenizer.pad_token_id, "left", model.device)
     width = tokens.shape[1]
@@ -125,7 +135,7 @@ def _continue(model: Any, tokenizer: Any, prompts: list[list[int]], samples: lis
     model.generation_config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens + 1,  # the end token is not counted
         do_sample=False,
-        eos_token_id=end_token(tokenizer),
+        eos_token_id=list(endings.ids),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -138,7 +148,7 @@ def _continue(model: Any, tokenizer: Any, prompts: list[list[int]], samples: lis
             processors.append(TopPLogitsWarper(sampling.top_p))
         generators = [_generator(sampling.seed, *job, model.device) for job in zip(prompts, samples, strict=True)]
         processors.append(_SeededGumbel(generators))
-    criteria = [_StopAtStrings(tokenizer, sampling.stop, width)] if sampling.stop else []
+    criteria = [_StopAtStrings(tokenizer, endings.strings, width)] if endings.strings else []
     output = model.generate(
         input_ids=tokens,
         attention_mask=mask,
@@ -153,13 +163,12 @@ def _generator(seed: int, prompt: list[int], sample: int, device: torch.device) 
     return torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
 
 
-def _generation(tokenizer: Any, row: list[int], sampling: Sampling) -> Generation:
-    """Cut a row at its end token and its text at the first stop string."""
-    end = end_token(tokenizer)
-    ended = end in row
-    tokens = (row[: row.index(end)] if ended else row)[: sampling.max_new_tokens]
-    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    cuts = sorted((text.index(stop), stop) for stop in sampling.stop if stop in text)
+def _generation(tokenizer: Any, row: list[int], most: int, endings: Endings) -> Generation:
+    """Cut a row at its first end token and its text at the first stop string."""
+    whole = list(takewhile(lambda token: token not in endings.ids, row))
+    ended, tokens = len(whole) < len(row), whole[:most]
+    text = decode(tokenizer, tokens)
+    cuts = sorted((text.index(stop), stop) for stop in endings.strings if stop in text)
     if cuts and not ended:
         # A row that stopped at a string is filled up with padding until the longest row of its batch is done.
         tokens = _without_padding(tokens, tokenizer.pad_token_id)

@@ -81,7 +81,7 @@ def calibrate(*, shape: dict[str, Any], seconds: float, smoke: bool, attention: 
 def decode(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, Any]:
     """Tokens a second of greedy generation from NF4, every row with ``decode_tokens`` random keys and values behind it."""
     device, work = _device(smoke), DeviceShape.from_json(shape)
-    decoder = Decoder(_model(work.model, adapter=False), end=work.model.vocabulary)  # an end that is never drawn
+    decoder = Decoder(_model(work.model, adapter=False), ends=(work.model.vocabulary,))  # an end that is never drawn
     slots = _running(decoder, work.decode_rows, work.decode_tokens, room=(STEPS + 1) * CHUNK)
     held = sum(part.nbytes for part in jax.tree.leaves(slots.own))
     times: list[float] = []

@@ -88,15 +88,15 @@ class Decoder:
 
     Args:
         model: The model, its adapters on.
-        end: Id of the token that ends a text.
+        ends: Ids of the tokens that end a text; any of them does.
 
     Attributes:
         state: The model's parameters.
     """
 
-    def __init__(self, model: Qwen2, end: int):
+    def __init__(self, model: Qwen2, ends: Sequence[int]):
         self.config = model.config
-        self.end = end
+        self.ends = tuple(ends)
         self._dtype = model.dtype
         self._graph, self.state = nnx.split(model)
         self._prefix = jax.jit(self._prefix_stored)
@@ -124,7 +124,7 @@ class Decoder:
     def extend(self, slots: Slots, prefix: Stored | None, sampling: Sampling) -> tuple[Slots, Int[Array, "b chunk"]]:
         """Up to a chunk of tokens more for each unfinished row of ``slots`` (donated), and those tokens.
 
-        A row finishes at the end token, or one token beyond ``max_new_tokens``, which says that it is not the end. The end
+        A row finishes at an end token, or one token beyond ``max_new_tokens``, which says that it is not the end. An end
         token stands where nothing was generated.
         """
         return self._extend(self.state, slots, prefix, _drawing(sampling), sampling.max_new_tokens + 1)
@@ -195,7 +195,7 @@ class Decoder:
         def one(carry):
             column, slots, recent, written = carry
             uniform = jax.vmap(lambda key, made: jax.random.uniform(jax.random.fold_in(key, made)))(slots.keys, slots.made)
-            token = jnp.where(slots.finished, self.end, choose(model.logits(slots.hidden), uniform).astype(jnp.int32))
+            token = jnp.where(slots.finished, self.ends[0], choose(model.logits(slots.hidden), uniform).astype(jnp.int32))
 
             def context(layer: tuple[Stored | None, Stored, Stored]) -> Stepping:
                 return Stepping(*layer, length, column, self.config.window)
@@ -209,7 +209,7 @@ class Decoder:
                 hidden=hidden[:, 0],
                 length=slots.length + going,
                 made=slots.made + going,
-                finished=slots.finished | (token == self.end) | (slots.made + 1 >= most),
+                finished=slots.finished | self._ends(token) | (slots.made + 1 >= most),
             )
             return column + 1, slots, recent, written.at[:, column].set(token)
 
@@ -218,12 +218,15 @@ class Decoder:
 
         rows = slots.made.shape[0]
         recent = Stored(jnp.zeros_like(own.keys[..., :CHUNK]), jnp.zeros_like(own.values[..., :CHUNK, :]))
-        written = jnp.full((rows, CHUNK), self.end, jnp.int32)
+        written = jnp.full((rows, CHUNK), self.ends[0], jnp.int32)
         light = replace(slots, own=jax.tree.map(lambda part: part[:, :0], own))
         _, light, recent, written = jax.lax.while_loop(unfinished, one, (jnp.int32(0), light, recent, written))
 
         # The host of every process reads all that was written.
         return _placed(replace(light, own=_append(own, recent, length))), constrain(written, None, None)
+
+    def _ends(self, token: Int[Array, " b"]) -> Bool[Array, " b"]:
+        return (token[:, None] == jnp.asarray(self.ends)).any(-1)
 
 
 def _append(own: Stored, recent: Stored, length: Int[Array, " b"]) -> Stored:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,8 @@ def generate(
     text_of: Callable[[Sequence[int]], str],
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    stop_ids: Collection[int] = (),
 ) -> list[list[Generation]]:
     """``sampling.samples`` continuations of each prompt, in the order of the prompts.
 
@@ -60,6 +63,7 @@ def generate(
         text_of: Tokens → text.
         batch_size: Continuations generated at a time.
         progress: Called with (continuations done, continuations in all).
+        stop_ids: Tokens that end a continuation besides the decoder's own.
 
     Raises:
         UserError: a prompt and ``max_new_tokens`` do not fit the model's context.
@@ -70,6 +74,7 @@ def generate(
         return [[] for _ in prompts]
     # A continuation's random numbers follow from its own prompt, not from its place among the others.
     identities = [zlib.crc32(np.asarray(prompt, np.int32).tobytes()) for prompt in prompts]
+    ends = frozenset((*decoder.ends, *stop_ids))
     done: dict[Request, Generation] = {}
     for family in _families(prompts, list(range(len(prompts))), _WORTH * sampling.max_new_tokens):
         prefix = decoder.prefix(prompts[family.members[0]][: family.shared])
@@ -83,7 +88,8 @@ def generate(
             requests = [Request(i, sample) for i in members for sample in range(sampling.samples)]
             if not requests:
                 continue
-            queue = _Queue(decoder, prefix, rest, identities, sampling, text_of, requests, min(batch_size, len(requests)))
+            batch = min(batch_size, len(requests))
+            queue = _Queue(decoder, prefix, rest, identities, sampling, text_of, ends, requests, batch)
             for request, generation in queue.run():
                 done[request] = generation
                 if progress:
@@ -104,6 +110,7 @@ class _Queue:
     identities: Sequence[int]
     sampling: Sampling
     text_of: Callable[[Sequence[int]], str]
+    ends: Set[int]
     requests: list[Request]
     batch: int
     waiting: int = 0
@@ -182,8 +189,8 @@ class _Queue:
         most = self.sampling.max_new_tokens
         for row, request in list(self.active.items()):
             new = written[row].tolist()
-            ended = self.decoder.end in new[: most + 1 - len(self.tokens[row])]
-            tokens = self.tokens[row] = self.tokens[row] + (new[: new.index(self.decoder.end)] if ended else new)
+            ended = not self.ends.isdisjoint(new[: most + 1 - len(self.tokens[row])])
+            tokens = self.tokens[row] = [*self.tokens[row], *takewhile(lambda token: token not in self.ends, new)]
             generation = self._stopped(tokens[:most])
             if generation is None and (ended or len(tokens) > most):
                 generation = Generation(self.text_of(tokens[:most]), tuple(tokens[:most]), "stop" if ended else "length")

@@ -149,7 +149,7 @@ def _training(
 
 def _generate(settings: Mapping[str, Any], layout: Layout) -> Stage:
     slots, length, prompt = settings["rows"], settings["length"], settings["prompt"]
-    decoder = Decoder(_model(settings), end=0)
+    decoder = Decoder(_model(settings), ends=(0,))
     adapters, base = nnx.split_state(decoder.state, LoraParam, ...)
     adapters, base = _placed(adapters, layout), _placed(base, layout)
     shapes = jax.eval_shape(partial(decoder.empty, slots, length - CHUNK))

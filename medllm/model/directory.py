@@ -39,6 +39,7 @@ _DTYPES = {
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -7,18 +7,24 @@ writes the beginning itself. Nothing is put at the end but the end-of-text token
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from medllm.errors import UserError
+from medllm.model.directory import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_FILE = "tokenizer.json"
+_TOKENIZER_FILES = (_FILE, "vocab.json")
+_SETTINGS = "tokenizer_config.json"
+_SPACES = ("▁", "Ġ")
+"""A space at the beginning of a token, as sentencepiece and byte-level vocabularies write it."""
 
 
 @dataclass(frozen=True)
@@ -39,60 +45,78 @@ Prompt = str | tuple[Message, ...]
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer saved in a Hugging Face directory.
 
+    ``tokenizer.json`` is opened as it stands. (The classes of transformers 5 for Qwen2 and Llama rebuild what it says of
+    normalizing and splitting text from their own defaults; its generic class does not, and imports no torch.)
+
     Raises:
-        UserError: no tokenizer there, or one without an end-of-text token, or one that ends every text by itself.
+        UserError: no tokenizer there, one without an end-of-text token, one that ends every text by itself, or settings
+            that contradict the tokenizer.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such tokenizer folder; give a Hugging Face directory (--model.tokenizer)")
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        raise UserError(f"{folder}: no tokenizer here (expected tokenizer.json, or vocab.json with merges.txt)")
+        raise UserError(
+            f"{folder}: no tokenizer here (expected {_FILE}, or vocab.json with merges.txt; "
+            "AutoTokenizer's save_pretrained makes them of a tokenizer.model)"
+        )
+    settings = read_json(folder / _SETTINGS, "") if (folder / _SETTINGS).exists() else {}
+    if "auto_map" in settings:
+        raise UserError(f"{folder}/{_SETTINGS}: asks for code of its own (auto_map); code in model folders is never run")
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = _opened(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+        raise UserError(f"{folder}: the tokenizer has no end-of-text token; set eos_token in {_SETTINGS}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not _continues(tokenizer):
-        raise UserError(
-            f"{folder}: the tokenizer puts a token behind every text, so no prompt could be continued; "
-            "set add_eos_token to false in tokenizer_config.json"
-        )
+    _check(tokenizer, folder, settings)
     return tokenizer
 
 
-def _continues(tokenizer: Any) -> bool:
-    """Whether the special tokens the tokenizer adds to a text all stand before it."""
-    plain, begun = _ids(tokenizer, ["a"], begins=False)[0], _ids(tokenizer, ["a"])[0]
-    return begun[len(begun) - len(plain) :] == plain
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    """What ``AutoTokenizer`` would choose, which takes 200 MB and two seconds to import because it imports torch."""
-    named = _setting(folder / "tokenizer_config.json", "tokenizer_class")
-    unnamed = named in (None, "TokenizersBackend", "PreTrainedTokenizerFast")
-    qwen2 = _setting(folder / "config.json", "model_type") == "qwen2"
-    if named in ("Qwen2Tokenizer", "Qwen2TokenizerFast") or (unnamed and qwen2):
-        from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
-
-        return Qwen2Tokenizer
-    if unnamed and not (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
+def _opened(folder: Path) -> Any:
+    if (folder / _FILE).exists():
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if tokenizer.eos_token_id is not None:
+            return tokenizer
+    from transformers import AutoTokenizer  # imports torch: two seconds and 200 MB
 
-    return AutoTokenizer
+    by_class = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if not (folder / _FILE).exists():
+        return by_class
+    # Its class may name special tokens that no file names.
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **by_class.special_tokens_map)
 
 
-def _setting(file: Path, name: str) -> Any:
-    """One setting of a JSON file; None where it, or the file, is absent or unreadable."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError):
-        return None
+def _check(tokenizer: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer that training and generation could not use alike, and settings that it does not follow."""
+    plain, begun = _ids(tokenizer, ["a"], begins=False)[0], _ids(tokenizer, ["a"])[0]
+    if begun[len(begun) - len(plain) :] != plain:
+        where = f"post_processor in {_FILE}" if (folder / _FILE).exists() else f"add_eos_token in {_SETTINGS}"
+        raise UserError(
+            f"{folder}: the tokenizer puts a token behind every text, so no prompt could be continued, and every response "
+            f"would end twice; take it out of {where}"
+        )
+    if _ids(tokenizer, [tokenizer.eos_token], begins=False) != [[tokenizer.eos_token_id]]:
+        raise UserError(
+            f"{folder}: the tokenizer does not read its end-of-text token {tokenizer.eos_token} as one token "
+            f"(split_special_tokens in {_SETTINGS}?), so no response could end with it"
+        )
+    front = begun[: len(begun) - len(plain)]
+    first = tokenizer.convert_ids_to_tokens(plain)[0] if plain else ""
+    does = {"add_bos_token": tokenizer.bos_token_id in front, "add_prefix_space": first.startswith(_SPACES)}
+    if tokenizer.bos_token_id is None:
+        del does["add_bos_token"]
+    for name, done in does.items():
+        # transformers 4 went by the setting, transformers 5 goes by the file alone.
+        if isinstance(settings.get(name), bool) and settings[name] != done:
+            raise UserError(
+                f"{folder}: {name} is {str(settings[name]).lower()} in {_SETTINGS}, which {_FILE} does not follow; "
+                "nor do all versions of transformers agree which of them holds: make the two say the same"
+            )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -118,19 +142,58 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: text as it is, a conversation through the chat template with the assistant's turn opened.
 
     Raises:
-        UserError: a conversation for a tokenizer without chat template, or an empty prompt.
+        UserError: a conversation for a tokenizer without chat template, or that its template refuses; or an empty prompt.
     """
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt)
     else:
-        if not tokenizer.chat_template:
-            raise UserError("this tokenizer has no chat template: use --format completion, or an instruct model")
-        turns = [message.to_json() for message in prompt]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        (ids,) = _ids(tokenizer, [text], begins=False)
+        (ids,) = _ids(tokenizer, [_written_out(tokenizer, prompt)], begins=False)
     if not ids:
         raise UserError("a prompt is empty: generation needs at least one token")
     return ids
+
+
+def _written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
+    """A conversation as its model's template writes it, with the assistant's turn opened, and no thinking before the answer.
+
+    Where the template takes no system turn, or leaves it out, its text goes before that of the user's turn after it.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template: use --format completion, or an instruct model")
+    asked = turns[1:] if turns and turns[0].role == "system" else ()
+    try:
+        text = _by_template(tokenizer, turns)
+        if not asked or turns[0].content.strip() in text:
+            return text
+    except UserError:
+        if not asked:
+            raise
+    both = f"{turns[0].content}\n\n{asked[0].content}"
+    return _by_template(tokenizer, (replace(asked[0], content=both), *asked[1:]))
+
+
+def _by_template(tokenizer: Any, turns: tuple[Message, ...]) -> str:
+    try:
+        if "bos_token" in tokenizer.get_chat_template() and tokenizer.bos_token is None:
+            raise ValueError(f"it writes bos_token, and {_SETTINGS} names none")
+        messages = [message.to_json() for message in turns]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise UserError(
+            f"the tokenizer's chat template refuses the conversation: {str(error).splitlines()[0]}; "
+            "use --format completion, or mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)"
+        ) from error
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text that ``tokens`` continue a text with; special tokens are left out.
+
+    A sentencepiece decoder takes away the space that its tokenizer puts before a *text*; a continuation's own stays, so that
+    prompt and continuation together are the text that was written.
+    """
+    before = _ids(tokenizer, ["a"], begins=False)[0] if tokenizer.backend_tokenizer.decoder else []
+    settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode([*before, *tokens], **settings)[len(tokenizer.decode(before, **settings)) :]
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], *, begins: bool = True) -> list[list[int]]:

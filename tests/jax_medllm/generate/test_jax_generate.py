@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.generate.cached_decoder import Decoder
+from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill
 from jax_medllm.generate.queue import generate
 from jax_medllm.generate.sampling import sample_tokens
 from jax_medllm.generate.scorer import Scorer
@@ -40,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return Decoder(model, END)
+    return Decoder(model, (END,))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,19 @@ def test_a_text_that_ends_at_exactly_the_longest_length_has_ended(decoder, promp
         for most, finish in ((len(tokens), "stop"), (len(tokens) - 1, "length")):
             (found,) = generate(decoder, prompts, Sampling(max_new_tokens=most), text_of, 4)[i]
             assert (found.tokens, found.finish) == (tokens[:most], finish)
+
+
+def test_a_row_is_finished_on_the_device_at_any_end_token_and_filled_up_with_the_first(model, prompts, scores):
+    tokens, _ = plain_greedy(scores, prompts[0], 19)
+    place = next(i for i in range(2, 7) if tokens[i] not in tokens[:i])
+    decoder = Decoder(model, (END, 31, tokens[place]))
+    given = np.asarray([prompts[0]], np.int32)
+    zero = np.zeros(1, np.int32)
+    fill = Fill(given, np.array([given.shape[1]], np.int32), zero, zero, jax.random.split(jax.random.key(0), 1))
+    slots, written = decoder.extend(decoder.fill(decoder.empty(1, 64), None, fill), None, Sampling(max_new_tokens=19))
+    assert written[0].tolist() == [*tokens[: place + 1], *[END] * (CHUNK - place - 1)]
+    assert slots.finished.all()
+    assert slots.made[0] == place + 1
 
 
 def test_prompts_without_a_common_beginning_are_continued_alike(decoder, scores):

@@ -30,7 +30,7 @@ class Rows:
 class Counting:
     """A decoder whose answer to a prompt is as many words as the prompt's last token says."""
 
-    end: int = END
+    ends: tuple[int, ...] = (END,)
     config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(max_positions=100_000))
     prefixes: list[int] = field(default_factory=list)
     read: list[tuple[int, ...]] = field(default_factory=list)

@@ -93,7 +93,7 @@ def test_72b_in_nf4_takes_about_41_gigabytes():
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_decoding_rows_of_different_lengths_equals_one_pass_over_each(quantization):
     model = build(quantization=quantization, lora=LoraConfig(rank=4))
-    decoder = Decoder(model, end=-1)
+    decoder = Decoder(model, ends=(-1,))
     tokens, lengths, target = random_tokens(3, 7), [7, 3, 5], [2, 0, 1]
     slots = decoder.fill(decoder.empty(3, 16), None, fill(tokens, lengths, target))
     prompts_read = hidden(model, tokens)
@@ -107,7 +107,7 @@ def test_decoding_rows_of_different_lengths_equals_one_pass_over_each(quantizati
 
 def test_a_prefix_computed_once_serves_every_row():
     model = build()
-    decoder = Decoder(model, end=-1)
+    decoder = Decoder(model, ends=(-1,))
     tokens = random_tokens(3, 10).at[:, :6].set(random_tokens(6))
     slots = decoder.fill(decoder.empty(3, 4), decoder.prefix(tokens[0, :6].tolist()), fill(tokens[:, 6:], [4, 2, 3], [0, 1, 2]))
     expected = hidden(model, tokens)
@@ -116,7 +116,7 @@ def test_a_prefix_computed_once_serves_every_row():
 
 
 def test_a_full_row_that_has_ended_is_not_overwritten_while_others_go_on():
-    decoder = Decoder(build(), end=-1)
+    decoder = Decoder(build(), ends=(-1,))
     slots = decoder.fill(decoder.empty(2, 4), None, fill(random_tokens(2, 4), [4, 2], [0, 1]))
     before = jax.tree.map(np.array, slots.own)
     slots, _ = decoder.extend(replace(slots, finished=jnp.array([True, False])), None, Sampling())

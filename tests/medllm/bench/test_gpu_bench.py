@@ -131,7 +131,7 @@ def test_bytes_of_a_decoding_step_are_those_of_the_arrays_it_reads(size):
 
 def test_bytes_of_a_cache_are_those_of_the_decoders():
     model = random_model(SMOKE.model.architecture, quantization="nf4", dtype="bfloat16", rank=None)
-    held = jax.tree.leaves(Decoder(model, end=0).empty(SMOKE.decode_rows, SMOKE.decode_tokens).own)
+    held = jax.tree.leaves(Decoder(model, ends=(0,)).empty(SMOKE.decode_rows, SMOKE.decode_tokens).own)
     tokens = SMOKE.decode_tokens + CHUNK
     cache = arithmetic.decode_bytes(SMOKE.model, SMOKE.decode_rows, tokens) - arithmetic.decode_bytes(SMOKE.model, 0, 0)
     assert cache == sum(part.nbytes for part in held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from medllm.corpus.packing import tokenize_documents
 from medllm.errors import UserError
 from medllm.exam.evaluation import score_options
 from medllm.exam.problem import Problem
-from medllm.model.tokenizer import Message, encode, encode_continuation, encode_prompt, load_tokenizer
+from medllm.model.tokenizer import Message, encode, encode_continuation, encode_prompt, encode_texts, load_tokenizer
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import tokenize_preferences
 
@@ -109,7 +110,53 @@ def test_what_merges_into_its_prompt_is_tokenized_by_itself_and_begins_no_text(t
     assert tokenizer.decode(completion) == "y"
 
 
-def test_a_tokenizer_that_ends_every_text_by_itself_is_refused(tmp_path):
-    byte_level("<bos> $A <eos>").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="puts a token behind every text"):
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system') }}", "{{ messages[0]['content'] + 1 }}"])
+def test_a_template_that_refuses_a_conversation_is_a_users_error(tokenizer, monkeypatch, template):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    for turns in ((Message("user", "x"),), (Message("system", "s"), Message("user", "x"))):
+        with pytest.raises(UserError, match=r"refuses the conversation: .*; use --format completion"):
+            encode_prompt(tokenizer, turns)
+
+
+def test_the_system_text_goes_into_the_users_turn_where_the_template_leaves_it_out(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}")
+    ids = encode_prompt(tokenizer, (Message("system", "Be brief."), Message("user", "x"), Message("user", "z")))
+    assert tokenizer.decode(ids) == "[Be brief.\n\nx][z]"
+
+
+def test_a_template_that_writes_a_bos_needs_one(tmp_path):
+    byte_level("<bos> $A").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"writes bos_token, and tokenizer_config\.json names none"):
+        encode_prompt(load_tokenizer(tmp_path), (Message("user", "x"),))
+
+
+@pytest.mark.parametrize(
+    ("template", "changed", "named"),
+    [
+        ("<bos> $A <eos>", {}, "puts a token behind every text"),
+        ("<bos> $A", {"add_bos_token": False}, "add_bos_token is false in tokenizer_config.json"),
+        (None, {"add_bos_token": True}, "add_bos_token is true in tokenizer_config.json"),
+        (None, {"add_prefix_space": True}, "add_prefix_space is true in tokenizer_config.json"),
+        (None, {"split_special_tokens": True}, "does not read its end-of-text token <eos> as one token"),
+        (None, {"auto_map": {"AutoTokenizer": ["own.Own", None]}}, "asks for code of its own"),
+        (None, {"eos_token": None}, "has no end-of-text token"),
+    ],
+)
+def test_a_tokenizer_that_training_and_generation_could_not_use_alike_is_refused(tmp_path, template, changed, named):
+    byte_level(template).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **changed}))
+    with pytest.raises(UserError, match=named):
         load_tokenizer(tmp_path)
+
+
+def test_truncation_and_padding_in_the_file_cut_and_fill_no_text(tmp_path):
+    byte_level(None).save_pretrained(tmp_path)
+    core = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    core.enable_truncation(4)
+    core.enable_padding(length=6)
+    core.save(str(tmp_path / "tokenizer.json"))
+    assert list(map(len, encode_texts(load_tokenizer(tmp_path), ["a", "abcdefgh"]))) == [1, 8]

@@ -1,4 +1,4 @@
-"""A folder's tokenizer is the one transformers' AutoTokenizer makes of it, without the price of importing torch."""
+"""A folder's tokenizer has the tokens of transformers' AutoTokenizer, without the price of importing torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ TEXTS = ("第3問 アモキ病の徴候はどれか。\n", "don't 12 34  two spa
 @pytest.mark.parametrize(
     "named", [None, "TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast"]
 )
-def test_is_what_autotokenizer_makes_of_the_folder(tmp_path, model, named):
+def test_has_the_tokens_that_autotokenizer_makes_of_the_folder(tmp_path, model, named):
     settings = json.loads((BASE / "tokenizer_config.json").read_text())
     settings.pop("tokenizer_class", None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **({"tokenizer_class": named} if named else {})}))
     for name in ("tokenizer.json", *(["config.json"] if model else [])):
         shutil.copy(BASE / name, tmp_path / name)
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
-    assert type(ours) is type(theirs)
     assert ours.eos_token_id == theirs.eos_token_id
     assert ours.get_vocab() == theirs.get_vocab()
     for text in TEXTS:
@@ -38,13 +37,12 @@ def test_is_what_autotokenizer_makes_of_the_folder(tmp_path, model, named):
         assert ours.decode(ids) == theirs.decode(ids)
 
 
-def test_another_kind_of_tokenizer_is_left_to_autotokenizer(tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+def test_special_tokens_that_only_the_class_names_are_its(tmp_path):
+    for name in ("tokenizer.json", "config.json"):
         shutil.copy(BASE / name, tmp_path / name)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
-    assert type(load_tokenizer(tmp_path)) is type(theirs)
+    assert load_tokenizer(tmp_path).special_tokens_map == theirs.special_tokens_map
+    assert theirs.eos_token == "<|endoftext|>"
 
 
 def test_the_jax_engine_trains_and_answers_without_importing_torch(tmp_path):
