@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from medllm.architecture import EMBEDDING, HEAD
-from medllm.model.directory import WEIGHTS
+from medllm.model.files import WEIGHTS
 
 Tensors = dict[str, torch.Tensor]
 SKIPPED = ("lm_head", "model.layers.0.mlp", "v_proj", r"model\.layers\.1\.self_attn\.o.*")

@@ -18,7 +18,8 @@ from medllm.architecture import HEAD
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter
-from medllm.model.directory import INDEX, WEIGHTS, ModelDirectory
+from medllm.model.directory import ModelDirectory
+from medllm.model.files import INDEX, WEIGHTS
 from medllm.quantization import Quantization
 from parity_tests.folders import (
     Tensors,

@@ -12,24 +12,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture
 from medllm.errors import UserError
+from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, read_json, stored_tensors
 from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
 from medllm.run import atomic_path, write_json
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -53,15 +51,6 @@ _COMPANIONS = (
 )
 _ROTARY_BUFFER = re.compile(r"rotary_emb\.inv_freq")
 _ROTARY_TOLERANCE = 2.0**-7  # old checkpoints hold the frequencies in their 16-bit type
-_PIECE = 1 << 22  # numbers of a table that are compared at a time
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor is: the file, and its name there."""
-
-    file: Path
-    name: str
 
 
 class ModelDirectory:
@@ -175,13 +164,13 @@ class ModelDirectory:
                 )
 
     @cached_property
-    def _stored(self) -> dict[str, _Stored]:
+    def _stored(self) -> dict[str, Stored]:
         """Tensor name → where it is, as transformers opens it."""
-        found: dict[str, _Stored] = {}
-        for one in self._in_files():
+        found: dict[str, Stored] = {}
+        for one in stored_tensors(self.path, self.config):
             if _ROTARY_BUFFER.search(one.name):
                 continue
-            name = _opened_name(one.name)
+            name = opened_name(one.name)
             if name in found:
                 both = f"{found[name].name} and {one.name}"
                 raise UserError(f"{one.file}: {both} are the same tensor to transformers; leave one of them")
@@ -189,41 +178,14 @@ class ModelDirectory:
         if self.config.get("tie_word_embeddings") and HEAD in found:
             if EMBEDDING not in found:
                 found[EMBEDDING] = found.pop(HEAD)
-            elif _equal(found[EMBEDDING], found[HEAD]):
+            elif equal_tables(found[EMBEDDING], found[HEAD]):
                 del found[HEAD]
         return found
 
     @cached_property
-    def _buffers(self) -> dict[str, _Stored]:
+    def _buffers(self) -> dict[str, Stored]:
         """The rotary frequencies in it, which are no weights."""
-        return {one.name: one for one in self._in_files() if _ROTARY_BUFFER.search(one.name)}
-
-    def _in_files(self) -> Iterator[_Stored]:
-        """Every tensor of the files that count: one file before an index, and of an index all that its shards hold."""
-        named = self.config.get("transformers_weights")
-        single, index = self.path / WEIGHTS, self.path / INDEX
-        if named not in (None, WEIGHTS if single.exists() else INDEX):
-            raise UserError(f"{self.path}/config.json: transformers_weights names {named}; only {WEIGHTS} or {INDEX} is read")
-        if single.exists():
-            yield from (_Stored(single, name) for name in _names_in(single))
-            return
-        if not index.exists():
-            raise UserError(f"{self.path}: no {WEIGHTS} and no {INDEX}; only safetensors weights are read")
-        weight_map = read_json(index, "the index of a sharded model").get("weight_map", {})
-        missing = sorted({name for name in weight_map.values() if not (self.path / name).exists()})
-        if missing:
-            raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); copy all shards")
-        held = {shard: _names_in(self.path / shard) for shard in sorted(set(weight_map.values()))}
-        for name, shard in weight_map.items():
-            if name not in held[shard]:
-                raise UserError(f"{self.path / shard}: the index places {name} here, but the file has no such tensor")
-        for shard, names in held.items():
-            for name in names:
-                if weight_map.get(name) != shard:  # transformers opens it all the same, instead of what the index names
-                    raise UserError(
-                        f"{self.path / shard}: holds {name}, which {INDEX} does not place here; copy the whole model"
-                    )
-                yield _Stored(self.path / shard, name)
+        return {one.name: one for one in stored_tensors(self.path, self.config) if _ROTARY_BUFFER.search(one.name)}
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -264,7 +226,7 @@ class ModelDirectory:
         with open_safetensors(self.file(name)) as stream:
             return stream.get_slice(self._place(name).name)[index]
 
-    def _place(self, name: str) -> _Stored:
+    def _place(self, name: str) -> Stored:
         if name not in self._stored:
             raise UserError(f"{self.path}: has no tensor {name}; the model does not match its config.json or is incomplete")
         return self._stored[name]
@@ -324,60 +286,6 @@ def _check_finite(path: Path, name: str, value: np.ndarray) -> None:
             f"{path}: is not written, {name} would hold NaN or infinity: what it is made of holds it, or is too large for "
             f"{value.dtype}; mend the model or the adapter it comes from"
         )
-
-
-def open_safetensors(file: Path) -> Any:
-    """A safetensors file, read lazily by tensor and slice.
-
-    Raises:
-        UserError: it is not there, is truncated or of another format.
-    """
-    try:
-        return safe_open(str(file), framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error}); it may be truncated: copy it again") from error
-
-
-def read_json(file: Path, expectation: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: the file is missing (``expectation`` says what it is for), or is no JSON object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent}: no {file.name} here; {expectation}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: a JSON object was expected, found {type(value).__name__}")
-    return value
-
-
-def _names_in(file: Path) -> dict[str, None]:
-    """Names of the tensors of a file, in their order there."""
-    with open_safetensors(file) as stream:
-        return dict.fromkeys(stream.keys())
-
-
-def _opened_name(stored: str) -> str:
-    """The name under which transformers opens a tensor: a prefix of the decoder's own is added or taken off."""
-    if stored.startswith(("model.model.", f"model.{HEAD}")):
-        return stored.removeprefix("model.")
-    return f"model.{stored}" if stored.startswith(("layers.", "norm.", "embed_tokens.")) else stored
-
-
-def _equal(one: _Stored, other: _Stored) -> bool:
-    """Whether two tables have the same shape and the same numbers, whatever their types."""
-    with open_safetensors(one.file) as first, open_safetensors(other.file) as second:
-        parts = first.get_slice(one.name), second.get_slice(other.name)
-        shape = parts[0].get_shape()
-        if shape != parts[1].get_shape():
-            return False
-        step = max(1, _PIECE // shape[-1])
-        rows = (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-        return all(np.array_equal(*(part[some].astype(np.float32) for part in parts)) for some in rows)
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
