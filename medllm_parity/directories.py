@@ -9,7 +9,6 @@ from transformers import AutoConfig
 from transformers import PreTrainedConfig as HfConfig
 
 from jax_medllm.weights.bnb_files import stored, suffixes
-from medllm.architecture import HEAD
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
@@ -27,12 +26,12 @@ def check_directory(directory: ModelDirectory, quantization: Quantization) -> No
     read_hf_config(directory.path)
     packed = {name: kept for name in expected if (kept := stored(directory, name))}
     parts = {f"{name}{suffix}" for name, kept in packed.items() for suffix in suffixes(kept.kind)}
-    known = {*expected, *parts, HEAD}  # some savers write a tied matrix twice
+    known = {*expected, *parts}
     for name in [*expected, *sorted(parts)]:
         if name not in directory:
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
     for name in directory.names():
-        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+        if name not in known:
             raise UserError(f"{directory.path}: holds {name}, which a model with this config.json does not have")
     for name, tensor in expected.items():
         if name in packed and not ((kind := packed[name].kind.name) == quantization and tensor.kind == "linear"):
@@ -40,6 +39,7 @@ def check_directory(directory: ModelDirectory, quantization: Quantization) -> No
         found = packed[name].shape if name in packed else directory.shape(name)
         if found != tensor.shape:
             raise UserError(f"{directory.path}: {name} has shape {found}; its config.json makes it {tensor.shape}")
+    directory.check_quantization(quantization)
 
 
 def check_same_shape(ours: ModelDirectory, theirs: ModelDirectory) -> None:

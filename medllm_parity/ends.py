@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from flax import nnx
 from jaxtyping import Array
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import PreTrainedConfig as HfConfig
 
 from jax_medllm.model.decoder import RMSNorm, head_logits
@@ -126,7 +128,7 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
     place = torch.from_numpy(real)
     jax_hidden, torch_hidden, truth_hidden = states.jax[real], states.torch[place], states.truth[place]
     half = len(truth_hidden) // 2
-    names = [table_name(directory) for directory in (ours, theirs)]
+    names = [table_name(ours), hf_table_name(theirs.path)]
     vocab, width = ours.shape(names[0])
     targets = _next_tokens(rows)
     own, common = _Worst(), _Worst()
@@ -153,8 +155,24 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
 
 
 def table_name(directory: ModelDirectory) -> str:
-    """The output table's name: the embedding's where the two are tied."""
+    """The output table's name for the JAX stack: the embedding's where the two are tied."""
     return EMBEDDING if directory.architecture.tie_embeddings else HEAD
+
+
+@cache
+def hf_table_name(path: Path) -> str:
+    """The output table's name for the torch stack: transformers opens the folder's tables, and says whether they are tied.
+
+    Where ``config.json`` ties none, nothing is opened; else memory holds the two tables, until they are compared.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if not config.tie_word_embeddings:
+        return HEAD
+    without_layers = {**config.to_dict(), "num_hidden_layers": 0, "layer_types": None, "quantization_config": None}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=type(config).from_dict(without_layers), dtype="auto", local_files_only=True, use_safetensors=True
+    )
+    return EMBEDDING if model.lm_head.weight is model.model.embed_tokens.weight else HEAD
 
 
 def _next_tokens(rows: Rows) -> np.ndarray:

@@ -22,7 +22,7 @@ from jax_medllm.model.decoder import RMSNorm
 from jax_medllm.model.logprobs import token_logprobs
 from medllm.architecture import NORM, Architecture
 from medllm.model.directory import ModelDirectory
-from medllm_parity.ends import as_numpy, read_table, table_name, torch_norm
+from medllm_parity.ends import as_numpy, hf_table_name, read_table, torch_norm
 from medllm_parity.jax_layer import JaxLayer
 from medllm_parity.measure import Values
 from medllm_parity.rows import Rows
@@ -68,7 +68,7 @@ def of_last_state(
     counted = torch.from_numpy(rows.predicted)
     weights = counted / counted.sum()
     targets = torch.from_numpy(rows.tokens[:, 1:]).long()
-    table = to_torch(theirs.read(table_name(theirs)), dtype)
+    table = to_torch(theirs.read(hf_table_name(theirs.path)), dtype)
     reference = _torch_gradient(torch_norm(theirs, configs[1], dtype), table, rounded, targets, weights)
     norm = torch_norm(theirs, configs[1], dtype, lifted=True)
     truth = _torch_gradient(norm, table, rounded.double(), targets, weights.double())

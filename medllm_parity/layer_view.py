@@ -35,7 +35,8 @@ class LayerView(ModelDirectory):
 
     def __init__(self, directory: ModelDirectory, index: int, quantization: Quantization, dtype: torch.dtype):
         self.path = directory.path
-        self.config = {**directory.config, "num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": True}
+        shown = {"num_hidden_layers": 1, "vocab_size": 1, "tie_word_embeddings": True, "quantization_config": None}
+        self.config = {**directory.config, **shown}  # names of layers in a quantization are those of the whole model
         self._directory = directory
         self._prefix = f"{layer_path(index)}."
         self.kind = KINDS.get(quantization)
@@ -46,6 +47,11 @@ class LayerView(ModelDirectory):
         """Names of all tensors."""
         shown = [self._shown(name) for name in self._directory.names() if name.startswith(self._prefix)]
         return [*_AROUND, *shown, *(f"{name}{part}" for name in shown if self._quantizes(name) for part in self._suffixes())]
+
+    @property
+    def packed(self) -> bool:
+        """Whether what is dense in it is so by choice."""
+        return self._directory.packed
 
     def __contains__(self, name: str) -> bool:
         stem, part = self._split(name)
@@ -97,7 +103,7 @@ class LayerView(ModelDirectory):
 
     def _quantizes(self, shown: str) -> bool:
         """Whether a weight is dense on disk and shown in 4 bits."""
-        if self.kind is None or not shown.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR)):
+        if self.kind is None or self._directory.packed or not shown.endswith(tuple(f".{kind}.weight" for kind in ALL_LINEAR)):
             return False
         name = self._name(shown)
         return name in self._directory and f"{name}{DESCRIPTION}" not in self._directory

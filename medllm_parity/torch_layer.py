@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from jax_medllm.weights.bnb_files import stored, suffixes
 from medllm.architecture import PROJECTIONS, layer_path
@@ -74,7 +75,8 @@ class TorchLayer:
         for name, expected in layer.state_dict().items():
             stem, _, leaf = name.rpartition(".")
             module = layer.get_submodule(stem)
-            if quantization in PACKINGS and leaf == "weight" and stem in PROJECTIONS.values():
+            linear = leaf == "weight" and stem in PROJECTIONS.values()
+            if quantization in PACKINGS and linear and _converts(config, prefix + stem):
                 weight = _weight4bit(directory, prefix + name, dtype, PACKINGS[quantization].double)
                 replacement = _linear4bit(weight, expected.shape, module.bias, dtype)
                 layer.set_submodule(stem, replacement)
@@ -195,6 +197,12 @@ def _adapted(stem: _Stem, index: int, adapters: Sequence[Adapter]) -> peft.PeftM
     if wrapped is not None:
         wrapped.base_model.set_adapter(names)
     return wrapped
+
+
+def _converts(config: Any, module: str) -> bool:
+    """Whether transformers makes a linear layer of the model one of 4 bits, by what the folder says of its quantization."""
+    said = getattr(config, "quantization_config", None) or {}
+    return should_convert_module(module, said.get("llm_int8_skip_modules") or [])
 
 
 def _weight4bit(directory: ModelDirectory, name: str, dtype: torch.dtype, double: bool) -> bnb.nn.Params4bit:

@@ -15,7 +15,7 @@ from typing import Any
 
 import peft
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -24,7 +24,7 @@ from medllm.errors import UserError
 from medllm.model.adapter import open_adapters
 from medllm.model.directory import ModelDirectory
 from medllm.model.tokenizer import check_vocabulary, load_tokenizer
-from medllm.quantization import PACKINGS, check_stored
+from medllm.quantization import PACKINGS
 from torch_ref.switches import check_switches
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,7 +60,7 @@ def check_model(model: ModelConfig) -> ModelDirectory:
         raise UserError(f"{model.path}: config.json asks for code of its own (auto_map); code in model folders is never run")
     if "vocab_size" not in folder.config:
         raise UserError(f"{model.path}/config.json: no vocab_size; a causal language model was expected")
-    check_stored(folder.path, folder.config, model.quantization)
+    folder.check_quantization(model.quantization)
     open_adapters(model.adapters, folder)
     return folder
 
@@ -104,7 +104,8 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
         raise UserError(
             f"{model.path}: {unused} has no place in a {base.config.model_type} model; config.json is another model's"
         )
-    _settle_quantized_layers(base, dtype)
+    _check_rotation(folder, base.config)
+    _settle_types(base, dtype)
     base.requires_grad_(False).eval()
     if not model.adapters:
         return base
@@ -118,10 +119,17 @@ def open_model(model: ModelConfig, switches: TorchConfig | None = None) -> PreTr
     return adapted.eval()
 
 
+def _check_rotation(folder: ModelDirectory, config: Any) -> None:
+    """Look at rotary frequencies in the checkpoint, which transformers drops."""
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if theta is not None:
+        folder.check_rotation(theta, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _quantized_on_opening(folder: ModelDirectory, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What transformers is told to quantize; nothing of a directory stored in 4 bits, which says so itself."""
     packing = PACKINGS.get(model.quantization)
-    if packing is None or "quantization_config" in folder.config:
+    if packing is None or folder.config.get("quantization_config"):
         return {}
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -202,10 +210,19 @@ def _update(layer: LoraLayer, name: str) -> Any:
     return add
 
 
-def _settle_quantized_layers(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def _settle_types(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Weights and computation in ``dtype``.
+
+    Of a folder in 4 bits transformers leaves what is dense in the type it is stored in, whatever it is asked for, and packed
+    weights are rounded first to the type they had when they were packed.
+    """
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             # On a CPU with AVX512-BF16 an evaluation-mode forward would repack the weight for inference only; biased layers
             # then raise, and layers without bias train on with gradients that are None.
             layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            layer.weight.quant_state.dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(dtype)

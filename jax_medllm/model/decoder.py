@@ -55,6 +55,7 @@ class _Build:
     frozen_loras: tuple[LoraConfig, ...]
     reference: bool
     quantization: Quantization
+    dense: frozenset[str]
     dtype: jnp.dtype
     rngs: nnx.Rngs
 
@@ -73,7 +74,7 @@ class _Build:
             lora=self.lora,
             frozen_loras=self.frozen_loras,
             reference=self.reference,
-            quantization=self.quantization,
+            quantization="none" if target in self.dense else self.quantization,
             dtype=self.dtype,
             rngs=self.rngs,
         )
@@ -182,6 +183,7 @@ class Qwen2(nnx.Module):
         frozen_loras: Adapters that belong to the model (``FrozenLoraParam``), in the order they are added.
         reference: The trained adapter has a frozen counterpart, which takes its place where it is switched off.
         quantization: How the seven linear kinds are held; embeddings, norms and biases stay in ``dtype``.
+        dense: Kinds among them that stay in ``dtype`` too.
         dtype: Type of weights and computation; LoRA matrices are fp32.
         rngs: Keys of the random base weights. To load weights instead use :func:`jax_medllm.weights.read.load_model`.
     """
@@ -194,10 +196,11 @@ class Qwen2(nnx.Module):
         frozen_loras: tuple[LoraConfig, ...] = (),
         reference: bool = False,
         quantization: Quantization = "none",
+        dense: frozenset[str] = frozenset(),
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        build = _Build(config, lora, frozen_loras, reference, quantization, jnp.dtype(dtype), rngs)
+        build = _Build(config, lora, frozen_loras, reference, quantization, dense, jnp.dtype(dtype), rngs)
         self.config = config
         self.lora = lora
         self.frozen_loras = frozen_loras

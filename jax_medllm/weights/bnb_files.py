@@ -53,10 +53,9 @@ def stored(directory: ModelDirectory, name: str) -> Stored | None:
     for found, mark in marks.items():
         if mark in directory:
             raise _not_read(directory, mark, name, f"is stored in bitsandbytes' {found}", ", ".join(("dense", *KINDS)))
-    description = f"{name}{DESCRIPTION}"
-    if description not in directory:
+    description, state = f"{name}{DESCRIPTION}", directory.description(name)
+    if state is None:
         return None
-    state = _state(directory, name)
     nested = {kind.described.get("nested_blocksize"): kind for kind in KINDS.values()}
     for key, read in {"quant_type": ("nf4",), "blocksize": (BLOCK,), "nested_blocksize": tuple(nested)}.items():
         if (value := state.get(key)) not in read:
@@ -147,14 +146,3 @@ def packed_config(config: Mapping[str, Any], quantization: Quantization, dtype: 
 
 def _not_read(directory: ModelDirectory, tensor: str, name: str, found: str, read: str) -> UserError:
     return UserError(f"{directory.file(tensor)}: {name} {found}; {read} can be read")
-
-
-def _state(directory: ModelDirectory, name: str) -> dict[str, Any]:
-    """bitsandbytes' description of a packed weight."""
-    try:
-        state = json.loads(directory.read(f"{name}{DESCRIPTION}").tobytes())
-    except ValueError:
-        state = None
-    if not isinstance(state, dict):
-        raise UserError(f"{directory.path}: {name}{DESCRIPTION} is not the JSON bitsandbytes writes; copy it again")
-    return state

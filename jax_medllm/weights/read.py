@@ -4,6 +4,9 @@ One rule maps an array of the model to its tensors on disk, in both directions: 
 path, orientation included, and an array below ``layers`` is the stack of one tensor a layer. Tensors are read some rows at a
 time into their place in the stack, quantized on the way, so beside the model memory holds a piece of one tensor.
 
+Of a directory in 4 bits, a kind of linear layer of which any layer is stored dense is held dense in all of them, its packed
+weights as the numbers they are multiplied as: one array has one type in all layers. That costs memory, not accuracy.
+
 A model's own adapters (``ModelConfig.adapter``) stay frozen low-rank terms beside the weight, as PEFT computes them; nothing is
 ever added to a quantized weight. Adapters' own arrays are :mod:`jax_medllm.weights.adapters`'.
 """
@@ -31,10 +34,9 @@ from jax_medllm.model.quantized_weight import QuantizedWeight
 from jax_medllm.weights.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
 from jax_medllm.weights.bnb_files import packed_config, packed_parts, read_packed, stored, suffixes
 from jax_medllm.weights.filling import Stack
-from medllm.architecture import Architecture
-from medllm.config import LoraConfig, ModelConfig
+from medllm.config import ALL_LINEAR, LoraConfig, ModelConfig
 from medllm.errors import UserError
-from medllm.model.adapter import Adapter, read_adapter
+from medllm.model.adapter import Adapter, module_name, read_adapter
 from medllm.model.directory import ModelDirectory, write_model
 from medllm.quantization import Quantization
 
@@ -82,6 +84,7 @@ def read_model(
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     settings = lora.lora if isinstance(lora, Adapter) else lora
+    dense = _dense_kinds(directory)
 
     def build() -> Qwen2:
         return Qwen2(
@@ -90,13 +93,14 @@ def read_model(
             frozen_loras=tuple(one.lora for one in adapters),
             reference=isinstance(lora, Adapter),
             quantization=quantization,
+            dense=dense,
             dtype=jnp.dtype(dtype),
             rngs=nnx.Rngs(0),
         )
 
     model = nnx.eval_shape(build)
     slots = _base_slots(model)
-    _check_tensors(directory, slots, directory.architecture)
+    _check_tensors(directory, slots, quantization)
     given = {frozen(index): one for index, one in enumerate(adapters)}
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}
@@ -165,7 +169,7 @@ def write_quantized(
     for name in slots:
         if stored(directory, name) is not None:
             raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")
-    _check_tensors(directory, slots, config)
+    _check_tensors(directory, slots, quantization)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, slot in slots.items():
@@ -177,7 +181,7 @@ def write_quantized(
                 raise _not_finite(directory, name)
             yield from packed_parts(name, weight, dtype)
 
-    packed = packed_config(directory.config, quantization, dtype)
+    packed = packed_config(directory.settled_config, quantization, dtype)
     write_model(out, packed, tensors(), shard_bytes=shard_bytes, companions_from=source)
 
 
@@ -225,35 +229,54 @@ def _tensor_name(path: Path, layer: int | None) -> str:
     return ".".join(["model", *parts])
 
 
-def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], config: Architecture) -> None:
+def _dense_kinds(directory: ModelDirectory) -> frozenset[str]:
+    """Of a directory in 4 bits, the linear kinds of which a layer is stored dense; none of a dense one."""
+    if not directory.packed:
+        return frozenset()
+    layers = range(directory.architecture.num_layers)
+    return frozenset(
+        kind for kind in ALL_LINEAR if any(stored(directory, f"{module_name(layer, kind)}.weight") is None for layer in layers)
+    )
+
+
+def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], quantization: Quantization) -> None:
     """All names and shapes, before the first tensor is read."""
+    known, declared = set(slots), directory.architecture.tensors
     for name, slot in slots.items():
         if name not in directory:
             raise UserError(f"{directory.path}: has no tensor {name}, which its config.json asks for; copy the whole model")
         packed = stored(directory, name)
-        if packed and packed.kind is not slot.kind:
+        if packed:
             kind = packed.kind.name
-            raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
+            if declared[name].kind != "linear":
+                raise UserError(
+                    f"{directory.path}: {name} is stored as {kind}; only a decoder layer's linear layers are read so"
+                )
+            if kind != quantization:
+                raise UserError(
+                    f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}"
+                )
+            known |= {f"{name}{suffix}" for suffix in suffixes(packed.kind)}
         shape = packed.shape if packed else directory.shape(name)
         if shape != slot.shape:
             raise UserError(f"{directory.path}: {name} has shape {shape}; its config.json makes it {slot.shape}")
         if not packed and not jnp.issubdtype(directory.dtype(name), jnp.floating):
             raise UserError(f"{directory.path}: {name} is stored as {directory.dtype(name)}; a dense or nf4 weight is needed")
-    known = set(slots) | {f"{name}{suffix}" for name, slot in slots.items() if slot.kind for suffix in suffixes(slot.kind)}
-    if config.tie_embeddings:
-        known.add("lm_head.weight")  # some savers write the tied matrix twice
     for name in directory.names():
-        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+        if name not in known:
             raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
+    directory.check_quantization(quantization)
 
 
 def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot: _Slot, dtype: Any) -> Any:
     """Read one tensor into its place, quantized where the model is; false where it has numbers that cannot be."""
+    packed = read_packed(directory, name) if stored(directory, name) else None
     if slot.kind is None:
-        for row, piece in _pieces(directory, name, slot):
+        pieces = _pieces(directory, name, slot) if packed is None else [(0, _dequantized(packed, dtype))]
+        for row, piece in pieces:
             stacks[slot.path].put(piece, slot.layer, row)
         return True
-    weight = read_packed(directory, name) if stored(directory, name) else _quantized(directory, name, slot, slot.kind, dtype)
+    weight = packed or _quantized(directory, name, slot, slot.kind, dtype)
     for part in slot.kind.parts:
         stacks[*slot.path, part].put(getattr(weight, part), slot.layer)
     return weight.finite()
@@ -278,6 +301,11 @@ def _quantized(directory: ModelDirectory, name: str, slot: _Slot, kind: type[Qua
 @partial(jax.jit, static_argnums=1)
 def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(rows.astype(dtype))
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantized(weight: QuantizedWeight, dtype: Any) -> jax.Array:
+    return weight.dequantize(dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from medllm.architecture import PROJECTIONS, layer_path
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
-from medllm.model.directory import ModelDirectory, open_safetensors, read_json, write_model
+from medllm.model.directory import ModelDirectory, write_model
+from medllm.model.files import open_safetensors, read_json
 from medllm.run import atomic_path, write_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -169,7 +170,7 @@ def merge_adapter(base: str | Path, adapter: str | Path | Collection[str], out: 
         out: The folder to write; tokenizer and generation config come with it.
 
     Raises:
-        UserError: the base is stored in 4 bits, or an adapter does not fit it.
+        UserError: the base is stored in 4 bits, an adapter does not fit it, or a sum is not finite.
     """
     model = ModelDirectory(base)
     adapters = open_adapters([adapter] if isinstance(adapter, str | Path) else adapter, model)
@@ -180,9 +181,10 @@ def merge_adapter(base: str | Path, adapter: str | Path | Collection[str], out: 
         for name in model.names():
             weight, module = model.read(name), name.removesuffix(".weight")
             found = [one.update(module, modules[module]) for one, modules in updates if name != module and module in modules]
-            yield name, (weight.astype(np.float32) + sum(found)).astype(weight.dtype) if found else weight
+            with np.errstate(over="ignore", invalid="ignore"):  # refused when it is written, by name
+                yield name, (weight.astype(np.float32) + sum(found)).astype(weight.dtype) if found else weight
 
-    write_model(out, model.config, merged(), companions_from=base)
+    write_model(out, model.settled_config, merged(), companions_from=base)
 
 
 def open_adapters(paths: Iterable[str | Path], base: ModelDirectory) -> list[Adapter]:
@@ -203,7 +205,7 @@ def refuse_packed(base: ModelDirectory) -> None:
     Raises:
         UserError: ``base`` is stored in 4 bits.
     """
-    if "quantization_config" in base.config:
+    if base.config.get("quantization_config") or base.packed:
         raise UserError(
             f"{base.path}: is stored in 4 bits, so there is no exact weight to merge into; give the unquantized model, or "
             "leave the adapter beside the weights (rpo --handover stack; elsewhere --model.adapter)"

@@ -2,29 +2,32 @@
 
 Only safetensors is read; a file is opened by slice, never held in memory as a whole. Everything here is numpy, so that both
 engines, and a machine with neither, can check and write models. Adapters are :mod:`medllm.model.adapter`'s.
+
+A folder holds what transformers 5 opens it as: which file counts, which name a tensor goes by, whether an output matrix is tied
+follow its rules (``PreTrainedModel.from_pretrained``). Where it would choose without a word, the folder is refused.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from medllm.architecture import Architecture
+from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture
 from medllm.errors import UserError
-from medllm.quantization import DESCRIPTION
+from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, read_json, stored_tensors
+from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
 from medllm.run import atomic_path, write_json
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -47,13 +50,18 @@ _COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
+_ROTARY_BUFFER = re.compile(r"rotary_emb\.inv_freq")
+_ROTARY_TOLERANCE = 2.0**-7  # old checkpoints hold the frequencies in their 16-bit type
 
 
 class ModelDirectory:
     """A Hugging Face model directory with a ``config.json`` and one or more safetensors files.
 
+    Tensors go by the names transformers opens them under, whatever they are called in the file.
+
     Raises:
-        UserError: no such folder, no or unreadable config, no safetensors weights, a shard named by the index is missing.
+        UserError: no such folder, no or unreadable config; on reading: no safetensors weights, a shard named by the index is
+            missing or holds other tensors than the index says, two tensors that are opened as the same one.
     """
 
     def __init__(self, path: str | Path):
@@ -62,77 +70,167 @@ class ModelDirectory:
             raise UserError(f"{self.path}: no such model folder; give a Hugging Face directory (--model.path)")
         self.config: dict[str, Any] = read_json(self.path / "config.json", "a Hugging Face model folder has one")
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
-        """What its ``config.json`` describes.
+        """What its ``config.json`` describes. Tables that it ties, and that differ in the checkpoint, are two.
+
+        Raises:
+            UserError: no model that is supported, or its tensors contradict it.
+        """
+        described = self.described
+        self.check_rotation(described.rotary.theta, described.head_dim)
+        return replace(described, tie_embeddings=described.tie_embeddings and HEAD not in self)
+
+    @property
+    def described(self) -> Architecture:
+        """What its ``config.json`` alone describes, before a tensor is looked at.
 
         Raises:
             UserError: no model that is supported.
         """
         return Architecture.from_hf(self.config, self.path / "config.json")
 
+    @property
+    def settled_config(self) -> dict[str, Any]:
+        """``config.json`` for a folder with this one's tensors: it ties no tables that differ."""
+        differ = self.config.get("tie_word_embeddings") and HEAD in self
+        return {**self.config, "tie_word_embeddings": False} if differ else self.config
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is stored in 4 bits; weights in it that are dense are so by choice."""
+        return any(name.endswith(DESCRIPTION) for name in self.names())
+
+    def description(self, name: str) -> dict[str, Any] | None:
+        """What bitsandbytes says of a weight it packed; None where the weight is dense, or not there.
+
+        Raises:
+            UserError: it is not JSON.
+        """
+        if (state := f"{name}{DESCRIPTION}") not in self:
+            return None
+        try:
+            said = json.loads(self.read(state).tobytes())
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise UserError(f"{self.path}: {state} is not the JSON bitsandbytes writes; copy it again")
+        return said
+
+    def check_quantization(self, quantization: Quantization) -> None:
+        """Hold linear layers against what ``config.json`` says of them, and against the setting the folder is opened with.
+
+        Raises:
+            UserError: as for :func:`medllm.quantization.check_stored`, or a layer is packed and said to be dense, dense and
+                said to be packed, or packed in another kind than ``quantization``.
+        """
+        check_stored(self.config, self.path / "config.json")
+        settings = self.config.get("quantization_config")
+        if not settings:
+            return
+        # Without a list transformers leaves the output matrix dense; with one, what the list does not name is packed.
+        linear = (*PROJECTIONS.values(), *(() if settings.get("llm_int8_skip_modules") is None else ("lm_head",)))
+        for name in self.names():
+            module = name.removesuffix(".weight")
+            if module == name or not module.endswith(linear):
+                continue
+            described = self.description(name)
+            if (described is not None) == stays_dense(module, self.config):
+                how = "in 4 bits" if described else "dense"
+                raise UserError(
+                    f"{self.file(name)}: {name} is stored {how}, and config.json says otherwise (llm_int8_skip_modules in "
+                    "quantization_config); copy the whole model"
+                )
+            if described and (kind := packing_name(described.get("nested_blocksize") is not None)) != quantization:
+                raise UserError(f"{self.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
+
+    def check_rotation(self, theta: float, head_dim: int) -> None:
+        """Hold rotary frequencies that old checkpoints carry, and nobody reads, against the model's own.
+
+        Args:
+            theta: The base of the periods.
+            head_dim: Width of a head.
+
+        Raises:
+            UserError: a layer was trained with other ones.
+        """
+        expected = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        for name, stored in self._buffers.items():
+            with open_safetensors(stored.file) as stream:
+                found = stream.get_tensor(stored.name).astype(np.float64)
+            if found.shape != expected.shape or not np.allclose(found, expected, rtol=_ROTARY_TOLERANCE, atol=1e-7):
+                raise UserError(
+                    f"{stored.file}: {name} holds other frequencies than config.json gives (rope_theta {theta:g}, {head_dim} "
+                    "channels a head); transformers leaves it unread: mend config.json, or remove the tensor"
+                )
+
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        """Tensor name → the file that holds it."""
-        index = self.path / INDEX
-        if index.exists():
-            weight_map = read_json(index, "the index of a sharded model").get("weight_map", {})
-            missing = sorted({name for name in weight_map.values() if not (self.path / name).exists()})
-            if missing:
-                raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); copy all shards")
-            return {tensor: self.path / name for tensor, name in weight_map.items()}
-        single = self.path / WEIGHTS
-        if not single.exists():
-            raise UserError(f"{self.path}: no {WEIGHTS} and no {INDEX}; only safetensors weights are read")
-        with open_safetensors(single) as stream:
-            return dict.fromkeys(stream.keys(), single)
+    def _stored(self) -> dict[str, Stored]:
+        """Tensor name → where it is, as transformers opens it."""
+        found: dict[str, Stored] = {}
+        for one in stored_tensors(self.path, self.config):
+            if _ROTARY_BUFFER.search(one.name):
+                continue
+            name = opened_name(one.name)
+            if name in found:
+                both = f"{found[name].name} and {one.name}"
+                raise UserError(f"{one.file}: {both} are the same tensor to transformers; leave one of them")
+            found[name] = one
+        if self.config.get("tie_word_embeddings") and HEAD in found:
+            if EMBEDDING not in found:
+                found[EMBEDDING] = found.pop(HEAD)
+            elif equal_tables(found[EMBEDDING], found[HEAD]):
+                del found[HEAD]
+        return found
+
+    @cached_property
+    def _buffers(self) -> dict[str, Stored]:
+        """The rotary frequencies in it, which are no weights."""
+        return {one.name: one for one in stored_tensors(self.path, self.config) if _ROTARY_BUFFER.search(one.name)}
 
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._files)
+        return list(self._stored)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._stored
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._files[name]
+        return self._place(name).file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header alone."""
-        with self._opened(name) as stream:
-            return tuple(stream.get_slice(name).get_shape())
+        with open_safetensors(self.file(name)) as stream:
+            return tuple(stream.get_slice(self._place(name).name).get_shape())
 
     def logical_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight, also where bitsandbytes stored it packed: its description keeps the shape."""
-        state = f"{name}{DESCRIPTION}"
-        return tuple(json.loads(self.read(state).tobytes())["shape"]) if state in self else self.shape(name)
+        described = self.description(name)
+        return self.shape(name) if described is None else tuple(described["shape"])
 
     def dtype(self, name: str) -> np.dtype:
         """Stored type of a tensor, read from the header alone."""
-        with self._opened(name) as stream:
-            stored = stream.get_slice(name).get_dtype()
+        with open_safetensors(self.file(name)) as stream:
+            stored = stream.get_slice(self._place(name).name).get_dtype()
         if stored not in _DTYPES:
             raise UserError(f"{self.path}: {name} is stored as {stored}; the types read are {', '.join(_DTYPES)}")
         return _DTYPES[stored]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its stored type (bf16 as ``ml_dtypes.bfloat16``)."""
-        with self._opened(name) as stream:
-            return stream.get_tensor(name)
+        with open_safetensors(self.file(name)) as stream:
+            return stream.get_tensor(self._place(name).name)
 
     def read_slice(self, name: str, index: Any) -> np.ndarray:
         """Part of a tensor; nothing else of its file is read."""
-        with self._opened(name) as stream:
-            return stream.get_slice(name)[index]
+        with open_safetensors(self.file(name)) as stream:
+            return stream.get_slice(self._place(name).name)[index]
 
-    def _opened(self, name: str) -> Any:
-        if name not in self._files:
+    def _place(self, name: str) -> Stored:
+        if name not in self._stored:
             raise UserError(f"{self.path}: has no tensor {name}; the model does not match its config.json or is incomplete")
-        stream = open_safetensors(self._files[name])
-        if name not in stream.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
-            raise UserError(f"{self._files[name]}: the index places {name} here, but the file has no such tensor")
-        return stream
+        return self._stored[name]
 
 
 def write_model(
@@ -151,6 +249,9 @@ def write_model(
         tensors: Names and values, in the order they are stored.
         shard_bytes: Size from which a new shard is begun.
         companions_from: Model folder whose tokenizer and generation config are copied along.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity.
     """
     with atomic_path(Path(path)) as scratch:
         scratch.mkdir()
@@ -166,6 +267,7 @@ def write_model(
             size = 0
 
         for name, value in tensors:
+            _check_finite(Path(path), name, value)
             if pending and size + value.nbytes > shard_bytes:
                 flush()
             pending[name] = np.ascontiguousarray(value)
@@ -178,33 +280,13 @@ def write_model(
             _copy_companions(Path(companions_from), scratch)
 
 
-def open_safetensors(file: Path) -> Any:
-    """A safetensors file, read lazily by tensor and slice.
-
-    Raises:
-        UserError: it is not there, is truncated or of another format.
-    """
-    try:
-        return safe_open(str(file), framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error}); it may be truncated: copy it again") from error
-
-
-def read_json(file: Path, expectation: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: the file is missing (``expectation`` says what it is for), or is no JSON object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent}: no {file.name} here; {expectation}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: a JSON object was expected, found {type(value).__name__}")
-    return value
+def _check_finite(path: Path, name: str, value: np.ndarray) -> None:
+    # numpy has no infinity in integers, which packed weights are, and calls bfloat16 no floating type
+    if value.dtype.kind not in "iub" and not np.isfinite(value).all():
+        raise UserError(
+            f"{path}: is not written, {name} would hold NaN or infinity: what it is made of holds it, or is too large for "
+            f"{value.dtype}; mend the model or the adapter it comes from"
+        )
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:

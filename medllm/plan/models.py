@@ -23,4 +23,4 @@ def planned_model(name: str) -> Architecture:
         near = difflib.get_close_matches(name.lower(), PUBLISHED, 1)
         hint = f"did you mean {near[0]}?" if near else f"known by name are {', '.join(PUBLISHED)}"
         raise UserError(f"--model {name}: neither a known name nor a folder; {hint}")
-    return ModelDirectory(name).architecture
+    return ModelDirectory(name).described

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from jax_medllm.weights.read import write_quantized
 from medllm.cli import main
 from medllm.mini.study import BASE
-from medllm.model.directory import INDEX, WEIGHTS, ModelDirectory, write_model
+from medllm.model.directory import ModelDirectory, write_model
+from medllm.model.files import INDEX, WEIGHTS
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"

@@ -15,7 +15,7 @@ from jax_medllm.model import attention
 from medllm.bench import preflight
 from medllm.bench.device_shapes import SMOKE
 from medllm.errors import UserError
-from medllm.model.directory import WEIGHTS
+from medllm.model.files import WEIGHTS
 from torch_ref.preflight import leave_nf4
 
 LOSS = math.log(SMOKE.model.vocabulary)
