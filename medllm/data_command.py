@@ -53,11 +53,13 @@ def _model(values: Any) -> dict[str, Any]:
 
 
 def _leaks_arguments(parser: ArgumentParser) -> None:
+    from medllm.corpus.contamination import THRESHOLD
+
     parser.add_argument("--documents", type=list[str], required=True, help="training files or folders")
     parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
     parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by name and content")
     parser.add_argument("--text_column", type=str, default="text", help="column that holds a document's text")
-    parser.add_argument("--threshold", type=float, default=0.8, help="share of a question's 13-character pieces")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of a question's 13-character pieces")
 
 
 def _leaks(values: Any) -> dict[str, Any]:

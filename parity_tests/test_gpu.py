@@ -27,10 +27,13 @@ from parity_tests.oracle import float64_copy
 from parity_tests.packed_rows import rows, target_mask
 from torch_ref.model import open_model
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "gpu" or not torch.cuda.is_available(),
-    reason="needs an NVIDIA GPU that both JAX and torch see; scripts/gpu_bench.sh runs this",
-)
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(
+        jax.default_backend() != "gpu" or not torch.cuda.is_available(),
+        reason="needs an NVIDIA GPU that both JAX and torch see; scripts/gpu_bench.sh runs this",
+    ),
+]
 
 TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}
 SHAPES = [(97, 320), (512, 1024), (1024, 4096)]

@@ -90,6 +90,7 @@ def test_every_layer_logits_loss_and_gradient_equal_the_float64_truth(float64, t
     check_against_truth(found, truth, rows()[1])
 
 
+@pytest.mark.device
 def test_positions_up_to_32k_give_the_float64_truth(float64, tiny_model, tiny_adapter):
     base = tiny_model(context=LONG)
     adapter = tiny_adapter(base)
@@ -109,6 +110,7 @@ def test_a_row_of_more_than_4096_tokens_has_the_true_logits(float64, tiny_model)
     )
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("quantization", PACKINGS)
 def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(float64, nf4_model, tiny_adapter, quantization):
     packed = nf4_model(quantization=quantization, kv_heads=1)
@@ -132,6 +134,7 @@ def test_fp32_states_and_logits_equal_hugging_face(tiny_model, tiny_adapter):
     FLOAT32_FORWARD.assert_close(found.logits[real], logits.numpy()[real], "logits")
 
 
+@pytest.mark.device
 def test_rotary_angles_keep_hugging_faces_precision_to_the_last_position_of_the_72b():
     sizes = {"vocab_size": 9, "hidden_size": 8192, "intermediate_size": 8, "num_attention_heads": 64, "num_hidden_layers": 1}
     rope = {"rope_type": "default", "rope_theta": 1e6}

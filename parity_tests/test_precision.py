@@ -45,6 +45,7 @@ def errors(found: Results, truth: Results, segment_ids: np.ndarray) -> Iterator[
     yield "gradients", rms([(found.gradients[name] - truth.gradients[name]) / size for name, size in sizes.items()])
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", EXCESS)
 def test_the_error_is_no_larger_than_the_references(tiny_model, nf4_model, tiny_adapter, dtype, quantization):

@@ -14,7 +14,7 @@ from typing import Any
 
 from medllm.bench.engines import measure
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
-from medllm.bench.variants import ALL, Choice, choose, variant_lines
+from medllm.bench.variants import Choice, choose, variant_lines
 from medllm.errors import UserError
 from medllm.run import environment
 
@@ -25,9 +25,9 @@ def compare(
     name: str,
     shape: CptShape | RpoShape | GenerateShape,
     *,
-    engines: Sequence[str] = ("jax", "torch"),
-    runs: int = 3,
-    torch_variant: str = ALL,
+    engines: Sequence[str],
+    runs: int,
+    torch_variant: str,
     profile: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,

@@ -14,7 +14,7 @@ from medllm.run import environment
 
 
 def bench_compile(
-    model: ModelShape, depths: Sequence[int] = (8, 80), runs: int = 3, say: Callable[[str], None] = lambda line: None
+    model: ModelShape, depths: Sequence[int], runs: int, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Seconds from a traced CPT step to a compiled one at each depth, median of ``runs``; ``ratio`` is the last over the first.
 

@@ -90,7 +90,7 @@ def _rest(model: ModelShape, rows: int, length: int, item: int) -> dict[str, Wor
     }
 
 
-def bench_floor(model: ModelShape, rows: int = 8, length: int = 256, *, seconds: float = 0.5) -> dict[str, Any]:
+def bench_floor(model: ModelShape, rows: int, length: int, *, seconds: float) -> dict[str, Any]:
     """Measure every operation of :func:`works` on the JAX engine, in a fresh process.
 
     Args:

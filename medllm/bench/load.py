@@ -28,10 +28,7 @@ _MODELS = (*(PUBLISHED[name] for name in ("qwen2.5-7b", "qwen2.5-3b", "qwen2.5-0
 
 
 def bench_load(
-    gigabytes: float = 6.0,
-    engine: str = "jax",
-    quantization: Quantization = "nf4",
-    say: Callable[[str], None] = lambda line: None,
+    gigabytes: float, engine: str, quantization: Quantization, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Write a random bf16 checkpoint into a temporary folder, open it in a fresh process, and report seconds and memory.
 

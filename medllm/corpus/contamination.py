@@ -19,6 +19,8 @@ from numpy import ndarray
 from medllm.corpus.documents import Document
 from medllm.exam.problem import Problem
 
+THRESHOLD = 0.8
+"""Share of a problem's pieces in one document from which on it counts as leaked."""
 _NOT_WRITTEN = re.compile(r"[\W_]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, bits evenly spread (2^64 divided by the golden ratio)
 
@@ -46,7 +48,7 @@ def normalize(text: str) -> str:
 def find_leaks(
     documents: Sequence[Document],
     problems: Iterable[Problem],
-    threshold: float = 0.8,
+    threshold: float = THRESHOLD,
     n: int = 13,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Leak]:

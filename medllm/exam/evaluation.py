@@ -164,8 +164,8 @@ def score_options(
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
-    prompt: OptionPrompt = "mcqa_with_options_jp",
-    batch_size: int = 32,
+    prompt: OptionPrompt = EvaluateConfig.option_prompt,
+    batch_size: int = EvaluateConfig.batch_size,
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
 

@@ -17,7 +17,7 @@ _HEAD = 16  # head dimension; two query heads share a key/value head
 
 
 def write_random_model(
-    out: str | Path, *, tokenizer: str | Path, vocab_size: int = 152064, hidden_size: int = 64, layers: int = 2, seed: int = 0
+    out: str | Path, *, tokenizer: str | Path, vocab_size: int, hidden_size: int, layers: int, seed: int = 0
 ) -> None:
     """Write a Qwen2 model directory with N(0, 0.02²) weights and the tokenizer of another folder.
 

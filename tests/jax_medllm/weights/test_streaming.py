@@ -69,7 +69,7 @@ def test_a_process_beyond_the_allowance_is_said_to_be(monkeypatch):
     for extra, within in ((ALLOWANCE, True), (ALLOWANCE + 1, False)):
         peak = measured | {"peak_rss_bytes": 10**9 + extra}
         monkeypatch.setattr(load, "measure", lambda *_, peak=peak, **__: peak)
-        assert bench_load(0.02)["within"] is within
+        assert bench_load(0.02, "jax", "nf4")["within"] is within
 
 
 def test_a_size_that_is_not_positive_is_refused(capsys):

@@ -10,12 +10,13 @@ from medllm.bench import compare as comparing
 from medllm.bench import variants
 from medllm.bench.compare import compare, table
 from medllm.bench.shapes import CptShape, GenerateShape, ModelShape, RpoShape
-from medllm.bench.variants import GPU, VARIANTS, choose
+from medllm.bench.variants import ALL, GPU, VARIANTS, choose
 from medllm.config import TorchConfig, TrainingConfig
 from medllm.errors import UserError
 
 TINY = ModelShape(layers=2, width=32, mlp=48, heads=2, kv_heads=1, vocabulary=128, rank=2)
 SHAPES = {"cpt": CptShape(TINY, steps=5), "rpo": RpoShape(TINY, steps=5), "generate": GenerateShape(TINY, problems=40)}
+BOTH = ("jax", "torch")
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def measured(monkeypatch):
 
 
 def test_the_ratio_is_to_the_fastest_variant_and_the_others_are_shown(measured):
-    result = compare("cpt", SHAPES["cpt"], runs=2, remat="projections")
+    result = compare("cpt", SHAPES["cpt"], engines=BOTH, runs=2, torch_variant=ALL, remat="projections")
     assert result["torch_variant"] == "kept"
     assert result["ratio"] == 2.0
     assert result["memory_ratio"] == pytest.approx(1 / 5)
@@ -56,7 +57,7 @@ def test_the_ratio_is_to_the_fastest_variant_and_the_others_are_shown(measured):
 
 
 def test_each_variant_is_tried_once_and_shortly_and_the_fastest_measured_in_full(measured):
-    compare("cpt", SHAPES["cpt"], runs=2, remat="projections")
+    compare("cpt", SHAPES["cpt"], engines=BOTH, runs=2, torch_variant=ALL, remat="projections")
     steps = [(engine, settings["shape"]["steps"], settings["remat"]) for engine, settings in measured]
     trials = [("torch", 2, "layer"), ("torch", 2, "none"), ("torch", 2, "none")]
     assert steps == [*trials, *[("jax", 5, "projections"), ("torch", 5, "none")] * 2]
@@ -64,7 +65,8 @@ def test_each_variant_is_tried_once_and_shortly_and_the_fastest_measured_in_full
 
 
 def test_a_variant_asked_for_by_name_is_measured_without_trials(measured):
-    result = compare("rpo", SHAPES["rpo"], runs=1, remat="layer", nll_reduction="micro_batch_tokens", torch_variant="pair")
+    loss = {"remat": "layer", "nll_reduction": "micro_batch_tokens"}
+    result = compare("rpo", SHAPES["rpo"], engines=BOTH, runs=1, torch_variant="pair", **loss)
     assert [engine for engine, _ in measured] == ["jax", "torch"]
     assert [settings["nll_reduction"] for _, settings in measured] == ["micro_batch_tokens", "sequence"]
     assert "torch ran as 'pair': one pair a pass" in table("rpo", result)[2]
@@ -105,7 +107,7 @@ def test_a_variant_that_lacks_something_is_refused_by_name(measured):
     with pytest.raises(
         UserError, match="--torch_variant liger: the package 'liger_kernel' is not installed; give another, or all"
     ):
-        compare("cpt", SHAPES["cpt"], runs=1, remat="layer", torch_variant="liger")
+        compare("cpt", SHAPES["cpt"], engines=BOTH, runs=1, torch_variant="liger", remat="layer")
     assert not measured
 
 

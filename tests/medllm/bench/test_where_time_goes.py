@@ -342,13 +342,13 @@ def test_only_what_stays_below_a_third_of_its_floor_is_named(monkeypatch):
     seconds |= {slow: 3.1 * works[slow].floor(1e9, 1e8), edge: 2.9 * works[edge].floor(1e9, 1e8)}
     found = {"matrix_flops": 1e9, "copy_bytes": 1e8, "seconds": seconds}
     monkeypatch.setattr(floor, "measure", lambda *_, **__: found)
-    result = floor.bench_floor(TINY, 2, 16)
+    result = floor.bench_floor(TINY, 2, 16, seconds=0.5)
     assert result["slow"] == [slow]
     assert floor.table(result)[-1] == f"bench floor: below a third of its floor: {slow}"
     (line,) = [line for line in floor.table(result) if line.startswith(slow)]
     assert line.endswith("32%  <")
     seconds[slow] = works[slow].floor(1e9, 1e8)
-    assert "all reach a third" in floor.table(floor.bench_floor(TINY, 2, 16))[-1]
+    assert "all reach a third" in floor.table(floor.bench_floor(TINY, 2, 16, seconds=0.5))[-1]
 
 
 def test_every_operation_of_the_floor_is_measured_by_the_products_own_modules(tmp_path, capsys):

@@ -1,36 +1,18 @@
 """Models and adapters on disk: what is read, written, merged and refused."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory, write_model
 
-MODULE = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def weights():
-    rng = np.random.default_rng(0)
-    return {
-        "model.embed_tokens.weight": rng.normal(size=(12, 8)).astype(np.float32),
-        f"{MODULE}.weight": rng.normal(size=(6, 8)).astype(ml_dtypes.bfloat16),
-        f"{MODULE}.bias": rng.normal(size=(6,)).astype(np.float16),
-    }
-
-
-@pytest.fixture
-def base(tmp_path, weights):
-    write_model(tmp_path / "base", {"model_type": "qwen2"}, weights.items())
-    (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    return tmp_path / "base"
+pytest_plugins = ["tests.small_weights"]
 
 
 def test_one_file_and_many_shards_read_back_the_same(tmp_path, weights):
     write_model(tmp_path / "one", {}, weights.items())
     write_model(tmp_path / "many", {}, weights.items(), shard_bytes=1)
-    assert len(list((tmp_path / "many").glob("model-*-of-00003.safetensors"))) == 3
+    assert len(list((tmp_path / "many").glob("model-*-of-00004.safetensors"))) == 4
     for folder in ("one", "many"):
         directory = ModelDirectory(tmp_path / folder)
         assert set(directory.names()) == set(weights)
@@ -69,8 +51,8 @@ def test_missing_things_are_named(tmp_path, base):
 
 def test_a_missing_shard_is_named(tmp_path, weights):
     write_model(tmp_path / "m", {}, weights.items(), shard_bytes=1)
-    (tmp_path / "m" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00002-of-00003"):
+    (tmp_path / "m" / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00004"):
         ModelDirectory(tmp_path / "m").names()
 
 
