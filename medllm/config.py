@@ -63,8 +63,7 @@ class ModelConfig:
         path: A Hugging Face model directory (Qwen2 architecture, safetensors).
         adapter: A PEFT LoRA directory applied on top of the weights, frozen; or several, one on top of the other.
         tokenizer: Directory of the tokenizer; the model directory itself when unset.
-        quantization: How the weights of the seven linear kinds are stored: like the others, or in 4 bits, as bitsandbytes does
-            (:data:`medllm.quantization.Quantization`).
+        quantization: How the weights of the seven linear kinds are stored: like the others, or in 4 bits, as bitsandbytes does.
         dtype: Type of the unquantized weights and of the computation; adapters, moments and losses stay fp32.
     """
 

@@ -12,7 +12,7 @@ import pytest
 
 import medllm
 from medllm.cli import main
-from medllm.engines import HOMES, TrainerName
+from medllm.engines import HOMES, EngineName, TrainerName
 
 ROOT = Path(medllm.__file__).parents[1]
 PACKAGES = ("medllm", "jax_medllm", "torch_ref", "medllm_parity")
@@ -43,7 +43,8 @@ def test_a_command_offers_the_engines_that_can_do_it(capsys):
         return re.findall(r"'(\w+)'", capsys.readouterr().err.partition("expected one of")[2])
 
     assert offered("cpt") == offered("rpo") == offered("mini") == list(get_args(TrainerName))
-    assert offered("curate") == offered("evaluate") == [name for name, home in HOMES.items() if home.engine]
+    assert offered("curate") == offered("evaluate") == list(get_args(EngineName))
+    assert {*get_args(EngineName)} == {name for name, home in HOMES.items() if home.engine}
 
 
 def test_nothing_is_imported_by_its_name_elsewhere():
