@@ -52,7 +52,8 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
         raise UserError("--search ranks by the roofline; give --calibration with the --mesh, --rows and --remat that it finds")
     calibration = Calibration.read(Path(values.calibration)) if values.calibration else None
     with progress_bar("plan") as progress:
-        found = search(request, values.most, say, progress) if values.search else make_plan(request, calibration, progress)
+        plans = search(request, values.most, say, progress) if values.search else make_plan(request, calibration, progress)
+    found = plans.to_json()
     for line in _candidate_lines(found) if values.search else ():
         say(line)
     plan = found["best"] if values.search else found

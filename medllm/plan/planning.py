@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from medllm.architecture import Architecture
@@ -15,8 +15,9 @@ from medllm.host.child import run_in_child
 from medllm.host.progress import Progress
 from medllm.plan.calibration import Calibration, Work
 from medllm.plan.models import planned_model
+from medllm.plan.plan import Plan, Predicted
 from medllm.plan.request import Request
-from medllm.plan.targets import Device, Target
+from medllm.plan.targets import Target
 from medllm.run import this_machine
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"), "cpu": ()}
@@ -24,8 +25,8 @@ _SHALLOW = (2, 3)
 """Layers of the model that a plan is held against to see what a layer takes; the second where it has as many as the first."""
 
 
-def make_plan(request: Request, calibration: Calibration | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Compile the stage's programs for the target and say what they take; the JSON of ``medllm plan --json``.
+def make_plan(request: Request, calibration: Calibration | None = None, progress: Progress | None = None) -> Plan:
+    """Compile the stage's programs for the target and say what they take.
 
     Args:
         request: What is planned.
@@ -43,27 +44,10 @@ def make_plan(request: Request, calibration: Calibration | None = None, progress
     if calibration is not None:
         hardware = this_machine() if target.device.kind == "cpu" else None
         calibration.check(target.device.name, target.count, request.stage, request.quantization, hardware)
-    found = _compiled(request, target, model, progress)
-    memory = sum(found["by_kind"].values()) if found["by_kind"] else found.pop("refused_gib")
-    fits = bool(found["by_kind"]) and memory <= target.memory_gib
-    rates = target.device
-    plan = {
-        "ok": fits,
-        "fits": fits,
-        **asked(request, target, model_sizes(request.model, model)),
-        "rules": request.rules,
-        "settings": request.settings(),
-        "gib_per_device": memory,
-        "headroom_gib": target.memory_gib - memory,
-        "rates": {name: getattr(rates, name) for name in ("flops", "memory_bytes", "link_bytes", "source")},
-        **found,
-    }
-    if not found["by_kind"]:
+    plan = Plan(request, target, model, _compiled(request, target, model, progress))
+    if calibration is None or plan.refused:
         return plan
-    plan |= _roofline(plan, rates)
-    return (
-        plan if calibration is None else {**plan, "predicted": _predicted(plan, calibration, request, target, model, progress)}
-    )
+    return replace(plan, predicted=_predicted(plan, calibration, progress))
 
 
 def _compiled(request: Request, target: Target, model: Architecture, progress: Progress | None) -> dict[str, Any]:
@@ -86,50 +70,19 @@ def _compiled(request: Request, target: Target, model: Architecture, progress: P
     )
 
 
-def _predicted(
-    plan: dict[str, Any],
-    calibration: Calibration,
-    request: Request,
-    target: Target,
-    model: Architecture,
-    progress: Progress | None,
-) -> dict[str, Any]:
+def _predicted(plan: Plan, calibration: Calibration, progress: Progress | None) -> Predicted:
     """The time of a step by a calibration: its work at two depths says what is a layer's and what is not."""
-    layers = model.num_layers
+    layers, found = plan.model.num_layers, plan.compiled
     shallow = next(depth for depth in _SHALLOW if depth != layers)
-    other = _compiled(request, target, replace(model, num_layers=shallow), progress)
-    if not other.get("by_kind") or "bytes" not in other or "bytes" not in plan:
+    other = _compiled(plan.request, plan.target, replace(plan.model, num_layers=shallow), progress)
+    if not other.get("by_kind") or "bytes" not in other or "bytes" not in found:
         raise UserError("a calibration needs the memory traffic of a step, and this JAX cannot read the compiled program")
-    found = calibration.predict(
-        Work(layers, plan["flops"], plan["bytes"]),
+    step = calibration.predict(
+        Work(layers, found["flops"], found["bytes"]),
         Work(shallow, other["flops"], other["bytes"]),
-        plan["seconds"]["interconnect"],
+        plan.seconds["interconnect"],
     )
-    return {
-        **asdict(found),
-        "step_s": found.step_s,
-        "tokens_per_s": plan["tokens_per_step"] / found.step_s,
-        "layer_factor": calibration.layer_factor,
-        "rest_factor": calibration.rest_factor,
-        "matrix_flops": calibration.matrix_flops,
-        "copy_bytes": calibration.copy_bytes,
-        "hardware": calibration.hardware,
-        "probed": f"{calibration.shallow.work.layers} and {calibration.deep.work.layers} layers of {calibration.model}",
-        "measured": calibration.measured,
-    }
-
-
-def asked(request: Request, target: Target, sizes: dict[str, Any]) -> dict[str, Any]:
-    """What a plan and a search say of what they were asked."""
-    return {
-        "model": sizes,
-        "stage": request.stage,
-        "target": target.name,
-        "device": target.device.name,
-        "devices": target.count,
-        "topology": target.topology.split(":")[-1],
-        "memory_gib": target.memory_gib,
-    }
+    return Predicted(step, calibration)
 
 
 def default_mesh(request: Request, target: Target, model: Architecture) -> str:
@@ -160,34 +113,6 @@ def check_installed(target: Target) -> None:
     require(f"medllm plan --target {target.name}", "jax", "plan")
     for package in _COMPILERS[target.device.kind]:
         require(f"medllm plan --target {target.name}", package, "plan")
-
-
-def _roofline(plan: dict[str, Any], device: Device) -> dict[str, Any]:
-    """The least time of a step: what takes longest, everything else beside it; of what is known."""
-    seconds = {"compute": plan["flops"] / device.flops}
-    if "collectives" in plan:
-        for one in plan["collectives"]:
-            one["seconds"] = one["bytes"] / device.link_bytes
-        seconds["memory"] = plan["bytes"] / device.memory_bytes
-        seconds["interconnect"] = sum(one["seconds"] for one in plan["collectives"])
-    bound = max(seconds, key=lambda what: seconds[what])
-    rate = plan["tokens_per_step"] / seconds[bound] if seconds[bound] else 0.0
-    return {"seconds": seconds, "bound": bound, "step_s": seconds[bound], "tokens_per_s": rate}
-
-
-def model_sizes(name: str, model: Architecture) -> dict[str, Any]:
-    """What a plan says of a model: its sizes, and the number of its parameters, in all and in its linear layers."""
-    return {
-        "name": name,
-        "parameters": model.parameters,
-        "linear_parameters": model.linear_parameters,
-        "layers": model.num_layers,
-        "width": model.hidden_size,
-        "heads": model.num_heads,
-        "kv_heads": model.num_kv_heads,
-        "mlp": model.intermediate_size,
-        "vocabulary": model.vocab_size,
-    }
 
 
 def _environment(target: Target) -> dict[str, str]:

@@ -16,7 +16,8 @@ from medllm.config import REMAT_KEEPS, OptimizerConfig, RematPolicy
 from medllm.errors import UserError
 from medllm.host.progress import Progress
 from medllm.plan.models import planned_model
-from medllm.plan.planning import asked, check_context, check_installed, make_plan, model_sizes
+from medllm.plan.plan import Plan, asked
+from medllm.plan.planning import check_context, check_installed, make_plan
 from medllm.plan.request import Request, held_as, row_length
 from medllm.plan.targets import Target
 from medllm.plan.wording import mesh_words
@@ -47,7 +48,70 @@ class Candidate:
         return self.rows * _devices(self.mesh, RULES["batch"])
 
 
-def search(request: Request, most: int, say: Callable[[str], None], progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Tried:
+    """A candidate under one policy.
+
+    Attributes:
+        candidate: Mesh and rows.
+        policy: The policy.
+        fits: Whether it does; None where it was not compiled.
+        why: Why not; empty where it fits.
+        plan: What it takes, where it was compiled.
+    """
+
+    candidate: Candidate
+    policy: RematPolicy
+    fits: bool | None
+    why: str
+    plan: Plan | None = None
+
+    def rank(self) -> tuple[Any, ...]:
+        """What fits, then what was not tried, then what does not fit.
+
+        What fits is ranked by tokens a second to two digits, beyond which a roofline says nothing; those that are alike by the
+        time of compute, memory and interconnect, one after the other.
+        """
+        roofline = self.plan.roofline() if self.plan else {}
+        rate = float(f"{roofline.get('tokens_per_s', 0.0):.2g}")
+        together = sum(roofline["seconds"].values()) / self.plan.compiled["tokens_per_step"] if self.plan and roofline else 0.0
+        return (self.fits is not True, -rate, self.fits is False, together)
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the table of candidates."""
+        one = self.candidate
+        asked_for = {"mesh": one.mesh, "remat": self.policy, "rows": one.rows, "fits": self.fits, "why": self.why}
+        shown = ("gib_per_device", "step_s", "tokens_per_s", "compile_s")
+        plan = self.plan.to_json() if self.plan else {}
+        return asked_for | {name: plan[name] for name in shown if name in plan}
+
+
+@dataclass(frozen=True)
+class Search:
+    """Every candidate, the best first."""
+
+    request: Request
+    target: Target
+    model: Architecture
+    tried: tuple[Tried, ...]
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan of the best that fits."""
+        return next((one.plan for one in self.tried if one.fits), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``medllm plan --search --json`` writes it."""
+        return {
+            "ok": self.best is not None,
+            **asked(self.request, self.target, self.model),
+            "fits": self.best is not None,
+            "candidates": [one.to_json() for one in self.tried],
+            "best": self.best.to_json() if self.best else None,
+        }
+
+
+def search(request: Request, most: int, say: Callable[[str], None], progress: Progress | None = None) -> Search:
     """Plans for every mesh and number of rows that could fit, each under the policy that computes least again.
 
     A candidate that needs more than there is by its arguments and saved activations alone is not compiled; of the others at
@@ -70,32 +134,22 @@ def search(request: Request, most: int, say: Callable[[str], None], progress: Pr
     could_fit.sort(key=lambda one: (-one.tokens, one.least_gib))
     chosen, left = could_fit[:most], could_fit[most:]
     say(f"plan: {len(candidates)} meshes and row counts, {len(could_fit)} could fit, {len(chosen)} are compiled")
-    found: list[dict[str, Any]] = []
+    found: list[Tried] = []
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        for done, rows in enumerate(pool.map(lambda one: _tried(request, one, say), chosen), 1):
-            found += rows
+        for done, tried in enumerate(pool.map(lambda one: _tried(request, one, say), chosen), 1):
+            found += tried
             if progress:
                 progress(done, len(chosen), f"{done} of {len(chosen)} compiled")
-    refused = {row["why"] for row in found if row["fits"] is False and "plan" not in row}
-    if len(refused) == 1 and all(row["why"] in refused for row in found):
-        raise UserError(refused.pop())  # not for its mesh
-    found += [_row(one, one.policies[-1], None, why=f"not compiled: --most {most} were") for one in left]
+    refused = {one.why for one in found if one.fits is False and one.plan is None}
+    if len(refused) == 1 and all(one.why in refused for one in found):
+        raise UserError(*refused)  # not for its mesh
+    found += [Tried(one, one.policies[-1], None, why=f"not compiled: --most {most} were") for one in left]
     found += [
-        _row(one, "layer", False, why=f"needs {one.least_gib:.1f} GiB at least; {target.memory_gib:.1f} are there")
+        Tried(one, "layer", False, why=f"needs {one.least_gib:.1f} GiB at least; {target.memory_gib:.1f} are there")
         for one in candidates
         if not one.policies
     ]
-    found.sort(key=_rank)
-    best = next((row.pop("plan") for row in found if row["fits"]), None)
-    for row in found:
-        row.pop("plan", None)
-    return {
-        "ok": best is not None,
-        **asked(request, target, model_sizes(request.model, model)),
-        "fits": best is not None,
-        "candidates": found,
-        "best": best,
-    }
+    return Search(request, target, model, tuple(sorted(found, key=Tried.rank)))
 
 
 def _candidates(request: Request, target: Target, model: Architecture) -> Iterator[Candidate]:
@@ -152,38 +206,21 @@ def _devices(mesh: dict[str, int], axes: Sequence[str]) -> int:
     return math.prod(mesh.get(axis, 1) for axis in axes)
 
 
-def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list[Tried]:
     """Policies from the fastest on, up to the first that fits."""
-    rows: list[dict[str, Any]] = []
+    tried: list[Tried] = []
     for policy in one.policies:
         mesh = mesh_words(one.mesh)
         try:
             plan = make_plan(replace(request, mesh=mesh, rows=one.rows, remat=policy))
         except UserError as error:
-            return [*rows, _row(one, policy, False, why=str(error))]
+            return [*tried, Tried(one, policy, False, why=str(error))]
         except RuntimeError as error:
-            return [*rows, _row(one, policy, None, why=f"did not compile: {error}")]
-        shown = ("gib_per_device", "step_s", "tokens_per_s", "compile_s")
-        measured: dict[str, Any] = {name: plan[name] for name in shown if name in plan}
-        why = "" if plan["fits"] else f"needs {plan['gib_per_device']:.1f} GiB; {plan['memory_gib']:.1f} are there"
-        rows.append({**_row(one, policy, plan["fits"], why=why), **measured, "plan": plan})
-        say(f"plan: {mesh} rows {one.rows} remat {policy}: {plan['gib_per_device']:.1f} GiB")
-        if plan["fits"]:
+            return [*tried, Tried(one, policy, None, why=f"did not compile: {error}")]
+        there = f"{plan.target.memory_gib:.1f} are there"
+        why = "" if plan.fits else f"needs {plan.gib_per_device:.1f} GiB; {there}"
+        tried.append(Tried(one, policy, plan.fits, why, plan))
+        say(f"plan: {mesh} rows {one.rows} remat {policy}: {plan.gib_per_device:.1f} GiB")
+        if plan.fits:
             break
-    return rows
-
-
-def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What fits, then what was not tried, then what does not fit.
-
-    What fits is ranked by tokens a second to two digits, beyond which a roofline says nothing; those that are alike by the time
-    of compute, memory and interconnect, one after the other.
-    """
-    rate = float(f"{row.get('tokens_per_s', 0.0):.2g}")
-    plan = row.get("plan", {})
-    together = sum(plan["seconds"].values()) / plan["tokens_per_step"] if "seconds" in plan else 0.0
-    return (row["fits"] is not True, -rate, row["fits"] is False, together)
-
-
-def _row(one: Candidate, policy: RematPolicy, fits: bool | None, why: str) -> dict[str, Any]:
-    return {"mesh": one.mesh, "remat": policy, "rows": one.rows, "fits": fits, "why": why}
+    return tried

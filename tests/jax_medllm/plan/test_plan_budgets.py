@@ -69,7 +69,7 @@ def plans(tmp_path_factory) -> dict[tuple[str, Stage], dict[str, Any]]:
     folder = tmp_path_factory.mktemp("wide")
     (folder / "config.json").write_text(json.dumps(SHALLOW.to_hf()))
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda key: make_plan(Request(str(folder), key[1], key[0])), BUDGETS)
+        found = pool.map(lambda key: make_plan(Request(str(folder), key[1], key[0])).to_json(), BUDGETS)
         return dict(zip(BUDGETS, found, strict=True))
 
 

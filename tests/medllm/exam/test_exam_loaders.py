@@ -1,12 +1,15 @@
 """Problem files of every format load, load back as written, and a bad line is named by file and number."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medllm.config import ProblemsFormat
 from medllm.errors import UserError
+from medllm.exam import loaders
 from medllm.exam.loaders import IMAGE_CHOICES, UNMAPPED_ANSWER, load_problems, write_problems
 from medllm.exam.problem import LETTERS, Problem
 
@@ -264,6 +267,10 @@ def test_paths_that_hold_no_problems_are_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem_id": "\xe9"}')
     with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8"):
         load_problems(tmp_path / "latin.jsonl")
+
+
+def test_every_layout_can_be_named():
+    assert {*get_args(ProblemsFormat)} == {"auto", "jmmlu", *loaders._LAYOUTS}
 
 
 def test_a_named_format_is_not_guessed(tmp_path):

@@ -16,6 +16,8 @@ from medllm.architecture import Architecture
 from medllm.cli import main
 from medllm.host.installation import install_command
 from medllm.plan import command, planning, search
+from medllm.plan.models import planned_model
+from medllm.plan.plan import Plan
 from medllm.plan.targets import DEVICES, Target
 from tests.medllm.test_cli import fails
 
@@ -258,16 +260,8 @@ def a_plan_for_each(monkeypatch):
         more = {"layer": 0, "attention": 1, "projections": 2, "none": 3}[request.remat]
         if request.mesh == "data=2":
             raise RuntimeError("the compiler gave up")
-        gib = request.rows + more
-        fits = gib <= 4
-        return {
-            "fits": fits,
-            "gib_per_device": gib,
-            "memory_gib": 4,
-            "step_s": 1.0,
-            "tokens_per_s": request.rows,
-            "compile_s": 1,
-        }
+        compiled = {"by_kind": {"base": request.rows + more}, "flops": 1e12, "tokens_per_step": request.rows, "compile_s": 1}
+        return Plan(request, Target.parse(request.target), planned_model(request.model), compiled)
 
     monkeypatch.setattr(search, "make_plan", make_plan)
     monkeypatch.setattr(Target, "memory_gib", 4.0)
@@ -275,7 +269,7 @@ def a_plan_for_each(monkeypatch):
 
 
 def test_each_candidate_has_the_policy_that_computes_least_again(tiny, a_plan_for_each):
-    found = search.search(planning.Request(tiny, "cpt", "cpu:2", quantization="fp32", length=64), 32, lambda _: None)
+    found = search.search(planning.Request(tiny, "cpt", "cpu:2", quantization="fp32", length=64), 32, lambda _: None).to_json()
     chosen = {(tuple(row["mesh"].items()), row["rows"]): row["remat"] for row in found["candidates"] if row["fits"]}
     assert chosen[(("tensor", 2),), 1] == "none"
     assert chosen[(("tensor", 2),), 2] == "projections"
@@ -291,7 +285,7 @@ def test_each_candidate_has_the_policy_that_computes_least_again(tiny, a_plan_fo
 
 def test_what_cannot_fit_is_not_compiled(tiny, a_plan_for_each, monkeypatch):
     monkeypatch.setattr(Target, "memory_gib", 1e-6)
-    found = search.search(planning.Request(tiny, "cpt", "cpu:2", quantization="fp32", length=64), 32, lambda _: None)
+    found = search.search(planning.Request(tiny, "cpt", "cpu:2", quantization="fp32", length=64), 32, lambda _: None).to_json()
     assert a_plan_for_each == []
     assert found["fits"] is found["ok"] is False
     assert found["best"] is None
@@ -301,7 +295,7 @@ def test_what_cannot_fit_is_not_compiled(tiny, a_plan_for_each, monkeypatch):
 def test_a_search_over_one_more_axis_tries_meshes_of_all_devices(tiny, a_plan_for_each, monkeypatch):
     monkeypatch.setattr(search, "MESH_AXES", {**search.MESH_AXES, "expert": "experts"})
     request = planning.Request(tiny, "cpt", "cpu:4", quantization="fp32", length=64, rows=1)
-    found = search.search(request, 100, lambda _: None)
+    found = search.search(request, 100, lambda _: None).to_json()
     meshes = [row["mesh"] for row in found["candidates"]]
     assert all(math.prod(mesh.values()) == 4 for mesh in meshes)
     assert {"expert": 4} in meshes
