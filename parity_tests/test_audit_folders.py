@@ -16,6 +16,7 @@ from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model import directory
 from medllm.model.directory import ModelDirectory
+from medllm.rotary import RotaryRule
 from medllm.stage_config import AuditConfig
 from medllm_parity import ends
 from medllm_parity.audit import run_audit
@@ -31,6 +32,16 @@ def audit(path: Path, **settings: str | bool) -> Audit:
 @pytest.fixture(scope="module")
 def partly_dense(tiny_model, tmp_path_factory) -> Path:
     return partly_dense_model(tiny_model(), tmp_path_factory.mktemp("partly") / "model")
+
+
+@pytest.fixture
+def two_rules(tiny_model, tmp_path) -> Path:
+    """A config that says one rule in the new spelling and another in the old one."""
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    }
+    return changed(tiny_model(), tmp_path / "model", config=both)
 
 
 @pytest.fixture
@@ -50,6 +61,18 @@ def test_a_folder_that_is_opened_as_transformers_opens_it_passes(tiny_model, tmp
 def test_layers_that_are_stored_dense_pass(partly_dense):
     found = audit(partly_dense, quantization="nf4")
     assert found.ok, found.first_divergence
+
+
+def test_two_spellings_of_positions_pass_as_transformers_reads_them(two_rules):
+    found = audit(two_rules)
+    assert found.ok, found.first_divergence
+
+
+def test_positions_that_are_read_from_the_other_spelling_are_named(misread, two_rules):
+    stock = RotaryRule.from_hf
+    misread.setattr(RotaryRule, "from_hf", lambda config, where: stock({**config, "rope_scaling": None}, where))
+    first = audit(two_rules, bisect=True).first_divergence
+    assert (first.module, first.quantity, first.stack) == ("model.layers.0.self_attn", "q after rotary", "jax")
 
 
 def test_a_head_that_is_read_as_tied_is_named(misread, tiny_model, tmp_path):

@@ -70,9 +70,10 @@ def refused(path: Path, said: str, quantization: Quantization = "none") -> None:
 # --- an output matrix where the two tables are tied --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("plant", [own_head, embedding_as_head, head_twice])
-def test_a_head_beside_a_tied_embedding_is_what_transformers_makes_of_it(tiny_model, tmp_path, plant):
-    tied = tiny_model(tied=True)
+def test_a_head_beside_a_tied_embedding_is_what_transformers_makes_of_it(tiny_model, tmp_path, plant, kind):
+    tied = tiny_model(tied=True, kind=kind)
     path = changed(tied, tmp_path / "model", plant)
     ours = opened_alike(path)
     FLOAT32_FORWARD.assert_close(ours, by_transformers(path), "logits")
@@ -149,6 +150,13 @@ def test_rotary_frequencies_of_old_checkpoints_are_looked_at(tiny_model, tmp_pat
     FLOAT32_FORWARD.assert_close(opened_alike(same), by_transformers(same), "logits")
     other = changed(tiny_model(), tmp_path / "other", partial(buffers, 1e6))
     refused(other, r"model\.layers\.0\.self_attn\.rotary_emb\.inv_freq holds other frequencies .*rope_theta 10000")
+
+
+@pytest.mark.parametrize("old", [{"type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}, None], ids=str)
+def test_of_two_spellings_of_positions_the_one_counts_that_transformers_takes(tiny_model, tmp_path, old):
+    new = {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}
+    path = changed(tiny_model(), tmp_path / "model", config={"rope_parameters": new, "rope_scaling": old})
+    FLOAT32_FORWARD.assert_close(opened_alike(path), by_transformers(path), "logits")
 
 
 # --- quantization_config -----------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], quantizat
             raise UserError(f"{directory.path}: {name} is stored as {directory.dtype(name)}; a dense or nf4 weight is needed")
     for name in directory.names():
         if name not in known:
-            raise UserError(f"{directory.path}: holds {name}, which a Qwen2 with this config.json does not have")
+            raise UserError(f"{directory.path}: holds {name}, which a model with this config.json does not have")
     directory.check_quantization(quantization)
 
 
