@@ -10,6 +10,7 @@ from medllm.corpus.packing import check_rows, pack, tokenize_documents
 from medllm.engines import EngineName, open_trainer
 from medllm.host.progress import progress_bar
 from medllm.run import Run
+from medllm.serving.taught import taught_by_rows
 from medllm.stage_config import CptConfig
 
 
@@ -36,6 +37,7 @@ def run_cpt(config: CptConfig, engine: EngineName = "jax") -> dict[str, Any]:
             "tokens": int((rows.segment_ids > 0).sum()),
             "rows": len(rows.tokens),
             "padding": rows.padding,
+            "taught": asdict(taught_by_rows(model.tokenizer, rows, (document.text for document in corpus.documents))),
         }
         run.finish(result)
     return result

@@ -10,6 +10,7 @@ from medllm.host.progress import progress_bar
 from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
+from medllm.serving.taught import taught_by_preferences
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import check_handover, merged_weights, merges, opened_as
 
@@ -42,6 +43,7 @@ def run_rpo(config: RpoConfig, engine: EngineName = "jax") -> dict[str, Any]:
             "problems": len(read),
             "pairs": len(preferences.texts),
             **({"handover": config.handover} if config.model.adapters else {}),
+            "taught": asdict(taught_by_preferences(model.tokenizer, preferences)),
             "opened_as": {"path": opened.path, "adapters": list(opened.adapters)},
         }
         run.finish(result)
