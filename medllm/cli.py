@@ -27,6 +27,7 @@ from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
+from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 
 if TYPE_CHECKING:
@@ -350,6 +351,8 @@ COMMANDS: dict[str, Command | Group] = {
     "score": Command("score predictions officially", _score_arguments, _score),
     "report": Command("one HTML page from run folders", _report_arguments, _report),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
+    "publish": PUBLISH,
+    "check-serving": CHECK_SERVING,
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
     "plan": Command(
         "what a stage takes on devices you do not have: memory, communication, time",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -32,8 +33,29 @@ _MOST_STOPS = 4  # what the API takes; the rest is cut here
 _SEEDS_A_PROMPT = 1 << 16
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered to one request.
+
+    Attributes:
+        text: The text, as it came.
+        finish: Why it ended, in the server's word.
+        prompt_tokens: How many tokens the server made of the prompt; None where it does not say.
+        thought: What it wrote before the answer and keeps apart from it (``reasoning_content``).
+    """
+
+    text: str
+    finish: str | None
+    prompt_tokens: int | None = None
+    thought: str = ""
+
+
 class OpenAIEngine:
     """Text generation through an OpenAI-compatible API.
+
+    Args:
+        model: Its ``path`` is the model's name on the server.
+        url: The server, in place of ``OPENAI_BASE_URL``; one without keys needs none then.
 
     Raises:
         UserError: no key in the environment, or a setting that only a local model can have.
@@ -41,14 +63,14 @@ class OpenAIEngine:
 
     name = "openai"
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, url: str | None = None):
         if model.adapter is not None:
             raise UserError("engine 'openai' cannot apply --model.adapter; serve the merged model, named by --model.path")
-        self._key = os.environ.get("OPENAI_API_KEY", "")
+        self._key = os.environ.get("OPENAI_API_KEY", "") or ("none" if url else "")
         if not self._key:
             raise UserError("engine 'openai' needs OPENAI_API_KEY in the environment (any word for a server without keys)")
         self._model = model.path
-        self._client = openai.OpenAI(api_key=self._key, max_retries=_RETRIES, timeout=_TIMEOUT_SECONDS)
+        self._client = openai.OpenAI(api_key=self._key, base_url=url, max_retries=_RETRIES, timeout=_TIMEOUT_SECONDS)
         # OpenAI renamed the limit for chats and refuses the old name for new models; other servers know only the old one.
         server = urlsplit(str(self._client.base_url))
         self._chat_limit = "max_completion_tokens" if server.hostname == "api.openai.com" else "max_tokens"
@@ -70,22 +92,36 @@ class OpenAIEngine:
         Raises:
             UserError: the server cannot be reached or refuses a request. The key is never part of the message.
         """
+        replies = self.replies(prompts, sampling, batch_size, progress)
+        return [[_generation(reply, sampling.stop) for reply in of_prompt] for of_prompt in replies]
+
+    def replies(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Reply]]:
+        """What :meth:`generate` is made of: the server's own words.
+
+        Raises:
+            UserError: as there.
+        """
         pool = ThreadPoolExecutor(max(1, min(batch_size, _MOST_REQUESTS)))
         try:
             futures = [
-                [pool.submit(self._continue, prompt, sampling, sample) for sample in range(sampling.samples)]
-                for prompt in prompts
+                [pool.submit(self._reply, prompt, sampling, sample) for sample in range(sampling.samples)] for prompt in prompts
             ]
-            generations = []
+            replies = []
             for done, of_prompt in enumerate(futures, 1):
-                generations.append([future.result() for future in of_prompt])
+                replies.append([future.result() for future in of_prompt])
                 if progress:
                     progress(done, len(futures))
-            return generations
+            return replies
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _continue(self, prompt: Prompt, sampling: Sampling, sample: int) -> Generation:
+    def _reply(self, prompt: Prompt, sampling: Sampling, sample: int) -> Reply:
         settings: dict[str, Any] = {"model": self._model, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.stop:
             settings["stop"] = list(sampling.stop[:_MOST_STOPS])
@@ -94,17 +130,12 @@ class OpenAIEngine:
         if sampling.top_k:
             settings["extra_body"] = {"top_k": sampling.top_k}
         try:
-            text, finish = self._ask(prompt, settings, sampling.max_new_tokens)
+            return self._ask(prompt, settings, sampling.max_new_tokens)
         except openai.APIError as error:
             # The cause is not chained: a traceback of the client may show the request, and the key with it.
             raise UserError(self._explain(error, prompt)) from None
-        cuts = sorted((text.index(stop), stop) for stop in sampling.stop if stop in text)
-        if cuts:
-            text, finish = text[: cuts[0][0]], "stop"
-        return Generation(text, (), "length" if finish == "length" else "stop", cuts[0][1] if cuts else "")
 
-    def _ask(self, prompt: Prompt, settings: dict[str, Any], limit: int) -> tuple[str, str | None]:
-        """Text and finish reason of one request."""
+    def _ask(self, prompt: Prompt, settings: dict[str, Any], limit: int) -> Reply:
         reply: Any
         if isinstance(prompt, str):
             reply = self._client.completions.create(prompt=prompt, max_tokens=limit, **settings)
@@ -115,7 +146,10 @@ class OpenAIEngine:
         if not reply.choices:
             raise UserError(f"{self._where}: the reply holds no text (no choices); is this an OpenAI-compatible server?")
         choice = reply.choices[0]
-        return (choice.text if isinstance(prompt, str) else choice.message.content) or "", choice.finish_reason
+        text = choice.text if isinstance(prompt, str) else choice.message.content
+        thought = "" if isinstance(prompt, str) else getattr(choice.message, "reasoning_content", None)
+        used = reply.usage.prompt_tokens if reply.usage else None
+        return Reply(text or "", choice.finish_reason, used, thought or "")
 
     def _explain(self, error: openai.APIError, prompt: Prompt) -> str:
         if isinstance(error, openai.APIConnectionError):
@@ -128,3 +162,10 @@ class OpenAIEngine:
         elif isinstance(error, openai.BadRequestError):
             advice = "the model may not take this prompt's length or one of the --sampling settings"
         return f"{self._where}: refused ({status}: {said}); {advice}"
+
+
+def _generation(reply: Reply, stops: Sequence[str]) -> Generation:
+    cuts = sorted((reply.text.index(stop), stop) for stop in stops if stop in reply.text)
+    if cuts:
+        return Generation(reply.text[: cuts[0][0]], (), "stop", cuts[0][1])
+    return Generation(reply.text, (), "length" if reply.finish == "length" else "stop")

@@ -171,6 +171,81 @@ class AuditConfig:
         expect(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
+@dataclass(frozen=True)
+class PublishConfig:
+    """A directory that is ready to be served, with a model card.
+
+    Args:
+        model: Model folder.
+        out: The folder to write.
+        adapter: PEFT adapter folders to merge into it, in order; with ``weights: adapter`` the one that is published.
+        runs: Run folders of the training, and of the model's evaluations; those that adapters lie in are found.
+        weights: ``dense`` weights in their stored type, 4 bits as bitsandbytes stores them (``nf4``, ``nf4-single``), or the
+            ``adapter`` alone, to be put on its base.
+        tokenizer: Folder of the tokenizer; the model's when unset.
+        chat_template: ``keep`` the tokenizer's (with thinking off where it knows of it); a ``plain`` one, which makes a
+            conversation the text that is continued; or ``none``: conversations are refused.
+        end_tokens: The tokens that end a text; those of tokenizer, config and generation config when empty.
+        name: What the model is called; the folder's name when unset.
+        license: Of the weights, by Hugging Face's identifiers: that of the base allows or forbids it.
+    """
+
+    model: str
+    out: str
+    adapter: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    weights: Literal["dense", "nf4", "nf4-single", "adapter"] = "dense"
+    tokenizer: str | None = None
+    chat_template: Literal["keep", "plain", "none"] = "keep"
+    end_tokens: tuple[str, ...] = ()
+    name: str | None = None
+    license: str = "other"
+
+
+@dataclass(frozen=True)
+class CheckServingConfig:
+    """A model as it is served, asked under its trained prompt and under foreign ones, beside an engine's own answers.
+
+    Args:
+        model: The model's name on the server; without ``url`` its folder, which an engine then answers from.
+        problems: Problem files or folders.
+        url: An OpenAI-compatible server: ``http://127.0.0.1:8000/v1``.
+        folder: The published folder, whose own answers to the same tokens are compared. ``model`` where that is a folder;
+            without one, endings and scores are all that is said.
+        shots: Problem file with the examples of the trained prompt.
+        shot_count: Examples before the question.
+        explanation: The trained prompt asks for an explanation before the answer.
+        template: The trained prompt: ``igakuqa``, the benchmark's, or ``curation``, the paper's Question/Explanation/Answer.
+        format: Its form: a text to continue, or a chat.
+        answer_as: Its shots answer with option letters, or with the options' own text.
+        max_new_tokens: Longest answer.
+        limit: So many problems (0: all).
+        batch_size: Requests at a time.
+        dtype: Type that the engine computes in.
+        problems_format: Of the problem files.
+    """
+
+    model: str
+    problems: tuple[str, ...]
+    url: str | None = None
+    folder: str | None = None
+    shots: str | None = None
+    shot_count: int = 3
+    explanation: bool = False
+    template: Literal["igakuqa", "curation"] = "igakuqa"
+    format: Literal["completion", "chat"] = "completion"
+    answer_as: Literal["letters", "text"] = "letters"
+    max_new_tokens: int = 512
+    limit: int = 36
+    batch_size: int = 8
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    problems_format: ProblemsFormat = "auto"
+
+    def __post_init__(self) -> None:
+        _require_counts(self.batch_size, self.shot_count, self.limit)
+        expect(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+
+
 FREE_ON_RESUME = frozenset(
     {
         *("run", "resume", "mesh", "rules", "reference_cache"),

@@ -95,6 +95,6 @@ def test_the_lists_of_commands_hold_nothing_else():
 
 
 def test_the_readme_names_every_command():
-    listed = re.search(r"`medllm ([a-z |]+)`", read(README))
+    listed = re.search(r"`medllm ([a-z |-]+)`", read(README))
     assert listed is not None
     assert set(listed[1].split(" | ")) == set(COMMANDS)

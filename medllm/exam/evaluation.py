@@ -39,9 +39,18 @@ def check_exam(problems: Sequence[Problem], shots: Sequence[Problem], config: Ev
     Raises:
         UserError: a problem id comes twice, a problem that is asked is also an example, or several samples are asked for.
     """
-    check_ids(problems)
     if config.sampling.samples != 1:
         raise UserError(f"an exam is sat once: set --sampling.samples to 1, not {config.sampling.samples}")
+    check_apart(problems, shots)
+
+
+def check_apart(problems: Sequence[Problem], shots: Sequence[Problem]) -> None:
+    """Refuse an exam whose answers are shown.
+
+    Raises:
+        UserError: a problem id comes twice, or a problem that is asked is also an example.
+    """
+    check_ids(problems)
     shown = {(shot.text, shot.choices): shot.problem_id for shot in shots}
     for problem in problems:
         if (problem.text, problem.choices) in shown:

@@ -277,7 +277,7 @@ def write_model(
         _name_shards(scratch, shards, total)
         write_json(scratch / "config.json", dict(config))
         if companions_from is not None:
-            _copy_companions(Path(companions_from), scratch)
+            copy_companions(Path(companions_from), scratch)
 
 
 def _check_finite(path: Path, name: str, value: np.ndarray) -> None:
@@ -301,7 +301,8 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
     write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what makes a model directory complete besides its weights, as far as it is there."""
     for name in _COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

@@ -11,6 +11,7 @@ from medllm.corpus.packing import check_rows, pack, tokenize_documents
 from medllm.engines import TrainerName, open_trainer
 from medllm.host.progress import progress_bar
 from medllm.run import Run
+from medllm.serving.taught import Taught, taught_by_rows
 from medllm.stage_config import CptConfig
 from medllm.training import TrainSummary
 
@@ -27,6 +28,7 @@ class CptResult:
         tokens: Tokens in the rows, padding not counted.
         rows: Rows they make.
         padding: Share of the rows' positions that hold padding.
+        taught: What of a serving contract was trained on.
     """
 
     engine: str
@@ -36,6 +38,7 @@ class CptResult:
     tokens: int
     rows: int
     padding: float
+    taught: Taught
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
@@ -65,6 +68,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
             tokens=int((rows.segment_ids > 0).sum()),
             rows=len(rows.tokens),
             padding=rows.padding,
+            taught=taught_by_rows(model.tokenizer, rows, (document.text for document in corpus.documents)),
         )
         run.finish(result.to_json())
     return result

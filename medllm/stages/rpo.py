@@ -11,6 +11,7 @@ from medllm.host.progress import progress_bar
 from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
+from medllm.serving.taught import Taught, taught_by_preferences
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import check_handover, merged_weights, merges, opened_as
 from medllm.training import TrainSummary
@@ -28,6 +29,7 @@ class RpoResult:
         handover: What became of stage 1's adapter; None where there was none.
         opened_as: How the trained model is opened: under ``handover: merge`` on the merged weights in the run folder, else on
             the base, with its adapters in order.
+        taught: What of a serving contract was trained on.
     """
 
     engine: str
@@ -36,6 +38,7 @@ class RpoResult:
     pairs: int
     handover: str | None
     opened_as: ModelConfig
+    taught: Taught
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
@@ -47,6 +50,7 @@ class RpoResult:
             "pairs": self.pairs,
             **({"handover": self.handover} if self.handover else {}),
             "opened_as": {"path": self.opened_as.path, "adapters": list(self.opened_as.adapters)},
+            "taught": asdict(self.taught),
         }
 
 
@@ -74,6 +78,7 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
             pairs=len(preferences.texts),
             handover=config.handover if config.model.adapters else None,
             opened_as=opened_as(config, run.path, summary.adapter),
+            taught=taught_by_preferences(model.tokenizer, preferences),
         )
         run.finish(result.to_json())
     return result
