@@ -169,9 +169,9 @@ def held_rows(model: str, held_text: str, text_column: str = "text") -> PackedRo
 
 
 def handover_table(measured: HandoverCosts) -> str:
-    """The measurement as three lines of text under a heading."""
+    """The measurement as three lines of text under a heading, and what it was made on."""
     lines = [f"{'hand-over':<10} {'weight error':>12} {'worst weight':>12} {'KL, nats/token':>15}"]
     for row in measured.handovers:
         figures = f"{row['weight_error']:>12.3e} {row['worst_weight_error']:>12.3e} {row['kl']:>15.3e}"
         lines.append(f"{row['handover']:<10} {figures}   worst: {row['worst_weight']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"measured on {measured.held_tokens:,} tokens"])
