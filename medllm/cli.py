@@ -239,10 +239,10 @@ def _convert(values: Any) -> dict[str, Any]:
             text_column=values.text_column,
             progress=progress,
         )
-    if "handovers" in result:
-        say(handover_table(result))
+    if result.costs:
+        say(handover_table(result.costs))
     say(f"convert: {values.out}")
-    return result
+    return result.to_json()
 
 
 def _parity_arguments(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,19 @@ from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter
 from medllm.quantization import PACKINGS, Quantization
 from medllm.run import write_json
-from medllm.stages.handover import held_rows, measure_handovers
+from medllm.stages.handover import HandoverCosts, held_rows, measure_handovers
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """The folder that was written, and what each hand-over costs where that was measured."""
+
+    model: str
+    costs: HandoverCosts | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``<out>.handover.json`` holds, where hand-overs were measured."""
+        return {"model": self.model, **(asdict(self.costs) if self.costs else {})}
 
 
 def convert_model(
@@ -26,7 +39,7 @@ def convert_model(
     held_text: str | None = None,
     text_column: str = "text",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+) -> ConvertResult:
     """Write ``out`` and return its path, with what each hand-over costs where that was measured.
 
     Args:
@@ -54,18 +67,19 @@ def convert_model(
         if not adapters:
             raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
         rows = held_rows(model, held_text, text_column)  # a text that cannot be read is said before anything is written
-    result: dict[str, Any] = {"model": out}
+    costs = None
     merged = target.with_name(f".{target.name}.{os.getpid()}.merged") if packed else target
     try:
         if adapters:
             merge_adapter(model, adapters, merged)
         if held_text is not None:
-            result |= measure_handovers(model, adapters, merged, rows, quantization, progress)
+            costs = measure_handovers(model, adapters, merged, rows, quantization, progress)
         if packed:
             load("jax", "weights").write_quantized(merged if adapters else model, target, quantization, dtype)
     finally:
         if packed:
             shutil.rmtree(merged, ignore_errors=True)
-    if held_text is not None:
-        write_json(Path(f"{out}.handover.json"), result)
+    result = ConvertResult(out, costs)
+    if costs:
+        write_json(Path(f"{out}.handover.json"), result.to_json())
     return result

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ from medllm.run import MERGED, Run
 from medllm.stage_config import RpoConfig
 
 _HELD_ROW = 512
+
+
+@dataclass(frozen=True)
+class HandoverCosts:
+    """What each hand-over costs.
+
+    Attributes:
+        quantization: How stage 2 stores the frozen weights.
+        held_tokens: Tokens of the text that was measured on.
+        handovers: A row for each: ``handover``, ``weight_error`` over all adapted weights, ``worst_weight`` and
+            ``worst_weight_error`` (all relative), and ``kl``, nats a token.
+    """
+
+    quantization: Quantization
+    held_tokens: int
+    handovers: Sequence[Mapping[str, Any]]
 
 
 def check_handover(config: RpoConfig) -> None:
@@ -117,7 +134,7 @@ def measure_handovers(
     rows: PackedRows,
     quantization: Quantization,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+) -> HandoverCosts:
     """What each hand-over of ``adapters`` costs: relative weight error, and KL on a text held out of training.
 
     Args:
@@ -135,7 +152,7 @@ def measure_handovers(
     errors = load("jax", "handover").handover_errors(
         base, open_adapters(adapters, base), ModelDirectory(merged), rows, quantization, progress
     )
-    return {"quantization": quantization, "held_tokens": int((rows.segment_ids > 0).sum()), "handovers": errors}
+    return HandoverCosts(quantization, int((rows.segment_ids > 0).sum()), errors)
 
 
 def held_rows(model: str, held_text: str, text_column: str = "text") -> PackedRows:
@@ -151,10 +168,10 @@ def held_rows(model: str, held_text: str, text_column: str = "text") -> PackedRo
     return pack(tokenize_documents(tokenizer, documents), length, tokenizer.pad_token_id)
 
 
-def handover_table(measured: dict[str, Any]) -> str:
-    """The measurement as three lines of text under a heading."""
+def handover_table(measured: HandoverCosts) -> str:
+    """The measurement as three lines of text under a heading, and what it was made on."""
     lines = [f"{'hand-over':<10} {'weight error':>12} {'worst weight':>12} {'KL, nats/token':>15}"]
-    for row in measured["handovers"]:
+    for row in measured.handovers:
         figures = f"{row['weight_error']:>12.3e} {row['worst_weight_error']:>12.3e} {row['kl']:>15.3e}"
         lines.append(f"{row['handover']:<10} {figures}   worst: {row['worst_weight']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"measured on {measured.held_tokens:,} tokens"])
