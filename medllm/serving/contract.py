@@ -7,6 +7,7 @@ of linear layers cannot teach the embedding a new one, and a chat template that 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,19 @@ class Contract:
             "do_sample": bool(sampling["temperature"]),
             **drawn,
         }
+
+
+def plain_replies(ends: Sequence[str]) -> dict[str, Any]:
+    """transformers' ``response_template`` for a plain chat template: what is written up to an end token is the reply.
+
+    Without one, its server reads a Qwen model's reply as ChatML, and returns the prompt with it where ChatML was not written.
+    """
+    close = "|".join(map(re.escape, ends))
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor_pattern": r"\Z",
+        "fields": {"content": {"close_pattern": close, "content": "text"}},
+    }
 
 
 def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:

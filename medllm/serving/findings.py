@@ -128,12 +128,12 @@ def way_result(asked: Asked, problems: Sequence[Problem]) -> dict[str, Any]:
 def findings(asked: Sequence[Asked], results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The promises that the server, or the model, does not keep: name → what was seen."""
     found: dict[str, str] = {}
-    pairs = [pair for one in asked for pair in one.pairs]
+    pairs = [pair for one in asked if not one.surplus - {0} for pair in one.pairs]  # what began otherwise may end so too
     if thinks := sum(_thinks(one, number) for one in asked for number in range(len(one.served))):
         found["thinking left on"] = f"{thinks} answers begin with thoughts: serve with enable_thinking false"
     else:
         found |= _beginnings(asked)
-    beyond = [own for served, own in pairs if _goes_on(served, own)]
+    beyond = [own for served, own in pairs if own.text.strip() and _goes_on(served, own)]
     if ended := sum(not own.stopped for own in beyond):
         found["end token"] = f"{ended} of {len(pairs)} texts go on where the engine's ended with its end token"
     if stopped := sum(bool(own.stopped) for own in beyond):
@@ -160,7 +160,8 @@ def _beginnings(asked: Sequence[Asked]) -> dict[str, str]:
         if one.surplus - {0}:
             amounts = ", ".join(f"{amount:+d}" for amount in sorted(one.surplus))
             return {"chat template": f"a conversation ({one.way.name}) has {amounts} tokens on the server: another template"}
-    if chats and texts and not any(one.others for one in texts) and (others := sum(one.others for one in chats)):
+    others = sum(not served.text.strip().startswith(own.text.strip()) for one in chats for served, own in one.pairs)
+    if others and texts and not any(one.others for one in texts):
         return {"chat template": f"{others} conversations are answered otherwise, and no text is: another template"}
     return {}
 

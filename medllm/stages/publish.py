@@ -20,7 +20,7 @@ from medllm.report.runs import read_cell, read_run
 from medllm.report.study import RunSummary
 from medllm.run import atomic_path, write_json
 from medllm.serving.card import Published, model_card
-from medllm.serving.contract import GENERATION, Contract, check_contract, contract_of
+from medllm.serving.contract import GENERATION, Contract, check_contract, contract_of, plain_replies
 from medllm.serving.taught import Taught
 from medllm.stage_config import PublishConfig
 from medllm.stages.convert import convert_model
@@ -114,6 +114,8 @@ def _write_tokenizer(config: PublishConfig, tokenizer: Any, contract: Contract, 
     copy_companions(Path(config.tokenizer or config.model), folder)
     settings = read_json(folder / _SETTINGS, "a tokenizer has one") if (folder / _SETTINGS).exists() else {}
     settings.pop("chat_template", None)
+    if config.chat_template == "plain":
+        settings["response_template"] = plain_replies(tokenizer.convert_ids_to_tokens(list(contract.ends)))
     (folder / _TEMPLATE).unlink(missing_ok=True)
     if contract.chat_template is not None:
         (folder / _TEMPLATE).write_text(contract.chat_template, encoding="utf-8")

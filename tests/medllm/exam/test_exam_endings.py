@@ -14,6 +14,11 @@ from medllm.exam.answers import extract_answer
 from medllm.exam.endings import Ending, Endings, ending, runs_on
 from medllm.exam.evaluation import sit
 from medllm.exam.problem import Problem
+from medllm.exam.scoring import ProblemResult
+from medllm.report.page import render
+from medllm.report.results import Cell
+from medllm.report.statistics import Bootstrap
+from medllm.report.study import ReportInput
 from medllm.stage_config import EvaluateConfig
 
 PROBLEM = Problem("q1", "ミロリ星の空は何色か。", ("赤", "青", "緑"), ("b",))
@@ -107,6 +112,15 @@ def test_they_are_counted_in_every_evaluation():
 def test_a_result_of_before_they_were_counted_has_none():
     assert Endings.from_json(None) is None
     assert Endings.from_json({"texts": 3}) is None
+
+
+def test_they_stand_beside_the_score_in_a_report():
+    result = ProblemResult("q1", True, 1)
+    counted, before = Endings(texts=1, run_on=13, stopped=2, cut_off=5, unread=7), None
+    cells = tuple(Cell(name, "3-shot", (result,), ended) for name, ended in (("new", counted), ("old", before)))
+    page = render(ReportInput("title", "jax", {}, cells, draw=Bootstrap(resamples=20)))
+    assert page.count(" run on, ") == 1
+    assert "13 run on, 5 cut off, 7 unread" in page
 
 
 def test_the_published_answers_to_the_119th_exam_run_on_and_are_right_less_often_where_they_do():

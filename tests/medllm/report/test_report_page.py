@@ -87,15 +87,6 @@ def test_the_page_has_every_model_setting_and_score(folders, page):
             assert f"{found.earned}/{found.possible} points" in text
 
 
-def test_how_the_texts_ended_stands_beside_the_score(folders, page, tmp_path):
-    assert "run on, " not in page  # runs of before it was counted
-    folder = copy_run(folders[4], tmp_path)
-    counted = {"texts": 40, "run_on": 13, "stopped": 2, "cut_off": 5, "unread": 7}
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | {"endings": counted}))
-    assert "13 run on, 5 cut off, 7 unread" in render(report_from_runs([folder], draw=DRAW))
-
-
 def test_the_page_asks_nothing_of_the_network(page):
     parser = parse(page)
     assert parser.addresses

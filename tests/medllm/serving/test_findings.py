@@ -129,3 +129,10 @@ def test_foreign_prompts_are_conversations_where_there_is_a_template_and_texts_w
 def test_an_answer_of_an_engine_keeps_how_it_ended():
     made = Answer.own(Generation("b", (1,), "stop", "\n"), 7)
     assert (made.stopped, made.cut_off, made.prompt_tokens) == ("\n", False, 7)
+
+
+def test_conversations_that_only_go_on_are_no_sign_of_another_template():
+    longer = served("b。空は赤い")
+    assert set(found(asked(TRAINED, served()), asked(CHAT, longer))) == {"end token"}
+    nothing = Answer("", cut_off=False, prompt_tokens=20)  # of what begins with nothing, either may be the reason
+    assert found(asked(TRAINED, served()), asked(CHAT, longer, nothing)) == {}

@@ -1,0 +1,134 @@
+"""A real server, ``transformers serve``: the right contract, and wrong ones, each named by what is served."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from medllm.cli import main
+from medllm.exam.loaders import write_problems
+from medllm.mini.problems import exam_problems, shot_problems
+from medllm.mini.study import BASE
+from medllm.mini.world import make_world
+from medllm.serving.contract import plain_replies
+
+NEEDED = ("jax", "torch", "openai", "fastapi", "uvicorn")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; pip install 'medllm[eval,serve,jax,torch]'")
+
+PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+THINKS = PLAIN + "{% if enable_thinking is not defined or enable_thinking %}考える:{% endif %}"
+OFF = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
+STOP = "したがって"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Its address; it serves any folder that a request names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stdout=log, stderr=log, env=environment)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory):
+    folder, world = tmp_path_factory.mktemp("exam"), make_world()
+    write_problems(folder / "exam.jsonl", exam_problems(world, 2)[:2])
+    write_problems(folder / "shots.jsonl", shot_problems(world, 3))
+    return folder
+
+
+def published(folder, *, template=PLAIN, stop=STOP, end=0, bos=False):
+    """The embedded base under a contract."""
+    shutil.copytree(BASE, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    rewrite(folder / "tokenizer_config.json", response_template=plain_replies(["<|endoftext|>"]))
+    contract = {"eos_token_id": end, "pad_token_id": 0, **({"stop_strings": [stop]} if stop else {})}
+    (folder / "generation_config.json").write_text(json.dumps(contract))
+    if end:
+        rewrite(folder / "config.json", eos_token_id=end)
+    if bos:
+        begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        known = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+        old = json.loads((folder / "tokenizer.json").read_text("utf-8"))["post_processor"]
+        processor = {**old, "single": [begin, *old["single"]], "special_tokens": known}
+        rewrite(folder / "tokenizer.json", post_processor=processor)
+    return str(folder)
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), encoding="utf-8")
+
+
+def check(exam, capsys, *more):
+    """Exit code and result of a check."""
+    settings = "--explanation true --template curation --answer_as text --max_new_tokens 40 --dtype float32".split()
+    files = ["--problems", str(exam / "exam.jsonl"), "--shots", str(exam / "shots.jsonl"), "--json", str(exam / "out.json")]
+    code = main(["check-serving", *more, *settings, *files])
+    return code, json.loads((exam / "out.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_a_server_that_keeps_the_contract_answers_as_the_engine_does(server, exam, tmp_path, capsys, engine):
+    folder = published(tmp_path / "right")
+    code, result = check(exam, capsys, "--url", server, "--model", folder, "--engine", engine)
+    assert (code, result["findings"]) == (0, {})
+    for way in result["ways"].values():
+        assert (way["other_texts"], way["prompt_tokens"]) == (0, [0])
+        assert set(way["difference"].values()) == {0.0}
+    assert result["ways"]["trained prompt"]["run_on"] == 0
+    assert "the contract is kept" in capsys.readouterr().out
+
+
+WRONG = {
+    "end token": ({"stop": None}, {"stop": None, "end": 9}),
+    "stop string": ({}, {"stop": None}),
+    "BOS": ({}, {"bos": True}),
+    "chat template": ({}, {"template": "質問者:" + PLAIN + "\n回答者:"}),
+    "thinking left on": ({"template": OFF + THINKS}, {"template": THINKS}),
+}
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), [(name, *both) for name, both in WRONG.items()], ids=list(WRONG))
+def test_a_wrong_contract_is_named(server, exam, tmp_path, capsys, name, right, wrong):
+    """Padding that is the end token and was trained on is refused before it is served (test_publish.py)."""
+    right, wrong = published(tmp_path / "right", **right), published(tmp_path / "wrong", **wrong)
+    code, result = check(exam, capsys, "--url", server, "--model", wrong, "--folder", right)
+    assert code == 1
+    assert set(result["findings"]) - {"runs on"} == {name}
+    assert f"NOT kept: {name}" in capsys.readouterr().out
+
+
+def test_an_engine_alone_is_asked_without_a_server(exam, tmp_path, capsys):
+    code, result = check(exam, capsys, "--model", published(tmp_path / "right"))
+    assert (code, result["where"], result["findings"]) == (0, "jax", {})
+    assert all("own" not in way and way["asked"] == 2 for way in result["ways"].values())
+
+
+def test_a_model_that_is_no_folder_needs_a_server(exam, capsys):
+    assert main(["check-serving", "--model", "nowhere", "--problems", str(exam / "exam.jsonl"), "--shot_count", "0"]) == 2
+    assert "name the server that has a model of this name (--url)" in capsys.readouterr().err
