@@ -404,9 +404,8 @@ def truncate(folder: Path) -> None:
 
 
 def forget_a_tensor(folder: Path) -> None:
-    names = ModelDirectory(folder).names()
+    index = dict.fromkeys([*ModelDirectory(folder).names(), layer(2, "mlp.up_proj", "extra")], "shard.safetensors")
     (folder / "model.safetensors").rename(folder / "shard.safetensors")  # one file would go before an index
-    index = dict.fromkeys([*names, layer(2, "mlp.up_proj", "extra")], "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 

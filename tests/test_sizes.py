@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("medllm", "jax_medllm", "torch_ref", "medllm_parity", "parity_tests", "tests", "scripts")
 MODULE, FUNCTION = 400, 60
 LONGER = {
-    "jax_medllm/weights/read.py::read_model": 61,
     "medllm/bench/compare.py::compare": 70,
     "medllm/bench/device.py::bench_device": 68,
     "parity_tests/test_audit.py": 472,

@@ -99,17 +99,10 @@ def read_model(
         )
 
     model = nnx.eval_shape(build)
-    slots = _base_slots(model)
-    _check_tensors(directory, slots, quantization)
+    arrays = _base_arrays(model, directory, quantization)
     given = {frozen(index): one for index, one in enumerate(adapters)}
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}
-    stacks = {path: Stack(variable, path) for path, variable in _base(model).items()}
-    finite = {name: _fill(stacks, directory, name, slot, model.dtype) for name, slot in slots.items()}
-    arrays = {path: stack.array() for path, stack in stacks.items()}
-    for name, is_finite in finite.items():  # looked at when all is read: nothing waits for a weight to be quantized
-        if not is_finite:
-            raise _not_finite(directory, name)
     for place, one in given.items():
         arrays |= adapter_arrays(model, one, place)
     if settings is not None or adapters:
@@ -201,6 +194,19 @@ class _Slot:
 def _base(model: Qwen2) -> dict[Path, nnx.Variable]:
     """The variables that come from the model directory."""
     return variables(model, nnx.Not(nnx.Any(LoraParam, FrozenLoraParam, LoraScaling)))
+
+
+def _base_arrays(model: Qwen2, directory: ModelDirectory, quantization: Quantization) -> dict[Path, Any]:
+    """What the model directory holds, in its places."""
+    slots = _base_slots(model)
+    _check_tensors(directory, slots, quantization)
+    stacks = {path: Stack(variable, path) for path, variable in _base(model).items()}
+    finite = {name: _fill(stacks, directory, name, slot, model.dtype) for name, slot in slots.items()}
+    arrays = {path: stack.array() for path, stack in stacks.items()}
+    for name, is_finite in finite.items():  # looked at when all is read: nothing waits for a weight to be quantized
+        if not is_finite:
+            raise _not_finite(directory, name)
+    return arrays
 
 
 def _base_slots(model: Qwen2) -> dict[str, _Slot]:
