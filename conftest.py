@@ -1,7 +1,13 @@
-"""In every test the shapes in annotations are checked: a wrong one is an error at the function that gets the array."""
+"""In every test the shapes in annotations are checked: a wrong one is an error at the function that gets the array.
 
+A program that was compiled once is not compiled again in the same session, and files with slow tests come first.
+"""
+
+import os
 from pathlib import Path
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.shape_checks  # noqa: F401  (found by its name)
@@ -18,3 +24,21 @@ def modules_with_shapes() -> list[str]:
 
 
 install_import_hook(modules_with_shapes(), "tests.shape_checks.shapes_checked")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: of several processes none is left to wait for the last one's."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep compiled programs for the session, all its processes and their children: each model that is opened would compile the
+    same ones again. They are the session's own, not those that the user keeps."""
+    if jax.config.jax_compilation_cache_dir is None:
+        mine = tmp_path_factory.getbasetemp()
+        programs = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "programs"
+        for name, value in {"compilation_cache_dir": str(programs), "persistent_cache_min_compile_time_secs": 0.05}.items():
+            jax.config.update(f"jax_{name}", value)
+            os.environ[f"JAX_{name.upper()}"] = str(value)

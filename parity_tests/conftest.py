@@ -1,4 +1,4 @@
-"""Tiny models shared by the parity tests, the switch to float64, and one compilation of each program."""
+"""Tiny models shared by the parity tests, and the switch to float64."""
 
 from __future__ import annotations
 
@@ -14,14 +14,6 @@ from medllm.config import ModelConfig
 from medllm.quantization import Quantization
 from parity_tests.tiny_models import TinyModel, write_tiny_adapter, write_tiny_model
 from torch_ref.model import open_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep compiled programs for the session: every model that is opened would compile the same ones again."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 @pytest.fixture(scope="session", autouse=True)

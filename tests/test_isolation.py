@@ -27,6 +27,7 @@ def run_without(packages: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "absent"),
     [("jax", "torch,peft,trl,accelerate,bitsandbytes"), ("torch", "jax,jaxlib,flax,optax,orbax")],

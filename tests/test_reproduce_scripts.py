@@ -38,6 +38,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "engine"), [("reproduce_72b_a100.sh", "torch"), ("reproduce_72b_tpu.sh", "jax")])
 def test_the_papers_run_goes_through_on_a_small_model(script, engine, inputs, tmp_path):
     pytest.importorskip(engine)

@@ -87,9 +87,9 @@ DEPTHS = (4, 12)
 """Layers of the 72B that are trained in place of its 80, which would leave little of nine minutes for anything else."""
 SMOKE = DeviceShape(
     name="smoke",
-    model=ModelShape(3, 128, 192, 4, 1, 512, rank=4, dtype="bfloat16", quantization="nf4"),
+    model=ModelShape(6, 128, 192, 4, 1, 512, rank=4, dtype="bfloat16", quantization="nf4"),
     rows=1,
-    depths=(1, 2),
+    depths=(2, 4),  # those of the probe, which then is the same programs
     length=64,
     prompt=48,
     response=16,

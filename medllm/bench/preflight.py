@@ -58,7 +58,7 @@ def preflight(
             raise UserError("pre-flight: the part parity compares both engines; leave it out of --parts, or --engines out")
         versions["pytest"] = _version("pytest", "the part parity")
     result: dict[str, Any] = {"versions": versions}
-    shape = {**SMOKE.to_json(), "depths": ()}
+    shape = {**SMOKE.to_json(), "depths": SMOKE.depths[:1]}
     with tempfile.TemporaryDirectory(prefix="medllm-preflight-") as folder:
         nf4 = str(Path(folder) / "nf4") if "torch" in engines else None
         for engine in _ORDER:

@@ -175,6 +175,7 @@ def adapters_apart(one: Path, other: Path) -> float:
     return max(float(np.linalg.norm(second[name] - value) / np.linalg.norm(value)) for name, value in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("expected", "found"), [("whole", "to-one"), ("whole", "to-two"), ("one/rpo", "two/rpo")], ids=["to-one", "to-two", "rpo"]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from jax_medllm.mesh.layout import Layout, entry
 from medllm.axes import MESH_AXES, RULES, Axis
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
+from tests.sharded_traffic import Traffic
 
 MESHES = (
     "fsdp=8",
@@ -69,12 +72,14 @@ def packed():
     return trained("cpt", "nf4", *MESHES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_cpt_step_on_packed_weights_equals_one_device(packed, mesh):
     assert packed[mesh]["loss"] < 1e-5
     assert packed[mesh]["gradient"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "quantization"), [("cpt", "none"), ("cpt", "tied"), ("cpt", "nf4-single"), ("rpo", "nf4"), ("rpo", "none")]
 )
@@ -117,39 +122,28 @@ def test_nothing_else_moves_than_adapters_and_the_chunk_at_the_head(packed, mesh
     assert found == expected
 
 
-KINDS = ("all-gather u8", "all-gather f32", "all-reduce f32", "reduce-scatter f32", "all-to-all f32", "collective-permute f32")
-EXCHANGED = 2 * 6 * (8 * 32 * 128 // 8 // 2) * 4
-"""Half of a device's queries, and what they gave, in each of two layers: forward, anew in the backward pass, and back."""
-
-SENT = {
-    "fsdp=8": (221760, 219520, 338695, 114688, 14336, 0),
-    "data=8": (0, 0, 103943, 0, 0, 0),
-    "data=2,fsdp=4": (190080, 138624, 204551, 49152, 12288, 0),
-    "data=2,fsdp=2,tensor=2": (63744, 91392, 807686, 32768, 16384, 13312),
-    "tensor=4,fsdp=2": (32640, 123904, 2194180, 65536, 32768, 9216),
-    "sequence=8": (221760, 678272, 797447, 114688, 14336, EXCHANGED),
-    "sequence=2,fsdp=4": (221760, 285056, 502538, 114688, 20480, EXCHANGED),
-    "tensor=2,sequence=2,fsdp=2": (95616, 237824, 1160456, 98304, 32768, 6144 + EXCHANGED),
-}
-"""Bytes that a device sends in a CPT step over each mesh, by kind: a gather that slips in shows here."""
+SMALLEST = 4 * 64 * 128
+"""Bytes of the smallest dense weight in fp32."""
 
 
-@pytest.mark.parametrize("mesh", SENT)
-def test_what_travels_is_what_has_been_looked_at(packed, mesh):
-    found = dict.fromkeys(KINDS, 0)
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "@" not in mesh])
+def test_what_travels_is_what_has_to(packed, mesh):
+    """Bytes that a device sends in a CPT step, by kind: a gather that slips in shows here."""
+    found = defaultdict(int)
     for kind, dtype, _, size in packed[mesh]["sent"]:
         if dtype != "s32":  # tokens and places
             found[f"{kind} {dtype}"] += size
-    assert found == dict(zip(KINDS, SENT[mesh], strict=True))
-
-
-@pytest.mark.parametrize("mesh", ["fsdp=8", "sequence=8", "sequence=2,fsdp=4", "data=2,fsdp=4"])
-def test_packed_weights_travel_twice(packed, mesh):
-    """Forward and, recomputed or not, backward: half a byte a weight and a byte for each block of 64, of the other devices."""
-    weights = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 192 * 128
-    devices = 4 if "data" in mesh else 8
-    sent = sum(size for kind, dtype, _, size in packed[mesh]["sent"] if (kind, dtype) == ("all-gather", "u8"))
-    assert sent == 2 * 2 * (weights // 2 + weights // 64) * (devices - 1) // devices
+    expected = Traffic.over(mesh)
+    assert found.pop("all-gather u8", 0) == expected.gathered_codes()
+    assert found.pop("all-gather f32", 0) == expected.gathered_floats()
+    assert found.pop("reduce-scatter f32", 0) == expected.scattered()
+    assert found.pop("all-to-all f32", 0) == expected.exchanged()
+    least, most = expected.reduced()
+    assert least <= found.pop("all-reduce f32", 0) <= most
+    # Where ``tensor`` cuts a block or an adapter otherwise than it is stored, a few of their numbers change places.
+    reordered = found.pop("collective-permute f32", 0) - expected.permuted()
+    assert 0 <= reordered < SMALLEST if "tensor" in mesh else reordered == 0
+    assert not found
 
 
 def test_a_mesh_takes_the_devices_that_are_left():

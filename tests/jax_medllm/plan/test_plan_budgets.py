@@ -76,6 +76,7 @@ def plans(tmp_path_factory) -> dict[tuple[str, Stage], dict[str, Any]]:
 KEYS = pytest.mark.parametrize("key", BUDGETS, ids=" ".join)
 
 
+@pytest.mark.slow
 @KEYS
 def test_a_step_keeps_to_its_memory(plans, key):
     assert plans[key]["fits"]
