@@ -191,7 +191,8 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     A sentencepiece decoder takes away the space that its tokenizer puts before a *text*; a continuation's own stays, so that
     prompt and continuation together are the text that was written.
     """
-    before = _ids(tokenizer, ["a"], begins=False)[0] if tokenizer.backend_tokenizer.decoder else []
+    core = tokenizer.backend_tokenizer
+    before = core.encode("a", add_special_tokens=False).ids if core.decoder else []
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return tokenizer.decode([*before, *tokens], **settings)[len(tokenizer.decode(before, **settings)) :]
 
