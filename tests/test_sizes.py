@@ -13,7 +13,7 @@ LONGER = {
     "jax_medllm/weights/read.py::read_model": 61,
     "medllm/bench/compare.py::compare": 70,
     "medllm/bench/device.py::bench_device": 68,
-    "parity_tests/test_audit.py": 472,
+    "parity_tests/test_audit.py": 463,
     "tests/plans.py::a_plan": 66,
     "tests/medllm/report/test_report_page.py": 404,
     "tests/torch_ref/test_torch_engine.py": 415,
