@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -95,7 +96,10 @@ def _record(
         setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), name, record))
     context = _OverheardContext(RowContext.of(config.window, segment_ids, positions), record)
     record["layer output"], _ = layer(hidden, Rotary.at(positions, config, hidden.dtype), context, True)
-    return {quantity.name: record[quantity.name].reshape(*hidden.shape[:2], -1) for quantity in quantities(config)}
+    left_out = jnp.full(hidden.shape[:2], jnp.nan)  # what a layer that should compute it does not is off, and named
+    return {
+        quantity.name: record.get(quantity.name, left_out).reshape(*hidden.shape[:2], -1) for quantity in quantities(config)
+    }
 
 
 @partial(jax.jit, static_argnames=("graph", "config"))

@@ -124,7 +124,7 @@ class TorchLayer:
             self._attention.tap = None
             for hook in hooks:
                 hook.remove()
-        return {quantity.name: record[quantity.name].detach() for quantity in self._quantities}
+        return {quantity.name: record[quantity.name].detach().flatten(2) for quantity in self._quantities}
 
     def forward(self, hidden: torch.Tensor, rows: Rows, *, adapter: bool = True) -> torch.Tensor:
         """The layer's output, as the model calls it."""

@@ -29,6 +29,15 @@ def float64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def jax_engine(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """Patches of the JAX engine take effect: what was compiled without them is forgotten, before and after."""
+    jax.clear_caches()
+    yield monkeypatch
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_model(tied=…, heads=…, kv_heads=…, layers=…, dtype=…)`` → directory of a random model, written once a session."""

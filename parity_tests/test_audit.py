@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,15 +282,6 @@ def test_a_matrix_of_an_adapter_is_named(base, adapter, tmp_path):
 
 
 # --- faults in an engine ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def jax_engine(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    """Patches of the JAX engine take effect: what was compiled without them is forgotten, before and after."""
-    jax.clear_caches()
-    yield monkeypatch
-    monkeypatch.undo()
-    jax.clear_caches()
 
 
 def mask_off_by_one(self: attention.Visibility, queries: jax.Array, keys: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ MODULE, FUNCTION = 400, 60
 LONGER = {
     "medllm/bench/compare.py::compare": 70,
     "medllm/bench/device.py::bench_device": 68,
-    "parity_tests/test_audit.py": 472,
+    "parity_tests/test_audit.py": 463,
     "tests/plans.py::a_plan": 66,
     "tests/torch_ref/test_torch_engine.py": 415,
 }
