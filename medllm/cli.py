@@ -21,17 +21,16 @@ from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, find_command, gather_lists, name_presets
-from medllm.config import ProblemsFormat
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
+from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 
 if TYPE_CHECKING:
-    from medllm.exam.scoring import ScoreSheet
     from medllm.training import TrainSummary
 
 
@@ -78,7 +77,7 @@ def _run(argv: list[str]) -> int:
         from medllm.run import write_json
 
         write_json(Path(target), result)
-    return 1 if result is not None and result.get("ok") is False else 0
+    return 1 if isinstance(result, dict) and result.get("ok") is False else 0
 
 
 def parse(name: str, command: Command, words: list[str]) -> Any:
@@ -172,26 +171,9 @@ def _evaluate(values: Any) -> dict[str, Any]:
         shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
         say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
     else:
-        say(f"evaluate: {result.setting}: {_points(result.score)}; {result.endings.words()}; {config.run}")
+        ended = f"{result.endings.words()}; {result.readings.words()}"
+        say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}")
     return result.to_json()
-
-
-def _score_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
-    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by name and content")
-    parser.add_argument("--predictions", type=str, required=True, help="prediction file, folder or pattern (JSONL)")
-    parser.add_argument("--lenient", type=bool, default=False, help="forgive spaces; the official score does not")
-
-
-def _score(values: Any) -> dict[str, Any]:
-    from medllm.exam.loaders import load_problems
-    from medllm.exam.predictions import read_predictions
-    from medllm.exam.scoring import score
-
-    problems = load_problems(values.problems, problems_format=values.problems_format).problems
-    sheet = score(problems, read_predictions(values.predictions), lenient=values.lenient)
-    say(f"score: {_points(sheet)}")
-    return sheet.to_json()
 
 
 def _report_arguments(parser: ArgumentParser) -> None:
@@ -348,7 +330,7 @@ COMMANDS: dict[str, Command | Group] = {
         "model.path model.adapter run problems shots shot_count explanation method format sampling.max_new_tokens batch_size "
         "limit engine mesh",
     ),
-    "score": Command("score predictions officially", _score_arguments, _score),
+    "score": Command("score predictions officially", score_arguments, score_predictions),
     "report": Command("one HTML page from run folders", _report_arguments, _report),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "publish": PUBLISH,
@@ -377,11 +359,6 @@ def _one_line(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
-
-
-def _points(score: ScoreSheet) -> str:
-    share = score.points / score.possible if score.possible else 0.0
-    return f"{score.points} of {score.possible} points ({share:.3f}), {score.correct} of {score.questions} right"
 
 
 def _quiet_libraries() -> None:

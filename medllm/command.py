@@ -25,7 +25,7 @@ class Command:
 
     help: str
     arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Any], dict[str, Any] | None]
+    run: Callable[[Any], dict[str, Any] | list[Any] | None]
     first: tuple[str, ...] = ()
     presets: str = ""
 

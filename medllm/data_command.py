@@ -79,8 +79,22 @@ def _leaks(values: Any) -> dict[str, Any]:
     return {"leaks": [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]}
 
 
+def _read_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("file", type=str, help="JSONL: text, choices, answer_count, explanation, gold")
+
+
+def _read(values: Any) -> list[dict[str, Any]]:
+    from medllm.exam.answers import Readings
+    from medllm.exam.texts import read_texts
+
+    readings = read_texts(values.file)
+    say(f"data: {len(readings)} texts; {Readings.count(readings).words()}")
+    return [{"answer": list(one.answer), "rule": one.rule or None, "reason": one.reason or None} for one in readings]
+
+
 ACTIONS = {
     "export-trl": Command("preferences → TRL's prompt/chosen/rejected rows", _export_arguments, _export),
     "random-model": Command("a small Qwen2.5 with random weights, for trying out a pipeline", _model_arguments, _model),
+    "read": Command("how the answer in a text is read, and by which rule", _read_arguments, _read),
     "leaks": Command("exam questions found in training text", _leaks_arguments, _leaks),
 }

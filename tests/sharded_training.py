@@ -1,7 +1,7 @@
 """Child process of the sharding tests: a training step over forced devices, against the same step on one of them.
 
-``python -m tests.sharded_training cpt|rpo QUANTIZATION|tied|qwen3|llama MESH …`` prints, for each mesh, the largest difference of
-the loss and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device
+``python -m tests.sharded_training cpt|rpo QUANTIZATION|tied|qwen3|llama MESH …`` prints, for each mesh, the largest difference
+of the loss and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device
 sends by them.
 """
 

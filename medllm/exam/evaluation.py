@@ -10,7 +10,7 @@ from typing import Any
 from medllm.config import OptionPrompt
 from medllm.engine import Continuation, Generates, Scores
 from medllm.errors import UserError
-from medllm.exam.answers import extract_answer
+from medllm.exam.answers import Reading, extract_answer
 from medllm.exam.endings import Ending, ending
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
@@ -79,7 +79,7 @@ def evaluate(
     Raises:
         UserError: the engine refuses a prompt.
     """
-    return [prediction for prediction, _ in sit(engine, problems, shots, config, progress)]
+    return [prediction for prediction, _, _ in sit(engine, problems, shots, config, progress)]
 
 
 def sit(
@@ -88,8 +88,8 @@ def sit(
     shots: Sequence[Problem],
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
-) -> list[tuple[Prediction, Ending]]:
-    """:func:`evaluate`, and how each text ended."""
+) -> list[tuple[Prediction, Ending, Reading]]:
+    """:func:`evaluate`, how each text ended, and how its answer was read."""
     sampling = config.sampling
     if config.format == "completion":
         sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
@@ -104,7 +104,7 @@ def sit(
         )
         for problem in problems
     ]
-    sat: list[tuple[Prediction, Ending]] = []
+    sat: list[tuple[Prediction, Ending, Reading]] = []
     step = config.batch_size * _BATCHES_AT_A_TIME
     for start in range(0, len(problems), step):
         part = slice(start, start + step)
@@ -112,15 +112,16 @@ def sit(
             within = part_of(progress, start, len(prompts[part]), len(problems))
             generated = engine.generate(prompts[part], sampling, config.batch_size, within)
         for problem, prompt, (generation,) in zip(problems[part], prompts[part], generated, strict=True):
-            answer = extract_answer(generation.text, problem, explanation=config.explanation)
+            cut_off = generation.finish == "length"
+            reading = extract_answer(generation.text, problem, explanation=config.explanation, cut_off=cut_off)
             ended = ending(
                 generation.text,
                 prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
                 stop=generation.stopped,
-                cut_off=generation.finish == "length",
-                unread=not answer,
+                cut_off=cut_off,
+                unread=not reading.answer,
             )
-            sat.append((Prediction(problem.problem_id, ",".join(answer), generation.text), ended))
+            sat.append((Prediction(problem.problem_id, ",".join(reading.answer), generation.text), ended, reading))
     return sat
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from medllm.errors import UserError
+from medllm.exam.answers import Readings, extract_answer
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 
@@ -110,6 +111,11 @@ class ScoreSheet:
         shares = [tally.points / tally.possible for tally in self.by_year.values() if tally.possible]
         return sum(shares) / len(shares) if shares else 0.0
 
+    def words(self) -> str:
+        """For a line of text: ``12 of 20 points (0.600), 10 of 16 right``."""
+        share = self.points / self.possible if self.possible else 0.0
+        return f"{self.points} of {self.possible} points ({share:.3f}), {self.correct} of {self.questions} right"
+
     def to_json(self) -> dict[str, Any]:
         """Everything on the sheet, as plain JSON values."""
         return asdict(self) | {"kinki": list(self.kinki), "mean_of_years": self.mean_of_years}
@@ -151,6 +157,48 @@ def score(problems: Sequence[Problem], predictions: Sequence[Prediction], *, len
         verdicts=_verdicts(rows, frozenset(kinki)),
         results=results,
     )
+
+
+@dataclass(frozen=True)
+class ReadAnew:
+    """What the texts of a prediction file give when they are read here.
+
+    Attributes:
+        read_points: Points that these readings earn.
+        readings: How many were read by each rule, and how many were not, by reason.
+        differing: Problems whose reading is another than the file's own prediction: ``(file's, ours)``.
+    """
+
+    read_points: int
+    readings: Readings
+    differing: Mapping[str, tuple[str, str]]
+
+
+def read_anew(problems: Sequence[Problem], predictions: Sequence[Prediction], *, explanation: bool = False) -> ReadAnew:
+    """Read the texts of predictions, and score what is read; the predictions' own score is :func:`score`'s.
+
+    Args:
+        problems: The exam.
+        predictions: Predictions with the whole texts (``explanation``) they were taken from.
+        explanation: The texts were asked to explain before they answer.
+
+    Raises:
+        UserError: no prediction holds a text.
+    """
+    if not any(prediction.explanation for prediction in predictions):
+        raise UserError(
+            "no prediction holds the text it was taken from ('explanation'), so none can be read anew (--from_text)"
+        )
+    asked = _by_id("problem", problems)
+    read = {
+        one.problem_id: extract_answer(one.explanation, asked[one.problem_id], explanation=explanation)
+        for one in predictions
+        if one.problem_id in asked
+    }
+    anew = [Prediction(key, ",".join(reading.answer)) for key, reading in read.items()]
+    own = {one.problem_id: one.prediction for one in predictions}
+    differing = {one.problem_id: (own[one.problem_id], one.prediction) for one in anew if own[one.problem_id] != one.prediction}
+    return ReadAnew(score(problems, anew).points, Readings.count(read.values()), differing)
 
 
 def is_correct(problem: Problem, prediction: str, *, lenient: bool = False) -> bool:

@@ -149,7 +149,7 @@ def _rank(
             counts["duplicates"] += 1
             continue
         seen.add(text)
-        answer = extract_answer(text, problem, explanation=True)
+        answer = extract_answer(text, problem, explanation=True).answer
         right = generation.finish == "stop" and answer in problem.accepted
         counts["chosen" if right else "rejected"] += 1
         counts["unanswered"] += not answer

@@ -74,7 +74,10 @@ def render(study: ReportInput) -> str:
         findings=wording.findings(table),
         method=wording.method(table),
         figures=_figures(study, table),
-        endings={(cell.model, cell.setting): cell.endings.words() for cell in study.cells if cell.endings},
+        endings={
+            (cell.model, cell.setting): "; ".join(part.words() for part in (cell.endings, cell.readings) if part)
+            for cell in study.cells
+        },
         by_likelihood=[run.result for run in study.runs if run.stage == "options"],
         curves=[figure for run in study.runs if (figure := plots.training_curves(run))],
         costs=[stage_cost(run) for run in study.runs],

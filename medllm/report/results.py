@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medllm.errors import UserError
+from medllm.exam.answers import Readings
 from medllm.exam.endings import Endings
 from medllm.exam.scoring import ProblemResult
 from medllm.exam.setting import explained, explains
@@ -21,12 +22,13 @@ from medllm.report.statistics import BOOTSTRAP, Bootstrap, Comparison, Estimate,
 
 @dataclass(frozen=True)
 class Cell:
-    """One model in one setting (named by :mod:`medllm.exam.setting`), problem by problem, and how its texts ended."""
+    """One model in one setting (named by :mod:`medllm.exam.setting`), problem by problem, how its texts ended and were read."""
 
     model: str
     setting: str
     results: tuple[ProblemResult, ...]
     endings: Endings | None = None
+    readings: Readings | None = None
 
 
 @dataclass(frozen=True)

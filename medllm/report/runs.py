@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from medllm.errors import UserError
+from medllm.exam.answers import Readings
 from medllm.exam.endings import Endings
 from medllm.exam.loaders import load_problems, read_json_lines
 from medllm.exam.predictions import read_predictions
@@ -120,7 +121,13 @@ def read_cell(run: RunSummary, path: str | Path) -> Cell:
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: 'score.results' holds no per-problem rows; run 'medllm evaluate' again to write them")
     results = tuple(_problem_result(row, f"{file}: score.results[{index}]") for index, row in enumerate(rows))
-    return Cell(result["model"], result["setting"], results, Endings.from_json(result.get("endings")))
+    return Cell(
+        result["model"],
+        result["setting"],
+        results,
+        Endings.from_json(result.get("endings")),
+        Readings.from_json(result.get("readings")),
+    )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

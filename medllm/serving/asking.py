@@ -51,10 +51,10 @@ def ways(config: CheckServingConfig, shots: Sequence[Problem], *, chats: bool) -
         )
 
     def explained(text: str, problem: Problem) -> tuple[str, ...]:
-        return extract_answer(text, problem, explanation=config.explanation)
+        return extract_answer(text, problem, explanation=config.explanation).answer
 
     def bare(text: str, problem: Problem) -> tuple[str, ...]:
-        return extract_answer(text, problem, explanation=False)
+        return extract_answer(text, problem, explanation=False).answer
 
     def through(ask: Callable[[Problem], str]) -> Callable[[Problem], Prompt]:
         return (lambda problem: (Message("user", ask(problem)),)) if chats else ask
@@ -92,4 +92,4 @@ def _as_json(problem: Problem) -> str:
 
 def _read_json(text: str, problem: Problem) -> tuple[str, ...]:
     found = _JSON_ANSWER.search(own_part(folded(text)))
-    return extract_answer(found[1].replace('"', ""), problem, explanation=False) if found else ()
+    return extract_answer(found[1].replace('"', ""), problem, explanation=False).answer if found else ()

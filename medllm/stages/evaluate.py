@@ -10,6 +10,7 @@ from typing import Any
 from medllm.config import ModelConfig
 from medllm.engine import Generates, Scores
 from medllm.engines import EngineName, open_engine, open_scorer
+from medllm.exam.answers import Readings
 from medllm.exam.endings import Endings
 from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
@@ -36,6 +37,7 @@ class ExamResult:
         left_out: Rows of the problem files that could not be used, by reason.
         score: The official score.
         endings: How the texts ended.
+        readings: How many answers were read by each rule, and how many texts gave none, by reason.
     """
 
     engine: str
@@ -45,6 +47,7 @@ class ExamResult:
     left_out: Mapping[str, int]
     score: ScoreSheet
     endings: Endings
+    readings: Readings
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
@@ -110,7 +113,7 @@ def _sit(
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         sat = sit(model, problems, shots, config, progress)
-        predictions = [prediction for prediction, _ in sat]
+        predictions = [prediction for prediction, _, _ in sat]
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
         result = ExamResult(
@@ -120,7 +123,8 @@ def _sit(
             seconds=time.monotonic() - began,
             left_out=left_out,
             score=score(problems, predictions, lenient=config.lenient),
-            endings=Endings.count(ended for _, ended in sat),
+            endings=Endings.count(ended for _, ended, _ in sat),
+            readings=Readings.count(reading for _, _, reading in sat),
         )
         run.finish(result.to_json())
     return result

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from medllm.exam.answers import extract_answer
+from medllm.exam.answers import Reading, extract_answer
 from medllm.exam.problem import LETTERS, Problem
 from medllm.exam.prompts import render_answer
 
@@ -54,7 +54,7 @@ DECIMAL = Problem("4", "何倍か。", (), ("1.2",))
     ],
 )
 def test_single_answers_are_found(text, answer):
-    assert extract_answer(text, ONE, explanation=False) == (answer,)
+    assert extract_answer(text, ONE, explanation=False).answer == (answer,)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_single_answers_are_found(text, answer):
     ],
 )
 def test_two_answers_are_found_in_order(text):
-    assert extract_answer(text, TWO, explanation=False) == ("b", "d")
+    assert extract_answer(text, TWO, explanation=False).answer == ("b", "d")
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_two_answers_are_found_in_order(text):
     ],
 )
 def test_no_single_answer_gives_none(text):
-    assert extract_answer(text, ONE, explanation=False) == ()
+    assert extract_answer(text, ONE, explanation=False).answer == ()
 
 
-def test_fewer_or_more_letters_than_wanted_are_what_was_answered():
-    assert extract_answer("b", TWO, explanation=False) == ("b",)
-    assert extract_answer("a,b,c", TWO, explanation=False) == ("a", "b", "c")
+def test_fewer_letters_than_wanted_are_what_was_answered_and_more_are_none():
+    assert extract_answer("b", TWO, explanation=False).answer == ("b",)
+    assert extract_answer("a,b,c", TWO, explanation=False) == Reading(reason="too_many")
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_fewer_or_more_letters_than_wanted_are_what_was_answered():
         ("aは誤り。\nよって正解はc。\n", ("c",)),
         ("aは誤り。\n Answer:", ()),
         ("正解はaではない。\n Answer:", ()),
-        ("c", ()),
+        ("c", ("c",)),
         ("", ()),
     ],
 )
 def test_with_explanation_only_the_last_answer_counts(text, answer):
-    assert extract_answer(text, ONE, explanation=True) == answer
+    assert extract_answer(text, ONE, explanation=True).answer == answer
 
 
 @pytest.mark.parametrize(
@@ -151,26 +151,26 @@ def test_with_explanation_only_the_last_answer_counts(text, answer):
     ],
 )
 def test_numbers_are_found(text, answer):
-    assert extract_answer(text, NUMBER, explanation=False) == answer
+    assert extract_answer(text, NUMBER, explanation=False).answer == answer
 
 
 def test_an_equal_number_is_written_as_the_gold_answer():
-    assert extract_answer("１．２０", DECIMAL, explanation=False) == ("1.2",)
-    assert extract_answer("12", DECIMAL, explanation=False) == ("12",)
-    assert extract_answer("3×0.4を計算する。\n Answer:1.2倍", DECIMAL, explanation=True) == ("1.2",)
+    assert extract_answer("１．２０", DECIMAL, explanation=False).answer == ("1.2",)
+    assert extract_answer("12", DECIMAL, explanation=False).answer == ("12",)
+    assert extract_answer("3×0.4を計算する。\n Answer:1.2倍", DECIMAL, explanation=True).answer == ("1.2",)
 
 
 def test_options_with_the_same_text_are_not_told_apart_by_it():
     twins = Problem("x", "どれか。", ("赤", "赤", "青"), ("a",))
-    assert extract_answer("赤", twins, explanation=False) == ()
-    assert extract_answer("青", twins, explanation=False) == ("c",)
-    assert extract_answer("b", twins, explanation=False) == ("b",)
+    assert extract_answer("赤", twins, explanation=False).answer == ()
+    assert extract_answer("青", twins, explanation=False).answer == ("c",)
+    assert extract_answer("b", twins, explanation=False).answer == ("b",)
 
 
 def test_an_option_that_contains_the_separator_is_read_by_the_number_of_answers():
     lists = ("赤", "青", "赤、青")
-    assert extract_answer("赤、青", Problem("x", "1つ選べ。", lists, ("c",)), explanation=False) == ("c",)
-    assert extract_answer("赤、青", Problem("x", "2つ選べ。", lists, ("a", "b")), explanation=False) == ("a", "b")
+    assert extract_answer("赤、青", Problem("x", "1つ選べ。", lists, ("c",)), explanation=False).answer == ("c",)
+    assert extract_answer("赤、青", Problem("x", "2つ選べ。", lists, ("a", "b")), explanation=False).answer == ("a", "b")
 
 
 FULL_WIDTH = {ord(letter): ord(letter) + 0xFEE0 for letter in "abcdefghABCDEFGH,"}
@@ -185,8 +185,8 @@ def test_every_set_of_letters_comes_back(count):
         for chosen in itertools.combinations(letters, size):
             problem = Problem("x", "どれか。", tuple(f"選択肢{number}番" for number in range(count)), chosen)
             answer = render_answer(problem, chosen, "letters")
-            assert extract_answer(answer, problem, explanation=False) == chosen
-            assert extract_answer(f"説明。\n Answer:{answer}", problem, explanation=True) == chosen
+            assert extract_answer(answer, problem, explanation=False).answer == chosen
+            assert extract_answer(f"説明。\n Answer:{answer}", problem, explanation=True).answer == chosen
 
 
 @given(st.sets(st.sampled_from("abcdefgh"), min_size=1), padding, padding, lead, st.booleans(), st.booleans())
@@ -196,7 +196,7 @@ def test_letters_come_back_through_width_case_and_padding(chosen, before, after,
     answer = render_answer(problem, letters, "letters")
     answer = answer.upper() if upper else answer
     answer = answer.translate(FULL_WIDTH) if wide else answer
-    assert extract_answer(f"{lead}{before}{answer}{after}", problem, explanation=False) == letters
+    assert extract_answer(f"{lead}{before}{answer}{after}", problem, explanation=False).answer == letters
 
 
 # Words of kanji, kana, digits and the punctuation options have; a word that reads as a list of letters is no option's text.
@@ -219,19 +219,19 @@ def text_problems(draw):
 @given(text_problems(), padding, padding, lead)
 def test_option_texts_come_back(problem, before, after, lead):
     answer = render_answer(problem, problem.answer, "text")
-    assert extract_answer(f"{lead}{before}{answer}{after}", problem, explanation=False) == problem.answer
+    assert extract_answer(f"{lead}{before}{answer}{after}", problem, explanation=False).answer == problem.answer
 
 
 @given(st.integers(-(10**9), 10**9), padding, padding, lead, st.booleans())
 def test_numbers_come_back(number, before, after, lead, separated):
     problem = Problem("x", "何日か。", (), (str(number),))
     written = f"{number:,}" if separated else str(number)
-    assert extract_answer(f"{lead}{before}{written}{after}", problem, explanation=False) == (str(number),)
+    assert extract_answer(f"{lead}{before}{written}{after}", problem, explanation=False).answer == (str(number),)
 
 
 @given(st.text(), st.booleans(), st.sampled_from([ONE, TWO, NUMBER, Problem("y", "どれか。", ("", "("), ("a",))]))
 def test_any_text_gives_sorted_letters_of_the_problem_or_nothing(text, explanation, problem):
-    found = extract_answer(text, problem, explanation=explanation)
+    found = extract_answer(text, problem, explanation=explanation).answer
     if problem.is_numeric:
         assert len(found) <= 1
     else:

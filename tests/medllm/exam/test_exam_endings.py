@@ -49,7 +49,7 @@ def test_a_text_that_begins_another_question_or_turn_behind_its_answer_runs_on(g
     assert not runs_on(own)
     assert runs_on(own + going_on)
     # What comes behind is another question's: it is not read for this one.
-    assert extract_answer(f"{own}{going_on}\n答え: a", PROBLEM, explanation=True) == ("b",)
+    assert extract_answer(f"{own}{going_on}\n答え: a", PROBLEM, explanation=True).answer == ("b",)
 
 
 def test_a_text_that_begins_its_prompt_anew_runs_on():
@@ -103,7 +103,7 @@ def test_they_are_counted_in_every_evaluation():
 
     problems = [Problem(f"q{number}", f"第{number}の空は何色か。", PROBLEM.choices, ("b",)) for number in range(5)]
     sat = sit(Engine(), problems, (), EvaluateConfig(ModelConfig("model"), "run", ("problems.jsonl",)))
-    counted = Endings.count(ended for _, ended in sat)
+    counted = Endings.count(ended for _, ended, _ in sat)
     assert counted == Endings(texts=5, run_on=2, stopped=1, cut_off=1, unread=2)
     assert counted.words() == "2 run on, 1 cut off, 2 unread"
     assert Endings.from_json(json.loads(json.dumps(asdict(counted)))) == counted

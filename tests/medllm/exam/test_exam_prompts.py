@@ -113,8 +113,8 @@ def test_stop_strings_cut_the_next_question_and_nothing_of_the_response(template
     text = f"{response}\n\n{going_on}"
     cut = min(text.find(stop) for stop in stops if stop in text)
     assert text[:cut].rstrip("\n") == response
-    assert extract_answer(text[:cut], SKY, explanation=explanation) == ("c",)
-    assert extract_answer(text, SKY, explanation=explanation) == ("c",)
+    assert extract_answer(text[:cut], SKY, explanation=explanation).answer == ("c",)
+    assert extract_answer(text, SKY, explanation=explanation).answer == ("c",)
 
 
 def test_a_shot_without_explanation_is_named():

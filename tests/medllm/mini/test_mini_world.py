@@ -91,7 +91,7 @@ def test_verified_explanations_lead_to_the_answer(world, train, exam):
     for problem in (*train, *exam, *shot_problems(world)):
         answer = render_answer(problem, problem.answer, "text")
         assert problem.explanation.endswith(f"よって{answer}が正しい。")
-        assert extract_answer(curation_response(problem, answer_as="text"), problem, explanation=True) == problem.answer
+        assert extract_answer(curation_response(problem, answer_as="text"), problem, explanation=True).answer == problem.answer
 
 
 def test_two_hops_are_explained_by_way_of_the_middle(world, exam):

@@ -1,0 +1,38 @@
+"""``medllm score``: predictions by the official rule, and beside it what their texts give when they are read here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from medllm.command import say
+from medllm.config import ProblemsFormat
+
+
+def score_arguments(parser: ArgumentParser) -> None:
+    """The options of ``medllm score``."""
+    parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
+    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by name and content")
+    parser.add_argument("--predictions", type=str, required=True, help="prediction file, folder or pattern (JSONL)")
+    parser.add_argument("--lenient", type=bool, default=False, help="forgive spaces; the official score does not")
+    parser.add_argument("--from_text", type=bool, default=False, help="beside it: the texts of the predictions, read anew")
+    parser.add_argument("--explanation", type=bool, default=False, help="with --from_text: they explain before they answer")
+
+
+def score_predictions(values: Any) -> dict[str, Any]:
+    """Score them, and say it in a line."""
+    from medllm.exam.loaders import load_problems
+    from medllm.exam.predictions import read_predictions
+    from medllm.exam.scoring import read_anew, score
+
+    problems = load_problems(values.problems, problems_format=values.problems_format).problems
+    predictions = read_predictions(values.predictions)
+    sheet = score(problems, predictions, lenient=values.lenient)
+    say(f"score: {sheet.words()}")
+    if not values.from_text:
+        return sheet.to_json()
+    anew = read_anew(problems, predictions, explanation=values.explanation)
+    say(f"score: {anew.read_points} points by the texts read anew; {anew.readings.words()}")
+    return sheet.to_json() | asdict(anew)
