@@ -23,6 +23,8 @@ def modules_with_shapes() -> list[str]:
     return [".".join(path.parts).removesuffix(".__init__") for path in paths]
 
 
+# On matrices this small, torch's threads only wait for each other; here, and in every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 install_import_hook(modules_with_shapes(), "tests.shape_checks.shapes_checked")
 
 

@@ -16,12 +16,6 @@ from parity_tests.tiny_models import TinyModel, write_tiny_adapter, write_tiny_m
 from torch_ref.model import open_model
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_torch_thread() -> None:
-    """On matrices this small, torch's threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def float64() -> Iterator[None]:
     """JAX computes in float64 for the length of this test; everywhere else it stays in fp32."""
