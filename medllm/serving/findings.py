@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medllm.engine import Generation
@@ -109,7 +109,9 @@ def way_result(asked: Asked, problems: Sequence[Problem]) -> dict[str, Any]:
     """What one way came to: the server's rates, the engine's, the difference, and how many texts are others."""
     if asked.refused:
         return {"refused": asked.refused}
-    served = rates(asked.way, problems, asked.prompts, asked.served)
+    # A server may leave the stop string at the end or cut it off; that it ended the text, the engine's own says.
+    alike = [replace(s, text=o.text, stopped=o.stopped) if s.text.strip() in _same(o) else s for s, o in asked.pairs]
+    served = rates(asked.way, problems, asked.prompts, alike or asked.served)
     if not asked.own:
         return {"asked": len(problems), **served}
     own = rates(asked.way, problems, asked.prompts, asked.own)

@@ -136,3 +136,9 @@ def test_conversations_that_only_go_on_are_no_sign_of_another_template():
     assert set(found(asked(TRAINED, served()), asked(CHAT, longer))) == {"end token"}
     nothing = Answer("", cut_off=False, prompt_tokens=20)  # of what begins with nothing, either may be the reason
     assert found(asked(TRAINED, served()), asked(CHAT, longer, nothing)) == {}
+
+
+@pytest.mark.parametrize("text", ["b", "b\n問題:"], ids=["cut off", "left at the end"])
+def test_a_text_that_a_stop_string_ended_counts_as_the_engines_own_does(text):
+    result = way_result(asked(TRAINED, served(text), STOPPED), PROBLEMS)
+    assert result["run_on"] == result["own"]["run_on"] == 1.0
