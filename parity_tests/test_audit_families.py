@@ -34,7 +34,7 @@ Call = Callable[..., Any]
 
 def no_norm_of_heads(stock: Call) -> Call:
     def call(self: Any, *given: Any) -> Any:
-        self.q_norm = self.k_norm = None
+        self.q_norm = self.k_norm = lambda heads: heads
         return stock(self, *given)
 
     return call
@@ -112,14 +112,15 @@ def scaled_norm(tensors: Tensors) -> None:
 
 
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 3.9}
+LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 3.9}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}
 IN_FOLDER = [
     ("llama", biased("o_proj", 1), {"attention_bias": True}, 1, "self_attn.o_proj", "o_proj output"),
     ("qwen3", scaled_norm, {}, 1, "self_attn.k_norm", "k norm"),
-    ("llama 3", None, {"rope_parameters": LLAMA3 | ROPE}, 0, "self_attn", "q after rotary"),
-    ("qwen2, yarn", None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0} | ROPE}, 0, "self_attn", "q after rotary"),
+    ("llama 3", None, {"rope_parameters": LLAMA3}, 0, "self_attn", "q after rotary"),
+    ("qwen2, yarn", None, {"rope_parameters": YARN}, 0, "self_attn", "q after rotary"),
     ("mistral, window", None, {"sliding_window": WINDOW - 1}, 0, "self_attn", "attention output"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["the model", "the reference"])

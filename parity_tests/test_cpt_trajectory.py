@@ -10,6 +10,7 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from jax_medllm.train.batches import CptData
@@ -23,7 +24,7 @@ from parity_tests.jax_results import open_trainable
 from parity_tests.oracle import float64_model
 from parity_tests.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.trainer_record import MOMENTS_AFTER, TrainerRecord, record_trainers
-from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, check_log, check_tensors, jax_steps, train_from
+from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, TRAINED, check_log, check_tensors, jax_steps, train_from
 from torch_ref.cpt import train_cpt
 
 # Nine rows, two to a step: five steps an epoch, the last of a single row.
@@ -38,9 +39,10 @@ def data_of(record: TrainerRecord) -> CptData:
     return CptData(rows, record.order(units, lambda batch: [tuple(tokens) for tokens in batch["input_ids"].tolist()]))
 
 
-def test_twenty_float64_steps_are_those_of_transformers_trainer(float64, tiny_model, tiny_adapter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", TRAINED)
+def test_twenty_float64_steps_are_those_of_transformers_trainer(float64, tiny_model, tiny_adapter, tmp_path, monkeypatch, kind):
     """Model, masks, loss, accumulation over unequal token counts, clipping and AdamW, without rounding to hide behind."""
-    base = tiny_model()
+    base = tiny_model(kind=kind)
     adapter = tiny_adapter(base)
     model = float64_model(base, adapter, trainable=True)
     record = record_trainers(monkeypatch)
@@ -75,8 +77,9 @@ def test_twenty_float64_steps_are_those_of_transformers_trainer(float64, tiny_mo
     assert min(np.abs(value - start[name]).max() for name, value in found.items()) > 1e-3, "every tensor has moved"
 
 
-def test_twenty_fp32_steps_follow_the_reference_recipe(tiny_model, tmp_path, monkeypatch):
-    base = tiny_model()
+@pytest.mark.parametrize("kind", TRAINED)
+def test_twenty_fp32_steps_follow_the_reference_recipe(tiny_model, tmp_path, monkeypatch, kind):
+    base = tiny_model(kind=kind)
     model = ModelConfig(str(base), dtype="float32")
     config = CptConfig(model, str(tmp_path / "torch"), lora=LORA, optimizer=OPTIMIZER, training=TRAINING)
     record = record_trainers(monkeypatch)

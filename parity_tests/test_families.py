@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jax_medllm.generate.cached_decoder import Decoder
 from jax_medllm.generate.queue import generate
 from jax_medllm.model.decoder import Rotary
-from jax_medllm.weights.read import read_model
+from jax_medllm.weights.adapters import adapter_tensors
+from jax_medllm.weights.read import model_tensors, read_model
 from medllm.architecture import HEAD, Architecture
 from medllm.config import ModelConfig, Sampling
+from medllm.model.adapter import read_adapter, write_adapter
 from medllm.model.directory import ModelDirectory
 from medllm_parity.oracle import lift
 from parity_tests import torch_results
@@ -69,7 +71,7 @@ def test_lifting_the_oracle_changes_nothing_in_fp32(tiny_model, kind):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_every_layer_logits_loss_and_gradient_equal_the_float64_truth(float64, tiny_model, tiny_adapter, kind):
     base = tiny_model(kind=kind)
-    adapter = tiny_adapter(base)
+    adapter = tiny_adapter(base, targets="all-linear")
     truth = torch_results.forward_and_backward(float64_model(base, adapter, trainable=True), rows())
     found = forward_and_backward(open_trainable(base, adapter, jnp.float64), rows())
     check_against_truth(found, truth, rows()[1])
@@ -85,13 +87,25 @@ def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(floa
     check_against_truth(found, truth, rows()[1])
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_fp32_states_and_logits_equal_hugging_face(tiny_model, tiny_adapter, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_goes_out_as_it_came(tiny_model, kind):
+    directory = ModelDirectory(tiny_model(kind=kind))
+    written = dict(model_tensors(read_model(directory)))
+    assert sorted(written) == sorted(directory.names())
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(tensor, directory.read(name), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH, "llama, biased"])
+def test_fp32_states_and_logits_equal_hugging_face(tiny_model, tiny_adapter, kind, tmp_path):
+    """With an adapter that PEFT wrote and the JAX engine wrote again."""
     base = tiny_model(kind=kind)
     real = rows()[1] != 0
-    adapter = tiny_adapter(base)
-    found = forward_and_backward(open_trainable(base, adapter, jnp.float32), rows())
-    model = open_model(ModelConfig(str(base), adapter=str(adapter), dtype="float32"))
+    given = read_adapter(tiny_adapter(base, targets="all-linear"))
+    ours = open_trainable(base, given.path, jnp.float32)
+    write_adapter(tmp_path, given.lora, adapter_tensors(ours), str(base))
+    found = forward_and_backward(ours, rows())
+    model = open_model(ModelConfig(str(base), adapter=str(tmp_path), dtype="float32"))
     with torch.no_grad():
         states, logits = row_states_and_logits(model, *rows())
     for layer, (state, expected) in enumerate(zip(found.states, states.numpy(), strict=True)):

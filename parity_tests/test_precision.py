@@ -28,6 +28,13 @@ from torch_ref.model import open_model
 SEEDS = range(5)
 DOCUMENTS = ((32,), (10, 8, 11), (16,))
 EXCESS = {"float32": FLOAT32_EXCESS, "bfloat16": BFLOAT16_EXCESS}
+CASES = [
+    *(("qwen2", dtype, quantization) for dtype in EXCESS for quantization in ("none", "nf4")),
+    ("qwen3", "float32", "none"),
+    ("qwen3", "bfloat16", "nf4"),
+    ("llama 3", "float32", "nf4"),
+    ("llama 3", "bfloat16", "none"),
+]
 
 
 def rms(errors: list[np.ndarray]) -> float:
@@ -45,16 +52,15 @@ def errors(found: Results, truth: Results, segment_ids: np.ndarray) -> Iterator[
     yield "gradients", rms([(found.gradients[name] - truth.gradients[name]) / size for name, size in sizes.items()])
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("dtype", EXCESS)
-def test_the_error_is_no_larger_than_the_references(tiny_model, nf4_model, tiny_adapter, dtype, quantization):
+@pytest.mark.parametrize(("kind", "dtype", "quantization"), CASES)
+def test_the_error_is_no_larger_than_the_references(tiny_model, nf4_model, tiny_adapter, kind, dtype, quantization):
     ratios: dict[str, list[float]] = {}
     for seed in SEEDS:
         torch_type = getattr(torch, dtype)
         if quantization == "nf4":
-            path, dense = nf4_model(torch_type, seed=seed)
+            path, dense = nf4_model(torch_type, kind=kind, seed=seed)
         else:
-            path = dense = tiny_model(torch_type, seed=seed)
+            path = dense = tiny_model(torch_type, kind=kind, seed=seed)
         adapter, inputs = tiny_adapter(dense, seed=seed + 50), rows(seed, DOCUMENTS)
         stock = open_model(ModelConfig(str(path), quantization=quantization, dtype=dtype))
         truth = torch_results.forward_and_backward(float64_copy(stock, adapter, trainable=True), inputs)

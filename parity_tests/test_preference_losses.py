@@ -32,6 +32,7 @@ from parity_tests.jax_results import open_trainable
 from parity_tests.oracle import float64_model
 from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.preference_oracle import groups, preference_terms, reference_sums
+from parity_tests.tiny_models import WINDOW
 from parity_tests.tolerances import FLOAT64_FORWARD, FLOAT64_GRADIENT, TRL_FLOAT32_GRADIENT, TRL_FLOAT32_LOSS
 from parity_tests.torch_results import adapter_gradients
 from parity_tests.training_cases import check_tensors
@@ -133,6 +134,18 @@ def test_loss_metrics_and_every_gradient_equal_trls(model, tmp_path, loss):
 
 @pytest.mark.parametrize("loss", LOSSES[1:], ids=lambda loss: f"alpha={loss.alpha:g}-{loss.nll_reduction}")
 def test_loss_and_every_gradient_equal_the_formula_in_float64(float64, model, loss):
+    check_against_formula(model, loss)
+
+
+def test_a_window_reaches_from_every_response_into_the_prompt_they_share(float64, tiny_model, tiny_adapter):
+    """It counts positions, and a later response stands further behind the prompt in its row than in its text."""
+    windowed = tiny_model(kind="mistral, window")
+    assert any(len(group.prompt) >= WINDOW and len(group.responses) > 2 for group in groups())
+    check_against_formula((windowed, tiny_adapter(windowed)), LOSSES[1])
+
+
+def check_against_formula(model, loss: PreferenceLoss) -> None:
+    """The three problems, each computed once, against their pairs one by one."""
     oracle = float64_model(*model, trainable=True)
     pairs = [pair for group in groups() for pair in group.pair_tokens()]
     dpo, nll = preference_terms(oracle, pairs, [reference_sums(oracle, pair) for pair in pairs], loss)

@@ -32,7 +32,7 @@ from parity_tests.preference_cases import PAIRS, letters, preferences
 from parity_tests.preference_oracle import groups, preference_terms, reference_sums
 from parity_tests.tolerances import FLOAT32_TRAJECTORY_ADAPTER, FLOAT32_TRAJECTORY_LOSS, FLOAT64_TRAJECTORY
 from parity_tests.trainer_record import record_trainers
-from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, check_log, check_tensors, jax_steps, train_from
+from parity_tests.training_cases import LORA, OPTIMIZER, STEPS, TRAINED, check_log, check_tensors, jax_steps, train_from
 from torch_ref.rpo import train_preferences
 
 
@@ -54,10 +54,18 @@ def pairs_of(micro_batch: dict[str, torch.Tensor]) -> list[tuple[Any, ...]]:
     return [(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in halves]
 
 
-@pytest.mark.parametrize(("reduction", "batch_size", "accumulation"), [("sequence", 1, 5), ("micro_batch_tokens", 2, 2)])
-def test_more_than_twenty_fp32_steps_follow_trl(tiny_model, tmp_path, monkeypatch, reduction, batch_size, accumulation):
+@pytest.mark.parametrize(
+    ("kind", "reduction", "batch_size", "accumulation"),
+    [
+        ("qwen2", "sequence", 1, 5),
+        ("qwen2", "micro_batch_tokens", 2, 2),
+        ("qwen3", "sequence", 1, 5),
+        ("llama 3", "micro_batch_tokens", 2, 2),
+    ],
+)
+def test_more_than_twenty_fp32_steps_follow_trl(tiny_model, tmp_path, monkeypatch, kind, reduction, batch_size, accumulation):
     """Seven epochs of twelve pairs: ``sequence`` is TRL at one pair a micro-batch, the other reduction TRL at any size."""
-    base = tiny_model()
+    base = tiny_model(kind=kind)
     letters().save_pretrained(tmp_path / "tokenizer")
     model = ModelConfig(str(base), tokenizer=str(tmp_path / "tokenizer"), dtype="float32")
     training = TrainingConfig(epochs=7, batch_size=batch_size, accumulation=accumulation, seed=7)
@@ -87,9 +95,10 @@ def test_more_than_twenty_fp32_steps_follow_trl(tiny_model, tmp_path, monkeypatc
     check_tensors(found, load_file(f"{summary.adapter}/adapter_model.safetensors"), FLOAT32_TRAJECTORY_ADAPTER)
 
 
-def test_twenty_float64_steps_over_whole_problems_are_those_over_their_pairs(float64, tiny_model, tiny_adapter):
+@pytest.mark.parametrize("kind", TRAINED)
+def test_twenty_float64_steps_over_whole_problems_are_those_over_their_pairs(float64, tiny_model, tiny_adapter, kind):
     """JAX computes a problem's prompt and responses once; the torch loop computes every pair by itself."""
-    base = tiny_model()
+    base = tiny_model(kind=kind)
     adapter = tiny_adapter(base)
     loss = PreferenceLoss(beta=0.5, alpha=2.0)
     # Problems of one pair and of three, each a micro-batch: their shares of a step differ.

@@ -1,8 +1,8 @@
 """Child process of the sharding tests: a training step over forced devices, against the same step on one of them.
 
-``python -m tests.sharded_training cpt|rpo QUANTIZATION|tied MESH …`` prints, for each mesh, the largest difference of the loss
-and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device sends by
-them.
+``python -m tests.sharded_training cpt|rpo QUANTIZATION|tied|qwen3|llama MESH …`` prints, for each mesh, the largest difference
+of the loss and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device
+sends by them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax_medllm.model.decoder import LoraParam, Qwen2
 from jax_medllm.plan.hlo import Program
 from jax_medllm.train.batches import CptBatch, PreferenceData
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
+from medllm.architecture import PROJECTIONS, Architecture
 from medllm.config import LoraConfig, PreferenceLoss, TrainingConfig
 from medllm.preferences.tokenization import TokenizedGroup
 from tests.small_model import small_config
@@ -40,9 +42,21 @@ CONFIG = small_config(
 )
 
 
-def build(quantization: Any, tied: bool) -> Qwen2:
-    config = small_config(**{**vars(CONFIG), "tie_embeddings": tied})
-    return Qwen2(config, lora=LoraConfig(rank=4, alpha=8), quantization=quantization, rngs=nnx.Rngs(0))
+OTHERS: Mapping[str, Architecture] = {
+    "tied": replace(CONFIG, tie_embeddings=True),
+    "qwen3": replace(CONFIG, family="qwen3", head_dim=32, biased=()),
+    "llama": replace(CONFIG, family="llama", biased=tuple(PROJECTIONS), window=11),
+}
+"""Dense models of other kinds: head norms; biases everywhere and a window shorter than a row."""
+
+
+def build(kind: str) -> Qwen2:
+    config, quantization = (OTHERS[kind], "none") if kind in OTHERS else (CONFIG, kind)
+    model = Qwen2(config, lora=LoraConfig(rank=4, alpha=8), quantization=quantization, rngs=nnx.Rngs(0))
+    if kind in OTHERS:  # biases start at zero and norms at one
+        weights = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.01 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), weights))
+    return model
 
 
 def cpt_batch() -> CptBatch:
@@ -104,9 +118,8 @@ def gradients_of(stage: str, model: Qwen2, devices: Any = None) -> tuple[Any, An
 
 def main() -> None:
     """Compare over each mesh."""
-    stage, quantization, *meshes = sys.argv[1:]
-    tied = quantization == "tied"
-    model = build("none" if tied else quantization, tied)
+    stage, kind, *meshes = sys.argv[1:]
+    model = build(kind)
     loss, gradients, _ = gradients_of(stage, model)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
     found = {}

@@ -76,10 +76,10 @@ def test_a_cpt_step_on_packed_weights_equals_one_device(packed, mesh):
 
 
 @pytest.mark.parametrize(
-    ("stage", "quantization"), [("cpt", "none"), ("cpt", "tied"), ("cpt", "nf4-single"), ("rpo", "nf4"), ("rpo", "none")]
+    ("stage", "kind"), [("cpt", "llama"), ("cpt", "tied"), ("cpt", "nf4-single"), ("rpo", "nf4"), ("rpo", "qwen3")]
 )
-def test_other_steps_equal_one_device(stage, quantization):
-    for mesh, found in trained(stage, quantization, "fsdp=8", "data=2,fsdp=2,tensor=2", "sequence=2,fsdp=4").items():
+def test_other_steps_equal_one_device(stage, kind):
+    for mesh, found in trained(stage, kind, "fsdp=8", "data=2,fsdp=2,tensor=2", "sequence=2,fsdp=4").items():
         assert found["loss"] < 1e-5, mesh
         assert found["gradient"] < 1e-5, mesh
 
