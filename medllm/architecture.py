@@ -38,6 +38,9 @@ PROJECTIONS: Mapping[str, str] = {
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """The tensors around the layers; the last is there where it is not tied to the first."""
 
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""The norms of queries and of keys, where a family has them."""
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -177,9 +180,10 @@ class Architecture:
         }
 
     @property
-    def head_norms(self) -> bool:
-        """Queries and keys are normalized before they turn."""
-        return FAMILIES[self.family].head_norms
+    def norms(self) -> dict[str, int]:
+        """The norms of a decoder layer, under their names inside it, and the width that each normalizes."""
+        of_heads = dict.fromkeys(HEAD_NORMS, self.head_dim) if FAMILIES[self.family].head_norms else {}
+        return of_heads | {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
 
     @property
     def heads_width(self) -> int:
@@ -217,10 +221,7 @@ class Architecture:
             found[f"{PROJECTIONS[name]}.weight"] = Tensor("linear", (projection.out, projection.into))
             if projection.bias:
                 found[f"{PROJECTIONS[name]}.bias"] = Tensor("bias", (replace(projection.out, name="bias"),))
-        of_head, norm = (Tensor("norm", (Axis("norm", size),)) for size in (self.head_dim, self.hidden_size))
-        if self.head_norms:
-            found |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), of_head)
-        return {**found, "input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
+        return found | {f"{name}.weight": Tensor("norm", (Axis("norm", size),)) for name, size in self.norms.items()}
 
     @property
     def around(self) -> dict[str, Tensor]:
@@ -245,10 +246,9 @@ class Architecture:
     def results(self) -> dict[str, int]:
         """Width of each result inside a layer that the backward pass may ask for; what leaves the layer is not among them."""
         outputs = {name: projection.out.size for name, projection in self.projections.items() if name != "down_proj"}
-        norms = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
-        inner = {"attention": self.heads_width, "activation": self.intermediate_size}
-        of_heads = {"q_norm": self.heads_width, "k_norm": self.kv_width} if self.head_norms else {}
-        return {**outputs, **norms, **of_heads, **inner}
+        of_heads = dict(zip(HEAD_NORMS, (self.heads_width, self.kv_width), strict=True))
+        norms = {name: of_heads.get(name, size) for name, size in self.norms.items()}
+        return {**outputs, **norms, "attention": self.heads_width, "activation": self.intermediate_size}
 
     @property
     def parameters(self) -> int:

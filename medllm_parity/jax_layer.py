@@ -6,7 +6,7 @@ is kept; all layers of one shape share one compilation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from medllm.architecture import PROJECTIONS, Architecture
 from medllm.model.adapter import Adapter
 from medllm.quantization import Quantization
 from medllm_parity.layer_view import LayerView, adapter_view
-from medllm_parity.quantities import TAPS, modules, quantities
+from medllm_parity.quantities import quantities, taps
 from medllm_parity.rows import Rows
 
 
@@ -91,9 +91,9 @@ def _record(
         for path in PROJECTIONS.values():
             _at(layer, path).frozen_loras = nnx.List([])
     record: dict[str, Array] = {}
-    for name in modules(config):
+    for name, sides in taps(config).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), name, record))
+        setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), sides, record))
     context = _OverheardContext(RowContext.of(config.window, segment_ids, positions), record)
     record["layer output"], _ = layer(hidden, Rotary.at(positions, config, hidden.dtype), context, True)
     left_out = jnp.full(hidden.shape[:2], jnp.nan)  # what a layer that should compute it does not is off, and named
@@ -124,14 +124,12 @@ def _backward(
 class _Tap:
     """A submodule that keeps what goes into it and comes out, where the table of quantities asks for it."""
 
-    def __init__(self, module: Any, name: str, record: dict[str, Array]):
-        self._module, self._name, self._record = module, name, record
+    def __init__(self, module: Any, sides: Mapping[str, str], record: dict[str, Array]):
+        self._module, self._sides, self._record = module, sides, record
 
     def __call__(self, x: Array, **settings: Any) -> Array:
         y = self._module(x, **settings)
-        for place, value in (((self._name, "in"), x), ((self._name, "out"), y)):
-            if place in TAPS:
-                self._record[TAPS[place]] = value
+        self._record |= {self._sides[side]: value for side, value in (("in", x), ("out", y)) if side in self._sides}
         return y
 
 

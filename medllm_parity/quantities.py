@@ -52,15 +52,18 @@ LAYER = (
     Quantity("down", "mlp.down_proj", "mlp.down_proj"),
     Quantity("layer output", "", ""),
 )
-TAPS: dict[tuple[str, str], str] = {(quantity.tap, quantity.side): quantity.name for quantity in LAYER if quantity.tap}
 
 
 def quantities(architecture: Architecture) -> tuple[Quantity, ...]:
-    """Those of :data:`LAYER` that the layers of a model have."""
-    absent = () if architecture.head_norms else ("q norm", "k norm")
-    return tuple(quantity for quantity in LAYER if quantity.name not in absent)
+    """Those of :data:`LAYER` that the layers of a model have: of norms, what is declared."""
+    absent = {quantity.tap for quantity in LAYER if quantity.tap and quantity.tap.endswith("norm")} - set(architecture.norms)
+    return tuple(quantity for quantity in LAYER if quantity.tap not in absent)
 
 
-def modules(architecture: Architecture) -> tuple[str, ...]:
-    """The submodules that are listened to."""
-    return tuple(dict.fromkeys(quantity.tap for quantity in quantities(architecture) if quantity.tap))
+def taps(architecture: Architecture) -> dict[str, dict[str, str]]:
+    """The submodules that are listened to: name → side of it → what is read there."""
+    found: dict[str, dict[str, str]] = {}
+    for quantity in quantities(architecture):
+        if quantity.tap:
+            found.setdefault(quantity.tap, {})[quantity.side] = quantity.name
+    return found

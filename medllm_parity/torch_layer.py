@@ -6,7 +6,7 @@ weights: a linear layer's weight is widened where it is used, one at a time, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from medllm.model.adapter import Adapter
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import PACKINGS, Quantization
 from medllm_parity.oracle import is_norm, lift, row_mask, window_of
-from medllm_parity.quantities import TAPS, modules, quantities
+from medllm_parity.quantities import quantities, taps
 from medllm_parity.rows import Rows
 
 _ADAPTER = "adapter"
@@ -83,7 +83,7 @@ class TorchLayer:
             else:
                 tensor = to_torch(directory.read(prefix + name), dtype)
                 setattr(layer.get_submodule(stem), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-        self._taps = modules(directory.architecture)
+        self._taps = taps(directory.architecture)
         self._quantities = quantities(directory.architecture)
         self._linears = {kind: layer.get_submodule(path) for kind, path in PROJECTIONS.items()}
         self._attention = layer.self_attn
@@ -113,8 +113,8 @@ class TorchLayer:
         record: dict[str, torch.Tensor] = {}
         hooks = [
             hook
-            for name in self._taps
-            for hook in _tap(self._layer.get_submodule(name), name, lambda n, x: record.update({n: x}))
+            for name, sides in self._taps.items()
+            for hook in _tap(self._layer.get_submodule(name), sides, lambda n, x: record.update({n: x}))
         ]
         self._attention.tap = lambda name, heads: record.update({name: heads.transpose(1, 2).flatten(2)})
         try:
@@ -254,13 +254,13 @@ def _wide_linear(self: Any, x: torch.Tensor) -> torch.Tensor:
     return y if self.bias is None else y + self.bias.double()
 
 
-def _tap(module: torch.nn.Module, name: str, keep: Callable[[str, torch.Tensor], None]) -> list[Any]:
+def _tap(module: torch.nn.Module, sides: Mapping[str, str], keep: Callable[[str, torch.Tensor], None]) -> list[Any]:
     """Hooks that keep what goes into and what comes out of a module, where the table of quantities asks for it."""
     hooks = []
-    if (name, "in") in TAPS:
-        hooks.append(module.register_forward_pre_hook(lambda _, given: keep(TAPS[name, "in"], given[0])))
-    if (name, "out") in TAPS:
-        hooks.append(module.register_forward_hook(lambda _, __, out: keep(TAPS[name, "out"], out)))
+    if "in" in sides:
+        hooks.append(module.register_forward_pre_hook(lambda _, given: keep(sides["in"], given[0])))
+    if "out" in sides:
+        hooks.append(module.register_forward_hook(lambda _, __, out: keep(sides["out"], out)))
     return hooks
 
 

@@ -17,9 +17,11 @@ from medllm.errors import UserError
 from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
+from medllm.families import FAMILIES
 from medllm.model.adapter import read_adapter
 from medllm.preferences.records import Preference, Sample, read_preferences
 from medllm.report.runs import report_from_runs
+from medllm.rotary import SCALINGS
 from tests.pages import DATA, documented, inline_commands, names, tables, write_examples
 
 
@@ -148,3 +150,10 @@ def test_the_run_folders_of_the_page_can_be_reported(examples):
         assert run.result.keys() == documented("result.json", run.stage), run.stage
     assert {name for line in found.runs[0].metrics for name in line} == documented("metrics.jsonl", "rpo")
     assert [(cell.setting, cell.results[0].correct) for cell in found.cells] == [("3-shot", True)]
+
+
+def test_the_families_and_rotary_rules_of_the_page_are_those_that_are_opened():
+    rows = tables(DATA, "Families")[0]
+    assert {names(cells[0])[0]: cells[1] for cells in rows} == {name: one.releases for name, one in FAMILIES.items()}
+    positions = next(line for line in DATA.read_text(encoding="utf-8").splitlines() if line.startswith("Positions"))
+    assert set(names(positions)) >= {"default", *SCALINGS}

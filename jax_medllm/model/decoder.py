@@ -35,7 +35,7 @@ from jax_medllm.mesh.pytree import pytree
 from jax_medllm.model.attention import Visibility, Window, attend, matmul_precision
 from jax_medllm.model.embedding import lookup
 from jax_medllm.model.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
-from medllm.architecture import EMBEDDING, HEAD, NORM, Architecture, Tensor
+from medllm.architecture import EMBEDDING, HEAD, HEAD_NORMS, NORM, Architecture, Tensor
 from medllm.axes import Axis
 from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy
 from medllm.quantization import Quantization
@@ -79,8 +79,9 @@ class _Build:
             rngs=self.rngs,
         )
 
-    def norm_in_layer(self, name: str) -> RMSNorm:
-        return self.norm(self.config.layer[f"{name}.weight"], self.layers)
+    def norm_in_layer(self, name: str) -> RMSNorm | Unnormed:
+        declared = self.config.layer.get(f"{name}.weight")
+        return Unnormed() if declared is None else self.norm(declared, self.layers)
 
     def norm(self, declared: Tensor, *layers: Axis) -> RMSNorm:
         weight = declare(nnx.Param, (*layers, *declared.axes), self.dtype, nnx.initializers.ones, self.rngs.params())
@@ -115,6 +116,14 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * (wide * root).astype(x.dtype)
 
 
+class Unnormed(nnx.Module):
+    """Where a family declares no norm."""
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """As it is."""
+        return x
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -124,9 +133,7 @@ class Attention(nnx.Module):
         self.k_proj = build.linear("k_proj")
         self.v_proj = build.linear("v_proj")
         self.o_proj = build.linear("o_proj")
-        norms = self.config.head_norms
-        self.q_norm = build.norm_in_layer("self_attn.q_norm") if norms else None
-        self.k_norm = build.norm_in_layer("self_attn.k_norm") if norms else None
+        self.q_norm, self.k_norm = (build.norm_in_layer(name) for name in HEAD_NORMS)
 
     def __call__(self, x: Float[Array, "b s d"], rotary: Rotary, context: Any, adapter: bool) -> tuple[Array, Any]:
         """Attend; ``context`` takes queries, keys and values and answers with what the queries see."""
@@ -136,9 +143,7 @@ class Attention(nnx.Module):
             for name, project in (("q_proj", self.q_proj), ("k_proj", self.k_proj), ("v_proj", self.v_proj))
         )
         q, k, v = projected
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, kept = context.attend(rotary(q), rotary(k), v)
+        out, kept = context.attend(rotary(self.q_norm(q)), rotary(self.k_norm(k)), v)
         return checkpoint_name(self.o_proj(out.reshape(b, s, -1), adapter=adapter), "o_proj"), kept
 
 
