@@ -213,8 +213,7 @@ def _update(layer: LoraLayer, name: str) -> Any:
 def _settle_types(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Weights and computation in ``dtype``.
 
-    Of a folder in 4 bits transformers leaves what is dense in the type it is stored in, whatever it is asked for, and packed
-    weights are rounded first to the type they had when they were packed.
+    Of a folder in 4 bits transformers leaves what is dense in the type it is stored in, whatever it is asked for.
     """
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
@@ -222,7 +221,6 @@ def _settle_types(model: torch.nn.Module, dtype: torch.dtype) -> None:
             # then raise, and layers without bias train on with gradients that are None.
             layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
-            layer.weight.quant_state.dtype = dtype
     for parameter in model.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)
