@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from medllm.engine import Generation
-from medllm.exam.endings import Endings, ending
+from medllm.exam.endings import Endings, ending, runs_on
 from medllm.exam.predictions import Prediction
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
@@ -92,7 +92,7 @@ def rates(way: Way, problems: Sequence[Problem], prompts: Sequence[Prompt], answ
     endings = Endings.count(
         ending(
             answer.text,
-            prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
+            prompt=_words(prompt),
             stop=answer.stopped,
             cut_off=answer.cut_off,
             unread=not found,
@@ -127,7 +127,7 @@ def way_result(asked: Asked, problems: Sequence[Problem]) -> dict[str, Any]:
     }
 
 
-def findings(asked: Sequence[Asked], results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def findings(asked: Sequence[Asked]) -> dict[str, str]:
     """The promises that the server, or the model, does not keep: name → what was seen."""
     found: dict[str, str] = {}
     pairs = [pair for one in asked if not one.surplus - {0} for pair in one.pairs]  # what began otherwise may end so too
@@ -141,9 +141,10 @@ def findings(asked: Sequence[Asked], results: Mapping[str, Mapping[str, Any]]) -
     if stopped := sum(bool(own.stopped) for own in beyond):
         strings = ", ".join(sorted({repr(own.stopped) for own in beyond if own.stopped}))
         found["stop string"] = f"{stopped} of {len(pairs)} texts go on behind a stop string ({strings})"
-    trained = results[asked[0].way.name]
-    if trained.get("run_on"):
-        found["runs on"] = f"under the trained prompt {trained['run_on']:.0%} of the texts go on with another question or turn"
+    trained = asked[0]
+    on = sum(runs_on(one.text, _words(prompt)) for one, prompt in zip(trained.served, trained.prompts, strict=False))
+    if on:  # what a stop string held back is not read by anybody
+        found["runs on"] = f"under the trained prompt {on} of {len(trained.served)} texts go on with another question or turn"
     return found
 
 
@@ -188,3 +189,8 @@ def _goes_on(served: Answer, own: Answer) -> bool:
     whole = (own.text + own.stopped).strip()
     text = served.text.strip()
     return text.startswith(whole) and len(text) > len(whole)
+
+
+def _words(prompt: Prompt) -> str:
+    """What was asked last."""
+    return prompt if isinstance(prompt, str) else prompt[-1].content

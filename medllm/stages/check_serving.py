@@ -57,7 +57,7 @@ def run_check_serving(
         if progress:
             progress(done + 1, len(chosen))
     results = {one.way.name: way_result(one, problems) for one in asked}
-    found = findings(asked, results)
+    found = findings(asked)
     return {
         "ok": not found,
         "model": config.model,

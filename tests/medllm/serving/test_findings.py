@@ -23,8 +23,7 @@ def asked(way, served, own=OWN, **more):
 
 
 def found(*all_asked):
-    results = {one.way.name: way_result(one, PROBLEMS) for one in all_asked}
-    return findings(all_asked, results)
+    return findings(all_asked)
 
 
 def served(text="b", prompt_tokens=20, **more):
@@ -142,3 +141,5 @@ def test_conversations_that_only_go_on_are_no_sign_of_another_template():
 def test_a_text_that_a_stop_string_ended_counts_as_the_engines_own_does(text):
     result = way_result(asked(TRAINED, served(text), STOPPED), PROBLEMS)
     assert result["run_on"] == result["own"]["run_on"] == 1.0
+    assert found(asked(TRAINED, served(text), STOPPED)) == {}  # it was held back, so nothing runs on there
+    assert "runs on" in found(asked(TRAINED, served("b\n問題: 月は何色か。"), STOPPED))
