@@ -1,4 +1,4 @@
-"""The JAX engine: a Qwen2.5 in Flax NNX, QLoRA training, preference losses and generation.
+"""The JAX engine: a dense decoder in Flax NNX, QLoRA training, preference losses and generation.
 
 What notebooks use is listed in ``__all__`` and described in ``docs/api.md``; each name is imported from its module when it is
 first asked for.
@@ -18,7 +18,7 @@ _HOME = {
     "Layout": "mesh.layout",
     "place_rows": "mesh.layout",
     "load_model": "weights.read",
-    "Qwen2": "model.decoder",
+    "DenseDecoder": "model.decoder",
     "LoraParam": "model.linear",
     "adapter_tensors": "weights.adapters",
     "plan_steps": "train.batches",

@@ -19,7 +19,7 @@ from jax_medllm.generate.queue import generate
 from jax_medllm.generate.scorer import Scorer
 from jax_medllm.mesh.layout import Layout, place_rows
 from jax_medllm.mesh.processes import everywhere, join
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.train.auto_remat import fitting_policy
 from jax_medllm.train.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
@@ -53,7 +53,7 @@ class JaxEngine:
 
     Raises:
         UserError: the stage asks for a loss that there is not, the mesh does not fit the devices, there are other processes
-            that cannot be joined, the model is no Qwen2 directory, an adapter does not fit it, or its tokenizer does not fit
+            that cannot be joined, the model is of no supported family, an adapter does not fit it, or its tokenizer does not fit
             its vocabulary.
     """
 
@@ -77,7 +77,7 @@ class JaxEngine:
         self._endings = read_endings(self.tokenizer, model.path)
 
     @cached_property
-    def model(self) -> Qwen2:
+    def model(self) -> DenseDecoder:
         """The model without an adapter to train."""
         with self._on_mesh():
             return load_model(self._config)
@@ -162,7 +162,7 @@ class JaxEngine:
         with self._on_mesh():
             return self._scorer.logprobs(continuations, batch_size)
 
-    def _trainable(self, lora: LoraConfig | Adapter) -> Qwen2:
+    def _trainable(self, lora: LoraConfig | Adapter) -> DenseDecoder:
         """The model with a fresh adapter on top of those it has, or to train the last of these (``handover: continue``)."""
         opened = self._config
         if isinstance(lora, Adapter):
@@ -197,7 +197,7 @@ class JaxEngine:
 
     def _train(
         self,
-        model: Qwen2,
+        model: DenseDecoder,
         loss_fn: Callable[..., Any],
         data: TrainingData,
         recipe: Recipe,

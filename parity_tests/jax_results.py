@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2, Rotary, RowContext
+from jax_medllm.model.decoder import DenseDecoder, LoraParam, Rotary, RowContext
 from jax_medllm.model.logprobs import token_logprobs
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.loop import cpt_loss_fn
@@ -34,7 +34,7 @@ class Results(NamedTuple):
     gradients: dict[str, np.ndarray]
 
 
-def open_trainable(base: Path, adapter: Path, dtype: Any, quantization: Quantization = "none") -> Qwen2:
+def open_trainable(base: Path, adapter: Path, dtype: Any, quantization: Quantization = "none") -> DenseDecoder:
     """The model in ``base`` with the PEFT adapter in ``adapter`` as the one that is trained."""
     given = read_adapter(adapter)
     model = read_model(ModelDirectory(base), lora=given.lora, quantization=quantization, dtype=dtype)
@@ -42,12 +42,12 @@ def open_trainable(base: Path, adapter: Path, dtype: Any, quantization: Quantiza
     return model
 
 
-def set_adapter(model: Qwen2, adapter: Adapter) -> None:
+def set_adapter(model: DenseDecoder, adapter: Adapter) -> None:
     """Put an adapter in place of the one that is trained; there is no reference of it."""
     assign(model, adapter_arrays(model, adapter, TRAINED))
 
 
-def forward_and_backward(model: Qwen2, rows: Rows, *, remat: RematPolicy = "none") -> Results:
+def forward_and_backward(model: DenseDecoder, rows: Rows, *, remat: RematPolicy = "none") -> Results:
     """Everything that is compared, of one batch."""
     graph, trainable, rest = nnx.split(model, LoraParam, ...)
     tokens, segment_ids, positions = (jnp.asarray(array) for array in rows)
@@ -70,7 +70,7 @@ def _forward_and_backward(graph: Any, trainable: Any, rest: Any, batch: CptBatch
     return residual_stream(model, batch.tokens, **inputs), model.logits(hidden), logprobs, value, gradients
 
 
-def residual_stream(model: Qwen2, tokens: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+def residual_stream(model: DenseDecoder, tokens: jax.Array, *, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
     """[l+1, b, s, d] after the embedding and after every layer."""
     rotary, context = (
         Rotary.at(positions, model.config, model.dtype),
@@ -86,7 +86,7 @@ def residual_stream(model: Qwen2, tokens: jax.Array, *, segment_ids: jax.Array, 
     return jnp.concatenate([embedded[None], jax.lax.scan(step, embedded, layers)[1]])
 
 
-def jax_loss(model: Qwen2, tokens, segment_ids, positions) -> tuple[jax.Array, jax.Array]:
+def jax_loss(model: DenseDecoder, tokens, segment_ids, positions) -> tuple[jax.Array, jax.Array]:
     """Loss as the oracle defines it, from the logits; and the logits."""
     hidden = model.hidden(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids), positions=jnp.asarray(positions))
     logits = model.logits(hidden)

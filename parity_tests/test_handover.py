@@ -16,7 +16,7 @@ from bitsandbytes import functional as bnb
 from peft import PeftModel
 from transformers import Qwen2ForCausalLM
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.weights.handover import handover_errors
 from jax_medllm.weights.read import load_model
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, TrainingConfig
@@ -94,7 +94,7 @@ def torch_logits(model: torch.nn.Module) -> np.ndarray:
         return model(torch.from_numpy(TOKENS)).logits.numpy()
 
 
-def jax_logits(model: Qwen2) -> np.ndarray:
+def jax_logits(model: DenseDecoder) -> np.ndarray:
     inputs = {"segment_ids": jnp.ones_like(TOKENS), "positions": jnp.arange(TOKENS.shape[1])[None]}
     return np.asarray(model.logits(model.hidden(jnp.asarray(TOKENS), **inputs)))
 

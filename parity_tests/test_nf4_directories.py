@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.quantized_weight import KINDS
 from jax_medllm.weights.bnb_files import packed_config, packed_parts
 from jax_medllm.weights.read import load_model, model_tensors, read_model, write_quantized
@@ -59,7 +59,7 @@ def check_stored(found: Path, expected: Path) -> None:
     assert [name for name in theirs if ours[name] != theirs[name]] == []
 
 
-def packed_tensors(model: Qwen2) -> dict[str, np.ndarray]:
+def packed_tensors(model: DenseDecoder) -> dict[str, np.ndarray]:
     """What a model holds, as bitsandbytes stores it."""
     packed: dict[str, np.ndarray] = {}
     for kind in ALL_LINEAR:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.batches import TrainingData
 from jax_medllm.train.loop import LossFn, StepMetrics, make_step, train
 from jax_medllm.train.optimizer import AdamState
@@ -45,7 +45,7 @@ def train_from(
 
 
 def jax_steps(
-    model: Qwen2, loss_fn: LossFn, data: TrainingData
+    model: DenseDecoder, loss_fn: LossFn, data: TrainingData
 ) -> Iterator[tuple[StepMetrics, dict[str, np.ndarray], AdamState]]:
     """The engine's optimizer step, one after the other: its metrics, the adapter and AdamW's state after it.
 

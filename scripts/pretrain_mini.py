@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.weights.read import model_tensors
 from medllm.architecture import Architecture
 from medllm.mini.diet import Row, base_diet
@@ -101,7 +101,7 @@ def pretrain(world: World, out: Path, tokens: int, batch_tokens: int, learning_r
     sample = [row.text for row in itertools.islice(base_diet(world, seed), 8000)]
     tokenizer = train_tokenizer([*sample, *names * 50], VOCAB_SIZE)
     config = architecture(len(tokenizer))
-    graph, params = nnx.split(Qwen2(config, rngs=nnx.Rngs(seed)))
+    graph, params = nnx.split(DenseDecoder(config, rngs=nnx.Rngs(seed)))
     steps = tokens // batch_tokens
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 50, steps, learning_rate * 0.02)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.mesh.layout import Layout, laid_out, place_rows, shardings
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.plan.hlo import Program
 from jax_medllm.train.batches import CptBatch, PreferenceData
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
@@ -50,9 +50,9 @@ OTHERS: Mapping[str, Architecture] = {
 """Dense models of other kinds: head norms; biases everywhere and a window shorter than a row."""
 
 
-def build(kind: str) -> Qwen2:
+def build(kind: str) -> DenseDecoder:
     config, quantization = (OTHERS[kind], "none") if kind in OTHERS else (CONFIG, kind)
-    model = Qwen2(config, lora=LoraConfig(rank=4, alpha=8), quantization=quantization, rngs=nnx.Rngs(0))
+    model = DenseDecoder(config, lora=LoraConfig(rank=4, alpha=8), quantization=quantization, rngs=nnx.Rngs(0))
     if kind in OTHERS:  # biases start at zero and norms at one
         weights = nnx.state(model, nnx.Param)
         nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.01 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), weights))
@@ -97,7 +97,7 @@ def collectives(text: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield kind, dtype, tuple(int(size) for size in sizes.split(",") if size)
 
 
-def gradients_of(stage: str, model: Qwen2, devices: Any = None) -> tuple[Any, Any, str]:
+def gradients_of(stage: str, model: DenseDecoder, devices: Any = None) -> tuple[Any, Any, str]:
     """Loss, gradients and the compiled program of one step, under the layout in use."""
     loss_fn, make = LOSSES[stage]
     graph, trainable, frozen = nnx.split(model, LoraParam, ...)

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_medllm.model.attention import Visibility, attend
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.loop import cpt_loss_fn
 from medllm.architecture import Architecture
@@ -50,7 +50,7 @@ QWEN_HALF_B = small_config(
 
 def step(remat: RematPolicy, config: Architecture, length: int) -> jax.stages.Lowered:
     """The gradients of a CPT step: LoRA on bf16."""
-    model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=8), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DenseDecoder(config, lora=LoraConfig(rank=8), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     graph, trainable, rest = nnx.split(model, LoraParam, ...)
     trainable, rest = jax.tree.map(lambda leaf: on_tpu(leaf.shape, leaf.dtype), (trainable, rest))
     tokens = on_tpu((1, length), jnp.int32)

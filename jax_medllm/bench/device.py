@@ -22,7 +22,7 @@ import numpy as np
 from jax_medllm.generate.cached_decoder import CHUNK, Decoder
 from jax_medllm.mesh.layout import Layout
 from jax_medllm.model.attention import Backend, backend_for, using
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.plan.probe import planned, probe
 from jax_medllm.train.batches import PreferenceData, cpt_step, plan_steps
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
@@ -103,7 +103,7 @@ def decode(*, shape: dict[str, Any], seconds: float, smoke: bool) -> dict[str, A
     }
 
 
-def _model(shape: ModelShape, *, adapter: bool) -> Qwen2:
+def _model(shape: ModelShape, *, adapter: bool) -> DenseDecoder:
     rank = shape.rank if adapter else None
     return random_model(shape.architecture, quantization=shape.quantization, dtype=shape.dtype, rank=rank)
 

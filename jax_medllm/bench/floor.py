@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jax_medllm.model import linear
 from jax_medllm.model.attention import Visibility, attend
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.logprobs import token_logprobs
 from medllm.bench.floor import LAYERS, TARGETS
 from medllm.bench.shapes import ModelShape
@@ -50,7 +50,7 @@ def floor(*, model: dict[str, Any], rows: int, length: int, seconds: float) -> d
 def _cases(shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     shape = replace(shape, layers=min(LAYERS, shape.layers))
     lora = LoraConfig(rank=shape.rank)
-    model = Qwen2(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
+    model = DenseDecoder(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
     for target in TARGETS:
         yield from _linear(getattr(model.layers.mlp, target), target, shape.dtype, rows, length)
     yield from _attention(shape, rows, length)
@@ -96,7 +96,7 @@ def _attention(shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     yield _backward("attention: backward", attended, _random(3, *q.shape, dtype=shape.dtype), (q, k, v), visible)
 
 
-def _head(model: Qwen2, rows: int, length: int) -> Iterator[Case]:
+def _head(model: DenseDecoder, rows: int, length: int) -> Iterator[Case]:
     head = model.head_weight()
     hidden = _random(0, rows, length, head.shape[1], dtype=head.dtype)
     targets = jax.random.randint(jax.random.key(1), (rows, length), 0, head.shape[0])
@@ -108,7 +108,7 @@ def _head(model: Qwen2, rows: int, length: int) -> Iterator[Case]:
     yield "head: log-probabilities and gradient", gradient, (hidden, head, targets)
 
 
-def _elementwise(model: Qwen2, shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
+def _elementwise(model: DenseDecoder, shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     x, g = (_random(key, rows, length, shape.width, dtype=shape.dtype) for key in range(2))
     gate, up, wide = (_random(key, rows, length, shape.mlp, dtype=shape.dtype) for key in range(3))
     graph, state = nnx.split(model.norm)
@@ -125,7 +125,7 @@ def _elementwise(model: Qwen2, shape: ModelShape, rows: int, length: int) -> Ite
     yield _backward("SiLU(gate) · up: backward", activated, wide, (gate, up))
 
 
-def _layers(model: Qwen2, shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
+def _layers(model: DenseDecoder, shape: ModelShape, rows: int, length: int) -> Iterator[Case]:
     tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, shape.vocabulary)
     segments = jnp.ones((rows, length), jnp.int32)
     batch = {"tokens": tokens, "segment_ids": segments, "positions": jnp.broadcast_to(jnp.arange(length), segments.shape)}

@@ -16,7 +16,7 @@ from flax import nnx
 from jax_medllm.bench.floor import floor
 from jax_medllm.bench.operations import recorded
 from jax_medllm.model import linear
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.compilation import compile_seconds
 from jax_medllm.train.loop import cpt_loss_fn, make_step
@@ -63,8 +63,8 @@ def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dic
     shape = ModelShape(**model)
     lora = LoraConfig(rank=shape.rank)
 
-    def build() -> Qwen2:
-        return Qwen2(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
+    def build() -> DenseDecoder:
+        return DenseDecoder(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
 
     graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
     step = make_step(graph, cpt_loss_fn, OptimizerConfig(), total_steps=100)

@@ -28,7 +28,7 @@ from jax_medllm.generate.cached_attention import Prefilling, Stepping, Stored
 from jax_medllm.generate.sampling import sample_tokens
 from jax_medllm.mesh.layout import constrain, in_use
 from jax_medllm.mesh.pytree import Leaf, pytree
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from medllm.config import Sampling
 
 CHUNK = 8
@@ -94,7 +94,7 @@ class Decoder:
         state: The model's parameters.
     """
 
-    def __init__(self, model: Qwen2, ends: Sequence[int]):
+    def __init__(self, model: DenseDecoder, ends: Sequence[int]):
         self.config = model.config
         self.ends = tuple(ends)
         self._dtype = model.dtype

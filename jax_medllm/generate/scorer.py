@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.mesh.layout import constrain, place_rows
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.logprobs import response_logprobs
 from jax_medllm.model.rows import ResponseBatch, buckets, response_rows, round_up, row_size
 from medllm.engine import Continuation
@@ -20,7 +20,7 @@ from medllm.errors import UserError
 class Scorer:
     """Scores continuations under one model; options of the same prompt share its computation."""
 
-    def __init__(self, model: Qwen2):
+    def __init__(self, model: DenseDecoder):
         self._context = model.config.max_positions
         graph, self._state = nnx.split(model)
 

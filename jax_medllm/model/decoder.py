@@ -12,7 +12,7 @@ Training and scoring::
     logits = model.logits(hidden)                                                    # [b, s, v]
 
 Generation, with a key/value cache, is :mod:`jax_medllm.generate.cached_decoder`: it runs the same layers through
-:meth:`Qwen2.hidden_in`.
+:meth:`DenseDecoder.hidden_in`.
 
 Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraParam, ...)``.
 """
@@ -40,7 +40,7 @@ from medllm.axes import Axis
 from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy
 from medllm.quantization import Quantization
 
-__all__ = ["FrozenLoraParam", "LoraParam", "PackedParam", "Qwen2"]
+__all__ = ["DenseDecoder", "FrozenLoraParam", "LoraParam", "PackedParam"]
 
 RESIDUAL = ("batch", "sequence", None)
 """Logical axes of the residual stream."""
@@ -179,7 +179,7 @@ class Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kept
 
 
-class Qwen2(nnx.Module):
+class DenseDecoder(nnx.Module):
     """The model.
 
     Args:
@@ -313,7 +313,7 @@ class RowContext:
         positions: Int[ArrayLike, "b s"],
         parent_ids: Int[ArrayLike, "b s"] | None = None,
     ) -> RowContext:
-        """For rows of a model with that window, see :meth:`Qwen2.hidden`."""
+        """For rows of a model with that window, see :meth:`DenseDecoder.hidden`."""
         near = None  # in a row that is no longer than the window, everything is
         if window is not None and window < jnp.shape(segment_ids)[-1]:
             near = Window(positions, positions - (window - 1))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_medllm.mesh.layout import constrain, in_use
 from jax_medllm.model.attention import matmul_precision
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.embedding import lookup
 from jax_medllm.model.rows import ResponseBatch
 from medllm.axes import Axis
@@ -103,7 +103,7 @@ _token_logprobs.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def response_logprobs(
-    model: Qwen2, batch: ResponseBatch, *, adapter: bool = True, remat: RematPolicy = "none"
+    model: DenseDecoder, batch: ResponseBatch, *, adapter: bool = True, remat: RematPolicy = "none"
 ) -> Float[Array, "n s"]:
     """Log-probability of every target of ``batch``, each prompt computed once for all its responses; 0 elsewhere.
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill, by_axes
 from jax_medllm.mesh.layout import Layout, shardings
 from jax_medllm.model.attention import Backend, backend_for, using
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.logprobs import cut
 from jax_medllm.model.rows import ResponseBatch
 from jax_medllm.train.batches import CptBatch, PreferenceBatch
@@ -169,11 +169,11 @@ def _generate(settings: Mapping[str, Any], layout: Layout) -> Stage:
 _STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt, "rpo": _rpo, "generate": _generate}
 
 
-def _model(settings: Mapping[str, Any]) -> Qwen2:
+def _model(settings: Mapping[str, Any]) -> DenseDecoder:
     config = Architecture.from_hf(settings["model"])
     quantization, dtype = held_as(settings["quantization"])
     build = partial(
-        Qwen2,
+        DenseDecoder,
         config,
         lora=LoraConfig(rank=settings["rank"]),
         quantization=quantization,

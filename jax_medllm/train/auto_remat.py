@@ -12,7 +12,7 @@ from flax import nnx
 
 from jax_medllm.mesh.layout import device_bytes
 from jax_medllm.mesh.processes import everywhere
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import LoraParam
 from jax_medllm.train.loop import make_gradients
 from medllm.config import OptimizerConfig, RematPolicy
@@ -23,7 +23,7 @@ _USABLE = 0.95
 
 
 def fitting_policy(
-    model: Qwen2, loss_fn: Callable[..., Any], batch: Any, accumulates: bool, *, limit: float | None = None
+    model: DenseDecoder, loss_fn: Callable[..., Any], batch: Any, accumulates: bool, *, limit: float | None = None
 ) -> RematPolicy:
     """The first of the policies, fastest first, whose step fits in a device's memory; ``layer`` where none does.
 

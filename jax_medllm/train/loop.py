@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from jax_medllm.mesh.host_memory import release_free_memory
 from jax_medllm.mesh.layout import laid_out, on_all_devices, place_rows
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.logprobs import response_logprobs, token_logprobs
 from jax_medllm.train.batches import CptBatch, PreferenceBatch, Step, TrainingData
 from jax_medllm.train.checkpoint import Checkpoints
@@ -42,7 +42,7 @@ from medllm.errors import UserError
 from medllm.host.progress import tracked
 from medllm.run import Run
 
-LossFn = Callable[[Qwen2, Any], tuple[Array, Any]]
+LossFn = Callable[[DenseDecoder, Any], tuple[Array, Any]]
 """``(model, batch) -> (loss, metrics)`` of a micro-batch; both add up over the micro-batches of a step. Metrics are a named
 tuple of scalars with a field ``loss``, other tuples of the kind within it."""
 
@@ -78,7 +78,7 @@ class Trained:
     compile_seconds: float
 
 
-def cpt_loss_fn(model: Qwen2, batch: CptBatch, *, remat: RematPolicy = "none") -> tuple[Float[Array, ""], CptMetrics]:
+def cpt_loss_fn(model: DenseDecoder, batch: CptBatch, *, remat: RematPolicy = "none") -> tuple[Float[Array, ""], CptMetrics]:
     """Negative log-likelihood of packed rows, as a share of the token mean of the whole optimizer step."""
     hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, remat=remat)
     # The row keeps its length, which devices may share out; its last position predicts nothing.
@@ -89,7 +89,7 @@ def cpt_loss_fn(model: Qwen2, batch: CptBatch, *, remat: RematPolicy = "none") -
 
 
 def preference_loss_fn(
-    model: Qwen2, batch: PreferenceBatch, loss_config: PreferenceLoss, *, remat: RematPolicy = "none"
+    model: DenseDecoder, batch: PreferenceBatch, loss_config: PreferenceLoss, *, remat: RematPolicy = "none"
 ) -> tuple[Float[Array, ""], Any]:
     """The objective of ``loss_config`` over a batch of problems, and what it logs.
 
@@ -109,7 +109,7 @@ def preference_loss_fn(
     return metrics.loss, metrics
 
 
-def reference_logprobs(model: Qwen2, batch: PreferenceBatch) -> Float[Array, "n k 2"]:
+def reference_logprobs(model: DenseDecoder, batch: PreferenceBatch) -> Float[Array, "n k 2"]:
     """Summed log-probabilities of both responses of each pair with the trained adapter off; no gradient flows."""
     return jax.lax.stop_gradient(_sums(response_logprobs(model, batch.responses, adapter=False), batch)[0])
 
@@ -165,7 +165,7 @@ class TrainingStep:
         return self.gradients.trace(trainable, frozen, batch), self.update.trace(trainable, optimizer_state, index, total)
 
 
-def make_gradients(graph: nnx.GraphDef[Qwen2], loss_fn: LossFn) -> jax.stages.Wrapped:
+def make_gradients(graph: nnx.GraphDef[DenseDecoder], loss_fn: LossFn) -> jax.stages.Wrapped:
     """``(trainable, frozen, batch) -> (gradients, metrics)`` of one micro-batch."""
 
     @jax.jit
@@ -179,7 +179,7 @@ def make_gradients(graph: nnx.GraphDef[Qwen2], loss_fn: LossFn) -> jax.stages.Wr
     return gradients
 
 
-def make_step(graph: nnx.GraphDef[Qwen2], loss_fn: LossFn, config: OptimizerConfig, total_steps: int) -> TrainingStep:
+def make_step(graph: nnx.GraphDef[DenseDecoder], loss_fn: LossFn, config: OptimizerConfig, total_steps: int) -> TrainingStep:
     """The optimizer step ``(trainable, optimizer state, step, frozen, batches) -> (trainable, state, metrics)``.
 
     Args:
@@ -205,7 +205,7 @@ def make_step(graph: nnx.GraphDef[Qwen2], loss_fn: LossFn, config: OptimizerConf
 
 
 def train(
-    model: Qwen2,
+    model: DenseDecoder,
     loss_fn: LossFn,
     data: TrainingData,
     optimizer: OptimizerConfig,

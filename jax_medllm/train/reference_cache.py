@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jax_medllm.mesh.layout import constrain, place_rows
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.train.batches import PreferenceData, digest
 from jax_medllm.train.loop import AHEAD, reference_logprobs
 from medllm.config import ModelConfig
@@ -99,7 +99,7 @@ class ReferenceFile:
         return UserError(f"{self.path}: the reference's log-probabilities cannot be read ({reason}); remove the file")
 
 
-def compute_reference(model: Qwen2, data: PreferenceData) -> Sums:
+def compute_reference(model: DenseDecoder, data: PreferenceData) -> Sums:
     """The reference's numbers for each group: one forward pass over the data, in the batches of its first epoch."""
     graph, state = nnx.split(model)
     forward = jax.jit(lambda state, batch: constrain(reference_logprobs(nnx.merge(graph, state), batch), None, None, None))

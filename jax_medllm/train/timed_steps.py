@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import LoraParam
 from jax_medllm.train.loop import make_step
 from medllm.config import OptimizerConfig
@@ -22,7 +22,7 @@ STEPS = 3
 _SCHEDULE = 1000
 
 
-def timed_training(model: Qwen2, loss_fn: Callable[..., Any], batches: Any, seconds: float) -> dict[str, Any]:
+def timed_training(model: DenseDecoder, loss_fn: Callable[..., Any], batches: Any, seconds: float) -> dict[str, Any]:
     """Time optimizer steps after a first one, which compiles; the adapter and AdamW's state change as in a run.
 
     Args:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_medllm.mesh.layout import place_parameter
 from jax_medllm.mesh.processes import whole
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import FrozenLoraParam, LoraParam
 from medllm.config import LoraConfig
 from medllm.errors import UserError
@@ -32,7 +32,7 @@ def frozen(index: int) -> Path:
     return ("frozen_loras", index)
 
 
-def adapter_tensors(model: Qwen2) -> dict[str, np.ndarray]:
+def adapter_tensors(model: DenseDecoder) -> dict[str, np.ndarray]:
     """The trained adapter under PEFT's names, fp32: A [rank, in] and B [out, rank] of each layer and target.
 
     Of several processes all call it, and each has the whole adapter.
@@ -47,7 +47,7 @@ def adapter_tensors(model: Qwen2) -> dict[str, np.ndarray]:
     return tensors
 
 
-def adapter_arrays(model: Qwen2, adapter: Adapter, place: Path) -> dict[Path, jax.Array]:
+def adapter_arrays(model: DenseDecoder, adapter: Adapter, place: Path) -> dict[Path, jax.Array]:
     """The stacked arrays of ``adapter`` at ``place`` in the linear layers, each tensor checked against the model.
 
     Raises:
@@ -74,7 +74,7 @@ def adapter_arrays(model: Qwen2, adapter: Adapter, place: Path) -> dict[Path, ja
     return arrays
 
 
-def frozen_update(model: Qwen2, arrays: dict[Path, Any], module: Path, layer: int) -> np.ndarray | None:
+def frozen_update(model: DenseDecoder, arrays: dict[Path, Any], module: Path, layer: int) -> np.ndarray | None:
     """Sum of the scaled products of the frozen adapters of one weight, [out, in]; None where it has none.
 
     Args:
@@ -92,12 +92,12 @@ def frozen_update(model: Qwen2, arrays: dict[Path, Any], module: Path, layer: in
     return total
 
 
-def variables(model: Qwen2, kind: Any = ...) -> dict[Path, Any]:
+def variables(model: DenseDecoder, kind: Any = ...) -> dict[Path, Any]:
     """Path → variable, for those of ``kind``."""
     return dict(nnx.to_flat_state(nnx.state(model) if kind is ... else nnx.state(model, kind)))
 
 
-def assign(model: Qwen2, arrays: dict[Path, jax.Array]) -> None:
+def assign(model: DenseDecoder, arrays: dict[Path, jax.Array]) -> None:
     """Set variables of the model, abstract or filled, to ``arrays``."""
     found = {path: variable.replace(arrays[path]) for path, variable in variables(model).items() if path in arrays}
     nnx.update(model, nnx.from_flat_state(found))

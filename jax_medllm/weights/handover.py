@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.weights.read import model_tensors, read_model
 from medllm.corpus.packing import PackedRows
 from medllm.model.adapter import Adapter
@@ -92,7 +92,7 @@ def handover_errors(
     return errors
 
 
-def _weight_errors(exact: Qwen2, model: Qwen2, adapted: set[str]) -> tuple[float, str, float]:
+def _weight_errors(exact: DenseDecoder, model: DenseDecoder, adapted: set[str]) -> tuple[float, str, float]:
     """(relative error over the adapted weights, the worst one's name, its relative error), a weight at a time."""
     difference, norm = 0.0, 0.0
     worst, worst_error = "", -1.0
@@ -107,7 +107,7 @@ def _weight_errors(exact: Qwen2, model: Qwen2, adapted: set[str]) -> tuple[float
     return math.sqrt(difference / norm), worst, worst_error
 
 
-def _hidden(model: Qwen2, rows: PackedRows) -> Float[np.ndarray, "n d"]:
+def _hidden(model: DenseDecoder, rows: PackedRows) -> Float[np.ndarray, "n d"]:
     """Final hidden states of all positions that are no padding, a few rows at a time."""
     found = []
     for start in range(0, len(rows.tokens), _ROWS):
@@ -124,11 +124,11 @@ def _first_rows(part: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _forward(model: Qwen2, tokens: Array, segment_ids: Array, positions: Array) -> Float[Array, "b s d"]:
+def _forward(model: DenseDecoder, tokens: Array, segment_ids: Array, positions: Array) -> Float[Array, "b s d"]:
     return model.hidden(tokens, segment_ids=segment_ids, positions=positions)
 
 
-def _mean_kl(exact: Qwen2, expected: np.ndarray, model: Qwen2, found: np.ndarray) -> float:
+def _mean_kl(exact: DenseDecoder, expected: np.ndarray, model: DenseDecoder, found: np.ndarray) -> float:
     """Mean over positions, the logits a chunk at a time."""
     chunk = max(1, min(len(expected), _LOGITS_IN_FLIGHT // exact.config.vocab_size))
     total = 0.0
@@ -143,7 +143,9 @@ def _mean_kl(exact: Qwen2, expected: np.ndarray, model: Qwen2, found: np.ndarray
 
 
 @jax.jit
-def _kl(exact: Qwen2, expected: Float[Array, "n d"], model: Qwen2, found: Float[Array, "n d"]) -> Float[Array, " n"]:
+def _kl(
+    exact: DenseDecoder, expected: Float[Array, "n d"], model: DenseDecoder, found: Float[Array, "n d"]
+) -> Float[Array, " n"]:
     p, q = (jax.nn.log_softmax(one.logits(hidden)) for one, hidden in ((exact, expected), (model, found)))
     # p(log p − log q) with Σp(q/p − 1) = 0 added: no term is negative, so small divergences do not cancel away.
     return jnp.sum(jnp.exp(p) * (jnp.expm1(q - p) - (q - p)), axis=-1)

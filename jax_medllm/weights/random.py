@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import LoraParam, LoraScaling
 from jax_medllm.model.nf4 import CODES
 from jax_medllm.model.quantized_weight import KINDS
@@ -27,7 +27,7 @@ _PIECES = 64
 
 def random_model(
     config: Architecture, *, quantization: Quantization, dtype: Literal["float32", "bfloat16"], rank: int | None
-) -> Qwen2:
+) -> DenseDecoder:
     """A model with random weights, filled in one compiled program.
 
     Codes are uniform, so a weight's spread is that of the sixteen codes times its scale.
@@ -40,8 +40,8 @@ def random_model(
     """
     lora = LoraConfig(rank=rank, alpha=2 * rank) if rank else None
 
-    def build() -> Qwen2:
-        return Qwen2(config, lora=lora, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))
+    def build() -> DenseDecoder:
+        return DenseDecoder(config, lora=lora, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(build)
     made = nnx.Any(LoraParam, LoraScaling)

@@ -27,7 +27,7 @@ from flax import nnx
 
 from jax_medllm.mesh.host_memory import release_free_memory
 from jax_medllm.mesh.layout import in_use, shardings
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
 from jax_medllm.model.nf4 import quantize_blocks
 from jax_medllm.model.quantized_weight import QuantizedWeight
@@ -43,11 +43,11 @@ from medllm.quantization import Quantization
 _PIECE = 1 << 22  # numbers of a tensor that are read, and quantized, at a time
 
 
-def load_model(model: ModelConfig, *, lora: LoraConfig | Adapter | None = None) -> Qwen2:
+def load_model(model: ModelConfig, *, lora: LoraConfig | Adapter | None = None) -> DenseDecoder:
     """Open a model directory, with the adapters the configuration names (frozen) and one to train where asked.
 
     Raises:
-        UserError: the directory is not a supported Qwen2, or a tensor is missing, superfluous or of another shape.
+        UserError: the directory is of no supported family, or a tensor is missing, superfluous or of another shape.
     """
     return read_model(
         ModelDirectory(model.path),
@@ -65,7 +65,7 @@ def read_model(
     adapter: Adapter | Sequence[Adapter] = (),
     quantization: Quantization = "none",
     dtype: Any = jnp.float32,
-) -> Qwen2:
+) -> DenseDecoder:
     """As :func:`load_model`, from opened directories and in any floating type.
 
     A bitsandbytes NF4 directory is read as it is, codes and scales, when ``quantization`` is its own. Dense weights are rounded
@@ -86,8 +86,8 @@ def read_model(
     settings = lora.lora if isinstance(lora, Adapter) else lora
     dense = _dense_kinds(directory)
 
-    def build() -> Qwen2:
-        return Qwen2(
+    def build() -> DenseDecoder:
+        return DenseDecoder(
             directory.architecture,
             lora=settings,
             frozen_loras=tuple(one.lora for one in adapters),
@@ -116,7 +116,7 @@ def read_model(
     return model
 
 
-def model_tensors(model: Qwen2) -> Iterator[tuple[str, np.ndarray]]:
+def model_tensors(model: DenseDecoder) -> Iterator[tuple[str, np.ndarray]]:
     """Base weights under Hugging Face's names, in the model's type, one tensor in host memory at a time.
 
     Quantized weights come out dequantized. Frozen adapters are added in fp32, with one rounding; the trained one is not in it
@@ -152,13 +152,13 @@ def write_quantized(
         shard_bytes: Size from which a new shard is begun.
 
     Raises:
-        UserError: ``out`` exists, or ``source`` is no dense Qwen2 directory, or holds numbers that are not finite.
+        UserError: ``out`` exists, or ``source`` is no dense model directory, or holds numbers that are not finite.
     """
     if FilePath(out).exists():
         raise UserError(f"{out}: already exists; give another --out, or remove it")
     directory, dtype = ModelDirectory(source), jnp.dtype(dtype)
     config = directory.architecture
-    slots = _base_slots(nnx.eval_shape(lambda: Qwen2(config, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))))
+    slots = _base_slots(nnx.eval_shape(lambda: DenseDecoder(config, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))))
     for name in slots:
         if stored(directory, name) is not None:
             raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")
@@ -191,12 +191,12 @@ class _Slot:
     kind: type[QuantizedWeight] | None
 
 
-def _base(model: Qwen2) -> dict[Path, nnx.Variable]:
+def _base(model: DenseDecoder) -> dict[Path, nnx.Variable]:
     """The variables that come from the model directory."""
     return variables(model, nnx.Not(nnx.Any(LoraParam, FrozenLoraParam, LoraScaling)))
 
 
-def _base_arrays(model: Qwen2, directory: ModelDirectory, quantization: Quantization) -> dict[Path, Any]:
+def _base_arrays(model: DenseDecoder, directory: ModelDirectory, quantization: Quantization) -> dict[Path, Any]:
     """What the model directory holds, in its places."""
     slots = _base_slots(model)
     _check_tensors(directory, slots, quantization)
@@ -209,7 +209,7 @@ def _base_arrays(model: Qwen2, directory: ModelDirectory, quantization: Quantiza
     return arrays
 
 
-def _base_slots(model: Qwen2) -> dict[str, _Slot]:
+def _base_slots(model: DenseDecoder) -> dict[str, _Slot]:
     """Hugging Face name → slot, for every base tensor of the model."""
     slots = {}
     for path, variable in _base(model).items():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_medllm import engine as engine_module
 from jax_medllm.engine import JaxEngine
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.train.reference_cache import compute_reference
 from jax_medllm.weights.read import model_tensors
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, Sampling, TrainingConfig
@@ -40,7 +40,7 @@ def directory(tmp_path_factory):
     scales = {True: 32, False: 4}
     tensors = (
         (name, tensor * (scales["embed" in name] if tensor.ndim > 1 else 1))
-        for name, tensor in model_tensors(Qwen2(SMALL, rngs=nnx.Rngs(0)))
+        for name, tensor in model_tensors(DenseDecoder(SMALL, rngs=nnx.Rngs(0)))
     )
     write_model(folder, SMALL.to_hf(), tensors)
     vocabulary = {"<end>": 0, **{letter: i + 1 for i, letter in enumerate(LETTERS)}}
@@ -185,6 +185,6 @@ def test_dpo_trains_by_its_name_and_logs_its_own_metrics(directory, tmp_path):
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_on_opening(directory, tmp_path):
     folder = tmp_path / "small"
     narrow = dataclasses.replace(SMALL, vocab_size=20)
-    write_model(folder, narrow.to_hf(), model_tensors(Qwen2(narrow, rngs=nnx.Rngs(0))))
+    write_model(folder, narrow.to_hf(), model_tensors(DenseDecoder(narrow, rngs=nnx.Rngs(0))))
     with pytest.raises(UserError, match="vocabulary"):
         JaxEngine(ModelConfig(str(folder), tokenizer=str(directory), dtype="float32"))

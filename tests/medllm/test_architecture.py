@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import PackedParam
 from jax_medllm.weights.adapters import variables
 from medllm.architecture import HEAD, Architecture
@@ -159,7 +159,7 @@ def test_old_and_new_spellings_of_a_rotary_rule_are_read_in_transformers_order(e
 
 def arrays(model: Architecture, **settings) -> dict[str, nnx.Variable]:
     """The variables of an abstract model, by their attributes' names."""
-    made = nnx.eval_shape(lambda: Qwen2(model, rngs=nnx.Rngs(0), **settings))
+    made = nnx.eval_shape(lambda: DenseDecoder(model, rngs=nnx.Rngs(0), **settings))
     return {".".join(map(str, path)): variable for path, variable in variables(made).items()}
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax_medllm.generate import cached_attention
 from jax_medllm.generate.cached_attention import Prefilling, Stored, attend_parts
 from jax_medllm.generate.cached_decoder import Decoder, Fill
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from tests.small_model import small_config
 
 B, S, H, K, X = 3, 5, 6, 2, 4
@@ -87,7 +87,7 @@ def temporary_bytes(decoder, header, own=64, prompts=4):
 
 
 def test_memory_for_reading_prompts_does_not_grow_with_the_header(monkeypatch):
-    decoder = Decoder(Qwen2(small_config(num_heads=16, num_kv_heads=2, max_positions=8192), rngs=nnx.Rngs(0)), (0,))
+    decoder = Decoder(DenseDecoder(small_config(num_heads=16, num_kv_heads=2, max_positions=8192), rngs=nnx.Rngs(0)), (0,))
     scores = 4 * 16 * 4096
     monkeypatch.setattr(cached_attention, "_SCORES_IN_FLIGHT", 2 * scores)
     short, long = (temporary_bytes(decoder, header) for header in (1024, 4032))

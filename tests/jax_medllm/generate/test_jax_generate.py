@@ -16,7 +16,7 @@ from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill
 from jax_medllm.generate.queue import generate
 from jax_medllm.generate.sampling import sample_tokens
 from jax_medllm.generate.scorer import Scorer
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from medllm.config import Sampling
 from medllm.engine import Continuation
 from medllm.errors import UserError
@@ -32,7 +32,7 @@ def text_of(tokens):
 
 @pytest.fixture(scope="module")
 def model():
-    model = Qwen2(SMALL, rngs=nnx.Rngs(1))
+    model = DenseDecoder(SMALL, rngs=nnx.Rngs(1))
     # Wider weights than at initialization, so that texts wander instead of repeating one token.
     nnx.update(model, jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, nnx.state(model)))
     return model

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_medllm.model.attention import Visibility, pallas, using
 from jax_medllm.model.attention.pallas import Tiles
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from tests.dense_attention import Case, case, computed, expected, far_apart, in_pieces, sees
 from tests.small_model import small_config
 
@@ -102,7 +102,7 @@ def test_a_tile_that_is_left_out_is_not_fetched_either():
 
 def test_the_model_computes_the_same_with_the_kernel():
     """Through the whole model, in the TPU's own interpreter, which knows its memories and its copies."""
-    model = Qwen2(small_config(), rngs=nnx.Rngs(0))
+    model = DenseDecoder(small_config(), rngs=nnx.Rngs(0))
     given = case(24, 1, 1, 1, groups=True)
     tokens = jnp.arange(48).reshape(2, 24) % 53
     rows = {"segment_ids": given.segments, "parent_ids": given.parents, "positions": tokens % 24}

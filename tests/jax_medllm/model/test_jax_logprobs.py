@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jax_medllm.model import logprobs
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.logprobs import response_logprobs, token_logprobs
 from jax_medllm.model.rows import response_rows
 from medllm.config import LoraConfig
@@ -149,7 +149,7 @@ def test_a_sharded_head_is_never_gathered_and_only_sums_of_tokens_cross_the_mesh
 
 
 def model_with_adapter(dtype):
-    model = Qwen2(SMALL, lora=LoraConfig(rank=4, alpha=8), dtype=dtype, rngs=nnx.Rngs(0))
+    model = DenseDecoder(SMALL, lora=LoraConfig(rank=4, alpha=8), dtype=dtype, rngs=nnx.Rngs(0))
     state = nnx.state(model, LoraParam)
     noise = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(3), leaf.shape, leaf.dtype), state)
     nnx.update(model, noise)

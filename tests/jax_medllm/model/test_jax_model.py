@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill
-from jax_medllm.model.decoder import LoraParam, PackedParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam, PackedParam
 from jax_medllm.model.linear import LoraScaling, adapted_matmul, nf4_matmul
 from jax_medllm.model.quantized_weight import NF4Weight
 from medllm.architecture import Architecture
@@ -36,12 +36,12 @@ PUBLISHED = {
 
 
 @cache
-def build(**settings) -> Qwen2:
+def build(**settings) -> DenseDecoder:
     """A random model with random biases, and random B where it has an adapter. Its generator is quick to compile."""
 
     @jax.jit
     def initial() -> tuple[nnx.GraphDef, nnx.State]:
-        model = Qwen2(TINY, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")), **settings)
+        model = DenseDecoder(TINY, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")), **settings)
         for number, (path, variable) in enumerate(nnx.to_flat_state(nnx.state(model))):
             if path[-1] in ("bias", "B"):
                 variable = variable.replace(0.3 * jax.random.normal(jax.random.key(number, impl="rbg"), variable.shape))
@@ -52,11 +52,11 @@ def build(**settings) -> Qwen2:
 
 
 @partial(jax.jit, static_argnames="adapter")
-def packed(model: Qwen2, tokens, segment_ids, positions, parent_ids=None, adapter: bool = True) -> jax.Array:
+def packed(model: DenseDecoder, tokens, segment_ids, positions, parent_ids=None, adapter: bool = True) -> jax.Array:
     return model.hidden(tokens, segment_ids=segment_ids, positions=positions, parent_ids=parent_ids, adapter=adapter)
 
 
-def hidden(model: Qwen2, tokens: jax.Array, adapter: bool = True) -> jax.Array:
+def hidden(model: DenseDecoder, tokens: jax.Array, adapter: bool = True) -> jax.Array:
     """One document a row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return packed(model, tokens, jnp.ones_like(tokens), positions, adapter=adapter)
@@ -77,13 +77,13 @@ def random_tokens(*shape: int) -> jax.Array:
 def test_every_size_has_its_published_number_of_parameters(size):
     *sizes, parameters = PUBLISHED[size]
     config = Architecture.from_hf(hf_config(*sizes))
-    abstract = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: DenseDecoder(config, rngs=nnx.Rngs(0)))
     assert sum(v.size for v in jax.tree.leaves(nnx.state(abstract))) == parameters
 
 
 def test_72b_in_nf4_takes_about_41_gigabytes():
     config = Architecture.from_hf(hf_config(*PUBLISHED["72B"][:-1]))
-    abstract = nnx.eval_shape(lambda: Qwen2(config, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: DenseDecoder(config, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     packed = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(abstract, PackedParam)))
     total = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(nnx.state(abstract)))
     assert packed * 8 / (72_706_203_648 - 2 * 152064 * 8192) == pytest.approx(4.127, abs=2e-3)
@@ -152,7 +152,7 @@ def test_padding_leaves_no_trace_and_stays_finite():
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_adapter_switched_off_is_the_model_without_it(quantization):
     with_adapter = build(quantization=quantization, lora=LoraConfig(rank=4))
-    without = nnx.eval_shape(lambda: Qwen2(TINY, quantization=quantization, rngs=nnx.Rngs(0)))
+    without = nnx.eval_shape(lambda: DenseDecoder(TINY, quantization=quantization, rngs=nnx.Rngs(0)))
     nnx.update(without, nnx.state(with_adapter, nnx.Not(nnx.Any(LoraParam, LoraScaling))))
     tokens = random_tokens(2, 6)
     off = hidden(with_adapter, tokens, adapter=False)
@@ -163,7 +163,7 @@ def test_the_adapter_switched_off_is_the_model_without_it(quantization):
 def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
     lora = LoraConfig(rank=4, targets=("q_proj", "down_proj"))
     model = nnx.eval_shape(
-        lambda: Qwen2(TINY, lora=lora, frozen_loras=(LoraConfig(rank=2),), quantization="nf4", rngs=nnx.Rngs(0))
+        lambda: DenseDecoder(TINY, lora=lora, frozen_loras=(LoraConfig(rank=2),), quantization="nf4", rngs=nnx.Rngs(0))
     )
     trained = {path for path, _ in nnx.to_flat_state(nnx.state(model, LoraParam))}
     assert trained == {
@@ -179,7 +179,7 @@ def test_only_adapter_matrices_are_lora_params_and_each_array_names_its_axes():
 def test_the_compiled_program_does_not_grow_with_depth():
     def size(layers: int) -> int:
         config = replace(TINY, num_layers=layers)
-        model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: DenseDecoder(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
         graph, lora, rest = nnx.split(model, LoraParam, ...)
         tokens = jnp.zeros((1, 8), jnp.int32)
 
@@ -224,7 +224,7 @@ def test_a_quantized_layer_keeps_only_packed_bytes_for_the_backward_pass():
 
 def test_a_whole_quantized_model_keeps_no_dense_stack_between_the_passes():
     config = replace(TINY, num_layers=16, hidden_size=128, intermediate_size=256, head_dim=32)
-    model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DenseDecoder(config, lora=LoraConfig(rank=2), quantization="nf4", rngs=nnx.Rngs(0)))
     graph, lora, rest = nnx.split(model, LoraParam, ...)
     tokens = jnp.zeros((1, 4), jnp.int32)
 

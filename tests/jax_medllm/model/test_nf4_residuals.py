@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from jax_medllm.model import linear
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.linear import Linear, PackedParam, matmul, nf4_matmul
 from jax_medllm.model.quantized_weight import KINDS, QuantizedWeight
 from jax_medllm.train.batches import CptBatch
@@ -56,11 +56,11 @@ def dense_sizes(module: Any) -> set[int]:
     return {share * stack.size // layers for stack in stacks for layers in (1, stack.shape[0]) for share in (1, 2)}
 
 
-def abstract_model(dtype: Any, quantization: Quantization = "nf4") -> Qwen2:
-    return nnx.eval_shape(lambda: Qwen2(CONFIG, lora=LORA, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0)))
+def abstract_model(dtype: Any, quantization: Quantization = "nf4") -> DenseDecoder:
+    return nnx.eval_shape(lambda: DenseDecoder(CONFIG, lora=LORA, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def loss_of(model: Qwen2, remat: RematPolicy = "none") -> tuple[Any, Any, Any]:
+def loss_of(model: DenseDecoder, remat: RematPolicy = "none") -> tuple[Any, Any, Any]:
     """The training loss as a function of the adapter and the rest of the model, and those two."""
     graph, trained, rest = nnx.split(model, LoraParam, ...)
     batch = CptBatch(TOKENS, jnp.ones_like(TOKENS), jnp.arange(7)[None], jnp.asarray(1 / 6))
@@ -114,9 +114,9 @@ def random_states(
 ) -> tuple[tuple[nnx.GraphDef, nnx.State], tuple[nnx.GraphDef, nnx.State]]:
     """A quantized model with B random, so that every gradient is there, and the dense one its codes stand for."""
 
-    def build(quantization: Any) -> Qwen2:
+    def build(quantization: Any) -> DenseDecoder:
         rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))  # a generator that is quick to compile
-        return Qwen2(CONFIG, lora=LORA, quantization=quantization, dtype=jnp.dtype(dtype), rngs=rngs)
+        return DenseDecoder(CONFIG, lora=LORA, quantization=quantization, dtype=jnp.dtype(dtype), rngs=rngs)
 
     model, dense = build(quantization), build("none")
     held = {path: variable[...] for path, variable in variables(model).items()}

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from jax_medllm.mesh.layout import Layout
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.plan.flops import matrix_flops
 from jax_medllm.plan.programs import trace
 from medllm.bench.shapes import ModelShape
@@ -105,7 +105,7 @@ def test_the_count_is_xlas_where_nothing_loops():
     the activations' elements, where the products have hundreds (twice a width) for each.
     """
     config = small_config(num_layers=1, hidden_size=512, intermediate_size=1024, head_dim=128, vocab_size=64)
-    model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=8), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DenseDecoder(config, lora=LoraConfig(rank=8), rngs=nnx.Rngs(0)))
     graph, lora, rest = nnx.split(model, LoraParam, ...)
     tokens = jax.ShapeDtypeStruct((1, 64), np.int32)
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jax_medllm.mesh.layout import Layout
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.plan.compiled import measure
 from jax_medllm.plan.programs import trace
 from medllm.architecture import Architecture
@@ -25,7 +25,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def shapes(name: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Path and shape of every array of a model without an adapter."""
-    model = nnx.eval_shape(lambda: Qwen2(PUBLISHED[name], rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DenseDecoder(PUBLISHED[name], rngs=nnx.Rngs(0)))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         yield tuple(map(str, path)), variable.shape
 

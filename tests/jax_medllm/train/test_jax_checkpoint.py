@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.batches import CptData, plan_steps
 from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.loop import cpt_loss_fn, train
@@ -27,7 +27,7 @@ def session(run, settings=None, **changes):
     rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(16, dtype=np.int32), (6, 1)))
     config = TrainingConfig(**{"epochs": 2, "batch_size": 1, "accumulation": 2} | changes)
     data = CptData(rows, plan_steps(6, config))
-    model = Qwen2(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
+    model = DenseDecoder(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
     train(model, cpt_loss_fn, data, optimizer, config, run, settings=settings or {}, resume=True)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, LoraParam))]

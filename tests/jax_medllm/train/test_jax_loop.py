@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train import loop as loop
 from jax_medllm.train.batches import CptBatch, CptData, cpt_step, plan_steps
 from jax_medllm.train.loop import CptMetrics, StepMetrics, TrainingLog, cpt_loss_fn, make_step, train
@@ -24,7 +24,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 
 
 def small_model():
-    return Qwen2(small_config(), lora=LoraConfig(rank=4), rngs=nnx.Rngs(0))
+    return DenseDecoder(small_config(), lora=LoraConfig(rank=4), rngs=nnx.Rngs(0))
 
 
 def rows(count=6, length=16):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train import reference_cache as reference
 from jax_medllm.train.batches import PreferenceData
 from jax_medllm.train.loop import CptMetrics, preference_loss_fn, train
@@ -37,7 +37,7 @@ def groups(count=4):
 
 
 def small_model(dtype=jnp.float32):
-    return Qwen2(small_config(), lora=LoraConfig(rank=4, alpha=8), dtype=dtype, rngs=nnx.Rngs(0))
+    return DenseDecoder(small_config(), lora=LoraConfig(rank=4, alpha=8), dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def trained(folder, dtype, kept):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.auto_remat import fitting_policy
 from jax_medllm.train.batches import CptBatch, PreferenceData
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn
@@ -35,7 +35,7 @@ def gradient_of(loss_fn, model, batch):
 def results():
     """Loss and gradients of preference training under every policy, in float64."""
     with jax.enable_x64(True):
-        model = Qwen2(small_config(), lora=LoraConfig(rank=4, alpha=8), dtype=jnp.float64, rngs=nnx.Rngs(0))
+        model = DenseDecoder(small_config(), lora=LoraConfig(rank=4, alpha=8), dtype=jnp.float64, rngs=nnx.Rngs(0))
         state = nnx.state(model, LoraParam)
         nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state))
         data = PreferenceData(GROUPS, TrainingConfig(epochs=1, batch_size=2, accumulation=1))
@@ -63,7 +63,7 @@ def test_every_policy_keeps_less_than_the_one_before():
         config = small_config(
             hidden_size=128, intermediate_size=448, num_layers=layers, num_heads=2, num_kv_heads=1, head_dim=64, vocab_size=64
         )
-        model = nnx.eval_shape(lambda: Qwen2(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: DenseDecoder(config, lora=LoraConfig(rank=4), quantization="nf4", rngs=nnx.Rngs(0)))
         graph, trainable, rest = nnx.split(model, LoraParam, ...)
 
         def loss(lora, rest, batch):
@@ -84,7 +84,7 @@ def test_every_policy_keeps_less_than_the_one_before():
 def test_auto_takes_the_first_policy_that_fits():
     """Limits between what two policies need, counted here from the compiled steps themselves."""
     config = small_config(num_layers=8, intermediate_size=448)
-    model = Qwen2(config, lora=LoraConfig(rank=4), rngs=nnx.Rngs(0))
+    model = DenseDecoder(config, lora=LoraConfig(rank=4), rngs=nnx.Rngs(0))
     tokens = jnp.ones((2, 128), jnp.int32)
     batch = CptBatch(tokens, tokens, jnp.broadcast_to(jnp.arange(128), (2, 128)), jnp.float32(1))
     graph, trainable, rest = nnx.split(model, LoraParam, ...)

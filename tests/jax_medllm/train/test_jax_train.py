@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.rows import buckets, round_up
 from jax_medllm.train.batches import CptData, PreferenceData, cpt_step, plan_steps, single_pairs
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
@@ -30,7 +30,7 @@ RATE = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0)
 
 
 def small_model(dtype=jnp.float32):
-    return Qwen2(SMALL, lora=LoraConfig(rank=4, alpha=8), dtype=dtype, rngs=nnx.Rngs(0))
+    return DenseDecoder(SMALL, lora=LoraConfig(rank=4, alpha=8), dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def rows(count=6, length=16):

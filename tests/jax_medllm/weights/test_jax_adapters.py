@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.loop import cpt_loss_fn, make_step
 from jax_medllm.weights.adapters import adapter_tensors
@@ -23,7 +23,7 @@ LORA = LoraConfig(
 
 @pytest.fixture
 def model():
-    return Qwen2(small_config(), lora=LORA, rngs=nnx.Rngs(0))
+    return DenseDecoder(small_config(), lora=LORA, rngs=nnx.Rngs(0))
 
 
 def stacks(model) -> dict[tuple, np.ndarray]:

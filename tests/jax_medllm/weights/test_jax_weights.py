@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.weights.adapters import adapter_tensors
 from jax_medllm.weights.read import load_model, model_tensors
 from medllm.config import LoraConfig, ModelConfig
@@ -26,7 +26,7 @@ A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
-    return dict(model_tensors(Qwen2(CONFIG, rngs=nnx.Rngs(0))))
+    return dict(model_tensors(DenseDecoder(CONFIG, rngs=nnx.Rngs(0))))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_medllm.model.decoder import LoraParam, Qwen2
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.linear import PackedParam
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.loop import cpt_loss_fn, make_gradients
@@ -24,11 +24,11 @@ WHOLE_TILES = {"q_proj", "o_proj", "down_proj"}
 TURNED, AS_READ = (0, 2, 1), (0, 1, 2)
 
 
-def a_model() -> Qwen2:
-    return Qwen2(CONFIG, lora=LoraConfig(rank=4), quantization="nf4", dtype="float32", rngs=nnx.Rngs(0))
+def a_model() -> DenseDecoder:
+    return DenseDecoder(CONFIG, lora=LoraConfig(rank=4), quantization="nf4", dtype="float32", rngs=nnx.Rngs(0))
 
 
-def codes(model: Qwen2) -> dict[str, jax.Array]:
+def codes(model: DenseDecoder) -> dict[str, jax.Array]:
     state = nnx.to_flat_state(nnx.state(model, PackedParam))
     return {path[-3]: variable.get_value() for path, variable in state if path[-1] == "packed"}
 
@@ -63,7 +63,7 @@ def test_gradients_are_the_same_and_the_program_takes_the_codes_as_they_lie(rema
     tokens = jnp.arange(1, 9)[None]
     batch = CptBatch(tokens, jnp.ones_like(tokens), jnp.arange(8)[None], jnp.float32(1.0))
 
-    def computed(model: Qwen2):
+    def computed(model: DenseDecoder):
         graph, trainable, frozen = nnx.split(model, LoraParam, ...)
         # B is zero at first, and with it the gradient of A.
         trainable = jax.tree.map(lambda matrix: matrix + 0.01, trainable)

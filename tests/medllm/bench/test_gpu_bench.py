@@ -18,7 +18,7 @@ from flax import nnx
 
 import jax_medllm.model.decoder
 from jax_medllm.generate.cached_decoder import CHUNK, Decoder
-from jax_medllm.model.decoder import Qwen2
+from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import LoraParam
 from jax_medllm.train.batches import PreferenceData, cpt_step
 from jax_medllm.train.batches import plan_steps as steps_of
@@ -76,8 +76,8 @@ def whole_attention(monkeypatch):
 def compiled_flops(loss_fn, batch) -> float:
     """Operations of a loss and its gradients in the program XLA makes of them, from its own analysis."""
 
-    def build() -> Qwen2:
-        return Qwen2(COUNTED.architecture, lora=LoraConfig(rank=COUNTED.rank), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    def build() -> DenseDecoder:
+        return DenseDecoder(COUNTED.architecture, lora=LoraConfig(rank=COUNTED.rank), dtype=jnp.float32, rngs=nnx.Rngs(0))
 
     graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
 
@@ -115,8 +115,8 @@ def test_operations_of_a_preference_step_are_those_xla_counts(whole_attention):
 def test_bytes_of_a_decoding_step_are_those_of_the_arrays_it_reads(size):
     shape = device_shape(size, "decode", 139 * GIB)
 
-    def build() -> Qwen2:
-        return Qwen2(shape.model.architecture, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    def build() -> DenseDecoder:
+        return DenseDecoder(shape.model.architecture, quantization="nf4", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
     arrays = variables(nnx.eval_shape(build))
     read = sum(
