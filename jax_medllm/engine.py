@@ -53,8 +53,8 @@ class JaxEngine:
 
     Raises:
         UserError: the stage asks for a loss that there is not, the mesh does not fit the devices, there are other processes
-            that cannot be joined, the model is of no supported family, an adapter does not fit it, or its tokenizer does not fit
-            its vocabulary.
+            that cannot be joined, the model is of no supported family, an adapter does not fit it, or its tokenizer does not
+            fit its vocabulary.
     """
 
     name = "jax"
