@@ -60,7 +60,7 @@ class ModelConfig:
     """Which weights an engine opens.
 
     Args:
-        path: A Hugging Face model directory (qwen2, qwen3, llama or mistral; safetensors).
+        path: A Hugging Face model directory (safetensors) of a family that docs/data.md lists.
         adapter: A PEFT LoRA directory applied on top of the weights, frozen; or several, one on top of the other.
         tokenizer: Directory of the tokenizer; the model directory itself when unset.
         quantization: How the weights of the seven linear kinds are stored: like the others, or in 4 bits, as bitsandbytes does.

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from jax_medllm.generate.cached_decoder import Decoder
 from jax_medllm.generate.queue import generate
 from jax_medllm.model.decoder import Rotary
+from jax_medllm.model.rows import MULTIPLE
 from jax_medllm.weights.adapters import adapter_tensors
 from jax_medllm.weights.read import model_tensors, read_model
 from medllm.architecture import HEAD, Architecture
@@ -117,7 +118,7 @@ def test_fp32_states_and_logits_equal_hugging_face(tiny_model, tiny_adapter, kin
 def test_a_hundred_greedy_continuations_are_transformers_token_for_token(tiny_model, kind):
     """With those of the same length there, in refilled slots with a shared beginning here, over the end of a window."""
     base, rng = tiny_model(kind=kind), np.random.default_rng(0)
-    shared = rng.integers(0, VOCAB, 5).tolist()
+    shared = rng.integers(0, VOCAB, MULTIPLE).tolist()  # the least that is read once for all
     prompts = [shared + rng.integers(0, VOCAB, length).tolist() for length in rng.integers(1, 12, 100)]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
