@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medllm.errors import UserError
-from medllm.exam.loaders import IMAGE_CHOICES, UNMAPPED_ANSWER, load_problems, write_problems
+from medllm.exam.field_map import SAID
+from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.problem import LETTERS, Problem
 
 ROW = {
@@ -126,9 +127,9 @@ def test_pharmacist_rows_map_digits_to_letters_and_comments_to_explanations(tmp_
     assert (first.answer, first.explanation, first.year) == (("a", "e"), "白と赤。", 2013)
     assert (last.answer, last.explanation, last.text_only) == (("b",), None, False)
     assert loaded.skipped == {
-        IMAGE_CHOICES: 1,
-        f"{UNMAPPED_ANSWER}: 解なし": 1,
-        f"{UNMAPPED_ANSWER}: 2（いずれか一つ）": 1,
+        SAID["images"]: 1,
+        f"{SAID['no_option']}: 解なし": 1,
+        f"{SAID['no_option']}: 2（いずれか一つ）": 1,
     }
 
 
@@ -259,7 +260,7 @@ def test_paths_that_hold_no_problems_are_refused(tmp_path):
         load_problems(lines(tmp_path / "empty.jsonl", " "))
     with pytest.raises(UserError, match=r"empty\.csv: holds no problems"):
         load_problems(lines(tmp_path / "empty.csv"))
-    with pytest.raises(UserError, match=r"notes\.txt: problems are read from \.jsonl and \.csv"):
+    with pytest.raises(UserError, match=r"notes\.txt: problems are read from"):
         load_problems(lines(tmp_path / "notes.txt", ROW))
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem_id": "\xe9"}')
     with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8"):
