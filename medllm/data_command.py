@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -92,9 +93,39 @@ def _read(values: Any) -> list[dict[str, Any]]:
     return [{"answer": list(one.answer), "rule": one.rule or None, "reason": one.reason or None} for one in readings]
 
 
+def _problems_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=str, help="problem file or folder")
+    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by fields and content")
+    parser.add_argument("--layout", type=str | None, default=None, help="YAML file that says how it is laid out")
+    parser.add_argument("--on_bad_row", type=Literal["stop", "skip"], default="stop", help="skip: leave it out and count it")
+
+
+def _problems(values: Any) -> dict[str, Any]:
+    from medllm.exam.loaders import load_problems
+
+    loaded = load_problems(
+        values.path,
+        problems_format=values.problems_format,
+        layout=values.layout,
+        skip_bad_rows=values.on_bad_row == "skip",
+    )
+    years = Counter(str(problem.year or "unknown") for problem in loaded.problems)
+    left_out = ", ".join(f"{reason} {count}" for reason, count in loaded.skipped.items())
+    layouts = ", ".join(f"{name} {count}" for name, count in loaded.layouts.items())
+    say(f"data: {len(loaded.problems)} problems ({layouts})" + (f"; left out: {left_out}" if left_out else ""))
+    return {
+        "problems": len(loaded.problems),
+        "layouts": dict(loaded.layouts),
+        "years": dict(sorted(years.items())),
+        "skipped": dict(loaded.skipped),
+        "ignored": list(loaded.ignored),
+    }
+
+
 ACTIONS = {
     "export-trl": Command("preferences → TRL's prompt/chosen/rejected rows", _export_arguments, _export),
     "random-model": Command("a small Qwen2.5 with random weights, for trying out a pipeline", _model_arguments, _model),
     "read": Command("how the answer in a text is read, and by which rule", _read_arguments, _read),
+    "problems": Command("what a problem file or folder holds, and in which layout", _problems_arguments, _problems),
     "leaks": Command("exam questions found in training text", _leaks_arguments, _leaks),
 }

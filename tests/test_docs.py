@@ -33,6 +33,7 @@ RUN = {
     r"medllm rpo --preferences": "test_reproduce_scripts.py",
     r"medllm score .*--predictions": "test_readme.py",
     r"medllm data read": "test_exam_texts.py",
+    r"medllm data problems": "test_exam_layouts.py",
     r"python scripts/api_page\.py": "test_api.py",
     r"python scripts/mutate\.py --only": "test_mutations.py",
 }

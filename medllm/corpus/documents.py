@@ -13,9 +13,10 @@ from typing import Any
 
 from medllm.config import CorpusConfig
 from medllm.errors import UserError
-from medllm.exam.loaders import load_problems, read_json_lines, read_text
+from medllm.exam.loaders import load_problems
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response
+from medllm.exam.rows import read_json_lines, read_text
 
 
 @dataclass(frozen=True)

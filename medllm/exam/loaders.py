@@ -1,77 +1,107 @@
 """Problem files → :class:`Problem` rows, and back.
 
-Four formats, told apart by their content when ``problems_format`` is ``auto``:
+A file's rows (:mod:`medllm.exam.rows`) are laid out in one of the ways that :mod:`medllm.exam.field_map` knows, or in
+IgakuQA's own: JSONL with ``problem_id problem_text choices answer``, optionally ``points text_only explanation year section
+category kinki source``; where such a file is called ``NNN-S.jsonl``, year, section and subject are filled in from its name and
+from the metadata beside it.
 
-- ``igakuqa``: ``data/YYYY/NNN-S.jsonl`` with ``NNN-S_metadata.jsonl`` beside it; year, section and subject are filled in.
-- ``jsonl``: IgakuQA's own fields ``problem_id problem_text choices answer``, optionally ``points text_only explanation year
-  section category kinki source``.
-- ``jmmlu``: CSV without a header, ``question,A,B,C,D,answer``.
-- ``pharmacist``: JSONL whose answers are 1-based digits, with the explanation in ``comment``; the year is the file's name.
-
-A folder is read with everything below it; published predictions, metadata and few-shot examples in it are not exam problems.
+A folder is read with everything below it; published predictions, metadata, results and few-shot examples in it are no problems.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medllm.config import ProblemsFormat
 from medllm.errors import UserError
+from medllm.exam.field_map import FieldMap, known_layouts, read_field_map
 from medllm.exam.problem import LETTERS, OR, Problem
+from medllm.exam.rows import SUFFIXES, read_json_lines, read_rows
 from medllm.run import atomic_path
 
 _EXAM_FILE = re.compile(r"(?P<exam>\d{3})-(?P<section>[A-Z])\.jsonl")
 _NO_PROBLEMS = re.compile(r"\d{3}-[A-Z]_.+\.jsonl|.+_(metadata|gpt4|chatgpt)\.jsonl")
-_SHOTS_FILE = ("prompts", "prompt.jsonl")
+_SHOTS = re.compile(r"(?:^|/)(?:prompts?|few[-_]?shots?|shots)(?:[-_.][^/]*)?(?:/|$)", re.IGNORECASE)
 _YEAR = re.compile(r"\d{4}")
 _FIRST_EXAM_YEAR = 1906  # exam 112 was sat in 2018, one exam a year
-_JMMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
 
-IMAGE_CHOICES = "choices are images"
-UNMAPPED_ANSWER = "answer is no option"
+REPEATED = "the same question under another id"
 
 
 @dataclass(frozen=True)
 class LoadedProblems:
-    """The problems of a file or folder, and how many rows were left out for each reason."""
+    """The problems of a file or folder.
+
+    Attributes:
+        problems: In the order of the files' names.
+        skipped: How many rows were left out for each reason.
+        layouts: How many files were laid out in each way.
+        skipped_ids: Problems that were left out.
+        ignored: Files of a folder that hold no problems: metadata, predictions, results, examples.
+    """
 
     problems: tuple[Problem, ...]
     skipped: Mapping[str, int]
+    layouts: Mapping[str, int] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    skipped_ids: frozenset[str] = frozenset()
 
 
-def load_problems(path: str | Path, *, problems_format: ProblemsFormat = "auto") -> LoadedProblems:
+def load_problems(
+    path: str | Path, *, problems_format: ProblemsFormat = "auto", layout: str | Path | None = None, skip_bad_rows: bool = False
+) -> LoadedProblems:
     """Read a problem file, or every problem file below a folder, in the order of their names.
+
+    Args:
+        path: The file or folder.
+        problems_format: What it is; ``auto`` goes by fields and content.
+        layout: A YAML file that says how it is laid out (:mod:`medllm.exam.field_map`).
+        skip_bad_rows: Leave out and count a row that cannot be used, instead of refusing its file.
 
     Raises:
         UserError: a missing path, a file without problems, a malformed line, a missing or wrong field, an answer that is not
             among the choices, or a problem_id that occurs twice. The message has file and line.
     """
-    root = Path(path)
+    root, given = Path(path), read_field_map(Path(layout)) if layout else None
     skipped: Counter[str] = Counter()
+    layouts: Counter[str] = Counter()
+    ignored: list[str] = []
+    left_out: set[str] = set()
     problems: dict[str, Problem] = {}
-    lines: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
     for file in _problem_files(root):
+        source = _source(file, problems_format, given, known=root.is_file())
+        if source is None:
+            ignored.append(str(file))
+            continue
+        layouts[source.name] += 1
         before = len(problems) + skipped.total()
-        for problem, line in _read_file(file, problems_format, skipped):
-            if problem.problem_id in problems:
+        for problem, line in source.read(skipped, left_out, skip_bad_rows):
+            asked = (problem.text, problem.choices, problem.answer)
+            if source.once and seen.setdefault(asked, problem.source) != problem.source:
+                skipped[REPEATED] += 1
+            elif problem.problem_id in problems:
                 raise UserError(
-                    f"{line}: problem_id {problem.problem_id} occurs twice, first at {lines[problem.problem_id]}; "
+                    f"{line}: problem_id {problem.problem_id} occurs twice, first at {problems[problem.problem_id].source}; "
                     "each problem needs its own id"
                 )
-            problems[problem.problem_id], lines[problem.problem_id] = problem, line
+            else:
+                problems[problem.problem_id] = problem
         if len(problems) + skipped.total() == before:
             raise UserError(f"{file}: holds no problems; expected one JSON object (or CSV row) a line")
-    return LoadedProblems(tuple(problems.values()), dict(skipped))
+    if not problems and not skipped:
+        raise UserError(
+            f"{root}: none of its {len(ignored)} files holds problems; name one's layout (--layout, docs/data_sets.md)"
+        )
+    return LoadedProblems(tuple(problems.values()), dict(skipped), dict(layouts), tuple(ignored), frozenset(left_out))
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
@@ -112,75 +142,79 @@ def _problem_files(root: Path) -> list[Path]:
     files = sorted(
         file
         for file in root.rglob("*")
-        if file.suffix.lower() in _READERS
+        if file.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
         and not _NO_PROBLEMS.fullmatch(file.name)
-        and file.parts[-2:] != _SHOTS_FILE
+        and not _SHOTS.search(file.relative_to(root).as_posix())
     )
     if not files:
         raise UserError(f"{root}: no problem files in this folder; expected .jsonl or .csv (IgakuQA has data/YYYY/)")
     return files
 
 
-def _read_file(file: Path, problems_format: ProblemsFormat, skipped: Counter[str]) -> Iterator[tuple[Problem, str]]:
-    suffix = file.suffix.lower()
-    if suffix not in _READERS:
-        raise UserError(f"{file}: problems are read from .jsonl and .csv files; convert it to JSONL with IgakuQA's fields")
-    if (suffix == ".csv") != (problems_format == "jmmlu") and problems_format != "auto":
-        raise UserError(f"{file}: not a file of the format '{problems_format}' (jmmlu is .csv, the others are .jsonl)")
-    yield from _READERS[suffix](file, problems_format, skipped)
+@dataclass(frozen=True)
+class _Source:
+    """A file, its rows, and how they are laid out."""
 
+    name: str
+    once: bool
+    rows: Sequence[tuple[dict[str, Any], str]]
+    fields: _Fields
+    id: str = "problem_id"
 
-def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without byte-order mark.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-
-
-def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """(object, ``file:line``) of every line that is not blank.
-
-    Raises:
-        UserError: a line that is not a JSON object.
-    """
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a JSON object a line") from error
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        yield row, where
-
-
-def _read_jsonl(file: Path, problems_format: ProblemsFormat, skipped: Counter[str]) -> Iterator[tuple[Problem, str]]:
-    rows = list(read_json_lines(file))
-    layout = _LAYOUTS.get(problems_format) or next(
-        one for one in _LAYOUTS.values() if one.known_by(file, [row for row, _ in rows])
-    )
-    fields = layout.of(file)
-    for row, where in rows:
-        found = fields(row, where)
-        if isinstance(found, str):
+    def read(self, skipped: Counter[str], left_out: set[str], skip_bad_rows: bool) -> Iterator[tuple[Problem, str]]:
+        for number, (row, where) in enumerate(self.rows, start=1):
+            try:
+                found = self.fields(row, where, number)
+                if not isinstance(found, str):
+                    yield _problem(found, where), where
+                    continue
+            except UserError as error:
+                if not skip_bad_rows:
+                    raise
+                found = f"bad row: {str(error).removeprefix(f'{where}: ')}"
             skipped[found] += 1
-        else:
-            yield _problem(found, where), where
+            left_out.add(str(row.get(self.id)))
+
+
+def _source(file: Path, problems_format: ProblemsFormat, layout: FieldMap | None, *, known: bool) -> _Source | None:
+    """How a file is to be read; None where it holds no problems, and was not named itself (``known``)."""
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(
+            f"{file}: problems are read from {', '.join(SUFFIXES)} files; convert it to JSONL with IgakuQA's fields"
+        )
+    if layout is None and (suffix == ".csv") != (problems_format == "jmmlu") and problems_format != "auto":
+        raise UserError(f"{file}: not a file of the format '{problems_format}' (jmmlu is .csv, the others are .jsonl)")
+    rows = read_rows(file, must=known or suffix == ".jsonl")
+    plain = [row for row, _ in rows]
+    named = _MAPS.get(problems_format)
+    field_map = layout or next(
+        (one for one in known_layouts() if (one.name == named if named else problems_format == "auto" and one.knows(plain))),
+        None,
+    )
+    if field_map is not None:
+        return _Source(field_map.name, field_map.once, rows, partial(_mapped, field_map, file), field_map.id)
+    asks = any("problem_text" in row for row in plain) or (known and suffix == ".jsonl")
+    if not asks:
+        if known and not plain:
+            raise UserError(f"{file}: holds no problems; expected one JSON object (or CSV row) a line")
+        if known:
+            raise UserError(f"{file}: no layout that is known; say how it is laid out (--layout FILE, docs/data_sets.md)")
+        return None
+    if problems_format == "igakuqa" or (problems_format == "auto" and _EXAM_FILE.fullmatch(file.name)):
+        exam, metadata = _igakuqa_fields(file), _metadata(file)
+        return _Source("igakuqa", False, rows, lambda row, *_: exam | metadata.get(str(row.get("problem_id")), {}) | row)
+    return _Source("jsonl", False, rows, lambda row, *_: row)
+
+
+_Fields = Callable[[dict[str, Any], str, int], dict[str, Any] | str]
+_MAPS = {"jmmlu": "jmmlu", "pharmacist": "yakugakuqa"}
+"""Formats that are layouts, by the layout's name."""
+
+
+def _mapped(field_map: FieldMap, file: Path, row: dict[str, Any], where: str, number: int) -> dict[str, Any] | str:
+    return field_map.row(row, file, number, where)
 
 
 def _igakuqa_fields(file: Path) -> dict[str, Any]:
@@ -205,88 +239,7 @@ def _metadata(file: Path) -> dict[str, dict[str, Any]]:
     return fields
 
 
-def _read_csv(file: Path, problems_format: ProblemsFormat, skipped: Counter[str]) -> Iterator[tuple[Problem, str]]:
-    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
-    line = 1
-    for number in itertools.count(1):
-        where = f"{file}:{line}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise UserError(f"{where}: not CSV ({error}); expected {','.join(_JMMLU_COLUMNS)}") from error
-        if cells is None:
-            return
-        line = reader.line_num + 1
-        if not cells:
-            continue
-        if len(cells) != len(_JMMLU_COLUMNS):
-            expected = f"{len(_JMMLU_COLUMNS)} columns ({','.join(_JMMLU_COLUMNS)})"
-            raise UserError(f"{where}: {len(cells)} columns, expected {expected}; quote a cell that holds a comma")
-        question, *choices, answer = (cell.strip() for cell in cells)
-        row = {
-            "problem_id": f"{file.stem}-{number}",
-            "problem_text": question,
-            "choices": choices,
-            "answer": [answer.lower()],
-            "category": file.stem,
-        }
-        yield _problem(row, where), where
-
-
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
-
-
 # --- rows ------------------------------------------------------------------------------------------------------------------
-
-_Row = dict[str, Any]
-_Fields = Callable[[_Row, str], _Row | str]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What rows of JSON can be laid out as.
-
-    Attributes:
-        of: From a file to a function ``(row, where) -> row``: the row in IgakuQA's fields, or the reason why it is left out.
-        known_by: Whether a file, with these rows, is laid out so.
-    """
-
-    of: Callable[[Path], _Fields]
-    known_by: Callable[[Path, Sequence[_Row]], bool]
-
-
-def _igakuqa(file: Path) -> _Fields:
-    known, metadata = _igakuqa_fields(file), _metadata(file)
-    return lambda row, _: known | metadata.get(str(row.get("problem_id")), {}) | row
-
-
-def _pharmacist(file: Path) -> _Fields:
-    year = int(file.stem) if _YEAR.fullmatch(file.stem) else None
-    return lambda row, where: _from_pharmacist(row, year, where)
-
-
-_LAYOUTS: Mapping[str, _Layout] = {
-    "igakuqa": _Layout(_igakuqa, lambda file, _: bool(_EXAM_FILE.fullmatch(file.name))),
-    "pharmacist": _Layout(_pharmacist, lambda _, rows: any("comment" in row or row.get("choices") == "IMAGES" for row in rows)),
-    "jsonl": _Layout(lambda _: lambda row, _: row, lambda *_: True),
-}
-"""By the names of :data:`medllm.config.ProblemsFormat`. ``auto`` takes the first that a file is known by."""
-
-
-def _from_pharmacist(row: dict[str, Any], year: int | None, where: str) -> dict[str, Any] | str:
-    """The row in IgakuQA's fields, or the reason why it cannot be asked as text."""
-    choices = _field(row, "choices", (list, str), where)
-    if choices == "IMAGES":
-        return IMAGE_CHOICES
-    letters = []
-    for digit in _field(row, "answer", list, where):
-        if not re.fullmatch(r"[0-9]+", str(digit)):
-            return f"{UNMAPPED_ANSWER}: {digit}"
-        if not 1 <= int(digit) <= min(len(choices), len(LETTERS)):
-            raise UserError(f"{where}: answer '{digit}' is not among the choices, numbered 1 to {len(choices)}")
-        letters.append(LETTERS[int(digit) - 1])
-    fields = {name: value for name, value in row.items() if name != "comment"}
-    return fields | {"answer": letters, "explanation": row.get("comment") or None} | ({"year": year} if year else {})
 
 
 def _problem(row: dict[str, Any], where: str) -> Problem:

@@ -7,8 +7,8 @@ from typing import Any
 
 from medllm.errors import UserError
 from medllm.exam.answers import Reading, extract_answer
-from medllm.exam.loaders import read_json_lines
 from medllm.exam.problem import LETTERS, Problem
+from medllm.exam.rows import read_json_lines
 
 
 def read_texts(path: str | Path) -> list[Reading]:

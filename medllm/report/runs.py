@@ -17,9 +17,10 @@ import yaml
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
 from medllm.exam.endings import Endings
-from medllm.exam.loaders import load_problems, read_json_lines
+from medllm.exam.loaders import load_problems
 from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
+from medllm.exam.rows import read_json_lines
 from medllm.exam.scoring import ProblemResult
 from medllm.preferences.records import read_preferences
 from medllm.report.results import Cell

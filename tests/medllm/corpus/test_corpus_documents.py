@@ -67,6 +67,11 @@ def test_reading_a_table_leaves_the_screen_and_the_users_cache_alone(tmp_path, c
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_csv_cell_may_be_as_long_as_a_document(tmp_path):
+    (tmp_path / "long.csv").write_text("text\n" + "長" * 200_000 + "\n", encoding="utf-8")
+    assert [len(document.text) for document in load_documents(CorpusConfig(documents=(str(tmp_path),))).documents] == [200_000]
+
+
 def test_every_split_of_a_saved_dataset_is_read(tmp_path):
     place = tmp_path / "splits"
     splits = {name: Dataset.from_dict({"text": [name]}) for name in ("train", "extra")}

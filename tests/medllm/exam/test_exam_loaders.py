@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from medllm.config import ProblemsFormat
 from medllm.errors import UserError
 from medllm.exam import loaders
-from medllm.exam.loaders import IMAGE_CHOICES, UNMAPPED_ANSWER, load_problems, write_problems
+from medllm.exam.field_map import SAID, known_layouts
+from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.problem import LETTERS, Problem
 
 ROW = {
@@ -129,9 +130,9 @@ def test_pharmacist_rows_map_digits_to_letters_and_comments_to_explanations(tmp_
     assert (first.answer, first.explanation, first.year) == (("a", "e"), "白と赤。", 2013)
     assert (last.answer, last.explanation, last.text_only) == (("b",), None, False)
     assert loaded.skipped == {
-        IMAGE_CHOICES: 1,
-        f"{UNMAPPED_ANSWER}: 解なし": 1,
-        f"{UNMAPPED_ANSWER}: 2（いずれか一つ）": 1,
+        SAID["images"]: 1,
+        f"{SAID['no_option']}: 解なし": 1,
+        f"{SAID['no_option']}: 2（いずれか一つ）": 1,
     }
 
 
@@ -262,15 +263,16 @@ def test_paths_that_hold_no_problems_are_refused(tmp_path):
         load_problems(lines(tmp_path / "empty.jsonl", " "))
     with pytest.raises(UserError, match=r"empty\.csv: holds no problems"):
         load_problems(lines(tmp_path / "empty.csv"))
-    with pytest.raises(UserError, match=r"notes\.txt: problems are read from \.jsonl and \.csv"):
+    with pytest.raises(UserError, match=r"notes\.txt: problems are read from"):
         load_problems(lines(tmp_path / "notes.txt", ROW))
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem_id": "\xe9"}')
     with pytest.raises(UserError, match=r"latin\.jsonl: not UTF-8"):
         load_problems(tmp_path / "latin.jsonl")
 
 
-def test_every_layout_can_be_named():
-    assert {*get_args(ProblemsFormat)} == {"auto", "jmmlu", *loaders._LAYOUTS}
+def test_a_format_is_one_of_ours_or_a_layout():
+    assert {*get_args(ProblemsFormat)} == {"auto", "igakuqa", "jsonl", *loaders._MAPS}
+    assert {*loaders._MAPS.values()} <= {layout.name for layout in known_layouts()}
 
 
 def test_a_named_format_is_not_guessed(tmp_path):

@@ -1,0 +1,122 @@
+"""Files of rows: JSON lines, JSON arrays, CSV with or without a header, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medllm.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+NO_HEADER = ("question", "A", "B", "C", "D", "answer")
+"""What the columns of a CSV without a header are called: JMMLU's."""
+
+csv.field_size_limit(2**31 - 1)
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text of a file, without byte-order mark.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(object, ``file:line``) of every line that is not blank.
+
+    Raises:
+        UserError: a line that is not a JSON object.
+    """
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a JSON object a line") from error
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield row, where
+
+
+Rows = list[tuple[dict[str, Any], str]]
+
+
+def read_rows(file: Path, *, must: bool = True) -> Rows:
+    """(row, ``file:line``) of every row of a file.
+
+    Args:
+        file: With one of :data:`SUFFIXES`.
+        must: It has to hold rows; else one that holds something else gives none.
+
+    Raises:
+        UserError: it cannot be read, or holds something else than rows.
+    """
+    suffix = file.suffix.lower()
+    if suffix == ".jsonl":
+        return list(read_json_lines(file))
+    if suffix == ".csv":
+        return list(_csv_rows(file, must=must))
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        return [(row, f"{file}: row {number}") for number, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]
+    try:
+        value = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        if must:
+            raise UserError(f"{file}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+        return []
+    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        return [(row, f"{file}: row {number}") for number, row in enumerate(value, start=1)]
+    if must:
+        raise UserError(f"{file}: expected a list of JSON objects, found {type(value).__name__}")
+    return []
+
+
+def _csv_rows(file: Path, *, must: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    names: list[str] = []
+    line = 1
+    for number in itertools.count(1):
+        where = f"{file}:{line}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if names and names != list(NO_HEADER):
+                yield dict.fromkeys(names), where  # the file ends inside a row
+                return
+            raise UserError(f"{where}: not CSV ({error}); expected {','.join(NO_HEADER)}") from error
+        if cells is None:
+            return
+        line = reader.line_num + 1
+        if not cells:
+            continue
+        if number == 1 and len({cell.strip().lower() for cell in cells} & {"question", "answer", "problem_text", "tag"}) > 1:
+            names = [cell.strip() for cell in cells]
+            continue
+        names = names or list(NO_HEADER)
+        if len(cells) != len(names):
+            if not must and number == 1:
+                return
+            expected = f"{len(names)} columns ({','.join(names)})"
+            raise UserError(f"{where}: {len(cells)} columns, expected {expected}; quote a cell that holds a comma")
+        yield {name: cell.strip() for name, cell in zip(names, cells, strict=True)}, where

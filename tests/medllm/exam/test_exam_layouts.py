@@ -1,0 +1,157 @@
+"""Public layouts are recognised by their fields; what is no problem is not taken for one; other benches' results are read."""
+
+import json
+
+import pytest
+
+from medllm.cli import main
+from medllm.errors import UserError
+from medllm.exam.field_map import known_layouts
+from medllm.exam.loaders import load_problems
+from medllm.exam.predictions import Prediction, in_letters, read_predictions
+
+COLOURS = ["赤", "青", "緑"]
+EXAM = {"problem_id": "1", "problem_text": "何色か。", "choices": COLOURS, "answer": ["b"]}
+
+# layout → (rows, one problem's id, choices, answer, points, year, text_only)
+ROWS = {
+    "yakugakuqa": ([EXAM | {"answer": ["2"], "comment": "青い。"}], ("1", COLOURS, ("b",), 1, None, True)),
+    "aistairc": ([EXAM | {"problem_id": 0, "points": 1}], ("file-0", COLOURS, ("b",), 1, None, True)),
+    "medrect": (
+        [
+            {
+                "id": "119A1",
+                "question": "何色か。",
+                "choices": {"a": "赤", "b": "青"},
+                "answer": ["b"],
+                "case_classification": {},
+            }
+        ],
+        ("119A1", ["赤", "青"], ("b",), 1, 2025, True),
+    ),
+    "jmle2026": (
+        [
+            {
+                "question_id": "120B-26",
+                "block": "B",
+                "number": 26,
+                "question_type": "multiple_choice",
+                "question_text": "26　何色か。\n\n\u3000a\u3000赤\n\n\u3000b\u3000青\n\n\u3000c\u3000緑",
+                "requires_image": True,
+                "num_choices_to_select": 1,
+                "answer": ["b"],
+            }
+        ],
+        ("120B-26", COLOURS, ("b",), 3, 2026, False),
+    ),
+    "kokushimd": (
+        [
+            {"index": "k1", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "B", "points": 2.0},
+            {"index": "k2", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "NA", "points": "1"},
+        ],
+        ("k1", ["赤", "青"], ("b",), 2, None, True),
+    ),
+    "jmedbench": (
+        [{"sample_id": "s1", "question": "何色か。", "options": COLOURS, "answer_idx": 1, "n_options": 3}],
+        ("s1", COLOURS, ("b",), 1, None, True),
+    ),
+    "jmedllm": (
+        [dict(zip(("tag", "question", "optionA", "optionB", "optionC", "optionD", "answer"), "t何赤青緑白B", strict=True))],
+        ("file-1", ["赤", "青", "緑", "白"], ("b",), 1, None, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layout_is_recognised_by_its_fields(tmp_path, name):
+    rows, expected = ROWS[name]
+    (tmp_path / "file.json").write_text(json.dumps(rows), encoding="utf-8")
+    loaded = load_problems(tmp_path)
+    problem = loaded.problems[0]
+    found = (problem.problem_id, list(problem.choices), problem.answer, problem.points, problem.year, problem.text_only)
+    assert (found, loaded.layouts) == (expected, {name: 1})
+    assert loaded.skipped == ({"no gold answer": 1} if len(rows) > 1 else {})
+
+
+def test_gold_answers_may_stand_beside_and_options_begin_with_their_letters(tmp_path):
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "results").mkdir()
+    lettered = [f"{letter}. {colour}" for letter, colour in zip("abc", COLOURS, strict=True)]
+    rows = [{"number": f"119B{n}", "question": "何色か。", "choices": lettered, "has_image": n == 26} for n in (25, 26)]
+    (tmp_path / "questions" / "any.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "results" / "correct_answers.csv").write_text("問題番号,解答\n119B25,a\n119B26,bc\n", encoding="utf-8-sig")
+    loaded = load_problems(tmp_path)
+    facts = [(p.answer, p.points, p.choices[0], p.section, p.year, p.text_only) for p in loaded.problems]
+    assert facts == [(("a",), 1, "赤", "B", 2025, True), (("b", "c"), 3, "赤", "B", 2025, False)]
+    assert [path.rpartition("/")[2] for path in loaded.ignored] == ["correct_answers.csv"]
+
+
+def test_what_is_no_problem_in_a_folder_is_never_one(tmp_path):
+    files = {
+        "exam.jsonl": EXAM,
+        "metadata_1.jsonl": {"problem_id": "1", "category": "colours"},
+        "model.jsonl": {"problem_id": "1", "prediction": "b"},
+        "prompt_translate.jsonl": EXAM | {"problem_id": "shot"},
+        "prompts/any.jsonl": EXAM | {"problem_id": "shot2"},
+    }
+    for name, row in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(row), encoding="utf-8")
+    (tmp_path / "results.json").write_text(json.dumps({"results": [{"question_id": "1", "predicted": ["b"]}]}))
+    loaded = load_problems(tmp_path)
+    assert [problem.problem_id for problem in loaded.problems] == ["1"]
+    assert len(loaded.ignored) == 3
+
+
+def test_a_layout_of_ones_own_and_bad_rows_by_reason(tmp_path):
+    layout = tmp_path / "mine.yaml"
+    layout.write_text("known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\nanswer_as: digits\n")
+    rows = [{"nr": nr, "stem": "何色か。", "options": COLOURS, "key": key} for nr, key in ((1, 2), (2, 7), (3, None))]
+    file, out = tmp_path / "set.json", tmp_path / "out.json"
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"set\.json: row 2: answer '7' is not among the choices"):
+        load_problems(file, layout=layout)
+    words = ["data", "problems", str(file), "--layout", str(layout), "--on_bad_row", "skip", "--json", str(out)]
+    assert main(words) == 0
+    found = json.loads(out.read_text())
+    assert (found["problems"], found["layouts"], found["years"]) == (1, {"mine": 1}, {"unknown": 1})
+    assert sum(found["skipped"].values()) == 2
+    assert all(reason.startswith("bad row: ") for reason in found["skipped"])
+    layout.write_text("question: stem\ncolour: red\n")
+    with pytest.raises(UserError, match="known_by"):
+        load_problems(file, layout=layout)
+
+
+def test_every_layout_that_is_known_tells_itself_from_igakuqa_rows():
+    assert [one.name for one in known_layouts() if one.knows([EXAM])] == []
+
+
+def test_results_of_other_benches_are_predictions(tmp_path):
+    results = [
+        {"question_id": "q1", "predicted": ["b", "d"], "raw_response": "【回答】b,d"},
+        {"question_id": "q2", "predicted": None},
+    ]
+    answers = [{"question_number": "119A1", "answers": [{"answer": "bd", "explanation": "b と d。"}]}]
+    for name, value in (("a", {"results": results}), ("b", {"results": answers}), ("c", [{"index": 3, "pred": "B"}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert read_predictions(tmp_path) == (
+        Prediction("q1", "b,d", "【回答】b,d"),
+        Prediction("q2", ""),
+        Prediction("119A1", "b,d", "answer: bd\nexplanation: b と d。"),
+        Prediction("3", "B"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "alphabet", "read"),
+    [
+        (["2", "1,3"], "digits", ["b", "a,c"]),
+        (["B", "C, A"], "upper case", ["b", "a,c"]),
+        (["b", "2"], "letters", ["b", "2"]),
+        (["b", "B"], "letters", ["b", "B"]),
+    ],
+)
+def test_a_file_in_another_alphabet_is_read_in_letters(given, alphabet, read):
+    predictions = [Prediction(f"q{n}", one) for n, one in enumerate(given)] + [Prediction("number", "26")]
+    found, said = in_letters(predictions, {"q0": 3, "q1": 3, "number": 0})
+    assert ([one.prediction for one in found], said) == ([*read, "26"], alphabet)
