@@ -48,31 +48,34 @@ def parameters(mesh: dict[str, int]) -> list[dict[str, Any]]:
     return arrays
 
 
+MODEL = {
+    "name": "qwen2.5-72b",
+    "parameters": 72706203648,
+    "layers": LAYERS,
+    "width": WIDTH,
+    "heads": 64,
+    "kv_heads": 8,
+    "mlp": MLP,
+    "vocabulary": VOCABULARY,
+}
+BY_KIND = {
+    "base": 2.4,
+    "adapters": 0.05,
+    "moments": 0.1,
+    "cache": 0.0,
+    "gradients": 0.05,
+    "activations": 6.3,
+    "output": 0.1,
+}
+
+
 def a_plan(mesh: dict[str, int], device: str = "v5e", topology: str = "4x4", **changes: Any) -> dict[str, Any]:
     """A plan for continued pretraining, with round numbers where the page does not care."""
     devices = math.prod(mesh.values())
-    by_kind = {
-        "base": 2.4,
-        "adapters": 0.05,
-        "moments": 0.1,
-        "cache": 0.0,
-        "gradients": 0.05,
-        "activations": 6.3,
-        "output": 0.1,
-    }
     plan = {
         "ok": True,
         "fits": True,
-        "model": {
-            "name": "qwen2.5-72b",
-            "parameters": 72706203648,
-            "layers": LAYERS,
-            "width": WIDTH,
-            "heads": 64,
-            "kv_heads": 8,
-            "mlp": MLP,
-            "vocabulary": VOCABULARY,
-        },
+        "model": dict(MODEL),
         "stage": "cpt",
         "target": f"{device}:{topology or devices}",
         "device": device,
@@ -85,7 +88,7 @@ def a_plan(mesh: dict[str, int], device: str = "v5e", topology: str = "4x4", **c
         "settings": {"rows": 1, "length": 2048, "quantization": "nf4", "remat": "layer", "rank": RANK},
         "gib_per_device": 9.0,
         "headroom_gib": 6.75,
-        "by_kind": by_kind,
+        "by_kind": dict(BY_KIND),
         "programs": [
             {"name": "gradients", "compile_s": 34.2, "arguments_gib": 2.5, "temporaries_gib": 6.3, "output_gib": 0.15},
             {"name": "update", "compile_s": 1.8, "arguments_gib": 0.25, "temporaries_gib": 0.01, "output_gib": 0.2},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,12 @@ def compare(
         raise UserError(f"--runs is {runs}; at least 1 is needed")
     if not engines or len(set(engines)) < len(engines):
         raise UserError(f"--engines is {' '.join(engines) or 'empty'}; name each engine once")
-    found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
         model = dataclasses.asdict(shape.model.write(Path(scratch)))
         given = {"model": model, "shape": dataclasses.asdict(shape), **settings}
         choice = choose(torch_variant, name, shape, given, say) if "torch" in engines else Choice()
         arguments = {engine: given | (choice.settings if engine == "torch" else {}) for engine in engines}
-        for run in range(1, runs + 1):
-            for engine in engines:
-                one = measure(engine, name, **arguments[engine], profile=None)
-                found[engine].append(one)
-                say(f"bench {name}: run {run} of {runs}, {engine}: {one['rate']:.4g} {UNITS[name]}")
+        found = _alternating(name, arguments, runs, say)
         for engine in engines if profile else ():
             folder = Path(profile or "") / engine
             measure(engine, name, **arguments[engine], profile=str(folder))
@@ -91,6 +86,19 @@ def compare(
         "runs": found,
         "environment": environment(),
     }
+
+
+def _alternating(
+    name: str, arguments: Mapping[str, dict[str, Any]], runs: int, say: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """What each engine measured, run by run, one after the other in every run."""
+    found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in arguments}
+    for run in range(1, runs + 1):
+        for engine, given in arguments.items():
+            one = measure(engine, name, **given, profile=None)
+            found[engine].append(one)
+            say(f"bench {name}: run {run} of {runs}, {engine}: {one['rate']:.4g} {UNITS[name]}")
+    return found
 
 
 def table(name: str, result: dict[str, Any]) -> list[str]:

@@ -112,28 +112,12 @@ def bench_device(
     Raises:
         UserError: the pre-flight found something wrong, or there is no GPU and tiny shapes were not asked for.
     """
-    patience = _PATIENCE if smoke else 1.0
-    limit *= patience
-    ends = time.monotonic() + limit
     child = partial(_child, smoke=smoke, log=log)
-    result: dict[str, Any] = {"smoke": smoke, "parts": [], "targets": [], "environment": environment()}
-
-    def run(part: Part) -> dict[str, Any]:
-        found = _run(part, min(patience * _LIMITS[part.name], ends - time.monotonic()), result.get("device"), smoke)
-        result["parts"].append(found)
-        hold_plans(result["parts"], on_host=smoke)
-        result["seconds"] = limit - (ends - time.monotonic())
-        save(result)
-        say(f"{part.title}: {outcome(found)}")
-        return found
-
-    check = partial(_child_check, smoke=smoke, log=log)
-    least = min(patience * PREFLIGHT_LIMIT, ends - time.monotonic())
-    begun = time.monotonic()
-    result["preflight"] = preflight(engines, least, check, attention=attention, parity="parity" in parts)
-    say(f"pre-flight: all well in {time.monotonic() - begun:.0f} s")
+    session = _Session(smoke, limit, save, say)
+    result = session.result
+    session.check(engines, partial(_child_check, smoke=smoke, log=log), attention=attention, parity="parity" in parts)
     given = _SMOKE_RATES if smoke else _DEVICE_RATES
-    rates = [run(Part("rates", engine, partial(child, engine, "rates", given))) for engine in engines]
+    rates = [session.run(Part("rates", engine, partial(child, engine, "rates", given))) for engine in engines]
     measured = [found for found in rates if found["ok"]]
     if not measured:
         reasons = "; ".join(f"{found['engine']}: {found['error']}" for found in rates)
@@ -143,12 +127,43 @@ def bench_device(
     result["shapes"] = [(part.name, part.shape.to_json()) for part in planned if part.shape and part.engine == engines[0]]
     try:
         for part in planned:
-            run(part)
+            session.run(part)
     except KeyboardInterrupt:
         result["stopped"] = True
     result["targets"] = [] if smoke else targets(result["parts"], result["device"])
     save(result)
     return result
+
+
+class _Session:
+    """The result while it grows, and the time that is left for it."""
+
+    def __init__(self, smoke: bool, limit: float, save: Callable[[dict[str, Any]], None], say: Callable[[str], None]):
+        self._patience = _PATIENCE if smoke else 1.0
+        self._limit = limit * self._patience
+        self._ends = time.monotonic() + self._limit
+        self._save, self._say = save, say
+        self.result: dict[str, Any] = {"smoke": smoke, "parts": [], "targets": [], "environment": environment()}
+
+    def check(self, engines: Sequence[str], check: Callable[..., Any], **settings: Any) -> None:
+        """What can go wrong, before anything is measured."""
+        begun = time.monotonic()
+        self.result["preflight"] = preflight(engines, self._left(PREFLIGHT_LIMIT), check, **settings)
+        self._say(f"pre-flight: all well in {time.monotonic() - begun:.0f} s")
+
+    def run(self, part: Part) -> dict[str, Any]:
+        """One part, in the time that is left, which joins the result."""
+        result = self.result
+        found = _run(part, self._left(_LIMITS[part.name]), result.get("device"), result["smoke"])
+        result["parts"].append(found)
+        hold_plans(result["parts"], on_host=result["smoke"])
+        result["seconds"] = self._limit - (self._ends - time.monotonic())
+        self._save(result)
+        self._say(f"{part.title}: {outcome(found)}")
+        return found
+
+    def _left(self, most: float) -> float:
+        return min(self._patience * most, self._ends - time.monotonic())
 
 
 def _planned(
