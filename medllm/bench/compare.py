@@ -56,10 +56,7 @@ def compare(
     Raises:
         UserError: an engine is not installed, comes twice, or there is not at least one run.
     """
-    if runs < 1:
-        raise UserError(f"--runs is {runs}; at least 1 is needed")
-    if not engines or len(set(engines)) < len(engines):
-        raise UserError(f"--engines is {' '.join(engines) or 'empty'}; name each engine once")
+    _check(engines, runs)
     with tempfile.TemporaryDirectory(prefix="medllm-bench-") as scratch:
         model = dataclasses.asdict(shape.model.write(Path(scratch)))
         given = {"model": model, "shape": dataclasses.asdict(shape), **settings}
@@ -86,6 +83,13 @@ def compare(
         "runs": found,
         "environment": environment(),
     }
+
+
+def _check(engines: Sequence[str], runs: int) -> None:
+    if runs < 1:
+        raise UserError(f"--runs is {runs}; at least 1 is needed")
+    if not engines or len(set(engines)) < len(engines):
+        raise UserError(f"--engines is {' '.join(engines) or 'empty'}; name each engine once")
 
 
 def _alternating(
