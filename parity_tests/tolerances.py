@@ -45,7 +45,7 @@ TRL_FLOAT32_GRADIENT = Tolerance(2e-5, "fp32 gradients of such losses", 3e-6)
 FLOAT32_EXCESS = Tolerance(
     1.1,
     "RMS error against float64 over the reference's, median of five seeds: the two add up products in different orders",
-    0.96,
+    1.01,
 )
 BFLOAT16_EXCESS = Tolerance(1.1, "the same in bf16: the two round at different places, and the ratio scatters around 1", 1.05)
 NF4_OWN_SCALES = Tolerance(
