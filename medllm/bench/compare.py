@@ -63,10 +63,8 @@ def compare(
         choice = choose(torch_variant, name, shape, given, say) if "torch" in engines else Choice()
         arguments = {engine: given | (choice.settings if engine == "torch" else {}) for engine in engines}
         found = _alternating(name, arguments, runs, say)
-        for engine in engines if profile else ():
-            folder = Path(profile or "") / engine
-            measure(engine, name, **arguments[engine], profile=str(folder))
-            say(f"bench {name}: trace of {engine}: {folder}")
+        if profile:
+            _trace(name, arguments, Path(profile), say)
         matrix = {engine: measure(engine, "matmul", **_matrix(shape))["gflops"] for engine in engines}
     medians: dict[str, dict[str, Any]] = {
         engine: _medians(ones) | {"matmul_gflops": matrix[engine], "remat": arguments[engine].get("remat")}
@@ -83,6 +81,12 @@ def compare(
         "runs": found,
         "environment": environment(),
     }
+
+
+def _trace(name: str, arguments: Mapping[str, dict[str, Any]], folder: Path, say: Callable[[str], None]) -> None:
+    for engine, given in arguments.items():
+        measure(engine, name, **given, profile=str(folder / engine))
+        say(f"bench {name}: trace of {engine}: {folder / engine}")
 
 
 def _check(engines: Sequence[str], runs: int) -> None:
