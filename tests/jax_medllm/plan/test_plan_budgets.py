@@ -132,7 +132,7 @@ def test_one_device_attends_as_each_of_two_that_share_the_rows_does():
         pytest.skip(str(missing).replace("[plan]", "[test]"))
     work = {"quantization": "bf16", "length": 1024}
     alone, both = (
-        make_plan(Request("qwen2.5-0.5b", target=target, mesh=mesh, **work))
+        make_plan(Request("qwen2.5-0.5b", target=target, mesh=mesh, **work)).to_json()
         for target, mesh in (("h100:1", ""), ("h100:2", "data=2"))
     )
     assert alone["flops"] == both["flops"]
