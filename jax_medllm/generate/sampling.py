@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_medllm.mesh.layout import constrain
+
 _CANDIDATES = (64, 1024)
 """So many of the most likely tokens are looked at first; all are sorted only where these do not settle a draw."""
 
@@ -35,7 +37,8 @@ def sample_tokens(
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
     def look(counts: tuple[int, ...]) -> Int[Array, " b"]:
-        values, ids = jax.lax.top_k(logits, counts[0])
+        # As few as they are, every device has them: XLA would lay them out by their rows, by way of the whole scores.
+        values, ids = (constrain(part, None, None) for part in jax.lax.top_k(logits, counts[0]))
         tokens, settled = _draw(jnp.exp(values - total), ids, uniform, top_p)
         if len(counts) == 1:
             return tokens
