@@ -7,7 +7,7 @@ whatever the tokenizer calls it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from medllm.corpus.packing import PackedRows
@@ -40,6 +40,10 @@ class Taught:
     begins: tuple[int, ...]
     conversations: int
     stop: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Any, where: object) -> Taught:

@@ -43,7 +43,7 @@ class CptResult:
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
         plain = asdict(self)
-        return {"stage": "cpt", "engine": plain.pop("engine"), **plain.pop("summary"), **plain}
+        return {"stage": "cpt", "engine": plain.pop("engine"), **plain.pop("summary"), **plain, "taught": self.taught.to_json()}
 
 
 def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:

@@ -50,7 +50,7 @@ class RpoResult:
             "pairs": self.pairs,
             **({"handover": self.handover} if self.handover else {}),
             "opened_as": {"path": self.opened_as.path, "adapters": list(self.opened_as.adapters)},
-            "taught": asdict(self.taught),
+            "taught": self.taught.to_json(),
         }
 
 
