@@ -127,7 +127,7 @@ def test_a_hundred_greedy_continuations_are_transformers_token_for_token(tiny_mo
         ids = torch.tensor([prompt for prompt in prompts if len(prompt) == length])
         for row in stock.generate(ids, attention_mask=torch.ones_like(ids), **settings).tolist():
             expected[tuple(row[:length])] = tuple(row[length:])
-    decoder = Decoder(read_model(ModelDirectory(base)), VOCAB)
+    decoder = Decoder(read_model(ModelDirectory(base)), (VOCAB,))
     found = generate(decoder, prompts, Sampling(max_new_tokens=NEW), lambda tokens: str(list(tokens)), 25)
     assert [generation.tokens for (generation,) in found] == [expected[tuple(prompt)] for prompt in prompts]
 
