@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -12,6 +12,7 @@ from medllm.command import Command, say
 from medllm.config import CorpusConfig, PairConfig, ProblemsFormat
 from medllm.errors import UserError
 from medllm.host.progress import progress_bar
+from medllm.problem_options import layout_arguments, problems_at
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
@@ -95,20 +96,11 @@ def _read(values: Any) -> list[dict[str, Any]]:
 
 def _problems_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", type=str, help="problem file or folder")
-    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by fields and content")
-    parser.add_argument("--layout", type=str | None, default=None, help="YAML file that says how it is laid out")
-    parser.add_argument("--on_bad_row", type=Literal["stop", "skip"], default="stop", help="skip: leave it out and count it")
+    layout_arguments(parser)
 
 
 def _problems(values: Any) -> dict[str, Any]:
-    from medllm.exam.loaders import load_problems
-
-    loaded = load_problems(
-        values.path,
-        problems_format=values.problems_format,
-        layout=values.layout,
-        skip_bad_rows=values.on_bad_row == "skip",
-    )
+    loaded = problems_at(values.path, values)
     years = Counter(str(problem.year or "unknown") for problem in loaded.problems)
     left_out = ", ".join(f"{reason} {count}" for reason, count in loaded.skipped.items())
     layouts = ", ".join(f"{name} {count}" for name, count in loaded.layouts.items())

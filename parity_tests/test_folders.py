@@ -61,7 +61,8 @@ def opened_alike(path: Path, quantization: Quantization = "none") -> np.ndarray:
     return ours
 
 
-def refused(path: Path, said: str, quantization: Quantization = "none") -> None:
+def assert_refused(path: Path, said: str, quantization: Quantization = "none") -> None:
+    """Neither engine opens a folder, and both say this of it."""
     for opening in (load_model, open_model):
         with pytest.raises(UserError, match=said):
             opening(ModelConfig(str(path), quantization=quantization, dtype="float32"))
@@ -114,7 +115,7 @@ def test_a_prefix_that_transformers_mends_is_mended(tiny_model, nf4_model, tmp_p
 
 def test_two_tensors_that_are_opened_as_one_are_refused(tiny_model, tmp_path):
     path = changed(tiny_model(), tmp_path / "model", lambda held: held.update({UP.removeprefix("model."): 2 * held[UP]}))
-    refused(path, r"layers\.0\.mlp\.up_proj\.weight are the same tensor to transformers")
+    assert_refused(path, r"layers\.0\.mlp\.up_proj\.weight are the same tensor to transformers")
 
 
 def test_one_file_goes_before_an_index(tiny_model, tmp_path):
@@ -134,12 +135,12 @@ def test_what_a_shard_holds_and_the_index_does_not_name_is_refused(tiny_model, t
     (path / WEIGHTS).rename(path / shard)
     names = [name for name in load_file(path / shard) if name != HEAD]  # transformers reads all of a shard
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
-    refused(path, rf"{shard}: holds {HEAD}, which {INDEX} does not place here")
+    assert_refused(path, rf"{shard}: holds {HEAD}, which {INDEX} does not place here")
 
 
 def test_weights_under_another_name_are_refused(tiny_model, tmp_path):
     path = changed(tiny_model(), tmp_path / "model", config={"transformers_weights": "other.safetensors"})
-    refused(path, "transformers_weights names other.safetensors")
+    assert_refused(path, "transformers_weights names other.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -151,7 +152,7 @@ def test_rotary_frequencies_of_old_checkpoints_are_looked_at(tiny_model, tmp_pat
     same = changed(tiny_model(), tmp_path / "same", partial(buffers, 1e4))
     FLOAT32_FORWARD.assert_close(opened_alike(same), by_transformers(same), "logits")
     other = changed(tiny_model(), tmp_path / "other", partial(buffers, 1e6))
-    refused(other, r"model\.layers\.0\.self_attn\.rotary_emb\.inv_freq holds other frequencies .*rope_theta 10000")
+    assert_refused(other, r"model\.layers\.0\.self_attn\.rotary_emb\.inv_freq holds other frequencies .*rope_theta 10000")
 
 
 @pytest.mark.parametrize("old", [{"type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}, None], ids=str)
@@ -190,10 +191,12 @@ def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp
             del held[name]
         held[UP] = load_file(packed.dense / WEIGHTS)[UP]
 
-    refused(changed(packed.path, tmp_path / "dense", dense), rf"{UP} is stored dense, and config\.json says otherwise", "nf4")
+    assert_refused(
+        changed(packed.path, tmp_path / "dense", dense), rf"{UP} is stored dense, and config\.json says otherwise", "nf4"
+    )
     settings = ModelDirectory(packed.path).config["quantization_config"] | {"llm_int8_skip_modules": ["lm_head", "up_proj"]}
     skipped = changed(packed.path, tmp_path / "skipped", config={"quantization_config": settings})
-    refused(skipped, rf"{UP} is stored in 4 bits, and config\.json says otherwise", "nf4")
+    assert_refused(skipped, rf"{UP} is stored in 4 bits, and config\.json says otherwise", "nf4")
 
 
 def test_a_packed_head_is_refused_by_the_jax_engine(tiny_model, tmp_path):
@@ -217,7 +220,9 @@ def test_a_packed_head_is_refused_by_the_jax_engine(tiny_model, tmp_path):
 def test_a_field_that_is_not_read_is_refused(nf4_model, tmp_path, field, value):
     packed = nf4_model().path
     settings = ModelDirectory(packed).config["quantization_config"] | {field: value}
-    refused(changed(packed, tmp_path / "model", config={"quantization_config": settings}), rf"config\.json: .*{field}", "nf4")
+    assert_refused(
+        changed(packed, tmp_path / "model", config={"quantization_config": settings}), rf"config\.json: .*{field}", "nf4"
+    )
 
 
 def test_scales_are_what_each_weight_says_of_them(nf4_model, tmp_path):
@@ -225,7 +230,7 @@ def test_scales_are_what_each_weight_says_of_them(nf4_model, tmp_path):
     settings = ModelDirectory(packed).config["quantization_config"] | {"bnb_4bit_use_double_quant": False}
     path = changed(packed, tmp_path / "model", config={"quantization_config": settings})
     np.testing.assert_array_equal(opened_alike(path, "nf4"), opened_alike(packed, "nf4"))
-    refused(path, "stored as nf4; open this model with --model.quantization nf4$", "nf4-single")
+    assert_refused(path, "stored as nf4; open this model with --model.quantization nf4$", "nf4-single")
 
 
 def test_a_config_without_a_quantization_is_quantized_when_asked(tiny_model, tmp_path):

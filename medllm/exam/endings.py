@@ -115,7 +115,7 @@ def ending(text: str, *, prompt: str = "", stop: str = "", cut_off: bool = False
 
 
 @dataclass(frozen=True)
-class Endings:
+class EndingCounts:
     """How many texts of an exam ended in each way of :class:`Ending`; a text may be counted in several."""
 
     texts: int
@@ -125,13 +125,13 @@ class Endings:
     unread: int
 
     @classmethod
-    def count(cls, endings: Iterable[Ending]) -> Endings:
+    def count(cls, endings: Iterable[Ending]) -> EndingCounts:
         """Count them."""
         rows = [asdict(one) for one in endings]
         return cls(len(rows), *(sum(row[name] for row in rows) for name in ("run_on", "stopped", "cut_off", "unread")))
 
     @classmethod
-    def from_json(cls, value: Any) -> Endings | None:
+    def from_json(cls, value: Any) -> EndingCounts | None:
         """What a ``result.json`` holds; None where it is of before they were counted, or is no such thing."""
         try:
             return cls(**value)

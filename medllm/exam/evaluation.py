@@ -16,8 +16,8 @@ from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
 from medllm.host.progress import part_of
-from medllm.model.tokenizer import encode_continuation
-from medllm.stage_config import EvaluateConfig
+from medllm.model.tokenizer import Prompt, encode_continuation
+from medllm.stage_config import CheckServingConfig, EvaluateConfig
 
 __all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
 
@@ -82,6 +82,18 @@ def evaluate(
     return [prediction for prediction, _, _ in sit(engine, problems, shots, config, progress)]
 
 
+def prompt_of(problem: Problem, shots: Sequence[Problem], config: EvaluateConfig | CheckServingConfig) -> Prompt:
+    """The prompt of a problem, as ``config`` has it asked."""
+    return evaluation_prompt(
+        problem,
+        shots,
+        template=config.template,
+        explanation=config.explanation,
+        format=config.format,
+        answer_as=config.answer_as,
+    )
+
+
 def sit(
     engine: Generates,
     problems: Sequence[Problem],
@@ -93,17 +105,7 @@ def sit(
     sampling = config.sampling
     if config.format == "completion":
         sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
-    prompts = [
-        evaluation_prompt(
-            problem,
-            shots,
-            template=config.template,
-            explanation=config.explanation,
-            format=config.format,
-            answer_as=config.answer_as,
-        )
-        for problem in problems
-    ]
+    prompts = [prompt_of(problem, shots, config) for problem in problems]
     sat: list[tuple[Prediction, Ending, Reading]] = []
     step = config.batch_size * _BATCHES_AT_A_TIME
     for start in range(0, len(problems), step):

@@ -16,7 +16,7 @@ from medllm.errors import UserError
 from medllm.model.directory import read_json
 from medllm.model.tokenizer import end_token
 
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 _CHANGES_TOKENS = (
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -70,11 +70,11 @@ def read_endings(tokenizer: Any, model: str | Path) -> Endings:
         UserError: an end token is no token id, a stop string no text, or generation_config asks for what no engine does.
     """
     ids, strings = [end_token(tokenizer)], Endings(())
-    for name in (_GENERATION, "config.json"):
+    for name in (GENERATION, "config.json"):
         file = Path(model) / name
         settings = read_json(file, "a Hugging Face model folder has one") if file.exists() else {}
         ids += _several(settings.get("eos_token_id"), int, f"{file}: eos_token_id", "a token id, or a list of them")
-        if name == _GENERATION:
+        if name == GENERATION:
             for asked in _CHANGES_TOKENS:
                 if settings.get(asked):
                     raise UserError(f"{file}: {asked} forbids or forces tokens, which no engine here does; take it out")

@@ -13,7 +13,7 @@ import numpy as np
 
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
-from medllm.exam.endings import Endings
+from medllm.exam.endings import EndingCounts
 from medllm.exam.scoring import ProblemResult
 from medllm.exam.setting import explained, explains
 from medllm.report import statistics
@@ -27,7 +27,7 @@ class Cell:
     model: str
     setting: str
     results: tuple[ProblemResult, ...]
-    endings: Endings | None = None
+    endings: EndingCounts | None = None
     readings: Readings | None = None
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
-from medllm.exam.endings import Endings
+from medllm.exam.endings import EndingCounts
 from medllm.exam.loaders import load_problems
 from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
@@ -126,7 +126,7 @@ def read_cell(run: RunSummary, path: str | Path) -> Cell:
         result["model"],
         result["setting"],
         results,
-        Endings.from_json(result.get("endings")),
+        EndingCounts.from_json(result.get("endings")),
         Readings.from_json(result.get("readings")),
     )
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from medllm.exam.answers import extract_answer
-from medllm.exam.endings import folded, own_part
+from medllm.exam.evaluation import prompt_of
 from medllm.exam.problem import LETTERS, Problem
-from medllm.exam.prompts import evaluation_prompt
 from medllm.model.tokenizer import Message, Prompt
 from medllm.stage_config import CheckServingConfig
-
-_JSON_ANSWER = re.compile(r'"answer"\s*:\s*\[?\s*("[^"]*"(?:\s*,\s*"[^"]*")*|[^,}\]\n]*)')
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,7 @@ def ways(config: CheckServingConfig, shots: Sequence[Problem], *, chats: bool) -
     """
 
     def trained(problem: Problem) -> Prompt:
-        return evaluation_prompt(
-            problem,
-            shots,
-            template=config.template,
-            explanation=config.explanation,
-            format=config.format,
-            answer_as=config.answer_as,
-        )
+        return prompt_of(problem, shots, config)
 
     def explained(text: str, problem: Problem) -> tuple[str, ...]:
         return extract_answer(text, problem, explanation=config.explanation).answer
@@ -91,5 +80,6 @@ def _as_json(problem: Problem) -> str:
 
 
 def _read_json(text: str, problem: Problem) -> tuple[str, ...]:
-    found = _JSON_ANSWER.search(own_part(folded(text)))
-    return extract_answer(found[1].replace('"', ""), problem, explanation=False).answer if found else ()
+    """JSON was asked for, and nothing else counts."""
+    reading = extract_answer(text, problem, explanation=False)
+    return reading.answer if reading.rule == "json" else ()

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from medllm.exam.endings import Endings
+from medllm.exam.endings import EndingCounts
 from medllm.report.results import Cell, Score, build_table
 from medllm.report.study import RunSummary
 from medllm.report.tables import interval, number
@@ -158,7 +158,7 @@ def _method(model: Published) -> Iterator[str]:
         )
 
 
-def _scores(scores: Sequence[tuple[str, str, Score]], endings: Mapping[tuple[str, str], Endings | None]) -> Iterator[str]:
+def _scores(scores: Sequence[tuple[str, str, Score]], endings: Mapping[tuple[str, str], EndingCounts | None]) -> Iterator[str]:
     if not scores:
         return
     yield "Points earned over points possible, with 95 % bootstrap intervals over problems; and how the texts ended."

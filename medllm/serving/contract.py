@@ -17,12 +17,12 @@ import numpy as np
 
 from medllm.architecture import EMBEDDING, HEAD
 from medllm.errors import UserError
-from medllm.model.directory import ModelDirectory, read_json
+from medllm.model.directory import ModelDirectory
+from medllm.model.endings import read_endings
 from medllm.serving.taught import Taught, beginning
 
 ChatTemplate = Literal["keep", "plain", "none"]
 
-GENERATION = "generation_config.json"
 # Rows that no text can reach lie this close together; what lies no farther from their mean was not learned either.
 _UNLEARNED = 1.1
 _THINKS = "enable_thinking"
@@ -76,16 +76,6 @@ def plain_replies(ends: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids of all tokens that end a text: the tokenizer's, those of the generation config and of the config."""
-    found = [tokenizer.eos_token_id]
-    for name in (GENERATION, "config.json"):
-        if (folder / name).exists():
-            named = read_json(folder / name, "").get("eos_token_id")
-            found += named if isinstance(named, list) else [] if named is None else [named]
-    return tuple(dict.fromkeys(found))
-
-
 def contract_of(
     tokenizer: Any, folder: Path, taught: Sequence[Taught], chat_template: ChatTemplate, ends: Sequence[str] = ()
 ) -> Contract:
@@ -100,7 +90,7 @@ def contract_of(
         ends: The tokens that end a text; those of the model's folder when empty.
 
     Raises:
-        UserError: an end token that the tokenizer does not have.
+        UserError: an end token that the tokenizer does not have, or the folder's cannot be read.
     """
     vocabulary = tokenizer.get_vocab()
     for token in ends:
@@ -113,7 +103,7 @@ def contract_of(
     if kept and _THINKS in kept:
         kept = f"{{%- if {_THINKS} is not defined %}}{{%- set {_THINKS} = false %}}{{%- endif %}}{kept}"
     return Contract(
-        ends=tuple(vocabulary[token] for token in ends) or end_tokens(folder, tokenizer),
+        ends=tuple(vocabulary[token] for token in ends) or read_endings(tokenizer, folder).ids,
         begins=begins,
         pad=tokenizer.pad_token_id,
         stop=tuple(dict.fromkeys(stop for one in taught for stop in one.stop)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medllm.engine import Generation
-from medllm.exam.endings import Endings, ending, runs_on
+from medllm.exam.endings import EndingCounts, ending, runs_on
 from medllm.exam.predictions import Prediction
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
@@ -89,7 +89,7 @@ class Asked:
 def rates(way: Way, problems: Sequence[Problem], prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, float]:
     """Share of the texts that run on, are cut off and unread, and the score (points earned over points possible)."""
     read = [way.read(answer.text, problem) for answer, problem in zip(answers, problems, strict=True)]
-    endings = Endings.count(
+    endings = EndingCounts.count(
         ending(
             answer.text,
             prompt=_words(prompt),

@@ -13,10 +13,8 @@ from medllm.errors import UserError
 from medllm.exam.evaluation import check_apart
 from medllm.exam.prompts import naming_problems
 from medllm.host.progress import Progress
-from medllm.model.directory import read_json
 from medllm.model.tokenizer import Prompt, encode_prompt, load_tokenizer
 from medllm.serving.asking import ways
-from medllm.serving.contract import GENERATION
 from medllm.serving.findings import Answer, Asked, findings, way_result
 from medllm.stage_config import CheckServingConfig
 from medllm.stages.problems import read_problems, read_shots
@@ -50,7 +48,7 @@ def run_check_serving(
     for done, way in enumerate(chosen):
         prompts = [way.ask(problem) for problem in problems]
         with naming_problems(problems):
-            alone = _own_answers(own, tokenizer, prompts, sampling, str(folder), config) if own else []
+            alone = _own_answers(own, tokenizer, prompts, sampling, config.batch_size) if own else []
         served, refused = serve(prompts) if serve else (alone, "")
         compared = alone if serve else []
         asked.append(Asked(way, prompts, served, compared, _thinking(tokenizer, prompts), refused))
@@ -90,13 +88,10 @@ def _server(config: CheckServingConfig, sampling: Sampling) -> Callable[[Sequenc
 
 
 def _own_answers(
-    engine: Generates, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, folder: str, config: CheckServingConfig
+    engine: Generates, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int
 ) -> list[Answer]:
-    """The engine's, under the stop strings of the folder."""
-    file = Path(folder) / GENERATION
-    stops = read_json(file, "").get("stop_strings") or () if file.exists() else ()
-    sampling = Sampling(max_new_tokens=sampling.max_new_tokens, stop=tuple(stops))
-    generated = engine.generate(prompts, sampling, config.batch_size)
+    """The engine's, which stops where the folder says."""
+    generated = engine.generate(prompts, sampling, batch_size)
     lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     return [Answer.own(one, length) for (one,), length in zip(generated, lengths, strict=True)]
 

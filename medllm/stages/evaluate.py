@@ -11,7 +11,7 @@ from medllm.config import ModelConfig
 from medllm.engine import Generates, Scores
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
-from medllm.exam.endings import Endings
+from medllm.exam.endings import EndingCounts
 from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.scoring import ScoreSheet, score
@@ -46,7 +46,7 @@ class ExamResult:
     seconds: float
     left_out: Mapping[str, int]
     score: ScoreSheet
-    endings: Endings
+    endings: EndingCounts
     readings: Readings
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _sit(
             seconds=time.monotonic() - began,
             left_out=left_out,
             score=score(problems, predictions, lenient=config.lenient),
-            endings=Endings.count(ended for _, ended, _ in sat),
+            endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
         )
         run.finish(result.to_json())

@@ -11,16 +11,17 @@ from typing import Any
 
 from medllm.config import ModelConfig, Sampling
 from medllm.errors import UserError
-from medllm.exam.endings import Endings
+from medllm.exam.endings import EndingCounts
 from medllm.model.adapter import CONFIG, WEIGHTS, open_adapters, refuse_packed
 from medllm.model.directory import ModelDirectory, copy_companions, read_json, write_model
+from medllm.model.endings import GENERATION
 from medllm.model.tokenizer import load_tokenizer
 from medllm.quantization import PACKINGS
 from medllm.report.runs import read_cell, read_run
 from medllm.report.study import RunSummary
 from medllm.run import atomic_path, write_json
 from medllm.serving.card import Published, model_card
-from medllm.serving.contract import GENERATION, Contract, check_contract, contract_of, plain_replies
+from medllm.serving.contract import Contract, check_contract, contract_of, plain_replies
 from medllm.serving.taught import Taught
 from medllm.stage_config import PublishConfig
 from medllm.stages.convert import convert_model
@@ -93,7 +94,7 @@ def _places(paths: Sequence[str]) -> list[Path]:
 
 
 def _ends_itself(run: RunSummary) -> bool:
-    endings = Endings.from_json(run.result.get("endings"))
+    endings = EndingCounts.from_json(run.result.get("endings"))
     return endings is not None and endings.run_on == endings.cut_off == 0
 
 

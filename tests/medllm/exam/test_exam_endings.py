@@ -11,7 +11,7 @@ import pytest
 from medllm.config import ModelConfig
 from medllm.engine import Generation
 from medllm.exam.answers import extract_answer
-from medllm.exam.endings import Ending, Endings, ending, runs_on
+from medllm.exam.endings import Ending, EndingCounts, ending, runs_on
 from medllm.exam.evaluation import sit
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import ProblemResult
@@ -103,20 +103,20 @@ def test_they_are_counted_in_every_evaluation():
 
     problems = [Problem(f"q{number}", f"第{number}の空は何色か。", PROBLEM.choices, ("b",)) for number in range(5)]
     sat = sit(Engine(), problems, (), EvaluateConfig(ModelConfig("model"), "run", ("problems.jsonl",)))
-    counted = Endings.count(ended for _, ended, _ in sat)
-    assert counted == Endings(texts=5, run_on=2, stopped=1, cut_off=1, unread=2)
+    counted = EndingCounts.count(ended for _, ended, _ in sat)
+    assert counted == EndingCounts(texts=5, run_on=2, stopped=1, cut_off=1, unread=2)
     assert counted.words() == "2 run on, 1 cut off, 2 unread"
-    assert Endings.from_json(json.loads(json.dumps(asdict(counted)))) == counted
+    assert EndingCounts.from_json(json.loads(json.dumps(asdict(counted)))) == counted
 
 
 def test_a_result_of_before_they_were_counted_has_none():
-    assert Endings.from_json(None) is None
-    assert Endings.from_json({"texts": 3}) is None
+    assert EndingCounts.from_json(None) is None
+    assert EndingCounts.from_json({"texts": 3}) is None
 
 
 def test_they_stand_beside_the_score_in_a_report():
     result = ProblemResult("q1", True, 1)
-    counted, before = Endings(texts=1, run_on=13, stopped=2, cut_off=5, unread=7), None
+    counted, before = EndingCounts(texts=1, run_on=13, stopped=2, cut_off=5, unread=7), None
     cells = tuple(Cell(name, "3-shot", (result,), ended) for name, ended in (("new", counted), ("old", before)))
     page = render(ReportInput("title", "jax", {}, cells, draw=Bootstrap(resamples=20)))
     assert page.count(" run on, ") == 1
