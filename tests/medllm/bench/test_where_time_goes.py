@@ -264,9 +264,7 @@ def test_the_share_of_the_matrix_rate_counts_what_each_engine_recomputes():
     assert (shares["none"], shares["layer"]) == (shares["torch none"], shares["torch layer"])
 
 
-def test_a_profile_of_training_shows_the_products_of_a_step_on_paper(tmp_path, capsys, monkeypatch):
-    # A program that was read from the session's cache and not compiled can end the process that traces it (jax 0.10).
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+def test_a_profile_of_training_shows_the_products_of_a_step_on_paper(tmp_path, capsys):
     out = tmp_path / "result.json"
     words = ["--rows=2", "--length=32", "--steps=2", "--runs=1", "--remat=layer", "--engines", "jax"]
     assert main(["bench", "cpt", *TINY_WORDS, *words, "--profile", str(tmp_path / "profile"), "--json", str(out)]) == 0
