@@ -156,7 +156,8 @@ def _rpo(values: Any) -> dict[str, Any]:
     from medllm.stages.rpo import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
-    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}")
+    dropped = "".join(f"; {count} pairs dropped: {reason}" for reason, count in result.dropped_pairs.items())
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}")
     return result.to_json()
 
 

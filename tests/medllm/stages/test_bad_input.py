@@ -112,6 +112,15 @@ def test_preferences_without_a_pair(folder, capsys):
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_preferences_whose_prompts_are_empty(folder, capsys, engine):
+    sample, other = ({"text": f"{text}である。", "answer": "a"} for text in "甲乙")
+    row = {"problem_id": "1", "prompt": "", "ground_truth": sample, "chosen": [], "rejected": [other]}
+    (folder / "preferences.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    settings = ["--engine", engine, "--model.path", str(BASE), "--run", "run", "--preferences", "preferences.jsonl"]
+    assert "1 × no token of the prompt is left" in refused(folder, capsys, "rpo", *settings)
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_an_adapter_that_is_not_there(folder, capsys, engine):
     arguments = cpt("--engine", engine, "--model.adapter", "nowhere", "--corpus.length", "64")
     assert "nowhere: no such adapter folder" in refused(folder, capsys, *arguments)
