@@ -80,12 +80,12 @@ def run_evaluate(
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
-    problems, skipped = read_problems(config.problems, config.problems_format)
+    problems, skipped = read_problems(config.problems, config)
     problems = problems[: config.limit] if config.limit else problems
     if config.method == "options":
         check_ids(problems)
         return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
-    shots = read_shots(config.shots, config.shot_count)
+    shots = read_shots(config.shots, config.shot_count, config)
     check_exam(problems, shots, config)
     return _sit(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
