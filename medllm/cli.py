@@ -133,7 +133,7 @@ def _cpt(values: Any) -> dict[str, Any]:
     from medllm.stages.cpt import run_cpt
 
     result = run_cpt(_config(values, CptConfig), values.engine)
-    say(f"cpt: {_trained(result.summary, f'{result.summary.rate:.0f} tokens/s')}")
+    say(f"cpt: {_trained(result.summary, f'{result.summary.rate:.0f} tokens/s')}{_written_out(result)}")
     return result.to_json()
 
 
@@ -143,6 +143,11 @@ def _trained(summary: TrainSummary, rate: str) -> str:
     return f"{summary.steps} steps, loss {summary.loss:.4f}, {rate}{remat}; {summary.adapter}"
 
 
+def _written_out(result: Any) -> str:
+    found = ", ".join(f"{token} {count}" for token, count in result.control_tokens.items())
+    return f"; control tokens written out in the texts: {found}" if found else ""
+
+
 def _curate(values: Any) -> dict[str, Any]:
     from medllm.stages.curate import PREFERENCES, run_curate
 
@@ -150,7 +155,7 @@ def _curate(values: Any) -> dict[str, Any]:
     with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
     counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
-    say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
+    say(f"curate: {counts}; {Path(config.run) / PREFERENCES}{_written_out(result)}")
     return result.to_json()
 
 
@@ -159,7 +164,7 @@ def _rpo(values: Any) -> dict[str, Any]:
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
     dropped = "".join(f"; {count} pairs dropped: {reason}" for reason, count in result.dropped_pairs.items())
-    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}")
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}{_written_out(result)}")
     return result.to_json()
 
 
@@ -172,10 +177,10 @@ def _evaluate(values: Any) -> dict[str, Any]:
     if isinstance(result, OptionsResult):
         scores = result.scores
         shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
-        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
+        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}{_written_out(result)}")
     else:
         ended = f"{result.endings.words()}; {result.readings.words()}"
-        say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}")
+        say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}{_written_out(result)}")
     return result.to_json()
 
 

@@ -16,7 +16,7 @@ from medllm.preferences.curation import CurationReport, check_problems, curate
 from medllm.preferences.records import write_preferences
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
-from medllm.stages.problems import read_problems, read_shots
+from medllm.stages.problems import read_problems, read_shots, written_out
 
 PREFERENCES = "preferences.jsonl"
 
@@ -30,17 +30,19 @@ class CurateResult:
         seconds: Of the stage, opening the model not counted.
         report: What became of the problems and of the samples.
         left_out: Rows of the problem files that could not be used, by reason.
+        control_tokens: Special tokens that are written out in problems and shots.
     """
 
     engine: str
     seconds: float
     report: CurationReport
     left_out: Mapping[str, int]
+    control_tokens: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
         head = {"stage": "curate", "engine": self.engine, "seconds": self.seconds}
-        return {**head, **asdict(self.report), "left_out": dict(self.left_out)}
+        return {**head, **asdict(self.report), "left_out": dict(self.left_out), "control_tokens": dict(self.control_tokens)}
 
 
 def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult:
@@ -78,7 +80,8 @@ def _curate(
     began = time.monotonic()
     with Run(config.run, config, engine=model.name) as run:
         curation = curate(model, problems, shots, config, progress)
-        result = CurateResult(model.name, time.monotonic() - began, curation.report, left_out)
+        controls = written_out(model, (*problems, *shots))
+        result = CurateResult(model.name, time.monotonic() - began, curation.report, left_out, controls)
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)
         run.finish(result.to_json())

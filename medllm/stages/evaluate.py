@@ -20,7 +20,7 @@ from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
-from medllm.stages.problems import read_problems, read_shots
+from medllm.stages.problems import read_problems, read_shots, written_out
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -35,6 +35,7 @@ class ExamResult:
         setting: The exam's.
         seconds: Of the stage, opening the model not counted.
         left_out: Rows of the problem files that could not be used, by reason.
+        control_tokens: Special tokens that are written out in problems and shots.
         score: The official score.
         endings: How the texts ended.
         readings: How many answers were read by each rule, and how many texts gave none, by reason.
@@ -45,6 +46,7 @@ class ExamResult:
     setting: str
     seconds: float
     left_out: Mapping[str, int]
+    control_tokens: Mapping[str, int]
     score: ScoreSheet
     endings: EndingCounts
     readings: Readings
@@ -62,6 +64,7 @@ class OptionsResult:
     model: str
     setting: str
     seconds: float
+    control_tokens: Mapping[str, int]
     scores: OptionScores
 
     def to_json(self) -> dict[str, Any]:
@@ -122,6 +125,7 @@ def _sit(
             setting=setting_name(config.shot_count, explanation=config.explanation),
             seconds=time.monotonic() - began,
             left_out=left_out,
+            control_tokens=written_out(model, (*problems, *shots)),
             score=score(problems, predictions, lenient=config.lenient),
             endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
@@ -141,6 +145,7 @@ def _choose_options(
             model=config.label or model_label(config.model),
             setting="zero-shot options",
             seconds=time.monotonic() - began,
+            control_tokens=written_out(model, problems),
             scores=replace(scores, left_out={**left_out, **scores.left_out}),
         )
         run.finish(result.to_json())

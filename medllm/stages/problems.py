@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from medllm.config import ProblemLayout
 from medllm.errors import UserError
 from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
+from medllm.model.tokenizer import control_tokens
 
 
 def read_problems(paths: Sequence[str], laid_out: ProblemLayout) -> tuple[tuple[Problem, ...], dict[str, int]]:
@@ -42,3 +44,9 @@ def read_shots(path: str | None, count: int, laid_out: ProblemLayout) -> tuple[P
     if len(shots) < count:
         raise UserError(f"{path}: holds {len(shots)} problems, {count} shots are asked for (--shot_count)")
     return shots[:count]
+
+
+def written_out(model: Any, problems: Iterable[Problem]) -> dict[str, int]:
+    """Special tokens that are written out in problems, where they end texts or turns; none for a model without a tokenizer."""
+    texts = (text for problem in problems for text in (problem.text, *problem.choices, problem.explanation or ""))
+    return control_tokens(model.tokenizer, texts) if hasattr(model, "tokenizer") else {}
