@@ -254,6 +254,13 @@ def read_field_map(path: Path) -> FieldMap:
         raise UserError(
             f"{path}: a layout has known_by and question, and of {', '.join(sorted(known))} what it needs (--layout)"
         )
+    for name, several in (("known_by", True), ("question", False)):
+        named = value[name] if isinstance(value[name], list) == several else []
+        if not named or not all(isinstance(one, str) and one for one in named):
+            expected = (
+                "a list of fields, at least one: rows are known by it" if several else "the field that holds the question"
+            )
+            raise UserError(f"{path}: {name} is {value[name]!r}; expected {expected} (--layout)")
     settings: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
     return FieldMap(name=path.stem, **settings)
 
