@@ -30,8 +30,8 @@ class FolderLock:
         while self._held is None:
             stream = self._file.open("a+", encoding="utf-8")
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # which of the two depends on the system
                 stream.seek(0)
                 holder = stream.read().strip() or "another process"
                 stream.close()

@@ -16,10 +16,11 @@ from medllm.config import PairConfig, Sampling
 from medllm.corpus.documents import refuse_held_out
 from medllm.engine import Generates, Generation
 from medllm.errors import UserError
+from medllm.exam.answering import answered
 from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem, check_ids
-from medllm.exam.prompts import curation_prompt, curation_response, naming_problems, stop_strings
-from medllm.host.progress import part_of
+from medllm.exam.prompts import curation_prompt, curation_response, stop_strings
+from medllm.journal import Journal
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
 from medllm.stage_config import CurateConfig
@@ -38,6 +39,7 @@ class CurationReport:
         rejected: Kept samples without it; ``unanswered`` and ``cut_off`` are among them.
         unanswered: Kept samples in which no final answer was found.
         cut_off: Kept samples that ran into ``max_new_tokens``; rejected whatever they say.
+        filtered: Samples that a server held back; neither chosen nor rejected.
         problems_with: Problems that have a pair of each kind of the hierarchy, ``ground truth > chosen`` and so on.
     """
 
@@ -49,6 +51,7 @@ class CurationReport:
     rejected: int = 0
     unanswered: int = 0
     cut_off: int = 0
+    filtered: int = 0
     problems_with: dict[str, int] = field(default_factory=dict)
 
 
@@ -66,6 +69,7 @@ def curate(
     shots: Sequence[Problem],
     config: CurateConfig,
     progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> Curation:
     """Sample, grade and rank the model's responses to every problem with a verified explanation.
 
@@ -76,6 +80,7 @@ def curate(
             where they do not suffice, the first problems with an explanation step in.
         config: Shots, sampling and limits.
         progress: Called with (problems done, problems in all).
+        journal: Gets the answers as they come; those that it holds are not asked for again.
 
     Raises:
         UserError: fewer usable shots than ``config.shot_count``, or the engine refuses a prompt.
@@ -88,17 +93,18 @@ def curate(
 
     preferences: list[Preference] = []
     counts: Counter[str] = Counter()
-    for start in range(0, len(wanted), config.batch_size):
-        some = wanted[start : start + config.batch_size]
-        prompts = [
-            curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as)
-            for problem in some
-        ]
-        with naming_problems(some):
-            within = part_of(progress, start, len(some), len(wanted))
-            generated = engine.generate(prompts, sampling, config.batch_size, within)
-        for problem, prompt, generations in zip(some, prompts, generated, strict=True):
-            preferences.append(_rank(problem, prompt, generations, config, counts))
+    answers = answered(
+        engine,
+        wanted,
+        lambda problem: curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as),
+        sampling,
+        batch_size=config.batch_size,
+        at_a_time=config.batch_size,
+        journal=journal or Journal(),
+        progress=progress,
+    )
+    for problem, prompt, generations in answers:
+        preferences.append(_rank(problem, prompt, generations, config, counts))
     skipped = {"no verified explanation": len(problems) - len(explained), "over the limit": len(explained) - len(wanted)}
     report = CurationReport(
         problems=len(wanted),
@@ -143,6 +149,9 @@ def _rank(
     seen: set[str] = set()
     for index, generation in enumerate(generations):
         counts["samples"] += 1
+        if generation.finish == "filtered":
+            counts["filtered"] += 1
+            continue
         # A base model may go on with line breaks up to the stop string: no part of the answer.
         text = generation.text.rstrip()
         if text in seen:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medllm.config import ModelConfig
-from medllm.engine import Generates, Scores
+from medllm.engine import Generates, Scores, account
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
@@ -18,6 +18,7 @@ from medllm.exam.scoring import ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
+from medllm.journal import JOURNAL, Journal
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
 from medllm.stages.problems import read_problems, read_shots
@@ -38,6 +39,7 @@ class ExamResult:
         score: The official score.
         endings: How the texts ended.
         readings: How many answers were read by each rule, and how many texts gave none, by reason.
+        server: Where a server answered: which, and what it was asked for in all.
     """
 
     engine: str
@@ -48,10 +50,12 @@ class ExamResult:
     score: ScoreSheet
     endings: EndingCounts
     readings: Readings
+    server: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
-        return {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
+        plain = {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
+        return plain if self.server else {name: value for name, value in plain.items() if name != "server"}
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ def _sit(
     left_out: Mapping[str, int],
 ) -> ExamResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
-        sat = sit(model, problems, shots, config, progress)
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
+        journal = Journal(run.path / JOURNAL)
+        sat = sit(model, problems, shots, config, progress, journal)
         predictions = [prediction for prediction, _, _ in sat]
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
@@ -125,6 +130,7 @@ def _sit(
             score=score(problems, predictions, lenient=config.lenient),
             endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
+            server=account(model, journal.facts),
         )
         run.finish(result.to_json())
     return result
@@ -134,7 +140,7 @@ def _choose_options(
     model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
 ) -> OptionsResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
         scores = score_options(model, model.tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)
         result = OptionsResult(
             engine=model.name,
