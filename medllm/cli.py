@@ -142,11 +142,15 @@ def _trained(summary: TrainSummary, rate: str) -> str:
 
 
 def _curate(values: Any) -> dict[str, Any]:
+    from medllm.remote.spending import Estimate
     from medllm.stages.curate import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
     with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
+    if isinstance(result, Estimate):
+        say(result.words())
+        return result.to_json()
     counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
     say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
     return result.to_json()
@@ -161,12 +165,15 @@ def _rpo(values: Any) -> dict[str, Any]:
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
+    from medllm.remote.spending import Estimate
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
-    if isinstance(result, OptionsResult):
+    if isinstance(result, Estimate):
+        say(result.words())
+    elif isinstance(result, OptionsResult):
         scores = result.scores
         shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
         say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")

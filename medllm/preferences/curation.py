@@ -85,10 +85,7 @@ def curate(
     Raises:
         UserError: fewer usable shots than ``config.shot_count``, or the engine refuses a prompt.
     """
-    explained = [problem for problem in problems if problem.explanation]
-    wanted = explained[: config.limit] if config.limit else explained
-    asked = {shot.text for shot in shots}
-    examples = [*shots, *(problem for problem in explained if problem.text not in asked)]
+    wanted, prompt_of = asked_problems(problems, shots, config)
     sampling = dataclasses.replace(config.sampling, stop=(*config.sampling.stop, *stop_strings("curation", True)))
 
     preferences: list[Preference] = []
@@ -96,7 +93,7 @@ def curate(
     answers = answered(
         engine,
         wanted,
-        lambda problem: curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as),
+        prompt_of,
         sampling,
         batch_size=config.batch_size,
         at_a_time=config.batch_size,
@@ -105,7 +102,8 @@ def curate(
     )
     for problem, prompt, generations in answers:
         preferences.append(_rank(problem, prompt, generations, config, counts))
-    skipped = {"no verified explanation": len(problems) - len(explained), "over the limit": len(explained) - len(wanted)}
+    explained = sum(bool(problem.explanation) for problem in problems)
+    skipped = {"no verified explanation": len(problems) - explained, "over the limit": explained - len(wanted)}
     report = CurationReport(
         problems=len(wanted),
         skipped={reason: count for reason, count in skipped.items() if count},
@@ -113,6 +111,20 @@ def curate(
         **counts,
     )
     return Curation(tuple(preferences), report)
+
+
+def asked_problems(
+    problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig
+) -> tuple[list[Problem], Callable[[Problem], str]]:
+    """The problems that the model answers, and how it is asked one of them (see :func:`curate`)."""
+    explained = [problem for problem in problems if problem.explanation]
+    shown = {shot.text for shot in shots}
+    examples = [*shots, *(problem for problem in explained if problem.text not in shown)]
+
+    def prompt_of(problem: Problem) -> str:
+        return curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as)
+
+    return explained[: config.limit] if config.limit else explained, prompt_of
 
 
 def check_problems(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:

@@ -13,8 +13,9 @@ from medllm.exam.problem import Problem
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
-from medllm.preferences.curation import CurationReport, check_problems, curate
+from medllm.preferences.curation import CurationReport, asked_problems, check_problems, curate
 from medllm.preferences.records import write_preferences
+from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
 from medllm.stages.problems import read_problems, read_shots
@@ -47,7 +48,7 @@ class CurateResult:
         return {**head, **asdict(self.report), "left_out": dict(self.left_out), **tail}
 
 
-def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult:
+def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult | Estimate:
     """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
 
     Raises:
@@ -56,6 +57,9 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     problems, skipped = read_problems(config.problems, config.problems_format)
     shots = read_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
+    if config.dry_run:
+        wanted, prompt_of = asked_problems(problems, shots, config)
+        return estimate("curate", engine, map(prompt_of, wanted), config.sampling, config.server)
     return _curate(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 

@@ -12,13 +12,14 @@ from medllm.engine import Generates, Scores, account
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
+from medllm.exam.evaluation import OptionScores, check_exam, prompt_of, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.scoring import ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
+from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
 from medllm.stages.problems import read_problems, read_shots
@@ -78,7 +79,7 @@ class OptionsResult:
 
 def run_evaluate(
     config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None
-) -> ExamResult | OptionsResult:
+) -> ExamResult | OptionsResult | Estimate:
     """Sit an exam: prompts → generations → predictions → the official score.
 
     Raises:
@@ -91,6 +92,9 @@ def run_evaluate(
         return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
     shots = read_shots(config.shots, config.shot_count)
     check_exam(problems, shots, config)
+    if config.dry_run:
+        prompts = (prompt_of(problem, shots, config) for problem in problems)
+        return estimate("evaluate", engine, prompts, config.sampling, config.server)
     return _sit(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 

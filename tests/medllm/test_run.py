@@ -169,8 +169,9 @@ def test_where_the_reference_is_kept_may_change_on_resuming(tmp_path):
         assert Run(begun.run, dataclasses.replace(begun, reference_cache=elsewhere), resume=True).metrics()
 
 
-def test_every_setting_that_is_free_on_resuming_is_one_of_a_training_stage():
-    settings = dataclasses.asdict(RpoConfig(ModelConfig("base"), "run", "preferences.jsonl"))
+def test_every_setting_that_is_free_on_resuming_is_one_of_a_stage():
+    stages = (RpoConfig(ModelConfig("base"), "run", "preferences.jsonl"), EvaluateConfig(ModelConfig("base"), "run", ("exam",)))
+    settings = {name: value for stage in stages for name, value in dataclasses.asdict(stage).items()}
     for name in FREE_ON_RESUME:
         found = settings
         for part in name.split("."):

@@ -10,14 +10,13 @@ import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install 'medllm[eval]'")
 
-from medllm import openai_engine
 from medllm.config import ModelConfig, Sampling
 from medllm.engines import open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.evaluation import evaluate
 from medllm.exam.problem import Problem
 from medllm.model.tokenizer import Message
-from medllm.stage_config import EvaluateConfig
+from medllm.stage_config import EvaluateConfig, ServerConfig
 
 KEY = "sk-secret-of-the-test"
 CHAT = (Message("system", "解きます。"), Message("user", "空は何色か。"))
@@ -79,8 +78,9 @@ def server(monkeypatch):
     running.server_close()
 
 
-def engine():
-    return open_engine("openai", ModelConfig("tiny-model"))
+def engine(**server):
+    stage = EvaluateConfig(ModelConfig("tiny-model"), "run", ("p",), server=ServerConfig(**server))
+    return open_engine("openai", ModelConfig("tiny-model"), stage)
 
 
 def test_a_conversation_goes_to_the_chat_endpoint(server):
@@ -189,20 +189,19 @@ def test_refusals_say_what_to_do(server):
     assert "--sampling settings" in str(refused(server, 400, "context too long"))
     server.respond = lambda path, body: (200, {"error": "elsewhere"})
     with pytest.raises(UserError, match="the reply holds no text"):
-        engine().generate(["x"], Sampling())
+        engine(retries=0).generate(["x"], Sampling())
 
 
 def test_a_server_that_is_not_there_is_named_without_its_password(server, monkeypatch):
-    monkeypatch.setattr(openai_engine, "_RETRIES", 0)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://someone:hidden@127.0.0.1:9/v1")
     with pytest.raises(UserError, match=r"'tiny-model' at http://127\.0\.0\.1:9/v1/: no answer") as error:
-        engine().generate(["x"], Sampling())
+        engine(retries=0).generate(["x"], Sampling())
     assert "hidden" not in str(error.value)
 
 
 def test_openais_own_server_gets_its_own_name_for_the_limit(server, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
-    assert engine()._chat_limit == "max_completion_tokens"
+    assert engine()._client.chat_limit == "max_completion_tokens"
 
 
 def test_what_an_api_cannot_do_is_refused(server, monkeypatch):
