@@ -5,6 +5,7 @@ The key is in no message and no log.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ class Client:
         try:
             return _response(reply, isinstance(prompt, str))
         except (AttributeError, TypeError):
-            said = self._plain(reply if isinstance(reply, str) else reply.to_json(indent=None))
+            said = self._plain(reply if isinstance(reply, str) else json.dumps(reply, default=_fields))
             raise _Lost(f"the reply holds no text: {said}", "is this an OpenAI-compatible server?") from None
 
     def _refused(self, error: openai.APIStatusError, number: int, prompt: Prompt, several: int) -> Response:
@@ -200,6 +201,10 @@ def _response(reply: Any, is_text: bool) -> Response:
         "completion_tokens": usage.completion_tokens if usage else None,
     }
     return Response(tuple(replies), {name: value for name, value in facts.items() if value is not None})
+
+
+def _fields(model: Any) -> Any:
+    return model.to_dict(warnings=False)
 
 
 def _codes(body: Any) -> set[str]:

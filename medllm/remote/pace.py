@@ -53,7 +53,7 @@ class Pace:
         """
         with self._changed:
             now = monotonic()
-            if began >= self._failed:
+            if began > self._failed:
                 self._failures += 1
                 self._failed = now
             backoff = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (self._failures - 1))
