@@ -191,7 +191,7 @@ def _response(reply: Any, is_text: bool) -> Response:
         refusal = None if is_text else getattr(choice.message, "refusal", None)
         nothing = text is None and choice.finish_reason != "length"
         filtered = choice.finish_reason == "content_filter" or bool(refusal) or nothing
-        replies.append(Reply(text or "", choice.finish_reason, used, thought or "", filtered))
+        replies.append(Reply(_whole(text or ""), choice.finish_reason, used, thought or "", filtered))
     if not replies:
         raise TypeError("no choices")
     facts = {
@@ -201,6 +201,11 @@ def _response(reply: Any, is_text: bool) -> Response:
         "completion_tokens": usage.completion_tokens if usage else None,
     }
     return Response(tuple(replies), {name: value for name, value in facts.items() if value is not None})
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters, which JSON can hold (a reply cut in an emoji) and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _fields(model: Any) -> Any:
