@@ -4,7 +4,7 @@
 
     python -m tests.killed_runs 10
 
-prints a line a case. A kill is SIGKILL; what is looked at is the journal, the log of the server, and what the finished run wrote.
+prints a line a case. A kill is SIGKILL; looked at are the journal, the log of the server, and what the finished run wrote.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def answered(
                     within = part_of(progress, start, len(some), len(problems))
                     generated = engine.generate(prompts, sampling, batch_size, within)
                 journal.add(
-                    Kept(problem.problem_id, sample, digest(prompt), generation)
-                    for problem, prompt, generations in zip(some, prompts, generated, strict=True)
+                    Kept(problem.problem_id, sample, asked, generation)
+                    for problem, asked, generations in zip(some, map(digest, prompts), generated, strict=True)
                     for sample, generation in enumerate(generations)
                 )
             for problem, prompt in zip(some, prompts, strict=True):
