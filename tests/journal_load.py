@@ -48,12 +48,13 @@ def measured(problems: int, samples: int, run: str) -> dict[str, Any]:
     five, said = tuple("一二三四五"), "説" * EXPLANATION
     asked = [Problem(f"p{n}", f"{n}番はどれか。", five, ("a",), explanation=said, year=2010) for n in range(problems)]
     config = CurateConfig(ModelConfig("m"), run, ("p",), sampling=Sampling(temperature=1.0, samples=samples))
-    began = time.monotonic()
+    began, spent = time.monotonic(), time.process_time()
     build_preferences(AtOnce(), asked, (), config)
-    seconds = time.monotonic() - began
+    seconds, processor = time.monotonic() - began, time.process_time() - spent
     sizes = {name: (Path(run) / name).stat().st_size // 2**20 for name in (JOURNAL, PREFERENCES)}
     rate = round(problems * samples / seconds)
-    return {"seconds": round(seconds, 1), "samples_per_second": rate, "peak_mib": peak_resident_bytes() // 2**20, "mib": sizes}
+    took = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1), "samples_per_second": rate}
+    return {**took, "peak_mib": peak_resident_bytes() // 2**20, "mib": sizes}
 
 
 def main(problems: str, samples: str) -> None:

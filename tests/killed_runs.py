@@ -112,7 +112,7 @@ def outputs(stage: str, run: Path) -> tuple[bytes, dict[str, Any]]:
     """What a finished run says, but for how long it took and how often it tried."""
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     result.pop("seconds")
-    result.get("server", {}).pop("retries", None)
+    (result["server"] or {}).pop("retries", None)
     return (run / OUTPUT[stage]).read_bytes(), result
 
 

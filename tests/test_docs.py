@@ -21,6 +21,7 @@ RUN = {
     r"medllm cpt --mesh data=2": "test_sharded_engine.py",
     r"medllm cpt --mesh fsdp=4,tensor=2": "test_processes.py",
     r"medllm cpt .*--print_config": "test_cli.py",
+    r"medllm evaluate --engine openai .*--dry_run": "test_server_faults.py",
     r"medllm cpt .*world/corpus\.jsonl": "test_mini_study.py",
     r"medllm data export-trl": "test_docs_data.py",
     r"medllm mini --(out|engine)": "test_isolation.py",
@@ -42,6 +43,7 @@ RUN = {
 NOT_RUN = {
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"python -m pytest": "it is a test",
+    r"python -m tests\.(killed_runs|journal_load)": "it takes minutes; test_killed_runs.py does less of the same",
     r"python scripts/mutate\.py --jobs": "it plants all faults, which takes hours; test_mutations.py plants one",
     r"medllm .*\$(D|OUT)/": "it needs real exams and documents, which are not part of the project",
 }

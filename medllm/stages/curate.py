@@ -32,7 +32,7 @@ class CurateResult:
         seconds: Of the stage, opening the model not counted.
         report: What became of the problems and of the samples.
         left_out: Rows of the problem files that could not be used, by reason.
-        server: Where a server answered: which, and what it was asked for in all.
+        server: What a server was asked for in all; None where none was.
     """
 
     engine: str
@@ -44,8 +44,7 @@ class CurateResult:
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
         head = {"stage": "curate", "engine": self.engine, "seconds": self.seconds}
-        tail = {"server": dict(self.server)} if self.server else {}
-        return {**head, **asdict(self.report), "left_out": dict(self.left_out), **tail}
+        return {**head, **asdict(self.report), "left_out": dict(self.left_out), "server": self.server}
 
 
 def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult | Estimate:

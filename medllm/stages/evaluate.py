@@ -40,7 +40,7 @@ class ExamResult:
         score: The official score.
         endings: How the texts ended.
         readings: How many answers were read by each rule, and how many texts gave none, by reason.
-        server: Where a server answered: which, and what it was asked for in all.
+        server: What a server was asked for in all; None where none was.
     """
 
     engine: str
@@ -55,8 +55,7 @@ class ExamResult:
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
-        plain = {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
-        return plain if self.server else {name: value for name, value in plain.items() if name != "server"}
+        return {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from tests.journal_load import measured
 from tests.killed_runs import kill_the_client, kill_the_server
 
 NEEDS_OPENAI = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="pip install 'medllm[eval]'")
@@ -25,3 +26,10 @@ def test_a_run_whose_server_is_killed_says_what_is_kept_and_goes_on(tmp_path):
 @pytest.mark.parametrize(("stage", "count"), [("curate", 6), ("evaluate", 17)])
 def test_a_killed_run_of_an_engine_here_ends_as_if_it_had_not_been(tmp_path, stage, count):
     assert "outputs equal" in kill_the_client(stage, "jax", tmp_path, 1, count=count)
+
+
+def test_a_load_of_answers_is_kept(tmp_path):
+    """The run whose figures docs/benchmarks.md has, with fewer problems."""
+    found = measured(40, 3, str(tmp_path / "run"))
+    assert found["samples_per_second"] > 0
+    assert (tmp_path / "run" / "answers.journal").read_text(encoding="utf-8").count("\n") == 120
