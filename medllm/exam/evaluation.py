@@ -181,7 +181,7 @@ def score_options(
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
 
-    Nothing is generated. Prompt and option are tokenized together; what comes after the prompt's own tokens is the option.
+    Nothing is generated. Prompt and option are tokenized together (:func:`medllm.model.tokenizer.encode_continuation`).
 
     Args:
         engine: The model.
@@ -206,7 +206,7 @@ def score_options(
             scored.append(problem)
     if not scored:
         raise UserError("no problem has exactly one right option; likelihood scoring needs such problems")
-    options = [_continuation(tokenizer, problem, choice, prompt) for problem in scored for choice in problem.choices]
+    options = [option for problem in scored for option in _options(tokenizer, problem, prompt)]
     logprobs = iter(engine.logprobs(options, batch_size))
     lengths = iter(options)
     results = tuple(
@@ -226,11 +226,11 @@ def score_options(
     )
 
 
-def _continuation(tokenizer: Any, problem: Problem, choice: str, prompt: OptionPrompt) -> Continuation:
-    lettered = zip(LETTERS.upper(), problem.choices, strict=False)
-    options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
-    asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=options)
-    before, completion = encode_continuation(tokenizer, asked, choice)
-    if not completion:
+def _options(tokenizer: Any, problem: Problem, prompt: OptionPrompt) -> list[Continuation]:
+    if not all(choice.strip() for choice in problem.choices):
         raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
-    return Continuation(tuple(before), tuple(completion))
+    lettered = zip(LETTERS.upper(), problem.choices, strict=False)
+    listed = "\n".join(f"{letter}. {text}" for letter, text in lettered)
+    asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=listed)
+    pieces = (encode_continuation(tokenizer, asked, choice, problem.choices) for choice in problem.choices)
+    return [Continuation(tuple(before), tuple(completion)) for before, completion in pieces]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from medllm.errors import UserError
 from medllm.exam.problem import LETTERS
-from medllm.exam.rows import read_json_lines, read_text
+from medllm.exam.rows import read_json, read_json_lines
 from medllm.run import atomic_path
 
 
@@ -112,10 +112,7 @@ def _of_file(file: Path) -> Iterator[tuple[Prediction, str]]:
     if file.suffix.lower() != ".json":
         yield from ((_prediction(row, where), where) for row, where in read_json_lines(file))
         return
-    try:
-        value = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+    value = read_json(file)
     rows = value.get("results") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds no predictions; expected a list of them, alone or in 'results'")
