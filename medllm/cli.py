@@ -167,8 +167,8 @@ def _evaluate(values: Any) -> dict[str, Any]:
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
     if isinstance(result, OptionsResult):
-        scores = result.scores
-        shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
+        scores, share = result.scores, result.share()
+        shares = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}] right, {scores.normalized_accuracy:.3f} per token"
         say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
     else:
         ended = f"{result.endings.words()}; {result.readings.words()}"

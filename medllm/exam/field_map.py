@@ -49,6 +49,7 @@ class FieldMap:
         question: The question's field.
         unasked: What stands for a question that is missing, where the problem counts all the same.
         before: A text in front of the question (``a.b``: the field b of the object a).
+        context: A text that the question is about, likewise; prompts show it apart from the question.
         options: A field with a list or an object by letter, or a column for each.
         options_inside: The options are lines of the question.
         numeric: A field, and its value where the answer is a number.
@@ -74,6 +75,7 @@ class FieldMap:
     id: str = ""
     id_with_file: bool = False
     before: str = ""
+    context: str = ""
     unasked: str = ""
     options: str | tuple[str, ...] = ""
     options_inside: bool = False
@@ -146,10 +148,8 @@ class FieldMap:
         inside: list[str] = []
         if self.options_inside and not self._is_number(row):
             text, inside = _split_options(text)
-        before: Any = row
-        for name in filter(None, self.before.split(".")):
-            before = before.get(name) if isinstance(before, Mapping) else None
-        return (f"{before}\n{text}" if isinstance(before, str) and before else text), inside
+        before = _inside(row, self.before)
+        return (f"{before}\n{text}" if before else text), inside
 
     def _is_number(self, row: Mapping[str, Any]) -> bool:
         return bool(self.numeric) and row.get(self.numeric["field"]) == self.numeric["value"] if self.numeric else False
@@ -220,9 +220,18 @@ class FieldMap:
             "text_only": text_only if needs_image is None else not needs_image,
             "year": year,
             "section": section,
-            "category": file.stem if self.category_is_file else row.get(self.category) if self.category else None,
+            "category": file.stem if self.category_is_file else _inside(row, self.category),
             "kinki": row.get(self.kinki) if self.kinki else None,
+            "context": _inside(row, self.context),
         }
+
+
+def _inside(row: Any, path: str) -> str | None:
+    """The text at ``a.b``, the field b of the object a; none where there is none."""
+    value = row if path else None
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) and value else None
 
 
 def read_field_map(path: Path) -> FieldMap:
