@@ -104,11 +104,11 @@ class EvaluateConfig(MeshConfig):
         run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
         problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
         problems_format: Of those files; ``auto`` goes by a file's name and content.
-        shots: Problem file with the examples, which is needed where there are any.
+        shots: Problem file with the examples, needed where there are any.
         shot_count: Examples before the question (three in the paper, 0: none).
         explanation: Ask for an explanation before the answer (the paper's second column).
-        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
-            after a zero-shot prompt, as JMedBench does, or of their ``letters``: shots, template, sampling then play no part.
+        method: How it is sat: in words that are scored officially (``generate``), or by the likeliest of the ``options`` or of
+            their ``letters``. These follow a zero-shot prompt, as in JMedBench: shots, template and sampling play no part then.
         option_prompt: That prompt, by JMedBench's names: its minimal, standard, English-centric and instructed one, or two more
             that list no options. A problem with a context (PubMedQA) is asked by the one that JMedBench pairs with it.
         problem_set: What the problems are called in a table of zero-shot sets (MMMLU, MedQA): the report has one of the runs
