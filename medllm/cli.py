@@ -26,6 +26,7 @@ from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
+from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
@@ -167,29 +168,13 @@ def _evaluate(values: Any) -> dict[str, Any]:
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
     if isinstance(result, OptionsResult):
-        scores, share = result.scores, result.share()
+        scores, share = result.scores, result.share
         shares = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}] right, {scores.normalized_accuracy:.3f} per token"
         say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
     else:
         ended = f"{result.endings.words()}; {result.readings.words()}"
         say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}")
     return result.to_json()
-
-
-def _report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", type=str, nargs="+", help="run folders of any stage")
-    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
-    parser.add_argument(
-        "--previous", type=dict[str, str] | None, default=None, help="which model each is compared with, {B: A}"
-    )
-
-
-def _report(values: Any) -> dict[str, Any]:
-    from medllm.report.page import report_from_runs, write_report
-
-    write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs], previous=values.previous))
-    say(f"report: {values.out}")
-    return {"report": values.out}
 
 
 def _convert_arguments(parser: ArgumentParser) -> None:
@@ -331,7 +316,7 @@ COMMANDS: dict[str, Command | Group] = {
         "limit engine mesh",
     ),
     "score": Command("score predictions officially", score_arguments, score_predictions),
-    "report": Command("one HTML page from run folders", _report_arguments, _report),
+    "report": Command("tables and one HTML page from run folders", report_arguments, write_and_say),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,

@@ -15,7 +15,7 @@ from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
 from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
-from medllm.exam.scoring import ScoreSheet, score
+from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
@@ -69,19 +69,32 @@ class OptionsResult:
     scores: OptionScores
     problem_set: str
 
-    def share(self, category: str | None = None) -> Estimate:
-        """The share of problems answered right, all or those of one subject, with Wilson's interval."""
-        right = [result.correct for result in self.scores.results if category in (None, result.category)]
-        return wilson(sum(right), len(right))
+    @property
+    def share(self) -> Estimate:
+        """The share of problems answered right, with Wilson's interval."""
+        return wilson(sum(one.correct for one in self.scores.results), len(self.scores.results))
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
-        plain = asdict(self)
-        scores = plain.pop("scores")
-        left_out, questions = scores.pop("left_out"), len(self.scores.results)
-        subjects = sorted({result.category for result in self.scores.results if result.category})
-        shares = {"share": asdict(self.share()), "by_category": {subject: asdict(self.share(subject)) for subject in subjects}}
-        return {"stage": "options", **plain, "left_out": left_out, "questions": questions, **shares, **scores}
+        plain, scores = asdict(self), self.scores
+        del plain["scores"]
+        by_category: dict[str, dict[str, int]] = {}
+        for one in scores.results:
+            tally = by_category.setdefault(one.category or NO_GROUP, {"correct": 0, "questions": 0})
+            tally["correct"] += one.correct
+            tally["questions"] += 1
+        return plain | {
+            "stage": "options",
+            "left_out": dict(scores.left_out),
+            "questions": len(scores.results),
+            "accuracy": scores.accuracy,
+            "interval": [self.share.low, self.share.high],
+            "normalized_accuracy": scores.normalized_accuracy,
+            "by_category": dict(sorted(by_category.items())),
+            "results": [
+                asdict(one) | {"prediction": one.chosen, "correct": one.correct, "points": 1} for one in scores.results
+            ],
+        }
 
 
 def run_evaluate(

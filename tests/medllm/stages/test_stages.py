@@ -87,10 +87,9 @@ def test_options_are_chosen_by_their_likelihood(engine, exam, tmp_path, capsys):
     # Wilson's interval, as its formula is written (z of 95 %).
     n, p, z = len(likeliest), result["accuracy"], 1.959964
     centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert result["share"] == pytest.approx(
-        {"value": p, "low": (centre - half) / (1 + z**2 / n), "high": (centre + half) / (1 + z**2 / n)}, abs=1e-6
-    )
+    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    assert result["interval"] == pytest.approx([low, high], abs=1e-6)
     assert result["problem_set"] == "exam"
     said = capsys.readouterr().out
     assert "zero-shot options" in said
-    assert f"{p:.3f} [{result['share']['low']:.3f}, {result['share']['high']:.3f}] right" in said
+    assert f"{p:.3f} [{low:.3f}, {high:.3f}] right" in said
