@@ -25,6 +25,7 @@ from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
+from medllm.presets import TABLE_ROWS
 from medllm.quantization import Quantization
 from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
@@ -162,6 +163,7 @@ def _rpo(values: Any) -> dict[str, Any]:
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
+    from medllm.report.paper import published_value
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
@@ -170,10 +172,13 @@ def _evaluate(values: Any) -> dict[str, Any]:
     if isinstance(result, OptionsResult):
         scores, share = result.scores, result.share
         shares = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}] right, {scores.normalized_accuracy:.3f} per token"
-        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
+        line = f"{shares}, {len(scores.results)} questions"
     else:
         ended = f"{result.endings.words()}; {result.readings.words()}"
-        say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}")
+        line = f"{result.score.words()}; {ended}"
+    published = published_value(result.model, result.setting, result.problem_set)
+    line += "" if published is None else f"; published {published:.3f}"
+    say(f"evaluate: {result.setting}: {line}; {config.run}")
     return result.to_json()
 
 
@@ -273,10 +278,16 @@ def _data_actions() -> Mapping[str, Command]:
 
 
 def _stage(
-    name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str, engines: Any = EngineName
+    name: str,
+    help: str,
+    config_class: type,
+    run: Callable[[Any], dict[str, Any]],
+    first: str,
+    engines: Any = EngineName,
+    more: str = "",
 ) -> Command:
     options = tuple(f"--{option}" for option in first.split())
-    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_*")
+    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_* {more}".strip())
 
 
 COMMANDS: dict[str, Command | Group] = {
@@ -314,6 +325,7 @@ COMMANDS: dict[str, Command | Group] = {
         _evaluate,
         "model.path model.adapter run problems shots shot_count explanation method format sampling.max_new_tokens batch_size "
         "limit engine mesh",
+        more=TABLE_ROWS,
     ),
     "score": Command("score predictions officially", score_arguments, score_predictions),
     "report": Command("tables and one HTML page from run folders", report_arguments, write_and_say),
