@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from medllm.command import Command, Group
 from medllm.errors import UserError
-from medllm.presets import preset_file
+from medllm.presets import preset_settings
 
 # What other programs, and the field, call a command or a setting: the last part of its name here.
 _COMMANDS_MEANT = {
@@ -150,14 +150,14 @@ def _begins(leaf: str, end: str) -> bool:
 
 
 def name_presets(words: Sequence[str], pattern: str) -> list[str]:
-    """``--config paper_cpt_72b`` → the preset's file, where its name fits ``pattern``.
+    """``--config paper_cpt_72b`` → the preset's file, or its YAML, where its name fits ``pattern``.
 
     Raises:
         UserError: neither a file nor such a preset.
     """
     parted = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     return [
-        str(preset_file(before, word, pattern)) if before == "--config" else word for before, word in pairwise(["", *parted])
+        preset_settings(before, word, pattern) if before == "--config" else word for before, word in pairwise(["", *parted])
     ]
 
 

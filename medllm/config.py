@@ -30,8 +30,8 @@ RematPolicy = Literal["none", "projections", "attention", "layer"]
 ProblemsFormat = Literal["auto", "igakuqa", "jsonl", "jmmlu", "pharmacist"]
 """Formats of problem files, see :mod:`medllm.exam.loaders`."""
 
-OptionPrompt = Literal["mcqa", "mcqa_jp", "mcqa_with_options", "mcqa_with_options_jp"]
-"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.evaluation`."""
+OptionPrompt = Literal["mcqa_minimal", "mcqa_with_options_jp", "mcqa_with_options", "4o_mcqa_instructed_jp", "mcqa", "mcqa_jp"]
+"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.option_prompts`."""
 
 _NARROW = ("q_proj", "k_proj", "v_proj", "attention", "o_proj")
 REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {

@@ -104,12 +104,16 @@ class EvaluateConfig(MeshConfig):
         run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
         problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
         problems_format: Of those files; ``auto`` goes by a file's name and content.
-        shots: Problem file with the examples, which is needed where there are any.
+        shots: Problem file with the examples, needed where there are any.
         shot_count: Examples before the question (three in the paper, 0: none).
         explanation: Ask for an explanation before the answer (the paper's second column).
-        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
-            after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
-        option_prompt: That prompt, by JMedBench's names: in English or in Japanese, with the options listed in it or not.
+        method: How it is sat: in words that are scored officially (``generate``), or by the likeliest of the ``options`` or of
+            their ``letters``. These follow a zero-shot prompt, as in JMedBench: shots, template and sampling play no part then.
+        option_prompt: That prompt, by JMedBench's names: its minimal, standard, English-centric and instructed one, or two more
+            that list no options. A problem with a context (PubMedQA) is asked by the one that JMedBench pairs with it.
+        problem_set: What the problems are called in a table of zero-shot sets (MMMLU, MedQA): the report has one of the runs
+            that name theirs.
+        subjects: Only the problems of these subjects (empty: all).
         template: The prompt: ``igakuqa`` is the benchmark's own, ``curation`` the paper's Question/Explanation/Answer.
         format: The prompt's form: ``completion`` for base models, ``chat`` for models with a chat template.
         answer_as: The shots answer with option letters, or with the options' own text.
@@ -125,7 +129,7 @@ class EvaluateConfig(MeshConfig):
     shots: str | None = None
     shot_count: int = 3
     explanation: bool = False
-    method: Literal["generate", "options"] = "generate"
+    method: Literal["generate", "options", "letters"] = "generate"
     template: Literal["igakuqa", "curation"] = "igakuqa"
     format: Literal["completion", "chat"] = "completion"
     answer_as: Literal["letters", "text"] = "letters"
@@ -136,6 +140,8 @@ class EvaluateConfig(MeshConfig):
     label: str | None = None
     problems_format: ProblemsFormat = "auto"
     option_prompt: OptionPrompt = "mcqa_with_options_jp"
+    problem_set: str | None = None
+    subjects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)

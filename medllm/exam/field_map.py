@@ -51,6 +51,7 @@ class FieldMap:
         question: The question's field.
         unasked: What stands for a question that is missing, where the problem counts all the same.
         before: A text in front of the question (``a.b``: the field b of the object a).
+        context: A text that the question is about, likewise; prompts show it apart from the question.
         options: A field with a list or an object by letter, or a column for each.
         options_inside: The options are lines of the question.
         options_by_sign: Each option is the field ``a``, ``b`` … or ``1``, ``2`` … Where a row has neither these nor a question,
@@ -80,6 +81,7 @@ class FieldMap:
     id: str = ""
     id_with_file: bool = False
     before: str = ""
+    context: str = ""
     unasked: str = ""
     options: str | tuple[str, ...] = ""
     options_inside: bool = False
@@ -164,10 +166,8 @@ class FieldMap:
         inside: list[str] = []
         if self.options_inside and not self._is_number(row):
             text, inside = _split_options(text)
-        before: Any = row
-        for name in filter(None, self.before.split(".")):
-            before = before.get(name) if isinstance(before, Mapping) else None
-        return (f"{before}\n{text}" if isinstance(before, str) and before else text), inside
+        before = _inside(row, self.before)
+        return (f"{before}\n{text}" if before else text), inside
 
     def _is_number(self, row: Mapping[str, Any]) -> bool:
         return bool(self.numeric) and row.get(self.numeric["field"]) == self.numeric["value"] if self.numeric else False
@@ -246,13 +246,18 @@ class FieldMap:
             "text_only": text_only if needs_image is None else not needs_image,
             "year": int(of_name["year"]) if of_name.get("year") else year,
             "section": of_name["section"].upper() if of_name.get("section") else section,
-            "category": file.stem
-            if self.category_is_file
-            else row.get(self.category)
-            if self.category
-            else of_name.get("category"),
+            "category": file.stem if self.category_is_file else _inside(row, self.category) or of_name.get("category"),
             "kinki": list(row.get(self.kinki) or ()) if self.kinki else None,
+            "context": _inside(row, self.context),
         }
+
+
+def _inside(row: Any, path: str) -> str | None:
+    """The text at ``a.b``, the field b of the object a; none where there is none."""
+    value = row if path else None
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) and value else None
 
 
 def read_field_map(path: Path) -> FieldMap:

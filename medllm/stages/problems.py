@@ -42,3 +42,17 @@ def read_shots(path: str | None, count: int) -> tuple[Problem, ...]:
     if len(shots) < count:
         raise UserError(f"{path}: holds {len(shots)} problems, {count} shots are asked for (--shot_count)")
     return shots[:count]
+
+
+def of_subjects(problems: Sequence[Problem], subjects: Sequence[str]) -> tuple[Problem, ...]:
+    """The problems of these subjects; all where none is named.
+
+    Raises:
+        UserError: a subject that no problem has.
+    """
+    known = {problem.category for problem in problems}
+    for subject in subjects:
+        if subject not in known:
+            there = ", ".join(sorted(name for name in known if name)) or "no subjects"
+            raise UserError(f"no problem is of the subject '{subject}' (--subjects); the files have {there}")
+    return tuple(problem for problem in problems if not subjects or problem.category in subjects)

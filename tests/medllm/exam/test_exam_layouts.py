@@ -8,9 +8,10 @@ import pytest
 from medllm.cli import main
 from medllm.errors import UserError
 from medllm.exam.field_map import known_layouts
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.predictions import Prediction, in_letters, read_predictions
 from medllm.exam.scoring import score
+from medllm.stages.problems import of_subjects
 
 COLOURS = ["赤", "青", "緑"]
 EXAM = {"problem_id": "1", "problem_text": "何色か。", "choices": COLOURS, "answer": ["b"]}
@@ -60,6 +61,10 @@ ROWS = {
         [{"sample_id": "s1", "question": "何色か。", "options": COLOURS, "answer_idx": 1, "n_options": 3}],
         ("s1", COLOURS, ("b",), 1, None, True),
     ),
+    "mmmlu": (
+        [dict(zip(("", "Question", "A", "B", "C", "D", "Answer", "Subject"), "0何赤青緑白Ba", strict=True))],
+        ("file-1", ["赤", "青", "緑", "白"], ("b",), 1, None, True),
+    ),
     "jmedllm": (
         [dict(zip(("tag", "question", "optionA", "optionB", "optionC", "optionD", "answer"), "t何赤青緑白B", strict=True))],
         ("file-1", ["赤", "青", "緑", "白"], ("b",), 1, None, True),
@@ -106,6 +111,26 @@ def test_what_is_no_problem_in_a_folder_is_never_one(tmp_path):
     loaded = load_problems(tmp_path)
     assert [problem.problem_id for problem in loaded.problems] == ["1"]
     assert len(loaded.ignored) == 3
+
+
+def test_an_abstract_is_a_context_and_a_column_a_subject(tmp_path):
+    row = {"sample_id": "1", "question": "効くか。", "options": ["はい", "いいえ"], "answer_idx": 1, "n_options": 2}
+    (tmp_path / "pubmedqa.jsonl").write_text(json.dumps(row | {"metadata": {"context": "効かなかった。"}}), encoding="utf-8")
+    (problem,) = load_problems(tmp_path / "pubmedqa.jsonl").problems
+    assert (problem.text, problem.context, problem.question) == ("効くか。", "効かなかった。", "効かなかった。\n効くか。")
+    write_problems(tmp_path / "again.jsonl", [problem])
+    assert load_problems(tmp_path / "again.jsonl").problems == (problem,)
+    csv = ',Question,A,B,C,D,Answer,Subject\n0,"何色か、空は。",赤,青,緑,白,B,anatomy\n1,何か。,赤,青,緑,白,A,law\n'
+    (tmp_path / "mmlu_JA-JP.csv").write_text(csv, encoding="utf-8")
+    problems = load_problems(tmp_path / "mmlu_JA-JP.csv").problems
+    assert [(one.text, one.answer, one.category) for one in problems] == [
+        ("何色か、空は。", ("b",), "anatomy"),
+        ("何か。", ("a",), "law"),
+    ]
+    assert [one.category for one in of_subjects(problems, ("law",))] == ["law"]
+    assert of_subjects(problems, ()) == problems
+    with pytest.raises(UserError, match=r"of the subject 'biology' \(--subjects\); the files have anatomy, law"):
+        of_subjects(problems, ("law", "biology"))
 
 
 def test_a_layout_of_ones_own_and_bad_rows_by_reason(tmp_path):
