@@ -146,11 +146,15 @@ def _trained(summary: TrainSummary, rate: str) -> str:
 
 
 def _curate(values: Any) -> dict[str, Any]:
+    from medllm.remote.spending import Estimate
     from medllm.stages.curate import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
     with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
+    if isinstance(result, Estimate):
+        say(result.words())
+        return result.to_json()
     counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
     say(f"curate: {counts}; {Path(config.run) / PREFERENCES}")
     return result.to_json()
@@ -166,12 +170,16 @@ def _rpo(values: Any) -> dict[str, Any]:
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
+    from medllm.remote.spending import Estimate
     from medllm.report.paper import published_value
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
+    if isinstance(result, Estimate):
+        say(result.words())
+        return result.to_json()
     if isinstance(result, OptionsResult):
         scores, share = result.scores, result.share
         shares = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}] right, {scores.normalized_accuracy:.3f} per token"

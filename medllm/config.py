@@ -273,9 +273,10 @@ class TorchConfig:
     liger: bool = False
     precompute_reference: bool = False
 
-    def changed(self) -> dict[str, Any]:
-        """The settings that are not at their default, by name."""
-        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+
+def changed(settings: Any) -> dict[str, Any]:
+    """Those of a group of settings that are not at their default, by name."""
+    return {one.name: value for one in fields(settings) if (value := getattr(settings, one.name)) != one.default}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Each is a frozen dataclass; presets in ``medllm/presets`` are YAML files of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from medllm.config import (
@@ -47,6 +47,37 @@ class CptConfig(Recipe):
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """How a server is asked (``--engine openai``), and what it costs. Engines on this machine have none.
+
+    Args:
+        concurrency: Requests under way at a time.
+        requests_per_minute: Limit on requests (0: none).
+        tokens_per_minute: Limit on tokens, estimated: those of prompts, and ``max_new_tokens`` for each sample (0: none).
+        timeout: Seconds after which a request counts as lost. A server that asks for a longer wait is not waited for.
+        retries: Times that a request without an answer is sent again, and that a server which answers none is tried.
+        input_price: Of a million prompt tokens, in whatever money.
+        output_price: Of a million tokens of answers.
+    """
+
+    concurrency: int = 32
+    requests_per_minute: float = 0.0
+    tokens_per_minute: float = 0.0
+    timeout: float = 600.0
+    retries: int = 5
+    input_price: float | None = None
+    output_price: float | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.concurrency >= 1, "server.concurrency", self.concurrency, "at least 1")
+        expect(self.timeout > 0, "server.timeout", self.timeout, "a positive number of seconds")
+        for name in ("requests_per_minute", "tokens_per_minute", "retries"):
+            expect(getattr(self, name) >= 0, f"server.{name}", getattr(self, name), "0 or more")
+        for name in ("input_price", "output_price"):
+            expect((getattr(self, name) or 0) >= 0, f"server.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
 class CurateConfig(MeshConfig):
     """Preference data from the model's own answers.
 
@@ -62,6 +93,8 @@ class CurateConfig(MeshConfig):
         answer_as: Answers are written as option letters, or as the options' own text.
         batch_size: Continuations generated at a time.
         limit: Use only the first so many problems (0: all).
+        server: How a server is asked.
+        dry_run: Say what a server would be asked for and what it would cost; ask and write nothing.
     """
 
     model: ModelConfig
@@ -75,6 +108,8 @@ class CurateConfig(MeshConfig):
     batch_size: int = 32
     limit: int = 0
     problems_format: ProblemsFormat = "auto"
+    server: ServerConfig = field(default_factory=ServerConfig)
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
@@ -121,6 +156,8 @@ class EvaluateConfig(MeshConfig):
         lenient: Also forgive spaces in a prediction; the official scoring does not.
         limit: Only the first so many problems (0: all).
         label: What the model is called in tables; its folder when unset.
+        server: How a server is asked.
+        dry_run: Say what a server would be asked for and what it would cost; ask and write nothing.
     """
 
     model: ModelConfig
@@ -142,9 +179,13 @@ class EvaluateConfig(MeshConfig):
     option_prompt: OptionPrompt = "mcqa_with_options_jp"
     problem_set: str | None = None
     subjects: tuple[str, ...] = ()
+    server: ServerConfig = field(default_factory=ServerConfig)
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
+        asks = self.method == "generate" or not self.dry_run
+        expect(asks, "dry_run", self.dry_run, "false with --method options, which asks for no text")
 
 
 @dataclass(frozen=True)
@@ -257,7 +298,8 @@ FREE_ON_RESUME = frozenset(
         *("run", "resume", "mesh", "rules", "reference_cache"),
         *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
+        *(f"server.{one.name}" for one in fields(ServerConfig)),
     }
 )
-"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, and how the same numbers are
-computed."""
+"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, how the same numbers are computed,
+and how a server is asked."""

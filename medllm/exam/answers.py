@@ -23,7 +23,7 @@ from medllm.exam.numbers import read_number, without_boxes
 from medllm.exam.problem import Problem
 
 Rule = Literal["json", "label", "sentence", "only", "first_line", "conclusion"]
-Reason = Literal["empty", "cut_off", "no_label", "ambiguous", "refused", "too_many"]
+Reason = Literal["empty", "filtered", "cut_off", "no_label", "ambiguous", "refused", "too_many"]
 
 # A longer text is read by its beginning and its end: no model writes as much before it answers, and none should be waited for.
 _LONGEST = 100_000

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from medllm.config import OptionPrompt
-from medllm.engine import Continuation, Generates, Scores
+from medllm.engine import Continuation, Generates, Generation, Scores
 from medllm.errors import UserError
+from medllm.exam.answering import answered
 from medllm.exam.answers import Reading, extract_answer
 from medllm.exam.endings import Ending, ending
 from medllm.exam.option_prompts import option_prompt
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
-from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
-from medllm.host.progress import part_of
+from medllm.exam.prompts import evaluation_prompt, stop_strings
+from medllm.journal import Journal
 from medllm.model.tokenizer import Prompt, encode_continuation
 from medllm.stage_config import CheckServingConfig, EvaluateConfig
 
@@ -93,31 +95,40 @@ def sit(
     shots: Sequence[Problem],
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[tuple[Prediction, Ending, Reading]]:
-    """:func:`evaluate`, how each text ended, and how its answer was read."""
+    """:func:`evaluate`, how each text ended, and how its answer was read. What ``journal`` holds is not asked for again."""
     sampling = config.sampling
     if config.format == "completion":
         sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
-    prompts = [prompt_of(problem, shots, config) for problem in problems]
+    asked = answered(
+        engine,
+        problems,
+        partial(prompt_of, shots=shots, config=config),
+        sampling,
+        batch_size=config.batch_size,
+        at_a_time=config.batch_size * _BATCHES_AT_A_TIME,
+        journal=journal or Journal(),
+        progress=progress,
+    )
     sat: list[tuple[Prediction, Ending, Reading]] = []
-    step = config.batch_size * _BATCHES_AT_A_TIME
-    for start in range(0, len(problems), step):
-        part = slice(start, start + step)
-        with naming_problems(problems[part]):
-            within = part_of(progress, start, len(prompts[part]), len(problems))
-            generated = engine.generate(prompts[part], sampling, config.batch_size, within)
-        for problem, prompt, (generation,) in zip(problems[part], prompts[part], generated, strict=True):
-            cut_off = generation.finish == "length"
-            reading = extract_answer(generation.text, problem, explanation=config.explanation, cut_off=cut_off)
-            ended = ending(
-                generation.text,
-                prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
-                stop=generation.stopped,
-                cut_off=cut_off,
-                unread=not reading.answer,
-            )
-            sat.append((Prediction(problem.problem_id, ",".join(reading.answer), generation.text), ended, reading))
+    for problem, prompt, (generation,) in asked:
+        reading = _read(generation, problem, config.explanation)
+        ended = ending(
+            generation.text,
+            prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
+            stop=generation.stopped,
+            cut_off=generation.finish == "length",
+            unread=not reading.answer,
+        )
+        sat.append((Prediction(problem.problem_id, ",".join(reading.answer), generation.text), ended, reading))
     return sat
+
+
+def _read(generation: Generation, problem: Problem, explanation: bool) -> Reading:
+    if generation.finish == "filtered":  # what a server let through of it is not what the model says
+        return Reading(reason="filtered")
+    return extract_answer(generation.text, problem, explanation=explanation, cut_off=generation.finish == "length")
 
 
 @dataclass(frozen=True)

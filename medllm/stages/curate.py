@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medllm.engine import Generates
+from medllm.engine import Generates, account
 from medllm.engines import EngineName, open_engine
 from medllm.exam.problem import Problem
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
-from medllm.preferences.curation import CurationReport, check_problems, curate
+from medllm.journal import JOURNAL, Journal
+from medllm.preferences.curation import CurationReport, asked_problems, check_problems, curate
 from medllm.preferences.records import write_preferences
+from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
 from medllm.stages.problems import read_problems, read_shots
@@ -30,20 +32,23 @@ class CurateResult:
         seconds: Of the stage, opening the model not counted.
         report: What became of the problems and of the samples.
         left_out: Rows of the problem files that could not be used, by reason.
+        server: Where a server answered: which, and what it was asked for in all.
     """
 
     engine: str
     seconds: float
     report: CurationReport
     left_out: Mapping[str, int]
+    server: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
         head = {"stage": "curate", "engine": self.engine, "seconds": self.seconds}
-        return {**head, **asdict(self.report), "left_out": dict(self.left_out)}
+        tail = {"server": dict(self.server)} if self.server else {}
+        return {**head, **asdict(self.report), "left_out": dict(self.left_out), **tail}
 
 
-def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult:
+def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult | Estimate:
     """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
 
     Raises:
@@ -52,6 +57,9 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     problems, skipped = read_problems(config.problems, config.problems_format)
     shots = read_shots(config.shots, config.shot_count) if config.shots else ()
     check_problems(problems, shots, config)
+    if config.dry_run:
+        wanted, prompt_of = asked_problems(problems, shots, config)
+        return estimate("curate", engine, map(prompt_of, wanted), config.sampling, config.server)
     return _curate(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 
@@ -76,9 +84,12 @@ def _curate(
     left_out: Mapping[str, int],
 ) -> CurateResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
-        curation = curate(model, problems, shots, config, progress)
-        result = CurateResult(model.name, time.monotonic() - began, curation.report, left_out)
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
+        journal = Journal(run.path / JOURNAL)
+        curation = curate(model, problems, shots, config, progress, journal)
+        result = CurateResult(
+            model.name, time.monotonic() - began, curation.report, left_out, server=account(model, journal.facts)
+        )
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)
         run.finish(result.to_json())

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from medllm.config import ModelConfig
-from medllm.engine import Generates, Scores
+from medllm.engine import Generates, Scores, account
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
+from medllm.exam.evaluation import OptionScores, check_exam, prompt_of, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
+from medllm.journal import JOURNAL, Journal
+from medllm.remote import spending
 from medllm.report.statistics import Estimate, wilson
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
@@ -41,6 +43,7 @@ class ExamResult:
         endings: How the texts ended.
         readings: How many answers were read by each rule, and how many texts gave none, by reason.
         problem_set: What the problems are called in a table of sets; None where they are an exam of its own.
+        server: Where a server answered: which, and what it was asked for in all.
     """
 
     engine: str
@@ -52,10 +55,12 @@ class ExamResult:
     endings: EndingCounts
     readings: Readings
     problem_set: str | None = None
+    server: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
-        return {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
+        plain = {"stage": "evaluate", **asdict(self), "score": self.score.to_json()}
+        return plain if self.server else {name: value for name, value in plain.items() if name != "server"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class OptionsResult:
 
 def run_evaluate(
     config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None
-) -> ExamResult | OptionsResult:
+) -> ExamResult | OptionsResult | spending.Estimate:
     """Sit an exam: prompts → generations → predictions → the official score.
 
     Raises:
@@ -113,6 +118,9 @@ def run_evaluate(
         return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
     shots = read_shots(config.shots, config.shot_count)
     check_exam(problems, shots, config)
+    if config.dry_run:
+        prompts = (prompt_of(problem, shots, config) for problem in problems)
+        return spending.estimate("evaluate", engine, prompts, config.sampling, config.server)
     return _sit(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 
@@ -137,8 +145,9 @@ def _sit(
     left_out: Mapping[str, int],
 ) -> ExamResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
-        sat = sit(model, problems, shots, config, progress)
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
+        journal = Journal(run.path / JOURNAL)
+        sat = sit(model, problems, shots, config, progress, journal)
         predictions = [prediction for prediction, _, _ in sat]
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
@@ -152,6 +161,7 @@ def _sit(
             endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
             problem_set=config.problem_set,
+            server=account(model, journal.facts),
         )
         run.finish(result.to_json())
     return result
@@ -161,7 +171,7 @@ def _choose_options(
     model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
 ) -> OptionsResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
         scores = score_options(
             model,
             model.tokenizer,
