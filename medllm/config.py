@@ -7,13 +7,13 @@ hyper-parameters, so the defaults here are ours.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from medllm.architecture import PROJECTIONS
 from medllm.errors import UserError
+from medllm.module_patterns import by_pattern, is_regex
 from medllm.quantization import Quantization
 
 RematPolicy = Literal["none", "projections", "attention", "layer"]
@@ -108,7 +108,7 @@ class LoraConfig:
         fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
         expect(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            named = all(key and _is_regex(key) for key in pattern)
+            named = all(key and is_regex(key) for key in pattern)
             expect(named, f"lora.{name}", pattern, "regular expressions for module names")
         positive = all(rank >= 1 for rank in self.rank_pattern.values())
         expect(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
@@ -121,31 +121,13 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank at ``module``; 0 where it carries no adapter."""
-        return _by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
+        return by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
 
     def scaling_of(self, module: str) -> float:
         """What the update of ``module`` is multiplied by; 0 where it carries no adapter."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
-
-
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first expression that matches the end of ``module``, from a dot on (``peft.utils.get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if names(key, module)), default)
-
-
-def names(pattern: str, module: str) -> bool:
-    """Whether a pattern names a module."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _is_regex(expression: str) -> bool:
-    try:
-        re.compile(expression)
-    except re.error:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -182,15 +164,29 @@ class OptimizerConfig:
         expect(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a positive number")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProblemLayout:
+    """How problem files are laid out, and what becomes of a row that cannot be used.
+
+    Args:
+        problems_format: What the files are; ``auto`` goes by fields and content.
+        layout: YAML file of a layout of one's own, for the files that have its fields.
+        on_bad_row: ``stop`` at a row that cannot be used, or ``skip`` it: leave it out and count it, by what is wrong with it.
+    """
+
+    problems_format: ProblemsFormat = "auto"
+    layout: str | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(ProblemLayout):
     """What continued pretraining reads.
 
     Args:
         documents: Files or folders: JSONL, Parquet, plain text, or whatever ``datasets`` opens.
         text_column: Column that holds a document's text; a problem file is turned into question, explanation and answer.
         problems: Problem files whose verified explanations join the corpus (nothing after ``problems_until``).
-        problems_format: Of those files; ``auto`` goes by a file's name and content.
         problems_until: Last exam year that may enter training; the evaluation exams begin the year after.
         length: Tokens in a row.
         packing: ``packed`` keeps documents apart (segment ids, positions restart); ``wrapped`` cuts one stream anywhere.
@@ -199,7 +195,6 @@ class CorpusConfig:
     documents: tuple[str, ...] = ()
     text_column: str = "text"
     problems: tuple[str, ...] = ()
-    problems_format: ProblemsFormat = "auto"
     problems_until: int = 2017
     length: int = 2048
     packing: Literal["packed", "wrapped"] = "packed"

@@ -12,7 +12,7 @@ from typing import Any
 
 from medllm.config import CorpusConfig
 from medllm.errors import UserError
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response
 from medllm.exam.rows import parquet_columns, read_json, read_json_lines, read_parquet, read_text
@@ -55,7 +55,7 @@ def load_documents(config: CorpusConfig) -> LoadedCorpus:
             else:
                 documents.append(Document(text, source))
     for path in config.problems:
-        loaded = load_problems(path, problems_format=config.problems_format)
+        loaded = problems_at(path, config)
         skipped.update(loaded.skipped)
         for problem in loaded.problems:
             refuse_held_out(problem, config.problems_until, "--corpus.problems_until")

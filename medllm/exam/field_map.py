@@ -131,7 +131,7 @@ class FieldMap:
         choices = self._choices(row, inside, where)
         if isinstance(choices, str):
             return choices
-        key = self.key(row, file, number)
+        key = self._own_key(row, file, number)
         gold = _answers(file, self.answers_beside).get(key) if self.answers_beside else row.get(self.answer)
         if gold is None or gold in ("", [], "NA", ["NA"]) or (self.void and self.void in row):
             return self._skip("no_gold", f"{where}: problem {key} has no gold answer ('{self.answer or 'answer'}')")
@@ -141,7 +141,7 @@ class FieldMap:
         if isinstance(answer, str):
             return answer
         found: dict[str, Any] = {
-            "problem_id": f"{file.stem}-{key}" if self.id_with_file else key,
+            "problem_id": self.key(file, row, number),
             "problem_text": question,
             "choices": choices,
             "answer": answer,
@@ -149,9 +149,13 @@ class FieldMap:
         details = {name: value for name, value in self._details(row, key, file).items() if value is not None}
         return found | details | ({"text_only": False} if unasked else {})
 
-    def key(self, row: Mapping[str, Any], file: Path, number: int) -> str:
-        """The problem's id in its file."""
-        return str(row[self.id]) if self.id and row.get(self.id) is not None else f"{file.stem}-{number}"
+    def key(self, file: Path, row: Mapping[str, Any], number: int) -> str:
+        """The id of a row's problem, whether or not the row can be used."""
+        own = self._own_key(row, file, number)
+        return f"{file.stem}-{own}" if self.id_with_file else own
+
+    def _own_key(self, row: Mapping[str, Any], file: Path, number: int) -> str:
+        return plain(row[self.id]) if self.id and row.get(self.id) is not None else f"{file.stem}-{number}"
 
     def _skip(self, kind: Skip, error: str, detail: str = "") -> str:
         if kind not in self.skips:
@@ -196,7 +200,7 @@ class FieldMap:
         return choices
 
     def _letters(self, gold: Any, choices: list[str], where: str) -> list[str] | str:
-        values = [str(one).strip() for one in (gold if isinstance(gold, list) else [gold])]
+        values = [plain(one) for one in (gold if isinstance(gold, list) else [gold])]
         if not choices:
             return values
         letters: list[str] = []
@@ -258,6 +262,12 @@ def _inside(row: Any, path: str) -> str | None:
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value if isinstance(value, str) and value else None
+
+
+def plain(value: Any) -> str:
+    """A value as text. Tables with a gap in a column of whole numbers hold them as 3.0."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value) if whole else value).strip()
 
 
 def read_field_map(path: Path) -> FieldMap:

@@ -17,6 +17,9 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NO_HEADER = ("question", "A", "B", "C", "D", "answer")
 """What the columns of a CSV without a header are called: JMMLU's."""
 
+BAD = "\0unreadable"
+"""Field of a row that could not be read, where such rows are to be skipped: what is wrong with it."""
+
 csv.field_size_limit(2**31 - 1)
 
 
@@ -36,8 +39,12 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def read_json_lines(file: Path, *, skip_bad: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
     """(object, ``file:line``) of every line that is not blank.
+
+    Args:
+        file: The file.
+        skip_bad: A line that is none gives a row that says so (:data:`BAD`).
 
     Raises:
         UserError: a line that is not a JSON object.
@@ -46,9 +53,14 @@ def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not line.strip():
             continue
         where = f"{file}:{number}"
-        row = _parsed(line, where, "expected a JSON object a line")
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        try:
+            row = _parsed(line, where, "expected a JSON object a line")
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        except UserError as error:
+            if not skip_bad:
+                raise
+            row = {BAD: str(error)}
         yield row, where
 
 
@@ -115,21 +127,22 @@ def _parquet(file: Path) -> Iterator[Any]:
 Rows = list[tuple[dict[str, Any], str]]
 
 
-def read_rows(file: Path, *, must: bool = True) -> Rows:
+def read_rows(file: Path, *, must: bool = True, skip_bad: bool = False) -> Rows:
     """(row, ``file:line``) of every row of a file.
 
     Args:
         file: With one of :data:`SUFFIXES`.
         must: It has to hold rows; else one that holds something else gives none.
+        skip_bad: A line that cannot be read gives a row that says so (:data:`BAD`).
 
     Raises:
         UserError: it cannot be read, or holds something else than rows.
     """
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
-        return list(read_json_lines(file))
+        return list(read_json_lines(file, skip_bad=skip_bad))
     if suffix == ".csv":
-        return list(_csv_rows(file, must=must))
+        return list(_csv_rows(file, must=must, skip_bad=skip_bad))
     if suffix == ".parquet":
         return [(row, f"{file}: row {number}") for number, row in enumerate(read_parquet(file), 1)]
     try:
@@ -145,7 +158,7 @@ def read_rows(file: Path, *, must: bool = True) -> Rows:
     return []
 
 
-def _csv_rows(file: Path, *, must: bool) -> Iterator[tuple[dict[str, Any], str]]:
+def _csv_rows(file: Path, *, must: bool, skip_bad: bool) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     names: list[str] = []
     line = 1
@@ -171,5 +184,9 @@ def _csv_rows(file: Path, *, must: bool) -> Iterator[tuple[dict[str, Any], str]]
             if not must and number == 1:
                 return
             expected = f"{len(names)} columns ({','.join(names)})"
-            raise UserError(f"{where}: {len(cells)} columns, expected {expected}; quote a cell that holds a comma")
+            said = f"{where}: {len(cells)} columns, expected {expected}; quote a cell that holds a comma"
+            if not skip_bad:
+                raise UserError(said)
+            yield {BAD: said}, where
+            continue
         yield {name: cell.strip() for name, cell in zip(names, cells, strict=True)}, where

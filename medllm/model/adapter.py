@@ -16,10 +16,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from medllm.architecture import PROJECTIONS, layer_path
-from medllm.config import ALL_LINEAR, LoraConfig, names
+from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory, write_model
 from medllm.model.files import open_safetensors, read_json
+from medllm.module_patterns import names
 from medllm.run import atomic_path, write_json
 
 WEIGHTS = "adapter_model.safetensors"

@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from medllm.config import ProblemLayout
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import problems_at
 from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.rows import read_json_lines
@@ -182,8 +183,10 @@ def _problem_result(row: Any, where: str, again: str) -> ProblemResult:
 def _problems_of(run: RunSummary) -> dict[str, Problem]:
     """The problems an evaluation was run on, where its files are still where its configuration says."""
     here = [Path(path) for path in run.config.get("problems") or () if Path(path).exists()]
-    known = run.config.get("problems_format", "auto")
-    return {one.problem_id: one for path in here for one in load_problems(path, problems_format=known).problems}
+    laid_out = ProblemLayout(
+        **{one.name: run.config[one.name] for one in dataclasses.fields(ProblemLayout) if one.name in run.config}
+    )
+    return {one.problem_id: one for path in here for one in problems_at(path, laid_out).problems}
 
 
 def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:

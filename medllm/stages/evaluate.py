@@ -110,13 +110,13 @@ def run_evaluate(
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
-    problems, skipped = read_problems(config.problems, config.problems_format)
+    problems, skipped = read_problems(config.problems, config)
     problems = of_subjects(problems, config.subjects)
     problems = problems[: config.limit] if config.limit else problems
     if config.method != "generate":
         check_ids(problems)
         return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
-    shots = read_shots(config.shots, config.shot_count)
+    shots = read_shots(config.shots, config.shot_count, config)
     check_exam(problems, shots, config)
     if config.dry_run:
         prompts = (prompt_of(problem, shots, config) for problem in problems)

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from medllm.cli import main
 from medllm.errors import UserError
 from medllm.exam.field_map import known_layouts
 from medllm.exam.loaders import load_problems, write_problems
-from medllm.exam.predictions import Prediction, in_letters, read_predictions
+from medllm.exam.predictions import Prediction, in_letters, in_no_letters, read_predictions
 from medllm.exam.scoring import score
 from medllm.stages.problems import of_subjects
 
@@ -179,12 +181,22 @@ def test_results_of_other_benches_are_predictions(tmp_path):
         (["B", "C, A"], "upper case", ["b", "a,c"]),
         (["b", "2"], "letters", ["b", "2"]),
         (["b", "B"], "letters", ["b", "B"]),
+        (["a, b", "B"], "letters", ["a, b", "B"]),  # spaces are the official rule's to forgive, not a file's alphabet
+        (["Ｂ", "Ｃ、Ａ"], "upper case", ["b", "a,c"]),
+        (["２", "１，３"], "digits", ["b", "a,c"]),
+        (["②", "①・③"], "digits", ["b", "a,c"]),
+        (["ｂ", "ｃ，ａ"], "full width", ["b", "a,c"]),
+        (["2", "4"], "digits", ["b", "4"]),  # of three options
+        (["", ""], "letters", ["", ""]),
+        (["緑色", "b."], "letters", ["緑色", "b."]),
     ],
 )
 def test_a_file_in_another_alphabet_is_read_in_letters(given, alphabet, read):
     predictions = [Prediction(f"q{n}", one) for n, one in enumerate(given)] + [Prediction("number", "26")]
     found, said = in_letters(predictions, {"q0": 3, "q1": 3, "number": 0})
     assert ([one.prediction for one in found], said) == ([*read, "26"], alphabet)
+    letters = [one for one in read if one and set(one) <= set("abc, ")]
+    assert in_no_letters(found, {"q0": 3, "q1": 3, "number": 0}) == len(list(filter(None, read))) - len(letters)
 
 
 def test_an_answer_sheet_scores_numbered_predictions_as_its_own_scorer_does(tmp_path):
@@ -227,3 +239,76 @@ def test_digits_are_letters_where_options_are_numbered(tmp_path):
     said.write_text(json.dumps([{"pred": "13"}, {"pred": "2"}]), encoding="utf-8")
     read, alphabet = in_letters(read_predictions(said), {problem.problem_id: 3 for problem in problems})
     assert ([one.prediction for one in read], alphabet) == (["a,c", "b"], "digits")
+
+
+def test_a_number_in_full_width_digits_is_the_number():
+    found, _ = in_letters(
+        [Prediction("q", "b"), Prediction("n", "－１２．５"), Prediction("m", "約１２")], {"q": 3, "n": 0, "m": 0}
+    )
+    assert [one.prediction for one in found] == ["b", "-12.5", "約１２"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["赤", "青"], "the 2 predictions are in signs that are not read: problem q0 has '赤'; expected letters"),
+        (["ア", "イ"], "the 2 predictions are in signs that are not read"),
+        (["1", "0"], "problem q1 has the prediction '0': digits number the options from 1"),
+    ],
+)
+def test_a_file_in_signs_that_cannot_be_read_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        in_letters([Prediction(f"q{n}", one) for n, one in enumerate(given)], {"q0": 3, "q1": 3})
+
+
+def test_predictions_for_rows_left_out_are_counted_under_the_ids_of_their_problems(tmp_path, capsys):
+    """Whatever left the row out, and whether the id is the row's own, the file's, or the row's number."""
+    cells = 'どれか。,赤,青,緑,黒,B\nどれか,赤,青,緑,黒,X\nどれか。,赤,"青",緑\n'
+    (tmp_path / "colours.csv").write_text(cells, encoding="utf-8")
+    twice = [EXAM | {"problem_id": name} for name in ("1", "1")]
+    lines = [*map(json.dumps, twice), "not json", json.dumps(EXAM | {"problem_id": "2", "answer": ["z"]})]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    loaded = load_problems(tmp_path, skip_bad_rows=True)
+    assert [problem.problem_id for problem in loaded.problems] == ["colours-1", "1"]
+    assert loaded.skipped_ids == {"colours-2", "colours-3", "2", ""}
+    assert sorted(loaded.skipped) == [
+        "bad row: 4 columns, expected 6 columns (question,A,B,C,D,answer); quote a cell that holds a comma",
+        "bad row: its problem_id was there before",
+        "bad row: not JSON (Expecting value, column 1); expected a JSON object a line",
+        "bad row: the problem: answer 'x' is not among the choices a to d",
+        "bad row: the problem: answer 'z' is not among the choices a to c",
+    ]
+    answers = [{"problem_id": name, "prediction": "b"} for name in ("colours-1", "colours-3", "1", "2")]
+    (tmp_path / "answers").mkdir()
+    file = tmp_path / "answers" / "predictions.jsonl"
+    file.write_text("\n".join(map(json.dumps, answers)))
+    out = tmp_path / "score.json"
+    words = ["--problems", str(tmp_path), "--predictions", str(file), "--on_bad_row", "skip", "--json", str(out)]
+    assert main(["score", *words]) == 0
+    assert "2 for rows left out" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert (found["points"], found["predictions_left_out"], sum(found["skipped"].values())) == (2, 2, 5)
+
+
+def test_numbers_of_a_table_with_gaps_are_whole(tmp_path):
+    """pandas holds a column of whole numbers as 3.0 where one is missing."""
+    layout = tmp_path / "mine.yaml"
+    layout.write_text("known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\nanswer_as: digits\n")
+    rows = {"nr": [1.0, 2.0], "stem": ["何色か。", "いくつか。"], "options": [COLOURS, []], "key": [2.0, 5.0]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "set.parquet")
+    loaded = load_problems(tmp_path / "set.parquet", layout=layout)
+    assert [(problem.problem_id, problem.answer) for problem in loaded.problems] == [("1", ("b",)), ("2", ("5",))]
+    (tmp_path / "a.json").write_text(json.dumps([{"index": 1.0, "pred": 2.0}]))
+    assert read_predictions(tmp_path / "a.json") == (Prediction("1", "2"),)
+
+
+def test_a_layout_of_ones_own_is_for_the_files_that_have_its_fields(tmp_path):
+    layout = tmp_path / "mine.yaml"
+    layout.write_text("known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\n")
+    (tmp_path / "own.json").write_text(json.dumps([{"nr": 1, "stem": "何色か。", "options": COLOURS, "key": "b"}]))
+    (tmp_path / "exam.jsonl").write_text(json.dumps(EXAM | {"problem_id": "2"}))
+    loaded = load_problems(tmp_path, layout=layout)
+    assert loaded.layouts == {"jsonl": 1, "mine": 1}
+    (tmp_path / "other.json").write_text(json.dumps([{"stem": "何色か。"}]))
+    with pytest.raises(UserError, match="no layout that is known, nor has it the fields of mine"):
+        load_problems(tmp_path / "other.json", layout=layout)

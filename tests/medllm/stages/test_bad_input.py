@@ -159,6 +159,48 @@ def test_every_reader_of_problems_takes_their_format(command, folder, capsys):
     assert "not a file of the format 'jmmlu'" in refused(folder, capsys, *command)
 
 
+LAYOUT = "known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\nexplanation: why\n"
+OWN = [
+    {"nr": 1, "stem": "どれか。", "options": ["甲", "乙"], "key": "a", "why": "甲である。"},
+    {"nr": 2, "stem": "どれか。", "options": ["甲", "乙"], "key": "z", "why": "乙である。"},
+    {"nr": 3, "stem": "何か。", "options": ["甲", "乙"], "key": "b", "why": "乙である。"},
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "prefix", "counted"),
+    [
+        (evaluate(problems="own.jsonl"), "", "left_out"),
+        (evaluate("--method", "options", problems="own.jsonl"), "", "left_out"),
+        (["curate", "--model.path", str(BASE), "--run", "run", "--problems", "own.jsonl", "--shot_count", "1"], "", "left_out"),
+        (cpt("--corpus.problems", "own.jsonl", "--corpus.length", "64"), "corpus.", "skipped"),
+        (["data", "leaks", "--documents", "text.jsonl", "--problems", "own.jsonl"], "", "skipped"),
+        (["data", "problems", "own.jsonl"], "", "skipped"),
+    ],
+    ids=["evaluate", "options", "curate", "cpt", "leaks", "problems"],
+)
+def test_every_reader_of_problems_takes_a_layout_and_skips_bad_rows(command, prefix, counted, folder, capsys):
+    (folder / "own.yaml").write_text(LAYOUT, encoding="utf-8")
+    (folder / "own.jsonl").write_text("\n".join([*map(json.dumps, OWN), "not json"]), encoding="utf-8")
+    few = [] if command[0] in ("cpt", "data") else ["--sampling.max_new_tokens", "2"]
+    layout = [f"--{prefix}layout", "own.yaml", *few]
+    assert "own.jsonl:4: not JSON" in refused(folder, capsys, *command, *layout)
+    assert main([*command, *layout, f"--{prefix}on_bad_row", "skip", "--json", "result.json"]) == 0
+    assert json.loads((folder / "result.json").read_text())[counted] == {
+        "bad row: the problem: answer 'z' is not among the choices a to b": 1,
+        "bad row: not JSON (Expecting value, column 1); expected a JSON object a line": 1,
+    }
+
+
+def test_shots_may_be_laid_out_as_the_problems_or_otherwise(folder):
+    (folder / "own.yaml").write_text(LAYOUT, encoding="utf-8")
+    (folder / "own.jsonl").write_text(json.dumps(OWN[2]), encoding="utf-8")
+    (folder / "shots.jsonl").write_text(json.dumps(OWN[0]), encoding="utf-8")
+    for number, shots in enumerate(("shots.jsonl", "problems.jsonl")):
+        settings = ["--layout", "own.yaml", "--shot_count", "1", "--shots", shots, "--run", f"run{number}"]
+        assert main(evaluate(*settings, "--sampling.max_new_tokens", "2", problems="own.jsonl")) == 0
+
+
 def test_half_a_character(folder, capsys):
     (folder / "text.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
     assert "text.jsonl:1" in refused(folder, capsys, *cpt())
