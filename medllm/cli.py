@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
-from medllm.command_words import check_options, find_command, gather_lists, name_presets
+from medllm.command_words import check_options, find_command, gather_lists, name_presets, refuse_empty
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
@@ -90,7 +90,9 @@ def parse(name: str, command: Command, words: list[str]) -> Any:
     """
     parser = command.parser()
     check_options(name, words, parser)
-    return parser.instantiate(parser.parse_args(gather_lists(name_presets(words, command.presets), parser)))
+    values = parser.parse_args(gather_lists(name_presets(words, command.presets), parser))
+    refuse_empty(values, parser)
+    return parser.instantiate(values)
 
 
 def _page(argv: list[str]) -> str | None:
@@ -158,7 +160,8 @@ def _rpo(values: Any) -> dict[str, Any]:
     from medllm.stages.rpo import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
-    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}")
+    dropped = "".join(f"; {count} pairs dropped: {reason}" for reason, count in result.dropped_pairs.items())
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}")
     return result.to_json()
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise, takewhile
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from medllm.command import Command, Group
 from medllm.errors import UserError
@@ -190,3 +190,16 @@ def elements(kind: Any) -> tuple[Any, ...]:
 def parts(kind: Any) -> tuple[Any, ...]:
     """The types that an annotation allows: those of a union, else itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def refuse_empty(values: Namespace, parser: ArgumentParser) -> None:
+    """Refuse a text of no characters, which as a path is the working folder, and as a pattern matches anything or nothing.
+
+    Raises:
+        UserError: an option holds one, alone or in a list, and not by default.
+    """
+    defaults = dict(parser.get_defaults().items())
+    for name, value in values.items():
+        several = value if isinstance(value, list | tuple | dict) else [value]
+        if value != defaults.get(name) and "" in several:
+            raise UserError(f"--{name} holds an empty text; give it a value, or leave the option out")

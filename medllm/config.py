@@ -108,7 +108,8 @@ class LoraConfig:
         fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
         expect(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            expect(all(map(_is_regex, pattern)), f"lora.{name}", pattern, "regular expressions for module names")
+            named = all(key and _is_regex(key) for key in pattern)
+            expect(named, f"lora.{name}", pattern, "regular expressions for module names")
         positive = all(rank >= 1 for rank in self.rank_pattern.values())
         expect(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
         positive = all(alpha > 0 for alpha in self.alpha_pattern.values())
@@ -131,7 +132,12 @@ class LoraConfig:
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first expression that matches the end of ``module``, from a dot on (``peft.utils.get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in pattern.items() if names(key, module)), default)
+
+
+def names(pattern: str, module: str) -> bool:
+    """Whether a pattern names a module."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _is_regex(expression: str) -> bool:
@@ -319,6 +325,7 @@ class Sampling:
         expect(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a probability in (0, 1]")
         expect(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (off) or more")
         expect(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
+        expect("" not in self.stop, "sampling.stop", list(self.stop), "strings of at least one character: any text holds ''")
         differ = self.samples == 1 or self.temperature > 0
         expect(differ, "sampling.temperature", self.temperature, f"above 0 to draw {self.samples} different samples")
 

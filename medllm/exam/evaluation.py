@@ -182,7 +182,7 @@ def score_options(
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
 
-    Nothing is generated. Prompt and option are tokenized together; what comes after the prompt's own tokens is the option.
+    Nothing is generated. Prompt and option are tokenized together (:func:`medllm.model.tokenizer.encode_continuation`).
 
     Args:
         engine: The model.
@@ -206,11 +206,7 @@ def score_options(
             scored.append(problem)
     if not scored:
         raise UserError("no problem has exactly one right option; likelihood scoring needs such problems")
-    options = [
-        _continuation(tokenizer, problem, answer, option_prompt(problem, prompt, lettered=method == "letters"))
-        for problem in scored
-        for answer in (problem.choices if method == "options" else LETTERS[: len(problem.choices)].upper())
-    ]
+    options = [option for problem in scored for option in _options(tokenizer, problem, prompt, method)]
     logprobs = iter(engine.logprobs(options, batch_size))
     lengths = iter(options)
     results = tuple(
@@ -231,8 +227,12 @@ def score_options(
     )
 
 
-def _continuation(tokenizer: Any, problem: Problem, choice: str, asked: str) -> Continuation:
-    before, completion = encode_continuation(tokenizer, asked, choice)
-    if not completion:
+def _options(
+    tokenizer: Any, problem: Problem, prompt: OptionPrompt, method: Literal["options", "letters"]
+) -> list[Continuation]:
+    if not all(choice.strip() for choice in problem.choices):
         raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
-    return Continuation(tuple(before), tuple(completion))
+    answers = problem.choices if method == "options" else tuple(LETTERS[: len(problem.choices)].upper())
+    asked = option_prompt(problem, prompt, lettered=method == "letters")
+    pieces = (encode_continuation(tokenizer, asked, answer, answers) for answer in answers)
+    return [Continuation(tuple(before), tuple(completion)) for before, completion in pieces]

@@ -161,7 +161,7 @@ class _Source:
     once: bool
     rows: Sequence[tuple[dict[str, Any], str]]
     fields: _Fields
-    id: str = "problem_id"
+    key: Callable[[dict[str, Any], int], str] = lambda row, _: str(row.get("problem_id"))
 
     def read(self, skipped: Counter[str], left_out: set[str], skip_bad_rows: bool) -> Iterator[tuple[Problem, str]]:
         for number, (row, where) in enumerate(self.rows, start=1):
@@ -175,7 +175,7 @@ class _Source:
                     raise
                 found = f"bad row: {str(error).removeprefix(f'{where}: ')}"
             skipped[found] += 1
-            left_out.add(str(row.get(self.id)))
+            left_out.add(self.key(row, number))
 
 
 def _source(file: Path, problems_format: ProblemsFormat, layout: FieldMap | None, *, known: bool) -> _Source | None:
@@ -195,7 +195,10 @@ def _source(file: Path, problems_format: ProblemsFormat, layout: FieldMap | None
         None,
     )
     if field_map is not None:
-        return _Source(field_map.name, field_map.once, rows, partial(_mapped, field_map, file), field_map.id)
+        return _Source(
+            *(field_map.name, field_map.once, rows, partial(_mapped, field_map, file)),
+            lambda row, number: field_map.key(row, file, number),
+        )
     asks = any("problem_text" in row for row in plain) or (known and suffix == ".jsonl")
     if not asks:
         if known and not plain:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from medllm.errors import UserError
 from medllm.exam.problem import LETTERS
-from medllm.exam.rows import read_json_lines, read_text
+from medllm.exam.rows import read_json, read_json_lines
 from medllm.run import atomic_path
 
 
@@ -68,7 +68,7 @@ def in_letters(
         choices: How many options each problem has; 0 for a number.
     """
     lettered = [one for one in predictions if choices.get(one.problem_id) and one.prediction.strip()]
-    for alphabet, pattern in (("digits", r"[1-9](?:\s*,\s*[1-9])*"), ("upper case", r"[A-J](?:\s*,\s*[A-J])*")):
+    for alphabet, pattern in (("digits", r"[1-9](?:\s*,?\s*[1-9])*"), ("upper case", r"[A-J](?:\s*,?\s*[A-J])*")):
         fitting = [one for one in lettered if re.fullmatch(pattern, one.prediction.strip())]
         if not fitting or any(re.match(r"[a-j](?:,[a-j])*$", one.prediction.strip()) for one in lettered):
             continue
@@ -78,7 +78,7 @@ def in_letters(
 
 
 def _lower(prediction: str) -> str:
-    signs = [sign.strip() for sign in prediction.split(",")]
+    signs = re.findall(r"\w", prediction)
     return ",".join(sorted(LETTERS[int(sign) - 1] if sign.isdigit() else sign.lower() for sign in signs))
 
 
@@ -112,19 +112,28 @@ def _of_file(file: Path) -> Iterator[tuple[Prediction, str]]:
     if file.suffix.lower() != ".json":
         yield from ((_prediction(row, where), where) for row, where in read_json_lines(file))
         return
-    try:
-        value = json.loads(read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+    value = read_json(file)
     rows = value.get("results") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds no predictions; expected a list of them, alone or in 'results'")
     for number, row in enumerate(rows, start=1):
-        yield _foreign(row, f"{file}: row {number}"), f"{file}: row {number}"
+        where = f"{file}: row {number}"
+        numbered = file.stem.endswith("_pred") or (isinstance(row, dict) and not any(name in row for name in _IDS))
+        if numbered and "pred" in row:  # KokushiMD-10's are joined by their number
+            yield _numbered(row["pred"], f"{file.stem.removesuffix('_pred')}-{number}"), where
+        else:
+            yield _foreign(row, where), where
+
+
+def _numbered(pred: Any, problem_id: str) -> Prediction:
+    """A prediction as KokushiMD-10's scorer takes it: letters in any order, or digits, with anything else between them."""
+    signs = re.sub(r"[^a-z0-9]", "", str(pred or "").lower())
+    lettered = signs and all(sign in LETTERS for sign in signs)
+    return Prediction(problem_id, ",".join(sorted(signs)) if lettered else signs, str(pred or ""))
 
 
 def _foreign(row: Any, where: str) -> Prediction:
-    """A row of JMLE2026-Bench, IgakuQA119 or KokushiMD-10: their letters joined by commas, their text where there is one."""
+    """A row of JMLE2026-Bench or IgakuQA119: their letters joined by commas, their text where there is one."""
     if not isinstance(row, dict) or not any(name in row for name in _IDS):
         raise UserError(f"{where}: expected an object with {', '.join(_IDS[:-1])} or {_IDS[-1]}")
     key = str(next(row[name] for name in _IDS if name in row))

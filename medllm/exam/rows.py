@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ csv.field_size_limit(2**31 - 1)
 
 
 def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without byte-order mark.
+    """The UTF-8 text of a file, without byte-order mark, every line ended by LF.
+
+    Lines end at LF, CR and CR LF alone: what ``str.splitlines`` takes for ends besides (U+2028, U+0085, form feed …) is text.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -43,18 +46,70 @@ def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not line.strip():
             continue
         where = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a JSON object a line") from error
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+        row = _parsed(line, where, "expected a JSON object a line")
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield row, where
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file; of JSON lines, which some name so too, a list.
+
+    Raises:
+        UserError: it holds neither.
+    """
+    try:
+        return _parsed(read_text(file), str(file), "expected JSON")
+    except UserError as error:
+        if getattr(error.__cause__, "msg", "") != "Extra data":
+            raise
+    return [row for row, _ in read_json_lines(file)]
+
+
+def _parsed(text: str, where: str, expected: str) -> Any:
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg}{line}, column {error.colno}); {expected}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+    return value
+
+
+def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, or some of their columns; a batch is in memory at a time.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _parquet(file) as opened:
+        for batch in opened.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+
+
+def parquet_columns(file: Path) -> list[str]:
+    """The columns of a Parquet file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _parquet(file) as opened:
+        return opened.schema_arrow.names
+
+
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        yield pq.ParquetFile(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
 Rows = list[tuple[dict[str, Any], str]]
@@ -76,14 +131,12 @@ def read_rows(file: Path, *, must: bool = True) -> Rows:
     if suffix == ".csv":
         return list(_csv_rows(file, must=must))
     if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return [(row, f"{file}: row {number}") for number, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]
+        return [(row, f"{file}: row {number}") for number, row in enumerate(read_parquet(file), 1)]
     try:
-        value = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        value = read_json(file)
+    except UserError:
         if must:
-            raise UserError(f"{file}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+            raise
         return []
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         return [(row, f"{file}: row {number}") for number, row in enumerate(value, start=1)]

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generation
@@ -198,9 +200,12 @@ def test_the_option_prompts_are_jmedbenchs(prompt, context, method):
     asked = Problem("x", "空は。", ("赤", "青"), ("a",), context=context)
     score_options(engine, CharacterTokenizer(), [asked], prompt=prompt, method=method)
     text = JMEDBENCH[prompt][2 * (method == "letters") + bool(context)]
-    assert ["".join(map(chr, continuation.prompt)) for continuation in engine.seen] == [text, text]
+    read = [["".join(map(chr, tokens)) for tokens in (one.prompt, one.completion)] for one in engine.seen]
+    before = text.rstrip()
     answers = "赤青" if method == "options" else "AB"
-    assert [continuation.completion for continuation in engine.seen] == [(ord(answer),) for answer in answers]
+    assert read == [[before, text[len(before) :] + answer] for answer in answers], (
+        "the last space is the option's, as in lm-eval"
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,15 +231,53 @@ def test_by_letters_the_likeliest_letter_is_chosen_whatever_its_option_says():
     assert scores.results[0].nll == pytest.approx((2.0, 3.0, 0.5))
 
 
-def test_an_option_whose_tokens_merge_into_the_prompt_is_still_scored():
+@pytest.mark.parametrize(
+    ("choices", "prompt_ends", "completions"),
+    [
+        (("赤", "青"), "：", ["赤", "青"]),
+        (("X", "XY"), "え", ["×", "×Y"]),
+        (("赤", "X"), "え", ["：赤", "×"]),  # all after the same tokens, or their likelihoods could not be compared
+    ],
+    ids=["none", "all", "one"],
+)
+def test_options_that_merge_into_the_prompt_are_scored_whole(choices, prompt_ends, completions):
     engine = LikelihoodEngine()
-    score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", ("X", "XY"), ("a",))])
-    assert [continuation.completion for continuation in engine.seen] == [(ord("X"),), (ord("Y"),)]
+    scores = score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", choices, ("a",))])
+    assert {chr(one.prompt[-1]) for one in engine.seen} == {prompt_ends}
+    assert ["".join(map(chr, one.completion)) for one in engine.seen] == completions
+    assert scores.results[0].tokens == tuple(map(len, completions))
+
+
+@pytest.fixture(scope="module")
+def bytes_and_words():
+    """A token a byte, but `` F``, `` R``, ``：「`` and what a space makes with the first byte of 発 are tokens of their own."""
+    letters = {text: "".join(piece for piece, _ in SPLIT.pre_tokenize_str(text)) for text in (" F", " R", "：「", " 発")}
+    merges = [(letters[" F"][0], "F"), (letters[" R"][0], "R"), tuple(letters[" 発"][:2])]
+    merges += [(letters["：「"][:end], letters["：「"][end]) for end in range(1, len(letters["：「"]))]
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocab)}, merges=merges))
+    core.pre_tokenizer, core.decoder = SPLIT, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize("prompt", sorted(OPTION_PROMPTS))
+@pytest.mark.parametrize("choices", [("Fever and cough", "Rash and cough"), ("発熱", "咳"), ("「発熱」", "咳"), ("「", "「「")])
+def test_every_option_is_scored_in_all_its_characters_after_the_same_prompt(bytes_and_words, prompt, choices):
+    engine = LikelihoodEngine()
+    score_options(engine, bytes_and_words, [Problem("x", "どれ。", choices, ("a",))], prompt=prompt)
+    (asked,) = {one.prompt for one in engine.seen}
+    for one, choice in zip(engine.seen, choices, strict=True):
+        assert bytes_and_words.decode(one.completion).lstrip(" ：\n") == choice
+        assert bytes_and_words.decode([*asked, *one.completion]).endswith(choice)
+        assert [*asked, *one.completion] == bytes_and_words(bytes_and_words.decode([*asked, *one.completion]))["input_ids"]
 
 
 def test_what_cannot_be_scored_by_likelihood_is_refused():
     numeric = Problem("n", "何日か。", (), ("3",))
-    empty = Problem("e", "どれか。", ("", "赤"), ("b",), source="file.jsonl:2")
+    empty = Problem("e", "どれか。", (" ", "赤"), ("b",), source="file.jsonl:2")
     with pytest.raises(UserError, match="no problem has exactly one right option"):
         score_options(LikelihoodEngine(), CharacterTokenizer(), [numeric])
     with pytest.raises(UserError, match=r"file\.jsonl:2: problem e has an empty option"):

@@ -1,6 +1,7 @@
 """Public layouts are recognised by their fields; what is no problem is not taken for one; other benches' results are read."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,14 @@ from medllm.errors import UserError
 from medllm.exam.field_map import known_layouts
 from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.predictions import Prediction, in_letters, read_predictions
+from medllm.exam.scoring import score
 from medllm.stages.problems import of_subjects
 
 COLOURS = ["赤", "青", "緑"]
 EXAM = {"problem_id": "1", "problem_text": "何色か。", "choices": COLOURS, "answer": ["b"]}
+
+SHEET = {"index": "1", "text_only": True, "kinki": "", "human_accuracy": "0.9", "points": "1", "answer": "A"}
+"""A row of KokushiMD-10 without its question."""
 
 # layout → (rows, one problem's id, choices, answer, points, year, text_only)
 ROWS = {
@@ -47,10 +52,10 @@ ROWS = {
     ),
     "kokushimd": (
         [
-            {"index": "k1", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "B", "points": 2.0},
-            {"index": "k2", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "NA", "points": "1"},
+            {**SHEET, "question": "何色か。", "a": "赤", "b": "青", "answer": "B", "points": 2.0},
+            {**SHEET, "question": "何色か。", "a": "赤", "b": "青", "answer": "NA", "points": "1"},
         ],
-        ("k1", ["赤", "青"], ("b",), 2, None, True),
+        ("file-1", ["赤", "青"], ("b",), 2, None, True),
     ),
     "jmedbench": (
         [{"sample_id": "s1", "question": "何色か。", "options": COLOURS, "answer_idx": 1, "n_options": 3}],
@@ -180,3 +185,45 @@ def test_a_file_in_another_alphabet_is_read_in_letters(given, alphabet, read):
     predictions = [Prediction(f"q{n}", one) for n, one in enumerate(given)] + [Prediction("number", "26")]
     found, said = in_letters(predictions, {"q0": 3, "q1": 3, "number": 0})
     assert ([one.prediction for one in found], said) == ([*read, "26"], alphabet)
+
+
+def test_an_answer_sheet_scores_numbered_predictions_as_its_own_scorer_does(tmp_path):
+    """KokushiMD-10's repository holds no questions; its scorer joins by row, and drops all but letters and digits."""
+    sheet, results = tmp_path / "exams", tmp_path / "results"
+    sheet.mkdir(), results.mkdir()
+    rows = [
+        {**SHEET, "answer": "CA", "kinki": ["D"], "points": "3"},
+        {**SHEET, "answer": "B"},
+        {**SHEET, "answer": "NA"},
+        {**SHEET, "answer": "42", "points": 1.0},
+        {**SHEET, "answer": "E", "corrected_question_index": "7"},
+        {**SHEET, "answer": "F"},
+    ]
+    (sheet / "医師_2020_b.json").write_text(json.dumps(rows), encoding="utf-8")
+    (sheet / "医師_2020_b_history.json").write_text(json.dumps([{**row, "pred": "A"} for row in rows]), encoding="utf-8")
+    said = [{"pred": "A, C."}, {"pred": "D"}, {"pred": "A"}, {"pred": "42"}, {"pred": "E"}, {"pred": "F"}]
+    (results / "医師_2020_b_pred.json").write_text(json.dumps(said), encoding="utf-8")
+    loaded = load_problems(sheet)
+    assert loaded.skipped == {"no gold answer": 2}
+    assert [Path(file).name for file in loaded.ignored] == ["医師_2020_b_history.json"]
+    first = loaded.problems[0]
+    assert (first.problem_id, first.answer, first.kinki, first.points) == ("医師_2020_b-1", ("a", "c"), ("d",), 3)
+    assert (first.year, first.section, first.category, first.text_only) == (2020, "B", "医師", False)
+    kept = [one for one in read_predictions(results) if one.problem_id not in loaded.skipped_ids]
+    sheet_of = score(loaded.problems, kept)
+    assert (sheet_of.points, sheet_of.correct, sheet_of.questions) == (3 + 1 + 1, 3, 4)
+
+
+def test_digits_are_letters_where_options_are_numbered(tmp_path):
+    options = {"1": "赤", "2": "青", "3": "緑"}
+    rows = [
+        {**SHEET, "question": "何色か。", **options, "answer": "31"},
+        {**SHEET, "question": "何色か。", **options, "answer": "2"},
+    ]
+    (tmp_path / "看護_2021_a.json").write_text(json.dumps(rows), encoding="utf-8")
+    said = tmp_path / "看護_2021_a_pred.json"
+    problems = load_problems(tmp_path / "看護_2021_a.json").problems
+    assert [problem.answer for problem in problems] == [("a", "c"), ("b",)]
+    said.write_text(json.dumps([{"pred": "13"}, {"pred": "2"}]), encoding="utf-8")
+    read, alphabet = in_letters(read_predictions(said), {problem.problem_id: 3 for problem in problems})
+    assert ([one.prediction for one in read], alphabet) == (["a,c", "b"], "digits")

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from medllm.cli import main
+from medllm.config import Sampling
+from medllm.errors import UserError
 from medllm.mini.study import BASE
 from medllm.model.directory import ModelDirectory
 from tests.refusal import refused
@@ -112,6 +114,15 @@ def test_preferences_without_a_pair(folder, capsys):
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_preferences_whose_prompts_are_empty(folder, capsys, engine):
+    sample, other = ({"text": f"{text}である。", "answer": "a"} for text in "甲乙")
+    row = {"problem_id": "1", "prompt": "", "ground_truth": sample, "chosen": [], "rejected": [other]}
+    (folder / "preferences.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    settings = ["--engine", engine, "--model.path", str(BASE), "--run", "run", "--preferences", "preferences.jsonl"]
+    assert "1 × no token of the prompt is left" in refused(folder, capsys, "rpo", *settings)
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_an_adapter_that_is_not_there(folder, capsys, engine):
     arguments = cpt("--engine", engine, "--model.adapter", "nowhere", "--corpus.length", "64")
     assert "nowhere: no such adapter folder" in refused(folder, capsys, *arguments)
@@ -180,3 +191,44 @@ def test_a_preset_that_is_not_there_names_those_that_are(folder, capsys):
     assert line.endswith("--config paper_cpt_72x: neither a file nor a preset; there are paper_cpt_72b")
     assert line == refused(folder, capsys, "cpt", "--config=paper_cpt_72x")
     assert "there are mini, mini_smoke" in refused(folder, capsys, "mini", "--preset", "paper_cpt_72b", "--out", "study")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (cpt(), ("run", "model.path", "model.tokenizer", "corpus.documents", "corpus.problems", "corpus.text_column")),
+        (evaluate(), ("sampling.stop", "shots", "label", "problems", "json")),
+        (["rpo", "--model.path", str(BASE), "--run", "run", "--preferences", "p.jsonl"], ("preferences", "reference_cache")),
+        (["convert", "--model", str(BASE), "--out", "merged"], ("adapter", "held_text", "out")),
+        (["data", "leaks", "--documents", "text.jsonl", "--problems", "problems.jsonl"], ("documents", "problems")),
+    ],
+    ids=lambda value: value[0],
+)
+def test_an_empty_text_is_no_value(folder, capsys, command, options):
+    for option in options:
+        assert f"--{option} holds an empty text" in refused(folder, capsys, *command, f"--{option}", "")
+
+
+def test_an_empty_text_in_a_list_or_a_file_is_no_value_either(folder, capsys):
+    assert "--sampling.stop holds" in refused(folder, capsys, *evaluate("--sampling.stop", "終", ""))
+    assert "--corpus.documents holds" in refused(folder, capsys, *cpt(documents='["text.jsonl", ""]'))
+    (folder / "own.yaml").write_text("sampling:\n  stop: ['']\n", encoding="utf-8")
+    assert "--sampling.stop holds" in refused(folder, capsys, *evaluate("--config", "own.yaml"))
+    with pytest.raises(UserError, match=r"sampling\.stop is \['a', ''\]; expected"):
+        Sampling(stop=("a", ""))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("lora.targets", "layers.99.mlp.up_proj", "'layers.99.mlp.up_proj', which none of the"),
+        ("lora.rank_pattern", '{"up": 4}', "'up', which matches no module"),
+        ("lora.alpha_pattern", '{"layers.99.mlp.up_proj": 4.0}', "which matches no module"),
+        ("lora.rank_pattern", '{"": 4}', "empty text"),
+    ],
+)
+def test_a_name_of_no_layer_is_refused_before_training(folder, capsys, engine, setting, value, said):
+    line = refused(folder, capsys, *cpt("--engine", engine, f"--{setting}", value))
+    assert setting in line
+    assert said in line
