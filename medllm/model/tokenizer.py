@@ -159,13 +159,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt)
     else:
-        (ids,) = _ids(tokenizer, [_written_out(tokenizer, prompt)], begins=False)
+        (ids,) = _ids(tokenizer, [written_out(tokenizer, prompt)], begins=False)
     if not ids:
         raise UserError("a prompt is empty: generation needs at least one token")
     return ids
 
 
-def _written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
+def written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
     """A conversation as its model's template writes it, with the assistant's turn opened, and no thinking before the answer.
 
     Where the template takes no system turn, or leaves it out, its text goes before that of the user's turn after it.
