@@ -20,12 +20,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
-from medllm.command_words import check_options, find_command, gather_lists, name_presets
+from medllm.command_words import check_options, find_command, gather_lists, name_presets, refuse_empty
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
+from medllm.presets import TABLE_ROWS
 from medllm.quantization import Quantization
+from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
@@ -88,7 +90,9 @@ def parse(name: str, command: Command, words: list[str]) -> Any:
     """
     parser = command.parser()
     check_options(name, words, parser)
-    return parser.instantiate(parser.parse_args(gather_lists(name_presets(words, command.presets), parser)))
+    values = parser.parse_args(gather_lists(name_presets(words, command.presets), parser))
+    refuse_empty(values, parser)
+    return parser.instantiate(values)
 
 
 def _page(argv: list[str]) -> str | None:
@@ -160,12 +164,14 @@ def _rpo(values: Any) -> dict[str, Any]:
     from medllm.stages.rpo import run_rpo
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
-    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}")
+    dropped = "".join(f"; {count} pairs dropped: {reason}" for reason, count in result.dropped_pairs.items())
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}")
     return result.to_json()
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
     from medllm.remote.spending import Estimate
+    from medllm.report.paper import published_value
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
@@ -173,30 +179,18 @@ def _evaluate(values: Any) -> dict[str, Any]:
         result = run_evaluate(config, values.engine, progress)
     if isinstance(result, Estimate):
         say(result.words())
-    elif isinstance(result, OptionsResult):
-        scores = result.scores
-        shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
-        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}")
+        return result.to_json()
+    if isinstance(result, OptionsResult):
+        scores, share = result.scores, result.share
+        shares = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}] right, {scores.normalized_accuracy:.3f} per token"
+        line = f"{shares}, {len(scores.results)} questions"
     else:
         ended = f"{result.endings.words()}; {result.readings.words()}"
-        say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}")
+        line = f"{result.score.words()}; {ended}"
+    published = published_value(result.model, result.setting, result.problem_set)
+    line += "" if published is None else f"; published {published:.3f}"
+    say(f"evaluate: {result.setting}: {line}; {config.run}")
     return result.to_json()
-
-
-def _report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", type=str, nargs="+", help="run folders of any stage")
-    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
-    parser.add_argument(
-        "--previous", type=dict[str, str] | None, default=None, help="which model each is compared with, {B: A}"
-    )
-
-
-def _report(values: Any) -> dict[str, Any]:
-    from medllm.report.page import report_from_runs, write_report
-
-    write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs], previous=values.previous))
-    say(f"report: {values.out}")
-    return {"report": values.out}
 
 
 def _convert_arguments(parser: ArgumentParser) -> None:
@@ -295,10 +289,16 @@ def _data_actions() -> Mapping[str, Command]:
 
 
 def _stage(
-    name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str, engines: Any = EngineName
+    name: str,
+    help: str,
+    config_class: type,
+    run: Callable[[Any], dict[str, Any]],
+    first: str,
+    engines: Any = EngineName,
+    more: str = "",
 ) -> Command:
     options = tuple(f"--{option}" for option in first.split())
-    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_*")
+    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_* {more}".strip())
 
 
 COMMANDS: dict[str, Command | Group] = {
@@ -336,9 +336,10 @@ COMMANDS: dict[str, Command | Group] = {
         _evaluate,
         "model.path model.adapter run problems shots shot_count explanation method format sampling.max_new_tokens batch_size "
         "limit engine mesh",
+        more=TABLE_ROWS,
     ),
     "score": Command("score predictions officially", score_arguments, score_predictions),
-    "report": Command("one HTML page from run folders", _report_arguments, _report),
+    "report": Command("tables and one HTML page from run folders", report_arguments, write_and_say),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,

@@ -20,7 +20,7 @@ class Command:
         arguments: Adds its options to a parser.
         run: Does it, with the parsed values. What it returns is what ``--json`` writes; ``ok`` false in it is exit code 1.
         first: The options a user sets first, in the order in which ``--help`` shows them; empty where it shows all.
-        presets: Which presets are for it: a pattern of their names.
+        presets: Which presets are for it: a pattern of their names, or several.
     """
 
     help: str

@@ -12,11 +12,11 @@ from itertools import pairwise, takewhile
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from medllm.command import Command, Group
 from medllm.errors import UserError
-from medllm.presets import preset_file
+from medllm.presets import preset_settings
 
 # What other programs, and the field, call a command or a setting: the last part of its name here.
 _COMMANDS_MEANT = {
@@ -150,14 +150,14 @@ def _begins(leaf: str, end: str) -> bool:
 
 
 def name_presets(words: Sequence[str], pattern: str) -> list[str]:
-    """``--config paper_cpt_72b`` → the preset's file, where its name fits ``pattern``.
+    """``--config paper_cpt_72b`` → the preset's file, or its YAML, where its name fits ``pattern``.
 
     Raises:
         UserError: neither a file nor such a preset.
     """
     parted = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     return [
-        str(preset_file(before, word, pattern)) if before == "--config" else word for before, word in pairwise(["", *parted])
+        preset_settings(before, word, pattern) if before == "--config" else word for before, word in pairwise(["", *parted])
     ]
 
 
@@ -190,3 +190,16 @@ def elements(kind: Any) -> tuple[Any, ...]:
 def parts(kind: Any) -> tuple[Any, ...]:
     """The types that an annotation allows: those of a union, else itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def refuse_empty(values: Namespace, parser: ArgumentParser) -> None:
+    """Refuse a text of no characters, which as a path is the working folder, and as a pattern matches anything or nothing.
+
+    Raises:
+        UserError: an option holds one, alone or in a list, and not by default.
+    """
+    defaults = dict(parser.get_defaults().items())
+    for name, value in values.items():
+        several = value if isinstance(value, list | tuple | dict) else [value]
+        if value != defaults.get(name) and "" in several:
+            raise UserError(f"--{name} holds an empty text; give it a value, or leave the option out")

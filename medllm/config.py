@@ -7,13 +7,13 @@ hyper-parameters, so the defaults here are ours.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from medllm.architecture import PROJECTIONS
 from medllm.errors import UserError
+from medllm.module_patterns import by_pattern, is_regex
 from medllm.quantization import Quantization
 
 RematPolicy = Literal["none", "projections", "attention", "layer"]
@@ -30,8 +30,8 @@ RematPolicy = Literal["none", "projections", "attention", "layer"]
 ProblemsFormat = Literal["auto", "igakuqa", "jsonl", "jmmlu", "pharmacist"]
 """Formats of problem files, see :mod:`medllm.exam.loaders`."""
 
-OptionPrompt = Literal["mcqa", "mcqa_jp", "mcqa_with_options", "mcqa_with_options_jp"]
-"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.evaluation`."""
+OptionPrompt = Literal["mcqa_minimal", "mcqa_with_options_jp", "mcqa_with_options", "4o_mcqa_instructed_jp", "mcqa", "mcqa_jp"]
+"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.option_prompts`."""
 
 _NARROW = ("q_proj", "k_proj", "v_proj", "attention", "o_proj")
 REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {
@@ -108,7 +108,8 @@ class LoraConfig:
         fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
         expect(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            expect(all(map(_is_regex, pattern)), f"lora.{name}", pattern, "regular expressions for module names")
+            named = all(key and is_regex(key) for key in pattern)
+            expect(named, f"lora.{name}", pattern, "regular expressions for module names")
         positive = all(rank >= 1 for rank in self.rank_pattern.values())
         expect(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
         positive = all(alpha > 0 for alpha in self.alpha_pattern.values())
@@ -120,26 +121,13 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank at ``module``; 0 where it carries no adapter."""
-        return _by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
+        return by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
 
     def scaling_of(self, module: str) -> float:
         """What the update of ``module`` is multiplied by; 0 where it carries no adapter."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
-
-
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first expression that matches the end of ``module``, from a dot on (``peft.utils.get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _is_regex(expression: str) -> bool:
-    try:
-        re.compile(expression)
-    except re.error:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -176,15 +164,29 @@ class OptimizerConfig:
         expect(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "a positive number")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProblemLayout:
+    """How problem files are laid out, and what becomes of a row that cannot be used.
+
+    Args:
+        problems_format: What the files are; ``auto`` goes by fields and content.
+        layout: YAML file of a layout of one's own, for the files that have its fields.
+        on_bad_row: ``stop`` at a row that cannot be used, or ``skip`` it: leave it out and count it, by what is wrong with it.
+    """
+
+    problems_format: ProblemsFormat = "auto"
+    layout: str | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(ProblemLayout):
     """What continued pretraining reads.
 
     Args:
         documents: Files or folders: JSONL, Parquet, plain text, or whatever ``datasets`` opens.
         text_column: Column that holds a document's text; a problem file is turned into question, explanation and answer.
         problems: Problem files whose verified explanations join the corpus (nothing after ``problems_until``).
-        problems_format: Of those files; ``auto`` goes by a file's name and content.
         problems_until: Last exam year that may enter training; the evaluation exams begin the year after.
         length: Tokens in a row.
         packing: ``packed`` keeps documents apart (segment ids, positions restart); ``wrapped`` cuts one stream anywhere.
@@ -193,7 +195,6 @@ class CorpusConfig:
     documents: tuple[str, ...] = ()
     text_column: str = "text"
     problems: tuple[str, ...] = ()
-    problems_format: ProblemsFormat = "auto"
     problems_until: int = 2017
     length: int = 2048
     packing: Literal["packed", "wrapped"] = "packed"
@@ -320,6 +321,7 @@ class Sampling:
         expect(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a probability in (0, 1]")
         expect(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (off) or more")
         expect(self.samples >= 1, "sampling.samples", self.samples, "at least 1")
+        expect("" not in self.stop, "sampling.stop", list(self.stop), "strings of at least one character: any text holds ''")
         differ = self.samples == 1 or self.temperature > 0
         expect(differ, "sampling.temperature", self.temperature, f"above 0 to draw {self.samples} different samples")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from medllm.command import Command, say
-from medllm.config import CorpusConfig, PairConfig, ProblemsFormat
+from medllm.config import CorpusConfig, OptionPrompt, PairConfig, ProblemLayout
 from medllm.errors import UserError
 from medllm.host.progress import progress_bar
-from medllm.problem_options import layout_arguments, problems_at
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def _leaks_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("--documents", type=list[str], required=True, help="training files or folders")
     parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
-    parser.add_argument("--problems_format", type=ProblemsFormat, default="auto", help="auto: by name and content")
+    parser.add_class_arguments(ProblemLayout)
     parser.add_argument("--text_column", type=str, default="text", help="column that holds a document's text")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of a question's 13-character pieces")
 
@@ -67,18 +67,19 @@ def _leaks_arguments(parser: ArgumentParser) -> None:
 def _leaks(values: Any) -> dict[str, Any]:
     from medllm.corpus.contamination import find_leaks
     from medllm.corpus.documents import load_documents
-    from medllm.exam.loaders import load_problems
+    from medllm.exam.loaders import problems_at
 
     if not 0 < values.threshold <= 1:
         raise UserError(f"--threshold is {values.threshold}; expected a share in (0, 1]")
     corpus = load_documents(CorpusConfig(documents=tuple(values.documents), text_column=values.text_column))
-    problems = load_problems(values.problems, problems_format=values.problems_format).problems
+    loaded = problems_at(values.problems, values)
     with progress_bar("documents") as progress:
-        found = find_leaks(corpus.documents, problems, threshold=values.threshold, progress=progress)
+        found = find_leaks(corpus.documents, loaded.problems, threshold=values.threshold, progress=progress)
     for leak in found:
         say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}")
-    say(f"data: {len(found)} leaks")
-    return {"leaks": [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]}
+    say(f"data: {len(found)} leaks" + _left_out(loaded.skipped))
+    leaks = [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]
+    return {"leaks": leaks, "problems": len(loaded.problems), "skipped": dict(loaded.skipped)}
 
 
 def _read_arguments(parser: ArgumentParser) -> None:
@@ -96,15 +97,16 @@ def _read(values: Any) -> list[dict[str, Any]]:
 
 def _problems_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", type=str, help="problem file or folder")
-    layout_arguments(parser)
+    parser.add_class_arguments(ProblemLayout)
 
 
 def _problems(values: Any) -> dict[str, Any]:
+    from medllm.exam.loaders import problems_at
+
     loaded = problems_at(values.path, values)
     years = Counter(str(problem.year or "unknown") for problem in loaded.problems)
-    left_out = ", ".join(f"{reason} {count}" for reason, count in loaded.skipped.items())
     layouts = ", ".join(f"{name} {count}" for name, count in loaded.layouts.items())
-    say(f"data: {len(loaded.problems)} problems ({layouts})" + (f"; left out: {left_out}" if left_out else ""))
+    say(f"data: {len(loaded.problems)} problems ({layouts})" + _left_out(loaded.skipped))
     return {
         "problems": len(loaded.problems),
         "layouts": dict(loaded.layouts),
@@ -114,10 +116,35 @@ def _problems(values: Any) -> dict[str, Any]:
     }
 
 
+def _left_out(skipped: Mapping[str, int]) -> str:
+    return "; left out: " + ", ".join(f"{reason} {count}" for reason, count in skipped.items()) if skipped else ""
+
+
+def _task_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=str, help="problem file or folder")
+    parser.add_argument("--out", type=str, required=True, help="folder for its files, the harness's --include_path")
+    parser.add_argument("--name", type=str | None, default=None, help="what the task is called; the file's name when unset")
+    parser.add_argument("--prompt", type=OptionPrompt, default="mcqa_with_options_jp", help="the prompt, by JMedBench's names")
+    parser.add_argument("--method", type=Literal["options", "letters"], default="options", help="what is compared")
+    parser.add_class_arguments(ProblemLayout)
+
+
+def _task(values: Any) -> dict[str, Any]:
+    from medllm.exam.harness_tasks import write_task
+    from medllm.exam.loaders import problems_at
+
+    problems = problems_at(values.path, values).problems
+    name = values.name or Path(values.path).stem
+    task = write_task(problems, values.out, name, prompt=values.prompt, method=values.method)
+    say(f"data: task {task.name}, {task.questions} questions{_left_out(task.left_out)}; {task.file}")
+    return {"task": task.name, "file": str(task.file), "questions": task.questions, "left_out": dict(task.left_out)}
+
+
 ACTIONS = {
     "export-trl": Command("preferences → TRL's prompt/chosen/rejected rows", _export_arguments, _export),
     "random-model": Command("a small Qwen2.5 with random weights, for trying out a pipeline", _model_arguments, _model),
     "read": Command("how the answer in a text is read, and by which rule", _read_arguments, _read),
     "problems": Command("what a problem file or folder holds, and in which layout", _problems_arguments, _problems),
+    "task": Command("an exam as a task of lm-evaluation-harness", _task_arguments, _task),
     "leaks": Command("exam questions found in training text", _leaks_arguments, _leaks),
 }

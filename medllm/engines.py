@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from medllm.config import changed
+from medllm.config import Recipe, changed
 from medllm.errors import UserError
 from medllm.host.installation import install_command
 
@@ -115,10 +115,15 @@ def open_trainer(name: TrainerName, model: ModelConfig, stage: MeshConfig | None
     """:func:`open_engine`, for training.
 
     Raises:
-        UserError: as there, or the engine is none of them.
+        UserError: as there, the engine is none of them, or the adapter to be trained names no layer of the model.
     """
     _refuse_other(name, get_args(TrainerName), "train")
-    return _open(name, model, stage)
+    opened = _open(name, model, stage)
+    if isinstance(stage, Recipe):
+        from medllm.model.adapter import check_lora  # with numpy, which a command line that opens nothing does without
+
+        check_lora(stage.lora, model.path)
+    return opened
 
 
 def module_of(home: str, part: str) -> str:

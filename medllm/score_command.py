@@ -8,34 +8,47 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from medllm.command import say
-from medllm.problem_options import layout_arguments, problems_at
+from medllm.config import ProblemLayout
 
 
 def score_arguments(parser: ArgumentParser) -> None:
     """The options of ``medllm score``."""
     parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
-    layout_arguments(parser)
+    parser.add_class_arguments(ProblemLayout)
     parser.add_argument("--predictions", type=str, required=True, help="prediction file, folder or pattern")
     parser.add_argument("--lenient", type=bool, default=False, help="forgive spaces; the official score does not")
     parser.add_argument("--from_text", type=bool, default=False, help="beside it: the texts of the predictions, read anew")
-    parser.add_argument("--explanation", type=bool, default=False, help="with --from_text: they explain before they answer")
+    parser.add_argument("--explanation", type=bool, default=False, help="the predictions' texts explain before they answer")
+    parser.add_argument("--shot_count", type=int, default=3, help="examples that were shown: the setting's name in tables")
+    parser.add_argument("--label", type=str | None, default=None, help="what the model is called in tables; else --predictions")
 
 
 def score_predictions(values: Any) -> dict[str, Any]:
     """Score them, and say it in a line."""
-    from medllm.exam.predictions import in_letters, read_predictions
+    from medllm.exam.loaders import problems_at
+    from medllm.exam.predictions import in_letters, in_no_letters, read_predictions
     from medllm.exam.scoring import read_anew, score
+    from medllm.exam.setting import setting_name
 
     loaded = problems_at(values.problems, values)
     problems, given = loaded.problems, read_predictions(values.predictions)
     kept = [one for one in given if one.problem_id not in loaded.skipped_ids]
-    predictions, alphabet = in_letters(kept, {problem.problem_id: len(problem.choices) for problem in problems})
+    choices, left_out = {problem.problem_id: len(problem.choices) for problem in problems}, len(given) - len(kept)
+    predictions, alphabet = in_letters(kept, choices)
+    unread = in_no_letters(predictions, choices)
     sheet = score(problems, predictions, lenient=values.lenient)
-    counts = {"alphabet": alphabet, "skipped": dict(loaded.skipped), "predictions_left_out": len(given) - len(kept)}
+    named = {
+        "stage": "score",
+        "model": values.label or values.predictions,
+        "setting": setting_name(values.shot_count, explanation=values.explanation),
+    }
+    counts: dict[str, Any] = {"alphabet": alphabet, "in_no_letters": unread}
+    counts |= {"skipped": dict(loaded.skipped), "predictions_left_out": left_out}
     read = "" if alphabet == "letters" else f"; predictions in {alphabet}, read as letters"
-    say(f"score: {sheet.words()}{read}" + (f"; {len(given) - len(kept)} for rows left out" if len(given) > len(kept) else ""))
+    wrong = f"; {unread} predictions are in no letters, and count as wrong" if unread else ""
+    say(f"score: {sheet.words()}{read}{wrong}" + (f"; {left_out} for rows left out" if left_out else ""))
     if not values.from_text:
-        return sheet.to_json() | counts
+        return named | sheet.to_json() | counts
     anew = read_anew(problems, predictions, explanation=values.explanation)
     say(f"score: {anew.read_points} points by the texts read anew; {anew.readings.words()}")
-    return sheet.to_json() | counts | asdict(anew)
+    return named | sheet.to_json() | counts | asdict(anew)

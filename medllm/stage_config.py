@@ -14,7 +14,7 @@ from medllm.config import (
     ModelConfig,
     OptionPrompt,
     PreferenceRecipe,
-    ProblemsFormat,
+    ProblemLayout,
     Recipe,
     Sampling,
     expect,
@@ -78,14 +78,13 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
-class CurateConfig(MeshConfig):
+class CurateConfig(MeshConfig, ProblemLayout):
     """Preference data from the model's own answers.
 
     Args:
         model: The model that writes the responses (the CPT model in the paper).
         run: Run folder; ``preferences.jsonl`` is written into it.
         problems: Problem files or folders, with verified explanations.
-        problems_format: Of those files; ``auto`` goes by a file's name and content.
         shots: Problem file whose first ``shot_count`` rows are the examples; the problems' own first ones when unset.
         shot_count: Examples before the question (three in the paper).
         problems_until: Problems of later years are refused: the exams held out for evaluation never enter training.
@@ -107,7 +106,6 @@ class CurateConfig(MeshConfig):
     answer_as: Literal["letters", "text"] = "letters"
     batch_size: int = 32
     limit: int = 0
-    problems_format: ProblemsFormat = "auto"
     server: ServerConfig = field(default_factory=ServerConfig)
     dry_run: bool = False
 
@@ -131,20 +129,23 @@ class RpoConfig(PreferenceRecipe):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(MeshConfig):
+class EvaluateConfig(MeshConfig, ProblemLayout):
     """An exam sat by a model, from prompts to the score.
 
     Args:
         model: The model that sits it.
         run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
         problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
-        problems_format: Of those files; ``auto`` goes by a file's name and content.
-        shots: Problem file with the examples, which is needed where there are any.
+        shots: Problem file with the examples, needed where there are any.
         shot_count: Examples before the question (three in the paper, 0: none).
         explanation: Ask for an explanation before the answer (the paper's second column).
-        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
-            after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
-        option_prompt: That prompt, by JMedBench's names: in English or in Japanese, with the options listed in it or not.
+        method: How it is sat: in words that are scored officially (``generate``), or by the likeliest of the ``options`` or of
+            their ``letters``. These follow a zero-shot prompt, as in JMedBench: shots, template and sampling play no part then.
+        option_prompt: That prompt, by JMedBench's names: its minimal, standard, English-centric and instructed one, or two more
+            that list no options. A problem with a context (PubMedQA) is asked by the one that JMedBench pairs with it.
+        problem_set: What the problems are called in a table of zero-shot sets (MMMLU, MedQA): the report has one of the runs
+            that name theirs.
+        subjects: Only the problems of these subjects (empty: all).
         template: The prompt: ``igakuqa`` is the benchmark's own, ``curation`` the paper's Question/Explanation/Answer.
         format: The prompt's form: ``completion`` for base models, ``chat`` for models with a chat template.
         answer_as: The shots answer with option letters, or with the options' own text.
@@ -162,7 +163,7 @@ class EvaluateConfig(MeshConfig):
     shots: str | None = None
     shot_count: int = 3
     explanation: bool = False
-    method: Literal["generate", "options"] = "generate"
+    method: Literal["generate", "options", "letters"] = "generate"
     template: Literal["igakuqa", "curation"] = "igakuqa"
     format: Literal["completion", "chat"] = "completion"
     answer_as: Literal["letters", "text"] = "letters"
@@ -171,8 +172,9 @@ class EvaluateConfig(MeshConfig):
     lenient: bool = False
     limit: int = 0
     label: str | None = None
-    problems_format: ProblemsFormat = "auto"
     option_prompt: OptionPrompt = "mcqa_with_options_jp"
+    problem_set: str | None = None
+    subjects: tuple[str, ...] = ()
     server: ServerConfig = field(default_factory=ServerConfig)
     dry_run: bool = False
 
@@ -244,7 +246,7 @@ class PublishConfig:
 
 
 @dataclass(frozen=True)
-class CheckServingConfig:
+class CheckServingConfig(ProblemLayout):
     """A model as it is served, asked under its trained prompt and under foreign ones, beside an engine's own answers.
 
     Args:
@@ -263,7 +265,6 @@ class CheckServingConfig:
         limit: So many problems (0: all).
         batch_size: Requests at a time.
         dtype: Type that the engine computes in.
-        problems_format: Of the problem files.
     """
 
     model: str
@@ -280,7 +281,6 @@ class CheckServingConfig:
     limit: int = 36
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    problems_format: ProblemsFormat = "auto"
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)

@@ -41,8 +41,13 @@ def preferences() -> list[Preference]:
 
 
 def trl_dataset(tokenizer: Any, preferences: list[Preference], config: PairConfig) -> Dataset:
-    """The rows after DPOTrainer's own preparation. It reads one attribute of the trainer, which needs no model for that."""
-    rows = Dataset.from_list(trl_rows(preferences, config))
+    """All pairs of all problems after DPOTrainer's own preparation."""
+    return prepared_by_trl(tokenizer, trl_rows(preferences, config), config)
+
+
+def prepared_by_trl(tokenizer: Any, given: list[dict[str, str]], config: PairConfig) -> Dataset:
+    """Rows after DPOTrainer's own preparation. It reads one attribute of the trainer, which needs no model for that."""
+    rows = Dataset.from_list(given)
     settings = DPOConfig(output_dir="unused", max_length=config.max_length, report_to=[], use_cpu=True, bf16=False)
     return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, settings, "train")
 

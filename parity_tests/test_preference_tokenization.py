@@ -14,8 +14,8 @@ from jax_medllm.train.batches import PreferenceData, Step
 from medllm.config import PairConfig, TrainingConfig
 from medllm.model.tokenizer import load_tokenizer
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import tokenize_preferences
-from parity_tests.preference_cases import trl_dataset, trl_sequences
+from medllm.preferences.tokenization import EQUAL, tokenize_preferences
+from parity_tests.preference_cases import prepared_by_trl, trl_dataset, trl_sequences
 
 EOS = "<|endoftext|>"
 
@@ -64,9 +64,11 @@ def our_sequences(tokenizer, preferences: list[Preference], config: PairConfig) 
 
 
 def assert_same_as_trl(tokenizer, preferences: list[Preference], config: PairConfig) -> list:
+    """Pair by pair, but for those of which TRL trains on the same tokens as preferred and as not: they are dropped here."""
     prepared = trl_dataset(tokenizer, preferences, config)
     ours = our_sequences(tokenizer, preferences, config)
-    assert ours == trl_sequences(tokenizer, prepared, config.max_length)
+    theirs = trl_sequences(tokenizer, prepared, config.max_length)
+    assert ours == [row for row in theirs if row[1] != row[2]]
     return ours
 
 
@@ -113,6 +115,16 @@ def test_an_empty_response_is_the_end_token_alone_as_in_trl(tokenizer):
 @pytest.mark.parametrize("max_length", [2, 3, 14, 15, 16, 17, 18, 20, 27, 40, 60])
 def test_truncation_and_dropped_rows_are_those_of_trl(tokenizer, max_length):
     assert_same_as_trl(tokenizer, [PLAIN, MERGED], PairConfig(max_chosen=0, max_rejected=0, max_length=max_length))
+
+
+def test_of_pairs_cut_to_equal_tokens_trl_is_given_none(tokenizer):
+    """What each engine trains on: the groups of one hold the pairs of the texts that the other is given."""
+    config = PairConfig(max_chosen=0, max_rejected=0, max_length=15)
+    found = tokenize_preferences(tokenizer, [PLAIN, MERGED], config)
+    assert found.dropped[EQUAL] == 1
+    prepared = prepared_by_trl(tokenizer, [pair.trl_row() for pair in found.texts], config)
+    ours = [tuple(map(list, pair)) for group in found.groups for pair in group.pair_tokens()]
+    assert trl_sequences(tokenizer, prepared, 15) == ours
 
 
 def test_a_tokenizer_that_adds_a_start_token_is_followed_too():

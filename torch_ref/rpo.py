@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 
 from medllm.config import ModelConfig, PreferenceLoss, PreferenceRecipe
 from medllm.errors import UserError
+from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
 from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
@@ -31,27 +32,27 @@ constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def train_preferences(
-    model: ModelConfig, tokenizer: Any, rows: list[dict[str, str]], recipe: PreferenceRecipe, run: Run
+    model: ModelConfig, tokenizer: Any, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run
 ) -> TrainSummary:
     """Train a LoRA adapter on pairs and leave it in ``run.path/adapter``; the rate is in pairs a second.
 
     Args:
         model: What is trained on.
         tokenizer: Its tokenizer.
-        rows: Columns ``prompt``, ``chosen`` and ``rejected``; TRL drops those whose prompt fills ``pairs.max_length``.
+        preferences: Their pairs, of which TRL makes its own tokens, the same.
         recipe: The stage's settings.
         run: Where log, checkpoints and adapter go.
 
     Raises:
         UserError: the batch does not divide over the processes, or the model cannot be opened.
     """
-    problems = len({row["prompt"] for row in rows})
-    batch, accumulation = _micro_batches(recipe, pairs_per_problem=len(rows) / problems)
+    rows = [pair.trl_row() for pair in preferences.texts]
+    batch, accumulation = _micro_batches(recipe, pairs_per_problem=len(rows) / len(preferences.groups))
     trainer = dpo_trainer(model, tokenizer, rows, recipe, run, batch=batch, accumulation=accumulation)
-    kept = len(trainer.train_dataset)
     # Where the batch was counted in problems, the log says how many pairs a step came to.
-    log = RunLog(run, recipe.training, pairs_per_step=batch * accumulation * processes(), dropped_pairs=len(rows) - kept)
-    return run_trainer(trainer, log, run, resume=recipe.resume, units_per_epoch=kept, seconds_ahead=trainer.reference_seconds)
+    facts = {"pairs_per_step": batch * accumulation * processes(), "dropped_pairs": preferences.dropped_pairs}
+    log, ahead = RunLog(run, recipe.training, **facts), trainer.reference_seconds
+    return run_trainer(trainer, log, run, resume=recipe.resume, units_per_epoch=len(rows), seconds_ahead=ahead)
 
 
 class ReferenceTimer(DPOTrainer):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import csv
-import tempfile
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medllm.config import CorpusConfig
 from medllm.errors import UserError
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response
-from medllm.exam.rows import read_json_lines, read_text
+from medllm.exam.rows import parquet_columns, read_json, read_json_lines, read_parquet, read_text
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def load_documents(config: CorpusConfig) -> LoadedCorpus:
             else:
                 documents.append(Document(text, source))
     for path in config.problems:
-        loaded = load_problems(path, problems_format=config.problems_format)
+        loaded = problems_at(path, config)
         skipped.update(loaded.skipped)
         for problem in loaded.problems:
             refuse_held_out(problem, config.problems_until, "--corpus.problems_until")
@@ -128,25 +127,25 @@ def _json_lines(path: Path, column: str) -> Iterator[Row]:
         yield row[column], where
 
 
-def _parquet(path: Path, column: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _json(path: Path, column: str) -> Iterator[Row]:
+    value = read_json(path)
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+        where = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        _check_column(where, column, list(row))
+        yield row[column], where
 
-    try:
-        file = pq.ParquetFile(path)
-        _check_column(str(path), column, file.schema_arrow.names)
-        row = 0
-        for batch in file.iter_batches(columns=[column]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                yield text, f"{path}:{row}"
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+def _parquet(path: Path, column: str) -> Iterator[Row]:
+    _check_column(str(path), column, parquet_columns(path))
+    for number, row in enumerate(read_parquet(path, [column]), start=1):
+        yield row[column], f"{path}:{number}"
 
 
 def _comma_separated(path: Path, column: str) -> Iterator[Row]:
     """A header, then rows as wide as it: a cell that holds a comma unquoted would shift the text into another column."""
-    reader = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         header = next(reader, [])
         _check_column(str(path), column, header)
@@ -160,23 +159,14 @@ def _comma_separated(path: Path, column: str) -> Iterator[Row]:
         raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from error
 
 
-def _table(path: Path, column: str) -> Iterator[Row]:
-    """Any other single file that ``datasets`` opens; its cache goes with the call."""
+def _arrow(path: Path, column: str) -> Iterator[Row]:
     from datasets import Dataset
 
-    with tempfile.TemporaryDirectory() as cache, _without_progress_bars():
-        try:
-            match path.suffix.lower():
-                case ".json":
-                    dataset = Dataset.from_json(str(path), cache_dir=cache, keep_in_memory=True)
-                case _:
-                    dataset = Dataset.from_file(str(path))
-        except Exception as error:  # its builders wrap every reader's own errors
-            cause = error.__cause__ or error
-            raise UserError(
-                f"{path}: `datasets` cannot read this file: {(str(cause) or repr(cause)).splitlines()[0]}"
-            ) from error
-        yield from _dataset_rows(dataset, column, str(path))
+    try:
+        dataset = Dataset.from_file(str(path))
+    except Exception as error:  # pyarrow's errors, and datasets' own
+        raise UserError(f"{path}: `datasets` cannot read this file: {(str(error) or repr(error)).splitlines()[0]}") from error
+    yield from _dataset_rows(dataset, column, str(path))
 
 
 def _saved_dataset(path: Path, column: str) -> Iterator[Row]:
@@ -189,20 +179,6 @@ def _saved_dataset(path: Path, column: str) -> Iterator[Row]:
     splits = loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]
     for split, dataset in splits:
         yield from _dataset_rows(dataset, column, str(path / split) if split else str(path))
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    import datasets
-
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
 
 
 def _dataset_rows(dataset: Any, column: str, where: str) -> Iterator[Row]:
@@ -223,6 +199,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".parquet": _parquet,
     ".txt": _text_file,
     ".csv": _comma_separated,
-    ".json": _table,
-    ".arrow": _table,
+    ".json": _json,
+    ".arrow": _arrow,
 }

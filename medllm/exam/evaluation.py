@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from medllm.config import OptionPrompt
 from medllm.engine import Continuation, Generates, Generation, Scores
@@ -14,6 +14,7 @@ from medllm.errors import UserError
 from medllm.exam.answering import answered
 from medllm.exam.answers import Reading, extract_answer
 from medllm.exam.endings import Ending, ending
+from medllm.exam.option_prompts import option_prompt
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, stop_strings
@@ -21,18 +22,10 @@ from medllm.journal import Journal
 from medllm.model.tokenizer import Prompt, encode_continuation
 from medllm.stage_config import CheckServingConfig, EvaluateConfig
 
-__all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
+__all__ = ["OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
 
 # An engine sorts what it is given by length.
 _BATCHES_AT_A_TIME = 4
-
-OPTION_PROMPTS: dict[OptionPrompt, str] = {
-    "mcqa": "Question: {question}\nAnswer: ",
-    "mcqa_jp": "質問：{question}\n回答：",
-    "mcqa_with_options": "Question: {question}\n{options}\nAnswer: ",
-    "mcqa_with_options_jp": "質問：{question}\n{options}\n答え：",
-}
-"""JMedBench's prompts (``templates/mcqa.py`` of nii-nlp/med-eval), under its own names."""
 
 
 def check_exam(problems: Sequence[Problem], shots: Sequence[Problem], config: EvaluateConfig) -> None:
@@ -145,14 +138,21 @@ class OptionResult:
     Attributes:
         problem_id: The problem.
         accepted: Letters that are right.
-        nll: Summed negative log-likelihood (nats) of each option's text.
-        tokens: Number of tokens of each option's text.
+        nll: Summed negative log-likelihood (nats) of each option's text, or letter.
+        tokens: Number of tokens of each.
+        category: The problem's subject, where known.
     """
 
     problem_id: str
     accepted: tuple[str, ...]
     nll: tuple[float, ...]
     tokens: tuple[int, ...]
+    category: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """Whether the likeliest option is right."""
+        return self.chosen in self.accepted
 
     @property
     def chosen(self) -> str:
@@ -170,7 +170,7 @@ class OptionScores:
     """Zero-shot accuracy by likelihood.
 
     Attributes:
-        accuracy: Share of problems whose likeliest option text is right.
+        accuracy: Share of problems whose likeliest option is right.
         normalized_accuracy: The same with likelihoods per token.
         results: Problem by problem.
         left_out: Problems that cannot be scored this way, counted by reason.
@@ -188,24 +188,24 @@ def score_options(
     problems: Sequence[Problem],
     *,
     prompt: OptionPrompt = EvaluateConfig.option_prompt,
+    method: Literal["options", "letters"] = "options",
     batch_size: int = EvaluateConfig.batch_size,
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
 
-    Nothing is generated. Prompt and option are tokenized together; what comes after the prompt's own tokens is the option.
+    Nothing is generated. Prompt and option are tokenized together (:func:`medllm.model.tokenizer.encode_continuation`).
 
     Args:
         engine: The model.
         tokenizer: The model's tokenizer.
         problems: Problems with one right option; numeric ones and those with several are left out and counted.
-        prompt: One of :data:`OPTION_PROMPTS`.
+        prompt: One of :data:`medllm.exam.option_prompts.OPTION_PROMPTS`.
+        method: What is compared: the ``options``' own texts, or their ``letters``, in upper case as the prompt lists them.
         batch_size: Options at a time.
 
     Raises:
         UserError: an unknown prompt, or no problem that can be scored this way.
     """
-    if prompt not in OPTION_PROMPTS:
-        raise UserError(f"no prompt is called '{prompt}'; there are {', '.join(OPTION_PROMPTS)}")
     left_out: Counter[str] = Counter()
     scored: list[Problem] = []
     for problem in problems:
@@ -217,7 +217,7 @@ def score_options(
             scored.append(problem)
     if not scored:
         raise UserError("no problem has exactly one right option; likelihood scoring needs such problems")
-    options = [_continuation(tokenizer, problem, choice, prompt) for problem in scored for choice in problem.choices]
+    options = [option for problem in scored for option in _options(tokenizer, problem, prompt, method)]
     logprobs = iter(engine.logprobs(options, batch_size))
     lengths = iter(options)
     results = tuple(
@@ -226,22 +226,24 @@ def score_options(
             tuple(letter for (letter,) in problem.accepted),
             tuple(-float(next(logprobs).sum()) for _ in problem.choices),
             tuple(len(next(lengths).completion) for _ in problem.choices),
+            problem.category,
         )
         for problem in scored
     )
     return OptionScores(
-        accuracy=sum(result.chosen in result.accepted for result in results) / len(results),
+        accuracy=sum(result.correct for result in results) / len(results),
         normalized_accuracy=sum(result.chosen_per_token in result.accepted for result in results) / len(results),
         results=results,
         left_out=dict(left_out),
     )
 
 
-def _continuation(tokenizer: Any, problem: Problem, choice: str, prompt: OptionPrompt) -> Continuation:
-    lettered = zip(LETTERS.upper(), problem.choices, strict=False)
-    options = "\n".join(f"{letter}. {text}" for letter, text in lettered)
-    asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=options)
-    before, completion = encode_continuation(tokenizer, asked, choice)
-    if not completion:
+def _options(
+    tokenizer: Any, problem: Problem, prompt: OptionPrompt, method: Literal["options", "letters"]
+) -> list[Continuation]:
+    if not all(choice.strip() for choice in problem.choices):
         raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
-    return Continuation(tuple(before), tuple(completion))
+    answers = problem.choices if method == "options" else tuple(LETTERS[: len(problem.choices)].upper())
+    asked = option_prompt(problem, prompt, lettered=method == "letters")
+    pieces = (encode_continuation(tokenizer, asked, answer, answers) for answer in answers)
+    return [Continuation(tuple(before), tuple(completion)) for before, completion in pieces]

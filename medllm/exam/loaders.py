@@ -2,8 +2,8 @@
 
 A file's rows (:mod:`medllm.exam.rows`) are laid out in one of the ways that :mod:`medllm.exam.field_map` knows, or in
 IgakuQA's own: JSONL with ``problem_id problem_text choices answer``, optionally ``points text_only explanation year section
-category kinki source``; where such a file is called ``NNN-S.jsonl``, year, section and subject are filled in from its name and
-from the metadata beside it.
+category kinki source context``; where such a file is called ``NNN-S.jsonl``, year, section and subject are filled in from its
+name and from the metadata beside it.
 
 A folder is read with everything below it; published predictions, metadata, results and few-shot examples in it are no problems.
 """
@@ -17,14 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from medllm.config import ProblemsFormat
+from medllm.config import ProblemLayout, ProblemsFormat
 from medllm.errors import UserError
 from medllm.exam.field_map import FieldMap, known_layouts, read_field_map
 from medllm.exam.problem import LETTERS, OR, Problem
-from medllm.exam.rows import SUFFIXES, read_json_lines, read_rows
+from medllm.exam.rows import BAD, SUFFIXES, read_json_lines, read_rows
 from medllm.run import atomic_path
 
 _EXAM_FILE = re.compile(r"(?P<exam>\d{3})-(?P<section>[A-Z])\.jsonl")
@@ -34,6 +35,7 @@ _YEAR = re.compile(r"\d{4}")
 _FIRST_EXAM_YEAR = 1906  # exam 112 was sat in 2018, one exam a year
 
 REPEATED = "the same question under another id"
+TWICE = "bad row: its problem_id was there before"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class LoadedProblems:
         problems: In the order of the files' names.
         skipped: How many rows were left out for each reason.
         layouts: How many files were laid out in each way.
-        skipped_ids: Problems that were left out.
+        skipped_ids: Problems that were left out, under their ids.
         ignored: Files of a folder that hold no problems: metadata, predictions, results, examples.
     """
 
@@ -55,6 +57,16 @@ class LoadedProblems:
     skipped_ids: frozenset[str] = frozenset()
 
 
+def problems_at(path: str | Path, laid_out: ProblemLayout) -> LoadedProblems:
+    """:func:`load_problems`, as settings have it.
+
+    Raises:
+        UserError: as there.
+    """
+    skips = laid_out.on_bad_row == "skip"
+    return load_problems(path, problems_format=laid_out.problems_format, layout=laid_out.layout, skip_bad_rows=skips)
+
+
 def load_problems(
     path: str | Path, *, problems_format: ProblemsFormat = "auto", layout: str | Path | None = None, skip_bad_rows: bool = False
 ) -> LoadedProblems:
@@ -63,7 +75,7 @@ def load_problems(
     Args:
         path: The file or folder.
         problems_format: What it is; ``auto`` goes by fields and content.
-        layout: A YAML file that says how it is laid out (:mod:`medllm.exam.field_map`).
+        layout: A YAML file that says how it is laid out, where it has the layout's fields (:mod:`medllm.exam.field_map`).
         skip_bad_rows: Leave out and count a row that cannot be used, instead of refusing its file.
 
     Raises:
@@ -78,7 +90,7 @@ def load_problems(
     problems: dict[str, Problem] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for file in _problem_files(root):
-        source = _source(file, problems_format, given, known=root.is_file())
+        source = _source(file, problems_format, given, known=root.is_file(), skip_bad_rows=skip_bad_rows)
         if source is None:
             ignored.append(str(file))
             continue
@@ -88,6 +100,9 @@ def load_problems(
             asked = (problem.text, problem.choices, problem.answer)
             if source.once and seen.setdefault(asked, problem.source) != problem.source:
                 skipped[REPEATED] += 1
+                left_out.add(problem.problem_id)
+            elif problem.problem_id in problems and skip_bad_rows:
+                skipped[TWICE] += 1
             elif problem.problem_id in problems:
                 raise UserError(
                     f"{line}: problem_id {problem.problem_id} occurs twice, first at {problems[problem.problem_id].source}; "
@@ -101,7 +116,8 @@ def load_problems(
         raise UserError(
             f"{root}: none of its {len(ignored)} files holds problems; name one's layout (--layout, docs/data_sets.md)"
         )
-    return LoadedProblems(tuple(problems.values()), dict(skipped), dict(layouts), tuple(ignored), frozenset(left_out))
+    skipped_ids = frozenset(left_out - problems.keys())
+    return LoadedProblems(tuple(problems.values()), dict(skipped), dict(layouts), tuple(ignored), skipped_ids)
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
@@ -125,6 +141,7 @@ def _row(problem: Problem) -> dict[str, Any]:
         "year": problem.year,
         "section": problem.section,
         "category": problem.category,
+        "context": problem.context,
         "kinki": list(problem.kinki) or None,
         "source": problem.source or None,
     }
@@ -160,11 +177,14 @@ class _Source:
     once: bool
     rows: Sequence[tuple[dict[str, Any], str]]
     fields: _Fields
-    id: str = "problem_id"
+    key: Callable[[dict[str, Any], int], str] = lambda row, _: str(row.get("problem_id", ""))
 
     def read(self, skipped: Counter[str], left_out: set[str], skip_bad_rows: bool) -> Iterator[tuple[Problem, str]]:
         for number, (row, where) in enumerate(self.rows, start=1):
+            key = self.key(row, number)
             try:
+                if BAD in row:
+                    raise UserError(row[BAD])
                 found = self.fields(row, where, number)
                 if not isinstance(found, str):
                     yield _problem(found, where), where
@@ -172,12 +192,14 @@ class _Source:
             except UserError as error:
                 if not skip_bad_rows:
                     raise
-                found = f"bad row: {str(error).removeprefix(f'{where}: ')}"
+                found = f"bad row: {str(error).removeprefix(f'{where}: ').replace(f'problem {key}', 'the problem')}"
             skipped[found] += 1
-            left_out.add(str(row.get(self.id)))
+            left_out.add(key)
 
 
-def _source(file: Path, problems_format: ProblemsFormat, layout: FieldMap | None, *, known: bool) -> _Source | None:
+def _source(
+    file: Path, problems_format: ProblemsFormat, layout: FieldMap | None, *, known: bool, skip_bad_rows: bool
+) -> _Source | None:
     """How a file is to be read; None where it holds no problems, and was not named itself (``known``)."""
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
@@ -186,21 +208,25 @@ def _source(file: Path, problems_format: ProblemsFormat, layout: FieldMap | None
         )
     if layout is None and (suffix == ".csv") != (problems_format == "jmmlu") and problems_format != "auto":
         raise UserError(f"{file}: not a file of the format '{problems_format}' (jmmlu is .csv, the others are .jsonl)")
-    rows = read_rows(file, must=known or suffix == ".jsonl")
+    rows = read_rows(file, must=known or suffix == ".jsonl", skip_bad=skip_bad_rows)
     plain = [row for row, _ in rows]
     named = _MAPS.get(problems_format)
-    field_map = layout or next(
-        (one for one in known_layouts() if (one.name == named if named else problems_format == "auto" and one.knows(plain))),
-        None,
+    own = [layout] if layout and layout.knows(plain) else []
+    known_here = (
+        one for one in known_layouts() if (one.name == named if named else problems_format == "auto" and one.knows(plain))
     )
-    if field_map is not None:
-        return _Source(field_map.name, field_map.once, rows, partial(_mapped, field_map, file), field_map.id)
+    if field_map := next(chain(own, known_here), None):
+        key = partial(field_map.key, file)
+        return _Source(field_map.name, field_map.once, rows, partial(_mapped, field_map, file), key)
     asks = any("problem_text" in row for row in plain) or (known and suffix == ".jsonl")
     if not asks:
         if known and not plain:
             raise UserError(f"{file}: holds no problems; expected one JSON object (or CSV row) a line")
         if known:
-            raise UserError(f"{file}: no layout that is known; say how it is laid out (--layout FILE, docs/data_sets.md)")
+            other = f", nor has it the fields of {layout.name} (known_by)" if layout else ""
+            raise UserError(
+                f"{file}: no layout that is known{other}; say how it is laid out (--layout FILE, docs/data_sets.md)"
+            )
         return None
     if problems_format == "igakuqa" or (problems_format == "auto" and _EXAM_FILE.fullmatch(file.name)):
         exam, metadata = _igakuqa_fields(file), _metadata(file)
@@ -263,6 +289,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
         category=_optional(row, "category", str, where),
         kinki=_kinki(row, where),
         source=_optional(row, "source", str, where, default=where),
+        context=_optional(row, "context", str, where),
     )
 
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NO_HEADER = ("question", "A", "B", "C", "D", "answer")
 """What the columns of a CSV without a header are called: JMMLU's."""
 
+BAD = "\0unreadable"
+"""Field of a row that could not be read, where such rows are to be skipped: what is wrong with it."""
+
 csv.field_size_limit(2**31 - 1)
 
 
 def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without byte-order mark.
+    """The UTF-8 text of a file, without byte-order mark, every line ended by LF.
+
+    Lines end at LF, CR and CR LF alone: what ``str.splitlines`` takes for ends besides (U+2028, U+0085, form feed …) is text.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -33,8 +39,12 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def read_json_lines(file: Path, *, skip_bad: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
     """(object, ``file:line``) of every line that is not blank.
+
+    Args:
+        file: The file.
+        skip_bad: A line that is none gives a row that says so (:data:`BAD`).
 
     Raises:
         UserError: a line that is not a JSON object.
@@ -44,46 +54,102 @@ def read_json_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); expected a JSON object a line") from error
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            row = _parsed(line, where, "expected a JSON object a line")
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        except UserError as error:
+            if not skip_bad:
+                raise
+            row = {BAD: str(error)}
         yield row, where
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file; of JSON lines, which some name so too, a list.
+
+    Raises:
+        UserError: it holds neither.
+    """
+    try:
+        return _parsed(read_text(file), str(file), "expected JSON")
+    except UserError as error:
+        if getattr(error.__cause__, "msg", "") != "Extra data":
+            raise
+    return [row for row, _ in read_json_lines(file)]
+
+
+def _parsed(text: str, where: str, expected: str) -> Any:
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg}{line}, column {error.colno}); {expected}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+    return value
+
+
+def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, or some of their columns; a batch is in memory at a time.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _parquet(file) as opened:
+        for batch in opened.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+
+
+def parquet_columns(file: Path) -> list[str]:
+    """The columns of a Parquet file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _parquet(file) as opened:
+        return opened.schema_arrow.names
+
+
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        yield pq.ParquetFile(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
 Rows = list[tuple[dict[str, Any], str]]
 
 
-def read_rows(file: Path, *, must: bool = True) -> Rows:
+def read_rows(file: Path, *, must: bool = True, skip_bad: bool = False) -> Rows:
     """(row, ``file:line``) of every row of a file.
 
     Args:
         file: With one of :data:`SUFFIXES`.
         must: It has to hold rows; else one that holds something else gives none.
+        skip_bad: A line that cannot be read gives a row that says so (:data:`BAD`).
 
     Raises:
         UserError: it cannot be read, or holds something else than rows.
     """
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
-        return list(read_json_lines(file))
+        return list(read_json_lines(file, skip_bad=skip_bad))
     if suffix == ".csv":
-        return list(_csv_rows(file, must=must))
+        return list(_csv_rows(file, must=must, skip_bad=skip_bad))
     if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return [(row, f"{file}: row {number}") for number, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]
+        return [(row, f"{file}: row {number}") for number, row in enumerate(read_parquet(file), 1)]
     try:
-        value = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        value = read_json(file)
+    except UserError:
         if must:
-            raise UserError(f"{file}: not JSON that can be read ({str(error).splitlines()[0]})") from error
+            raise
         return []
     if isinstance(value, list) and all(isinstance(row, dict) for row in value):
         return [(row, f"{file}: row {number}") for number, row in enumerate(value, start=1)]
@@ -92,7 +158,7 @@ def read_rows(file: Path, *, must: bool = True) -> Rows:
     return []
 
 
-def _csv_rows(file: Path, *, must: bool) -> Iterator[tuple[dict[str, Any], str]]:
+def _csv_rows(file: Path, *, must: bool, skip_bad: bool) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     names: list[str] = []
     line = 1
@@ -118,5 +184,9 @@ def _csv_rows(file: Path, *, must: bool) -> Iterator[tuple[dict[str, Any], str]]
             if not must and number == 1:
                 return
             expected = f"{len(names)} columns ({','.join(names)})"
-            raise UserError(f"{where}: {len(cells)} columns, expected {expected}; quote a cell that holds a comma")
+            said = f"{where}: {len(cells)} columns, expected {expected}; quote a cell that holds a comma"
+            if not skip_bad:
+                raise UserError(said)
+            yield {BAD: said}, where
+            continue
         yield {name: cell.strip() for name, cell in zip(names, cells, strict=True)}, where

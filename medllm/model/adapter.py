@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory, write_model
 from medllm.model.files import open_safetensors, read_json
+from medllm.module_patterns import names
 from medllm.run import atomic_path, write_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -197,6 +198,23 @@ def open_adapters(paths: Iterable[str | Path], base: ModelDirectory) -> list[Ada
     for adapter in adapters:
         check_adapter(adapter, base)
     return adapters
+
+
+def check_lora(lora: LoraConfig, model: str | Path) -> None:
+    """Hold an adapter that is to be trained against the model in a folder.
+
+    Raises:
+        UserError: a target or a pattern names none of its layers.
+    """
+    layers = range(ModelDirectory(model).config["num_hidden_layers"])
+    modules = [module_name(layer, target) for layer in layers for target in ALL_LINEAR]
+    for target in lora.targets:
+        if not any(replace(lora, targets=(target,)).covers(module) for module in modules):
+            raise UserError(f"lora.targets names {target!r}, which none of the {len(layers)} layers of {model} has")
+    for setting, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for key in pattern:
+            if not any(names(key, module) for module in modules if lora.covers(module)):
+                raise UserError(f"lora.{setting} names {key!r}, which matches no module that lora.targets gives an adapter")
 
 
 def refuse_packed(base: ModelDirectory) -> None:

@@ -129,13 +129,25 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return _ids(tokenizer, texts)
 
 
-def encode_continuation(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of what comes after as many of prompt and completion together.
+def encode_continuation(
+    tokenizer: Any, prompt: str, completion: str, others: Sequence[str] = ()
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, and of a completion after it: together those of the text that the two make.
 
-    Tokens may merge across the boundary until nothing is left after the prompt; the completion is then tokenized by itself.
+    A prompt's last spaces go to its completion, since words are tokens with the space before them. Where tokens merge or
+    characters compose across the boundary, the prompt ends before the first that does: in this completion or in one of the
+    ``others`` that it is compared with, so that all of them follow the same tokens.
     """
-    before, whole = _ids(tokenizer, [prompt, prompt + completion])
-    return before, whole[len(before) :] or _ids(tokenizer, [completion], begins=False)[0]
+    asked = prompt.rstrip()
+    before, whole, *rest = _ids(tokenizer, [asked, *(prompt + one for one in (completion, *others))])
+    shared = min(common_prefix(before, ids) for ids in (whole, *rest))
+    return before[:shared], whole[shared:]
+
+
+def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Number of leading tokens the two have in common."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -147,13 +159,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt)
     else:
-        (ids,) = _ids(tokenizer, [_written_out(tokenizer, prompt)], begins=False)
+        (ids,) = _ids(tokenizer, [written_out(tokenizer, prompt)], begins=False)
     if not ids:
         raise UserError("a prompt is empty: generation needs at least one token")
     return ids
 
 
-def _written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
+def written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
     """A conversation as its model's template writes it, with the assistant's turn opened, and no thinking before the answer.
 
     Where the template takes no system turn, or leaves it out, its text goes before that of the user's turn after it.

@@ -71,13 +71,19 @@ def select_pairs(preference: Preference, config: PairConfig) -> PairedResponses:
     return PairedResponses(tuple(sample for sample, _ in kept), ranks, pairs)
 
 
+def text_of(preference: Preference, paired: PairedResponses, pair: tuple[int, int]) -> Pair:
+    """One of the pairs of ``paired``, as text."""
+    high, low = (paired.responses[index].text for index in pair)
+    return Pair(preference.problem_id, preference.prompt, high, low)
+
+
 def training_pairs(preferences: Iterable[Preference], config: PairConfig) -> list[Pair]:
     """All pairs of all problems, in the order of the file."""
     return [
-        Pair(preference.problem_id, preference.prompt, paired.responses[high].text, paired.responses[low].text)
+        text_of(preference, paired, pair)
         for preference in preferences
         for paired in [select_pairs(preference, config)]
-        for high, low in paired.pairs
+        for pair in paired.pairs
     ]
 
 

@@ -4,6 +4,10 @@ Prompt and prompt + response are tokenized whole, so tokens may merge across the
 token in which they part. The end-of-text token is appended where the response does not end with it, and prompt + response
 is cut at ``max_length`` (``keep_start``). A pair whose prompt fills ``max_length`` is dropped.
 
+Two more are dropped here, which TRL would train on. A pair of responses that are the same tokens has nothing to prefer (texts
+may differ and tokens not: in what is cut off, in how a character is composed, in an end token that is written out). And a
+prompt may be empty, or its last character compose with the first of a response, so that no token of it is left to predict from.
+
 TRL starts *both* responses of a pair where the *earlier* of the two parts from the prompt. A group shares one prompt among
 all responses of a problem: the shortest of its pairs' prompts. Where merges differ between responses, a pair's own prompt
 is longer by ``pair_starts`` tokens, which stand at the head of both its responses::
@@ -18,15 +22,20 @@ preferred response has to leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medllm.config import PairConfig
 from medllm.errors import UserError
-from medllm.model.tokenizer import encode_texts
-from medllm.preferences.pairs import Pair, Rank, select_pairs, training_pairs
+from medllm.model.tokenizer import common_prefix, encode, encode_texts
+from medllm.preferences.pairs import Pair, PairedResponses, Rank, select_pairs, text_of
 from medllm.preferences.records import Preference
+
+FULL = "the prompt fills pairs.max_length"
+EQUAL = "both responses are the same tokens"
+NO_PROMPT = "no token of the prompt is left"
 
 
 @dataclass(frozen=True)
@@ -61,20 +70,28 @@ class TokenizedPreferences:
     """Preferences as they are trained on.
 
     Attributes:
-        texts: All pairs of all problems, in the order of the file: what an engine reads that makes its own tokens.
+        texts: The pairs of all groups, in their order: what an engine reads that makes its own tokens.
         groups: One for each problem that has a pair left.
-        pairs: Pairs in all groups.
-        dropped_pairs: Pairs dropped because their prompt fills ``max_length``.
+        dropped: Pairs that were dropped, by reason.
         unpaired: Problems without a pair to begin with (a ground truth alone).
         truncated: Responses cut at ``max_length``.
     """
 
     texts: tuple[Pair, ...]
     groups: tuple[TokenizedGroup, ...]
-    pairs: int
-    dropped_pairs: int
+    dropped: Mapping[str, int]
     unpaired: int
     truncated: int
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in all groups."""
+        return len(self.texts)
+
+    @property
+    def dropped_pairs(self) -> int:
+        """Pairs that were dropped, for whatever reason."""
+        return sum(self.dropped.values())
 
 
 def tokenize_preferences(
@@ -85,18 +102,23 @@ def tokenize_preferences(
 ) -> TokenizedPreferences:
     """Tokenize every problem's group and count what had to go; ``progress`` gets (problems done, problems in all)."""
     groups: list[TokenizedGroup] = []
-    dropped = unpaired = truncated = 0
+    texts: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    unpaired = truncated = 0
+    begins = len(encode(tokenizer, ""))
     for done, preference in enumerate(preferences, start=1):
-        group, lost, cut = _tokenize_group(tokenizer, preference, config)
-        dropped += lost
-        truncated += cut
-        unpaired += group is None and lost == 0
-        if group is not None:
-            groups.append(group)
+        paired = select_pairs(preference, config)
+        unpaired += not paired.pairs
+        prompt_ids, sequences = _encode(tokenizer, preference.prompt, [response.text for response in paired.responses])
+        kept = _kept(paired, prompt_ids, sequences, range(begins + 1, config.max_length), dropped)
+        if kept:
+            used = sorted({index for pair in kept for index in pair})
+            groups.append(_group(preference.problem_id, paired, sequences, kept, used, config.max_length))
+            texts += [text_of(preference, paired, pair) for pair in kept]
+            truncated += sum(len(sequences[index]) > config.max_length for index in used)
         if progress:
             progress(done, len(preferences))
-    texts, pairs = training_pairs(preferences, config), sum(len(group.pairs) for group in groups)
-    return TokenizedPreferences(tuple(texts), tuple(groups), pairs, dropped, unpaired, truncated)
+    return TokenizedPreferences(tuple(texts), tuple(groups), dict(dropped), unpaired, truncated)
 
 
 def check_preferences(data: TokenizedPreferences, max_length: int, context: int, where: str) -> None:
@@ -113,8 +135,9 @@ def check_preferences(data: TokenizedPreferences, max_length: int, context: int,
     """
     if not data.groups:
         raise UserError(
-            f"{where}: no pair to train on: {data.unpaired} problems have none, and in {data.dropped_pairs} pairs the prompt "
-            f"alone fills pairs.max_length {max_length}"
+            f"{where}: no pair to train on: {data.unpaired} problems have none, and in {data.dropped.get(FULL, 0)} pairs the "
+            f"prompt alone fills pairs.max_length {max_length}"
+            + "".join(f"; {count} × {reason}" for reason, count in data.dropped.items() if reason != FULL)
         )
     for group in data.groups:
         length = len(group.prompt) + max(len(response) for response in group.responses)
@@ -125,27 +148,43 @@ def check_preferences(data: TokenizedPreferences, max_length: int, context: int,
             )
 
 
-def _tokenize_group(tokenizer: Any, preference: Preference, config: PairConfig) -> tuple[TokenizedGroup | None, int, int]:
-    """The group, the number of pairs dropped, and the number of its responses that were cut."""
-    paired = select_pairs(preference, config)
-    prompt_ids, sequences = _encode(tokenizer, preference.prompt, [response.text for response in paired.responses])
-    shared = [_common_prefix(prompt_ids, sequence) for sequence in sequences]
-    starts = {(high, low): min(shared[high], shared[low]) for high, low in paired.pairs}
-    kept = {pair: start for pair, start in starts.items() if start < config.max_length}
-    dropped = len(starts) - len(kept)
-    if not kept:
-        return None, dropped, 0
-    used = sorted({index for pair in kept for index in pair})
+def _kept(
+    paired: PairedResponses, prompt: Sequence[int], sequences: Sequence[Sequence[int]], room: range, dropped: Counter[str]
+) -> dict[tuple[int, int], int]:
+    """The pairs that can be trained on, and how many tokens of each are its prompt, one of ``room``; the others are counted."""
+    shared = [common_prefix(prompt, sequence) for sequence in sequences]
+    kept = {}
+    for high, low in paired.pairs:
+        start = min(shared[high], shared[low])
+        if start >= room.stop:
+            dropped[FULL] += 1
+        elif start < room.start:
+            dropped[NO_PROMPT] += 1
+        elif sequences[high][: room.stop] == sequences[low][: room.stop]:
+            dropped[EQUAL] += 1
+        else:
+            kept[high, low] = start
+    return kept
+
+
+def _group(
+    problem_id: str,
+    paired: PairedResponses,
+    sequences: Sequence[Sequence[int]],
+    kept: Mapping[tuple[int, int], int],
+    used: Sequence[int],
+    most: int,
+) -> TokenizedGroup:
+    """The ``kept`` pairs behind one prompt; ``used`` are the responses in them."""
     prompt_length = min(kept.values())
-    group = TokenizedGroup(
-        problem_id=preference.problem_id,
-        prompt=tuple(prompt_ids[:prompt_length]),
-        responses=tuple(tuple(sequences[index][prompt_length : config.max_length]) for index in used),
+    return TokenizedGroup(
+        problem_id=problem_id,
+        prompt=tuple(sequences[used[0]][:prompt_length]),
+        responses=tuple(tuple(sequences[index][prompt_length:most]) for index in used),
         ranks=tuple(paired.ranks[index] for index in used),
         pairs=tuple((used.index(high), used.index(low)) for high, low in kept),
         pair_starts=tuple(start - prompt_length for start in kept.values()),
     )
-    return group, dropped, sum(len(sequences[index]) > config.max_length for index in used)
 
 
 def _encode(tokenizer: Any, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -154,13 +193,3 @@ def _encode(tokenizer: Any, prompt: str, responses: Sequence[str]) -> tuple[list
     texts = [prompt + (response if response.endswith(end) else response + end) for response in responses]
     prompt_ids, *sequences = encode_texts(tokenizer, [prompt, *texts])
     return prompt_ids, sequences
-
-
-def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Number of leading tokens the two have in common."""
-    length = 0
-    for token, other in zip(ids, others, strict=False):
-        if token != other:
-            break
-        length += 1
-    return length

@@ -1,7 +1,8 @@
 """Finished run folders → what the report shows.
 
 Each stage leaves ``config.yaml``, ``environment.json`` and ``result.json``; training adds ``metrics.jsonl``, curation
-``preferences.jsonl``, evaluation ``predictions.jsonl`` and the per-problem rows of its score sheet.
+``preferences.jsonl``, evaluation ``predictions.jsonl`` and the per-problem rows of its score sheet. A file is what
+``medllm score --json`` wrote of published predictions.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from typing import Any
 
 import yaml
 
+from medllm.config import ProblemLayout
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import problems_at
 from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.rows import read_json_lines
-from medllm.exam.scoring import ProblemResult
+from medllm.exam.scoring import NO_GROUP, ProblemResult
 from medllm.preferences.records import read_preferences
 from medllm.report.results import Cell
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
 from medllm.report.study import ReportInput, RunSummary, choose_examples, composition
 
-STAGES = ("cpt", "curate", "rpo", "evaluate", "options")
+STAGES = ("cpt", "curate", "rpo", "evaluate", "options", "score")
+_SAT = ("evaluate", "options", "score")
 _MOST_KINDS = 25  # a breakdown into more than this is a list, not a picture
 
 
@@ -39,10 +42,10 @@ def report_from_runs(
     examples: int = 6,
     draw: Bootstrap = BOOTSTRAP,
 ) -> ReportInput:
-    """Read run folders of any stages, at least one of them an evaluation.
+    """Read run folders of any stages, and results of ``medllm score``; at least one of them is of an exam.
 
     Args:
-        paths: Run folders, in the order in which models and stages are to be shown.
+        paths: Run folders and files, in the order in which models and stages are to be shown.
         title: Headline of the page.
         previous: For a model label, the one it started from; each with the one before it when unset.
         examples: Problems to show with everybody's answer.
@@ -53,26 +56,27 @@ def report_from_runs(
     """
     names = _names([Path(path) for path in paths])
     runs = tuple(dataclasses.replace(read_run(path), name=name) for path, name in zip(paths, names, strict=True))
-    cells: list[Cell] = []
+    sat: list[Cell] = []
     explanations: dict[tuple[str, str], dict[str, str]] = {}
     problems: dict[str, Problem] = {}
     for path, run in zip(paths, runs, strict=True):
-        if run.stage == "evaluate":
-            cell = read_cell(run, path)
-            cells.append(cell)
+        if run.stage in _SAT:
+            sat.append(cell := read_cell(run, path))
+        if run.stage == "evaluate" and not cell.problem_set:
             predictions = read_predictions(_present(Path(path) / "predictions.jsonl", "evaluation writes it"))
             explanations[cell.model, cell.setting] = {answer.problem_id: answer.explanation for answer in predictions}
             problems = problems or _problems_of(run)
-    if not cells:
+    if not sat:
         given = ", ".join(map(str, paths)) or "none"
-        more = " (--method options gives no points)" if any(run.stage == "options" for run in runs) else ""
-        raise UserError(f"a report needs the run folder of at least one 'medllm evaluate'; given: {given}{more}")
-    kind_name, kinds = _kinds([problems[r.problem_id] for r in cells[0].results if r.problem_id in problems])
+        raise UserError(f"a report needs a run of at least one 'medllm evaluate', or a 'medllm score --json'; given: {given}")
+    cells = [cell for cell in sat if not cell.problem_set]
+    kind_name, kinds = _kinds([problems[r.problem_id] for cell in cells[:1] for r in cell.results if r.problem_id in problems])
     return ReportInput(
         title=title,
         engine=", ".join(dict.fromkeys(str(run.result["engine"]) for run in runs if run.result.get("engine"))),
-        environment=runs[-1].environment,
+        environment=next((run.environment for run in reversed(runs) if run.environment), {}),
         cells=tuple(cells),
+        sets=tuple(cell for cell in sat if cell.problem_set),
         runs=runs,
         preferences={
             run.name: composition(read_preferences(Path(path) / "preferences.jsonl"))
@@ -88,12 +92,17 @@ def report_from_runs(
 
 
 def read_run(path: str | Path) -> RunSummary:
-    """One finished run folder.
+    """One finished run folder, or the result of a ``medllm score``.
 
     Raises:
-        UserError: not a run folder, not finished, or a file that does not hold what its stage writes.
+        UserError: neither, not finished, or a file that does not hold what its stage writes.
     """
     folder = Path(path)
+    if folder.is_file():
+        scored = _read_json(folder, "")
+        if scored.get("stage") != "score":
+            raise UserError(f"{folder}: a report takes run folders, and what 'medllm score --json' wrote; this is neither")
+        return RunSummary(folder.stem, "score", {}, (), scored)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
     config = _read_yaml(folder / "config.yaml")
@@ -102,32 +111,34 @@ def read_run(path: str | Path) -> RunSummary:
     stage = result.get("stage")
     if stage not in STAGES:
         raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
-    if stage == "options":
-        _check_options(result, folder / "result.json")
     return RunSummary(folder.resolve().name, stage, config, tuple(_metrics(folder / "metrics.jsonl")), result, environment)
 
 
 def read_cell(run: RunSummary, path: str | Path) -> Cell:
-    """The model, setting and per-problem results of a finished evaluation, :func:`read_run` of ``path``.
+    """The model, setting and per-problem results of a finished exam, :func:`read_run` of ``path``.
 
     Raises:
-        UserError: its ``result.json`` is without label, setting or per-problem rows.
+        UserError: its result is without label, setting or per-problem rows.
     """
-    file, result = Path(path) / "result.json", run.result
-    for name in ("model", "setting"):
+    result, file = run.result, Path(path) if run.stage == "score" else Path(path) / "result.json"
+    again = f"run 'medllm {'score' if run.stage == 'score' else 'evaluate'}' again to write"
+    for name in ("model", "setting", *(["problem_set"] if run.stage == "options" else [])):
         if not isinstance(result.get(name), str):
-            raise UserError(f"{file}: '{name}' is missing or no text; run 'medllm evaluate' again to write it")
-    sheet = result.get("score")
+            raise UserError(f"{file}: '{name}' is missing or no text; {again} it")
+    sheet = result.get("score") if run.stage == "evaluate" else result
+    where = "score.results" if run.stage == "evaluate" else "results"
     rows = sheet.get("results") if isinstance(sheet, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: 'score.results' holds no per-problem rows; run 'medllm evaluate' again to write them")
-    results = tuple(_problem_result(row, f"{file}: score.results[{index}]") for index, row in enumerate(rows))
+    if not isinstance(sheet, dict) or not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: '{where}' holds no per-problem rows; {again} them")
     return Cell(
         result["model"],
         result["setting"],
-        results,
+        tuple(_problem_result(row, f"{file}: {where}[{index}]", again) for index, row in enumerate(rows)),
         EndingCounts.from_json(result.get("endings")),
         Readings.from_json(result.get("readings")),
+        result.get("problem_set") or "",
+        _tallies(sheet.get("by_category"), "correct", "questions"),
+        _tallies(sheet.get("by_year"), "points", "possible"),
     )
 
 
@@ -142,10 +153,10 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [shortest(parts) for parts in every]
 
 
-def _check_options(result: Mapping[str, Any], file: Path) -> None:
-    for name, kind in (("model", str), ("questions", int), ("accuracy", float), ("normalized_accuracy", float)):
-        if not isinstance(result.get(name), kind):
-            raise UserError(f"{file}: '{name}' is missing or not {kind.__name__}; run 'medllm evaluate' again to write it")
+def _tallies(groups: Any, some: str, of: str) -> dict[str, tuple[int, int]]:
+    """Two counts of each group of a score sheet; none of the problems that are in no group."""
+    given = groups if isinstance(groups, Mapping) else {}
+    return {name: (tally[some], tally[of]) for name, tally in given.items() if name != NO_GROUP}
 
 
 def _metrics(file: Path) -> Iterator[dict[str, float]]:
@@ -158,22 +169,24 @@ def _metrics(file: Path) -> Iterator[dict[str, float]]:
         yield line
 
 
-def _problem_result(row: Any, where: str) -> ProblemResult:
+def _problem_result(row: Any, where: str, again: str) -> ProblemResult:
     for name, kind, words in (
         ("problem_id", str, "text"),
         ("correct", bool, "true or false"),
         ("points", int, "a whole number"),
     ):
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where}: '{name}' is missing or not {words}; run 'medllm evaluate' again to write it")
+            raise UserError(f"{where}: '{name}' is missing or not {words}; {again} it")
     return ProblemResult(row["problem_id"], row["correct"], row["points"], row.get("prediction"))
 
 
 def _problems_of(run: RunSummary) -> dict[str, Problem]:
     """The problems an evaluation was run on, where its files are still where its configuration says."""
     here = [Path(path) for path in run.config.get("problems") or () if Path(path).exists()]
-    known = run.config.get("problems_format", "auto")
-    return {one.problem_id: one for path in here for one in load_problems(path, problems_format=known).problems}
+    laid_out = ProblemLayout(
+        **{one.name: run.config[one.name] for one in dataclasses.fields(ProblemLayout) if one.name in run.config}
+    )
+    return {one.problem_id: one for path in here for one in problems_at(path, laid_out).problems}
 
 
 def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:

@@ -32,9 +32,9 @@ def run_check_serving(
     Raises:
         UserError: problems, shots, server or folder cannot be used.
     """
-    problems, _ = read_problems(config.problems, config.problems_format)
+    problems, _ = read_problems(config.problems, config)
     problems = problems[: config.limit] if config.limit else problems
-    shots = read_shots(config.shots, config.shot_count)
+    shots = read_shots(config.shots, config.shot_count, config)
     check_apart(problems, shots)
     folder = config.folder or (config.model if Path(config.model).is_dir() else None)
     if config.url is None and folder is None:

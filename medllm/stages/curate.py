@@ -53,8 +53,8 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     Raises:
         UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
     """
-    problems, skipped = read_problems(config.problems, config.problems_format)
-    shots = read_shots(config.shots, config.shot_count) if config.shots else ()
+    problems, skipped = read_problems(config.problems, config)
+    shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
     check_problems(problems, shots, config)
     if config.dry_run:
         wanted, prompt_of = asked_problems(problems, shots, config)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medllm.config import ProblemsFormat
+from medllm.config import ProblemLayout
 from medllm.errors import UserError
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
 
 
-def read_problems(paths: Sequence[str], problems_format: ProblemsFormat) -> tuple[tuple[Problem, ...], dict[str, int]]:
+def read_problems(paths: Sequence[str], laid_out: ProblemLayout) -> tuple[tuple[Problem, ...], dict[str, int]]:
     """The problems of all files, and how many rows were left out, by reason.
 
     Raises:
@@ -21,14 +21,14 @@ def read_problems(paths: Sequence[str], problems_format: ProblemsFormat) -> tupl
     problems: list[Problem] = []
     skipped: dict[str, int] = {}
     for path in paths:
-        loaded = load_problems(path, problems_format=problems_format)
+        loaded = problems_at(path, laid_out)
         problems += loaded.problems
         for reason, count in loaded.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
     return tuple(problems), skipped
 
 
-def read_shots(path: str | None, count: int) -> tuple[Problem, ...]:
+def read_shots(path: str | None, count: int, laid_out: ProblemLayout) -> tuple[Problem, ...]:
     """The first ``count`` problems of a file: the worked examples before a question.
 
     Raises:
@@ -38,7 +38,21 @@ def read_shots(path: str | None, count: int) -> tuple[Problem, ...]:
         return ()
     if path is None:
         raise UserError(f"{count} shots are asked for: name their problem file (--shots), or set --shot_count 0")
-    shots = load_problems(path).problems
+    shots = problems_at(path, laid_out).problems
     if len(shots) < count:
         raise UserError(f"{path}: holds {len(shots)} problems, {count} shots are asked for (--shot_count)")
     return shots[:count]
+
+
+def of_subjects(problems: Sequence[Problem], subjects: Sequence[str]) -> tuple[Problem, ...]:
+    """The problems of these subjects; all where none is named.
+
+    Raises:
+        UserError: a subject that no problem has.
+    """
+    known = {problem.category for problem in problems}
+    for subject in subjects:
+        if subject not in known:
+            there = ", ".join(sorted(name for name in known if name)) or "no subjects"
+            raise UserError(f"no problem is of the subject '{subject}' (--subjects); the files have {there}")
+    return tuple(problem for problem in problems if not subjects or problem.category in subjects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class RpoResult:
         summary: Of the training.
         problems: Problems in the preference file.
         pairs: Pairs trained on.
+        dropped_pairs: Pairs that were not, by reason.
+        truncated_responses: Responses cut at ``pairs.max_length``.
         handover: What became of stage 1's adapter; None where there was none.
         opened_as: How the trained model is opened: under ``handover: merge`` on the merged weights in the run folder, else on
             the base, with its adapters in order.
@@ -36,6 +39,8 @@ class RpoResult:
     summary: TrainSummary
     problems: int
     pairs: int
+    dropped_pairs: Mapping[str, int]
+    truncated_responses: int
     handover: str | None
     opened_as: ModelConfig
     taught: Taught
@@ -48,6 +53,8 @@ class RpoResult:
             **asdict(self.summary),
             "problems": self.problems,
             "pairs": self.pairs,
+            "dropped_pairs": dict(self.dropped_pairs),
+            "truncated_responses": self.truncated_responses,
             **({"handover": self.handover} if self.handover else {}),
             "opened_as": {"path": self.opened_as.path, "adapters": list(self.opened_as.adapters)},
             "taught": self.taught.to_json(),
@@ -75,7 +82,9 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
             engine=engine,
             summary=summary,
             problems=len(read),
-            pairs=len(preferences.texts),
+            pairs=preferences.pairs,
+            dropped_pairs=preferences.dropped,
+            truncated_responses=preferences.truncated,
             handover=config.handover if config.model.adapters else None,
             opened_as=opened_as(config, run.path, summary.adapter),
             taught=taught_by_preferences(model.tokenizer, preferences),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -36,6 +38,46 @@ def test_jsonl_lines_are_documents_with_their_line_as_source(tmp_path):
         Document("二つ目\u2028続き", f"{file}:2"),
         Document("三つ目", f"{file}:4"),
     ]
+
+
+LOOKS_LIKE_SOMETHING_ELSE = ["2018-02-10", "2018-02-10T12:00:00Z", "007", "1e3", "true", "null", "NaN", "12:30"]
+
+
+def test_a_text_stays_the_text_it_is_whatever_it_looks_like(tmp_path):
+    given = [{"text": text} for text in LOOKS_LIKE_SOMETHING_ELSE]
+    write(tmp_path / "array.json", json.dumps(given, indent=1))
+    write(tmp_path / "lines.json", rows(*LOOKS_LIKE_SOMETHING_ELSE))
+    write(tmp_path / "lines.jsonl", rows(*LOOKS_LIKE_SOMETHING_ELSE))
+    write(tmp_path / "cells.csv", "text\n" + "\n".join(LOOKS_LIKE_SOMETHING_ELSE) + "\n")
+    plain = pa.table({"text": LOOKS_LIKE_SOMETHING_ELSE})
+    pq.write_table(plain, tmp_path / "plain.parquet")
+    pq.write_table(pa.table({"text": plain["text"].dictionary_encode()}), tmp_path / "dictionary.parquet")
+    pq.write_table(pa.table({"text": plain["text"].cast(pa.large_string())}), tmp_path / "large.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        assert [document.text for document in found(file)] == LOOKS_LIKE_SOMETHING_ELSE, file.name
+
+
+def test_a_json_file_may_hold_one_document(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps({"text": "一つ", "title": "題"}, indent=1))
+    assert found(file) == [Document("一つ", f"{file}:1")]
+
+
+NO_LINE_ENDS = "一\u2028二\u2029三\u0085四\x0b五\x0c六\x1c七\x1e八"
+
+
+def test_a_line_ends_at_cr_and_lf_alone(tmp_path):
+    plain, quoted = f"{NO_LINE_ENDS}\n", f'題,"{NO_LINE_ENDS}"\n'
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "a.jsonl").write_text(rows(NO_LINE_ENDS, "次"), encoding="utf-8", newline=end)
+        (tmp_path / "a.csv").write_text(f"title,text\n{quoted}題,{NO_LINE_ENDS}\n", encoding="utf-8", newline=end)
+        (tmp_path / "a.txt").write_text(plain, encoding="utf-8", newline=end)
+        (tmp_path / "a.json").write_text(rows(NO_LINE_ENDS, "次"), encoding="utf-8", newline=end)
+        assert found(tmp_path / "a.jsonl") == [
+            Document(NO_LINE_ENDS, f"{tmp_path / 'a.jsonl'}:1"),
+            Document("次", f"{tmp_path / 'a.jsonl'}:2"),
+        ]
+        assert found(tmp_path / "a.csv") == [Document(NO_LINE_ENDS, f"{tmp_path / 'a.csv'}:{line}") for line in (2, 3)]
+        assert [document.text for document in found(tmp_path / "a.txt", tmp_path / "a.json")] == [plain, NO_LINE_ENDS, "次"]
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -126,7 +168,12 @@ def test_a_held_out_exam_never_enters_the_corpus(tmp_path):
         ("a.jsonl", rows(3), r"a\.jsonl:1: column 'text' holds int, not text"),
         ("a.csv", "id,body\n1,x\n", r"a\.csv: no column 'text'; the columns are: id, body"),
         ("a.parquet", "not parquet", r"a\.parquet: not a readable Parquet file"),
-        ("a.json", "{", r"a\.json: `datasets` cannot read this file"),
+        ("a.json", "{", r"a\.json: not JSON \(Expecting property name.*\); expected JSON"),
+        ("a.json", rows("x") + "{broken\n", r"a\.json:2: not JSON"),
+        ("a.json", '["x"]', r"a\.json:1: expected a JSON object, found str"),
+        ("a.json", '[{"text": "\\ud800"}]', r"a\.json: holds half a character"),
+        ("a.json", '[{"text": 2018}]', r"a\.json:1: column 'text' holds int, not text"),
+        ("a.arrow", "not arrow", r"a\.arrow: `datasets` cannot read this file"),
         ("a.docx", "x", r"a\.docx: documents cannot be read from '\.docx' files"),
         ("a.txt", " \n", r"the corpus is empty .*skipped 1 × empty text"),
     ],

@@ -4,11 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generation
 from medllm.errors import UserError
-from medllm.exam.evaluation import OPTION_PROMPTS, check_exam, evaluate, score_options, write_predictions
+from medllm.exam.evaluation import check_exam, evaluate, score_options, write_predictions
+from medllm.exam.option_prompts import OPTION_PROMPTS, option_prompt
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
@@ -159,35 +162,125 @@ def test_options_are_ranked_by_summed_and_by_mean_likelihood():
     assert scores.left_out == {"several right options": 1, "numeric problem": 1}
 
 
+# Written out from templates/mcqa.py of nii-nlp/med-eval, and from the pairs in the table of its README.
+JMEDBENCH = {
+    "mcqa_minimal": ("空は。\n", "要約。\n空は。\n", "空は。\nA. 赤\nB. 青\n", "要約。\n空は。\nA. 赤\nB. 青\n"),
+    "mcqa_with_options_jp": (
+        "質問：空は。\nA. 赤\nB. 青\n答え：",
+        "要旨：要約。\n質問：空は。\n答え：",
+        "質問：空は。\nA. 赤\nB. 青\n答え：",
+        "要旨：要約。\n質問：空は。\nA. 赤\nB. 青\n答え：",
+    ),
+    "mcqa_with_options": (
+        "Question: 空は。\nA. 赤\nB. 青\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nAnswer: ",
+        "Question: 空は。\nA. 赤\nB. 青\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nA. 赤\nB. 青\nAnswer: ",
+    ),
+    "mcqa": (
+        "Question: 空は。\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nAnswer: ",
+        "Question: 空は。\nA. 赤\nB. 青\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nA. 赤\nB. 青\nAnswer: ",
+    ),
+    "mcqa_jp": (
+        "質問：空は。\n回答：",
+        "要旨：要約。\n質問：空は。\n答え：",
+        "質問：空は。\nA. 赤\nB. 青\n回答：",
+        "要旨：要約。\n質問：空は。\nA. 赤\nB. 青\n答え：",
+    ),
+}
+
+
+@pytest.mark.parametrize("prompt", JMEDBENCH)
+@pytest.mark.parametrize("context", [None, "要約。"])
+@pytest.mark.parametrize("method", ["options", "letters"])
+def test_the_option_prompts_are_jmedbenchs(prompt, context, method):
+    engine = LikelihoodEngine()
+    asked = Problem("x", "空は。", ("赤", "青"), ("a",), context=context)
+    score_options(engine, CharacterTokenizer(), [asked], prompt=prompt, method=method)
+    text = JMEDBENCH[prompt][2 * (method == "letters") + bool(context)]
+    read = [["".join(map(chr, tokens)) for tokens in (one.prompt, one.completion)] for one in engine.seen]
+    before = text.rstrip()
+    answers = "赤青" if method == "options" else "AB"
+    assert read == [[before, text[len(before) :] + answer] for answer in answers], (
+        "the last space is the option's, as in lm-eval"
+    )
+
+
 @pytest.mark.parametrize(
-    ("prompt", "text"),
+    ("context", "beginning", "end"),
     [
-        ("mcqa", "Question: 空は。\nAnswer: "),
-        ("mcqa_jp", "質問：空は。\n回答："),
-        ("mcqa_with_options", "Question: 空は。\nA. 赤\nB. 青\nAnswer: "),
-        ("mcqa_with_options_jp", "質問：空は。\nA. 赤\nB. 青\n答え："),
+        (None, "あなたは医学博士です。", "質問：空は。\n選択肢：\nA. 赤\nB. 青\n答え："),
+        ("要約。", "臨床科学と医学知識の専門家である医師として、", "お答えください。\n要旨：要約。\n質問：空は。\n答え："),
     ],
 )
-def test_the_option_prompts_are_jmedbenchs(prompt, text):
-    engine = LikelihoodEngine()
-    score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", ("赤", "青"), ("a",))], prompt=prompt)
-    assert ["".join(map(chr, continuation.prompt)) for continuation in engine.seen] == [text, text]
-    assert [continuation.completion for continuation in engine.seen] == [(ord("赤"),), (ord("青"),)]
-    assert prompt in OPTION_PROMPTS
+def test_the_instructed_prompt_is_another_where_there_is_a_context(context, beginning, end):
+    text = option_prompt(Problem("x", "空は。", ("赤", "青"), ("a",), context=context), "4o_mcqa_instructed_jp")
+    assert text.startswith(beginning)
+    assert text.endswith(end)
+    assert set(OPTION_PROMPTS) == {*JMEDBENCH, "4o_mcqa_instructed_jp"}
 
 
-def test_an_option_whose_tokens_merge_into_the_prompt_is_still_scored():
+def test_by_letters_the_likeliest_letter_is_chosen_whatever_its_option_says():
+    engine = LikelihoodEngine(A=2.0, B=3.0, C=0.5, 赤=0.1)
+    scores = score_options(
+        engine, CharacterTokenizer(), [Problem("x", "空は。", ("赤", "緑", "青"), ("c",), category="sky")], method="letters"
+    )
+    assert [(one.chosen, one.correct, one.category) for one in scores.results] == [("c", True, "sky")]
+    assert scores.results[0].nll == pytest.approx((2.0, 3.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("choices", "prompt_ends", "completions"),
+    [
+        (("赤", "青"), "：", ["赤", "青"]),
+        (("X", "XY"), "え", ["×", "×Y"]),
+        (("赤", "X"), "え", ["：赤", "×"]),  # all after the same tokens, or their likelihoods could not be compared
+    ],
+    ids=["none", "all", "one"],
+)
+def test_options_that_merge_into_the_prompt_are_scored_whole(choices, prompt_ends, completions):
     engine = LikelihoodEngine()
-    score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", ("X", "XY"), ("a",))])
-    assert [continuation.completion for continuation in engine.seen] == [(ord("X"),), (ord("Y"),)]
+    scores = score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", choices, ("a",))])
+    assert {chr(one.prompt[-1]) for one in engine.seen} == {prompt_ends}
+    assert ["".join(map(chr, one.completion)) for one in engine.seen] == completions
+    assert scores.results[0].tokens == tuple(map(len, completions))
+
+
+@pytest.fixture(scope="module")
+def bytes_and_words():
+    """A token a byte, but `` F``, `` R``, ``：「`` and what a space makes with the first byte of 発 are tokens of their own."""
+    letters = {text: "".join(piece for piece, _ in SPLIT.pre_tokenize_str(text)) for text in (" F", " R", "：「", " 発")}
+    merges = [(letters[" F"][0], "F"), (letters[" R"][0], "R"), tuple(letters[" 発"][:2])]
+    merges += [(letters["：「"][:end], letters["：「"][end]) for end in range(1, len(letters["：「"]))]
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocab)}, merges=merges))
+    core.pre_tokenizer, core.decoder = SPLIT, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+SPLIT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize("prompt", sorted(OPTION_PROMPTS))
+@pytest.mark.parametrize("choices", [("Fever and cough", "Rash and cough"), ("発熱", "咳"), ("「発熱」", "咳"), ("「", "「「")])
+def test_every_option_is_scored_in_all_its_characters_after_the_same_prompt(bytes_and_words, prompt, choices):
+    engine = LikelihoodEngine()
+    score_options(engine, bytes_and_words, [Problem("x", "どれ。", choices, ("a",))], prompt=prompt)
+    (asked,) = {one.prompt for one in engine.seen}
+    for one, choice in zip(engine.seen, choices, strict=True):
+        assert bytes_and_words.decode(one.completion).lstrip(" ：\n") == choice
+        assert bytes_and_words.decode([*asked, *one.completion]).endswith(choice)
+        assert [*asked, *one.completion] == bytes_and_words(bytes_and_words.decode([*asked, *one.completion]))["input_ids"]
 
 
 def test_what_cannot_be_scored_by_likelihood_is_refused():
     numeric = Problem("n", "何日か。", (), ("3",))
-    empty = Problem("e", "どれか。", ("", "赤"), ("b",), source="file.jsonl:2")
+    empty = Problem("e", "どれか。", (" ", "赤"), ("b",), source="file.jsonl:2")
     with pytest.raises(UserError, match="no problem has exactly one right option"):
         score_options(LikelihoodEngine(), CharacterTokenizer(), [numeric])
     with pytest.raises(UserError, match=r"file\.jsonl:2: problem e has an empty option"):
         score_options(LikelihoodEngine(), CharacterTokenizer(), [empty])
-    with pytest.raises(UserError, match="no prompt is called 'best'; there are mcqa"):
+    with pytest.raises(UserError, match="no prompt is called 'best'; there are mcqa_minimal"):
         score_options(LikelihoodEngine(), CharacterTokenizer(), [PROBLEMS[0]], prompt="best")

@@ -1,17 +1,25 @@
 """Public layouts are recognised by their fields; what is no problem is not taken for one; other benches' results are read."""
 
 import json
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from medllm.cli import main
 from medllm.errors import UserError
 from medllm.exam.field_map import known_layouts
-from medllm.exam.loaders import load_problems
-from medllm.exam.predictions import Prediction, in_letters, read_predictions
+from medllm.exam.loaders import load_problems, write_problems
+from medllm.exam.predictions import Prediction, in_letters, in_no_letters, read_predictions
+from medllm.exam.scoring import score
+from medllm.stages.problems import of_subjects
 
 COLOURS = ["赤", "青", "緑"]
 EXAM = {"problem_id": "1", "problem_text": "何色か。", "choices": COLOURS, "answer": ["b"]}
+
+SHEET = {"index": "1", "text_only": True, "kinki": "", "human_accuracy": "0.9", "points": "1", "answer": "A"}
+"""A row of KokushiMD-10 without its question."""
 
 # layout → (rows, one problem's id, choices, answer, points, year, text_only)
 ROWS = {
@@ -46,14 +54,18 @@ ROWS = {
     ),
     "kokushimd": (
         [
-            {"index": "k1", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "B", "points": 2.0},
-            {"index": "k2", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "NA", "points": "1"},
+            {**SHEET, "question": "何色か。", "a": "赤", "b": "青", "answer": "B", "points": 2.0},
+            {**SHEET, "question": "何色か。", "a": "赤", "b": "青", "answer": "NA", "points": "1"},
         ],
-        ("k1", ["赤", "青"], ("b",), 2, None, True),
+        ("file-1", ["赤", "青"], ("b",), 2, None, True),
     ),
     "jmedbench": (
         [{"sample_id": "s1", "question": "何色か。", "options": COLOURS, "answer_idx": 1, "n_options": 3}],
         ("s1", COLOURS, ("b",), 1, None, True),
+    ),
+    "mmmlu": (
+        [dict(zip(("", "Question", "A", "B", "C", "D", "Answer", "Subject"), "0何赤青緑白Ba", strict=True))],
+        ("file-1", ["赤", "青", "緑", "白"], ("b",), 1, None, True),
     ),
     "jmedllm": (
         [dict(zip(("tag", "question", "optionA", "optionB", "optionC", "optionD", "answer"), "t何赤青緑白B", strict=True))],
@@ -103,6 +115,26 @@ def test_what_is_no_problem_in_a_folder_is_never_one(tmp_path):
     assert len(loaded.ignored) == 3
 
 
+def test_an_abstract_is_a_context_and_a_column_a_subject(tmp_path):
+    row = {"sample_id": "1", "question": "効くか。", "options": ["はい", "いいえ"], "answer_idx": 1, "n_options": 2}
+    (tmp_path / "pubmedqa.jsonl").write_text(json.dumps(row | {"metadata": {"context": "効かなかった。"}}), encoding="utf-8")
+    (problem,) = load_problems(tmp_path / "pubmedqa.jsonl").problems
+    assert (problem.text, problem.context, problem.question) == ("効くか。", "効かなかった。", "効かなかった。\n効くか。")
+    write_problems(tmp_path / "again.jsonl", [problem])
+    assert load_problems(tmp_path / "again.jsonl").problems == (problem,)
+    csv = ',Question,A,B,C,D,Answer,Subject\n0,"何色か、空は。",赤,青,緑,白,B,anatomy\n1,何か。,赤,青,緑,白,A,law\n'
+    (tmp_path / "mmlu_JA-JP.csv").write_text(csv, encoding="utf-8")
+    problems = load_problems(tmp_path / "mmlu_JA-JP.csv").problems
+    assert [(one.text, one.answer, one.category) for one in problems] == [
+        ("何色か、空は。", ("b",), "anatomy"),
+        ("何か。", ("a",), "law"),
+    ]
+    assert [one.category for one in of_subjects(problems, ("law",))] == ["law"]
+    assert of_subjects(problems, ()) == problems
+    with pytest.raises(UserError, match=r"of the subject 'biology' \(--subjects\); the files have anatomy, law"):
+        of_subjects(problems, ("law", "biology"))
+
+
 def test_a_layout_of_ones_own_and_bad_rows_by_reason(tmp_path):
     layout = tmp_path / "mine.yaml"
     layout.write_text("known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\nanswer_as: digits\n")
@@ -149,9 +181,134 @@ def test_results_of_other_benches_are_predictions(tmp_path):
         (["B", "C, A"], "upper case", ["b", "a,c"]),
         (["b", "2"], "letters", ["b", "2"]),
         (["b", "B"], "letters", ["b", "B"]),
+        (["a, b", "B"], "letters", ["a, b", "B"]),  # spaces are the official rule's to forgive, not a file's alphabet
+        (["Ｂ", "Ｃ、Ａ"], "upper case", ["b", "a,c"]),
+        (["２", "１，３"], "digits", ["b", "a,c"]),
+        (["②", "①・③"], "digits", ["b", "a,c"]),
+        (["ｂ", "ｃ，ａ"], "full width", ["b", "a,c"]),
+        (["2", "4"], "digits", ["b", "4"]),  # of three options
+        (["", ""], "letters", ["", ""]),
+        (["緑色", "b."], "letters", ["緑色", "b."]),
     ],
 )
 def test_a_file_in_another_alphabet_is_read_in_letters(given, alphabet, read):
     predictions = [Prediction(f"q{n}", one) for n, one in enumerate(given)] + [Prediction("number", "26")]
     found, said = in_letters(predictions, {"q0": 3, "q1": 3, "number": 0})
     assert ([one.prediction for one in found], said) == ([*read, "26"], alphabet)
+    letters = [one for one in read if one and set(one) <= set("abc, ")]
+    assert in_no_letters(found, {"q0": 3, "q1": 3, "number": 0}) == len(list(filter(None, read))) - len(letters)
+
+
+def test_an_answer_sheet_scores_numbered_predictions_as_its_own_scorer_does(tmp_path):
+    """KokushiMD-10's repository holds no questions; its scorer joins by row, and drops all but letters and digits."""
+    sheet, results = tmp_path / "exams", tmp_path / "results"
+    sheet.mkdir(), results.mkdir()
+    rows = [
+        {**SHEET, "answer": "CA", "kinki": ["D"], "points": "3"},
+        {**SHEET, "answer": "B"},
+        {**SHEET, "answer": "NA"},
+        {**SHEET, "answer": "42", "points": 1.0},
+        {**SHEET, "answer": "E", "corrected_question_index": "7"},
+        {**SHEET, "answer": "F"},
+    ]
+    (sheet / "医師_2020_b.json").write_text(json.dumps(rows), encoding="utf-8")
+    (sheet / "医師_2020_b_history.json").write_text(json.dumps([{**row, "pred": "A"} for row in rows]), encoding="utf-8")
+    said = [{"pred": "A, C."}, {"pred": "D"}, {"pred": "A"}, {"pred": "42"}, {"pred": "E"}, {"pred": "F"}]
+    (results / "医師_2020_b_pred.json").write_text(json.dumps(said), encoding="utf-8")
+    loaded = load_problems(sheet)
+    assert loaded.skipped == {"no gold answer": 2}
+    assert [Path(file).name for file in loaded.ignored] == ["医師_2020_b_history.json"]
+    first = loaded.problems[0]
+    assert (first.problem_id, first.answer, first.kinki, first.points) == ("医師_2020_b-1", ("a", "c"), ("d",), 3)
+    assert (first.year, first.section, first.category, first.text_only) == (2020, "B", "医師", False)
+    kept = [one for one in read_predictions(results) if one.problem_id not in loaded.skipped_ids]
+    sheet_of = score(loaded.problems, kept)
+    assert (sheet_of.points, sheet_of.correct, sheet_of.questions) == (3 + 1 + 1, 3, 4)
+
+
+def test_digits_are_letters_where_options_are_numbered(tmp_path):
+    options = {"1": "赤", "2": "青", "3": "緑"}
+    rows = [
+        {**SHEET, "question": "何色か。", **options, "answer": "31"},
+        {**SHEET, "question": "何色か。", **options, "answer": "2"},
+    ]
+    (tmp_path / "看護_2021_a.json").write_text(json.dumps(rows), encoding="utf-8")
+    said = tmp_path / "看護_2021_a_pred.json"
+    problems = load_problems(tmp_path / "看護_2021_a.json").problems
+    assert [problem.answer for problem in problems] == [("a", "c"), ("b",)]
+    said.write_text(json.dumps([{"pred": "13"}, {"pred": "2"}]), encoding="utf-8")
+    read, alphabet = in_letters(read_predictions(said), {problem.problem_id: 3 for problem in problems})
+    assert ([one.prediction for one in read], alphabet) == (["a,c", "b"], "digits")
+
+
+def test_a_number_in_full_width_digits_is_the_number():
+    found, _ = in_letters(
+        [Prediction("q", "b"), Prediction("n", "－１２．５"), Prediction("m", "約１２")], {"q": 3, "n": 0, "m": 0}
+    )
+    assert [one.prediction for one in found] == ["b", "-12.5", "約１２"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["赤", "青"], "the 2 predictions are in signs that are not read: problem q0 has '赤'; expected letters"),
+        (["ア", "イ"], "the 2 predictions are in signs that are not read"),
+        (["1", "0"], "problem q1 has the prediction '0': digits number the options from 1"),
+    ],
+)
+def test_a_file_in_signs_that_cannot_be_read_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        in_letters([Prediction(f"q{n}", one) for n, one in enumerate(given)], {"q0": 3, "q1": 3})
+
+
+def test_predictions_for_rows_left_out_are_counted_under_the_ids_of_their_problems(tmp_path, capsys):
+    """Whatever left the row out, and whether the id is the row's own, the file's, or the row's number."""
+    cells = 'どれか。,赤,青,緑,黒,B\nどれか,赤,青,緑,黒,X\nどれか。,赤,"青",緑\n'
+    (tmp_path / "colours.csv").write_text(cells, encoding="utf-8")
+    twice = [EXAM | {"problem_id": name} for name in ("1", "1")]
+    lines = [*map(json.dumps, twice), "not json", json.dumps(EXAM | {"problem_id": "2", "answer": ["z"]})]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    loaded = load_problems(tmp_path, skip_bad_rows=True)
+    assert [problem.problem_id for problem in loaded.problems] == ["colours-1", "1"]
+    assert loaded.skipped_ids == {"colours-2", "colours-3", "2", ""}
+    assert sorted(loaded.skipped) == [
+        "bad row: 4 columns, expected 6 columns (question,A,B,C,D,answer); quote a cell that holds a comma",
+        "bad row: its problem_id was there before",
+        "bad row: not JSON (Expecting value, column 1); expected a JSON object a line",
+        "bad row: the problem: answer 'x' is not among the choices a to d",
+        "bad row: the problem: answer 'z' is not among the choices a to c",
+    ]
+    answers = [{"problem_id": name, "prediction": "b"} for name in ("colours-1", "colours-3", "1", "2")]
+    (tmp_path / "answers").mkdir()
+    file = tmp_path / "answers" / "predictions.jsonl"
+    file.write_text("\n".join(map(json.dumps, answers)))
+    out = tmp_path / "score.json"
+    words = ["--problems", str(tmp_path), "--predictions", str(file), "--on_bad_row", "skip", "--json", str(out)]
+    assert main(["score", *words]) == 0
+    assert "2 for rows left out" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert (found["points"], found["predictions_left_out"], sum(found["skipped"].values())) == (2, 2, 5)
+
+
+def test_numbers_of_a_table_with_gaps_are_whole(tmp_path):
+    """pandas holds a column of whole numbers as 3.0 where one is missing."""
+    layout = tmp_path / "mine.yaml"
+    layout.write_text("known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\nanswer_as: digits\n")
+    rows = {"nr": [1.0, 2.0], "stem": ["何色か。", "いくつか。"], "options": [COLOURS, []], "key": [2.0, 5.0]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "set.parquet")
+    loaded = load_problems(tmp_path / "set.parquet", layout=layout)
+    assert [(problem.problem_id, problem.answer) for problem in loaded.problems] == [("1", ("b",)), ("2", ("5",))]
+    (tmp_path / "a.json").write_text(json.dumps([{"index": 1.0, "pred": 2.0}]))
+    assert read_predictions(tmp_path / "a.json") == (Prediction("1", "2"),)
+
+
+def test_a_layout_of_ones_own_is_for_the_files_that_have_its_fields(tmp_path):
+    layout = tmp_path / "mine.yaml"
+    layout.write_text("known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\n")
+    (tmp_path / "own.json").write_text(json.dumps([{"nr": 1, "stem": "何色か。", "options": COLOURS, "key": "b"}]))
+    (tmp_path / "exam.jsonl").write_text(json.dumps(EXAM | {"problem_id": "2"}))
+    loaded = load_problems(tmp_path, layout=layout)
+    assert loaded.layouts == {"jsonl": 1, "mine": 1}
+    (tmp_path / "other.json").write_text(json.dumps([{"stem": "何色か。"}]))
+    with pytest.raises(UserError, match="no layout that is known, nor has it the fields of mine"):
+        load_problems(tmp_path / "other.json", layout=layout)

@@ -104,10 +104,12 @@ def test_the_options_of_an_exam_are_scored_after_a_prompt_with_a_bos(tokenizer):
         assert tokenizer.bos_token_id not in one.prompt[1:] + one.completion
 
 
-def test_what_merges_into_its_prompt_is_tokenized_by_itself_and_begins_no_text(tokenizer):
-    prompt, completion = encode_continuation(tokenizer, "x", "y")
-    assert tokenizer.decode(prompt) == "<bos>x"
-    assert tokenizer.decode(completion) == "y"
+def test_what_merges_into_its_prompt_is_a_token_of_what_follows_it(tokenizer):
+    prompt, completion = encode_continuation(tokenizer, "zx ", "y")
+    assert (tokenizer.decode(prompt), tokenizer.decode(completion)) == ("<bos>zx", " y"), "the space goes with the word"
+    prompt, completion = encode_continuation(tokenizer, "zx", "y")
+    assert (tokenizer.decode(prompt), tokenizer.decode(completion)) == ("<bos>z", "xy")
+    assert len(completion) == 1
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system') }}", "{{ messages[0]['content'] + 1 }}"])

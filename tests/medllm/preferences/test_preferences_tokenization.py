@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from medllm.config import PairConfig
 from medllm.errors import UserError
 from medllm.preferences.pairs import Rank, training_pairs
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import TokenizedGroup, check_preferences, tokenize_preferences
+from medllm.preferences.tokenization import EQUAL, NO_PROMPT, TokenizedGroup, check_preferences, tokenize_preferences
 
 ALL = PairConfig(max_chosen=0, max_rejected=0)
 
@@ -62,9 +62,39 @@ def test_a_merge_in_one_response_shortens_the_shared_prompt_and_other_pairs_star
     ]
 
 
-def test_a_merge_that_swallows_the_whole_prompt_leaves_an_empty_one(tokenizer):
-    group = tokenize_group(tokenizer, preference("ab", "e", "c"), ALL)
-    assert (group.prompt, group.responses) == ((), ((ABE, END), (A, B, C, END)))
+def test_a_pair_without_a_token_of_its_prompt_is_dropped_and_counted(tokenizer):
+    merged = preference("ab", "e", "c", "d", problem_id="merged")
+    found = tokenize_preferences(tokenizer, [merged, preference("", "c", "d", problem_id="empty")], ALL)
+    assert found.dropped == {NO_PROMPT: 3}
+    (group,) = found.groups
+    assert list(group.pair_tokens()) == [((A,), (B, C, END), (BD, END))], "ab and e are one token; ab before c and d are two"
+    assert [(pair.chosen, pair.rejected) for pair in found.texts] == [("c", "d")]
+
+
+def test_the_token_that_begins_a_text_is_no_token_of_its_prompt(tokenizer):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", END)])
+    begins = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    found = tokenize_preferences(begins, [preference("", "c", "d"), preference("a", "c", "d", problem_id="110A2")], ALL)
+    assert found.dropped == {NO_PROMPT: 1}
+    assert [group.prompt for group in found.groups] == [(END, A)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "most"),
+    [("cca", "ccb", 4), ("c", "c<end>", 9), ("\u00e9", "e\u0301", 9), ("cc", "ccc", 4)],
+    ids=["beyond the cut", "end token written out", "composed otherwise", "cut at its end"],
+)
+def test_responses_of_the_same_tokens_are_no_pair(chosen, rejected, most):
+    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate("abcd\u00e9")}, merges=[]))
+    core.normalizer = normalizers.NFC()
+    core.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    composes = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    problem = Preference("110A1", "bb", Sample("d", "a"), (Sample(chosen, "a"),), (Sample(rejected, "b"),))
+    found = tokenize_preferences(composes, [problem], PairConfig(max_length=most))
+    assert found.dropped == {EQUAL: 1}
+    assert [(pair.chosen, pair.rejected) for pair in found.texts] == [("d", chosen), ("d", rejected)]
+    assert found.pairs == sum(len(group.pairs) for group in found.groups) == 2
 
 
 def test_long_responses_are_cut_at_the_end_and_counted(tokenizer):
@@ -125,5 +155,7 @@ def test_preferences_that_cannot_be_trained_on_are_refused(tokenizer):
         check(preference("ab", "c"))
     with pytest.raises(UserError, match=r"1 pairs the prompt alone fills pairs\.max_length 2"):
         check(preference("aab", "c", "a"), max_length=2)
+    with pytest.raises(UserError, match=r"in 0 pairs .*; 1 × no token of the prompt is left"):
+        check(preference("", "c", "d"))
     with pytest.raises(UserError, match=r"problem 110A1: .* have 13 tokens, .* context is 8; set --pairs\.max_length 8"):
         check(preference("ab", "c" * 10, "d"), context=8)

@@ -177,3 +177,22 @@ def test_every_name_leads_to_one_published_row():
         for label in (row.model, *row.labels):
             assert paper.published(label) is row
             assert paper.published(label.upper().replace(" + ", "+")) is row
+
+
+def test_the_papers_figures_are_found_by_model_setting_and_set():
+    value = paper.published_value
+    assert [value("GPT-4o", setting) for setting in (PLAIN, EXPLAINED, "zero-shot")] == [0.866, 0.881, None]
+    assert (value("GPT-4", PLAIN), value("GPT-4", EXPLAINED), value("mine", PLAIN)) == (0.782, None, None)
+    by_letters = [value("Qwen2.5-72B-Instruct", "zero-shot letters", name) for name in paper.SETS]
+    assert by_letters == [0.795, 0.626, 0.601, 0.714]
+    assert value("Qwen2.5-72B", PLAIN, "MedQA") is value("Qwen2.5-72B", "zero-shot options", "sky") is None
+
+
+def test_the_papers_means_are_those_of_its_sets_and_years():
+    means = {row.model: sum(row.sets) / len(paper.SETS) for row in paper.IGAKUQA if row.sets}
+    assert {model: round(mean, 3) for model, mean in means.items()} == pytest.approx(
+        {"Preferred-MedLLM-Qwen-72B (CPT+RPO)": 0.716, "CPT": 0.710, "Qwen2.5-72B": 0.705, "Qwen2.5-72B-Instruct": 0.684},
+        abs=6e-4,
+    )
+    for row in paper.IGAKUQA:
+        assert not row.years or sum(row.years) / 2485 == pytest.approx(row.plain, abs=6e-4)

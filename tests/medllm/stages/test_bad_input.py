@@ -5,6 +5,8 @@ import json
 import pytest
 
 from medllm.cli import main
+from medllm.config import Sampling
+from medllm.errors import UserError
 from medllm.mini.study import BASE
 from medllm.model.directory import ModelDirectory
 from tests.refusal import refused
@@ -112,6 +114,15 @@ def test_preferences_without_a_pair(folder, capsys):
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_preferences_whose_prompts_are_empty(folder, capsys, engine):
+    sample, other = ({"text": f"{text}である。", "answer": "a"} for text in "甲乙")
+    row = {"problem_id": "1", "prompt": "", "ground_truth": sample, "chosen": [], "rejected": [other]}
+    (folder / "preferences.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    settings = ["--engine", engine, "--model.path", str(BASE), "--run", "run", "--preferences", "preferences.jsonl"]
+    assert "1 × no token of the prompt is left" in refused(folder, capsys, "rpo", *settings)
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_an_adapter_that_is_not_there(folder, capsys, engine):
     arguments = cpt("--engine", engine, "--model.adapter", "nowhere", "--corpus.length", "64")
     assert "nowhere: no such adapter folder" in refused(folder, capsys, *arguments)
@@ -148,6 +159,48 @@ def test_every_reader_of_problems_takes_their_format(command, folder, capsys):
     assert "not a file of the format 'jmmlu'" in refused(folder, capsys, *command)
 
 
+LAYOUT = "known_by: [nr, stem]\nid: nr\nquestion: stem\noptions: options\nanswer: key\nexplanation: why\n"
+OWN = [
+    {"nr": 1, "stem": "どれか。", "options": ["甲", "乙"], "key": "a", "why": "甲である。"},
+    {"nr": 2, "stem": "どれか。", "options": ["甲", "乙"], "key": "z", "why": "乙である。"},
+    {"nr": 3, "stem": "何か。", "options": ["甲", "乙"], "key": "b", "why": "乙である。"},
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "prefix", "counted"),
+    [
+        (evaluate(problems="own.jsonl"), "", "left_out"),
+        (evaluate("--method", "options", problems="own.jsonl"), "", "left_out"),
+        (["curate", "--model.path", str(BASE), "--run", "run", "--problems", "own.jsonl", "--shot_count", "1"], "", "left_out"),
+        (cpt("--corpus.problems", "own.jsonl", "--corpus.length", "64"), "corpus.", "skipped"),
+        (["data", "leaks", "--documents", "text.jsonl", "--problems", "own.jsonl"], "", "skipped"),
+        (["data", "problems", "own.jsonl"], "", "skipped"),
+    ],
+    ids=["evaluate", "options", "curate", "cpt", "leaks", "problems"],
+)
+def test_every_reader_of_problems_takes_a_layout_and_skips_bad_rows(command, prefix, counted, folder, capsys):
+    (folder / "own.yaml").write_text(LAYOUT, encoding="utf-8")
+    (folder / "own.jsonl").write_text("\n".join([*map(json.dumps, OWN), "not json"]), encoding="utf-8")
+    few = [] if command[0] in ("cpt", "data") else ["--sampling.max_new_tokens", "2"]
+    layout = [f"--{prefix}layout", "own.yaml", *few]
+    assert "own.jsonl:4: not JSON" in refused(folder, capsys, *command, *layout)
+    assert main([*command, *layout, f"--{prefix}on_bad_row", "skip", "--json", "result.json"]) == 0
+    assert json.loads((folder / "result.json").read_text())[counted] == {
+        "bad row: the problem: answer 'z' is not among the choices a to b": 1,
+        "bad row: not JSON (Expecting value, column 1); expected a JSON object a line": 1,
+    }
+
+
+def test_shots_may_be_laid_out_as_the_problems_or_otherwise(folder):
+    (folder / "own.yaml").write_text(LAYOUT, encoding="utf-8")
+    (folder / "own.jsonl").write_text(json.dumps(OWN[2]), encoding="utf-8")
+    (folder / "shots.jsonl").write_text(json.dumps(OWN[0]), encoding="utf-8")
+    for number, shots in enumerate(("shots.jsonl", "problems.jsonl")):
+        settings = ["--layout", "own.yaml", "--shot_count", "1", "--shots", shots, "--run", f"run{number}"]
+        assert main(evaluate(*settings, "--sampling.max_new_tokens", "2", problems="own.jsonl")) == 0
+
+
 def test_half_a_character(folder, capsys):
     (folder / "text.jsonl").write_text('{"text": "\\ud800"}\n', encoding="utf-8")
     assert "text.jsonl:1" in refused(folder, capsys, *cpt())
@@ -180,3 +233,44 @@ def test_a_preset_that_is_not_there_names_those_that_are(folder, capsys):
     assert line.endswith("--config paper_cpt_72x: neither a file nor a preset; there are paper_cpt_72b")
     assert line == refused(folder, capsys, "cpt", "--config=paper_cpt_72x")
     assert "there are mini, mini_smoke" in refused(folder, capsys, "mini", "--preset", "paper_cpt_72b", "--out", "study")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (cpt(), ("run", "model.path", "model.tokenizer", "corpus.documents", "corpus.problems", "corpus.text_column")),
+        (evaluate(), ("sampling.stop", "shots", "label", "problems", "json")),
+        (["rpo", "--model.path", str(BASE), "--run", "run", "--preferences", "p.jsonl"], ("preferences", "reference_cache")),
+        (["convert", "--model", str(BASE), "--out", "merged"], ("adapter", "held_text", "out")),
+        (["data", "leaks", "--documents", "text.jsonl", "--problems", "problems.jsonl"], ("documents", "problems")),
+    ],
+    ids=lambda value: value[0],
+)
+def test_an_empty_text_is_no_value(folder, capsys, command, options):
+    for option in options:
+        assert f"--{option} holds an empty text" in refused(folder, capsys, *command, f"--{option}", "")
+
+
+def test_an_empty_text_in_a_list_or_a_file_is_no_value_either(folder, capsys):
+    assert "--sampling.stop holds" in refused(folder, capsys, *evaluate("--sampling.stop", "終", ""))
+    assert "--corpus.documents holds" in refused(folder, capsys, *cpt(documents='["text.jsonl", ""]'))
+    (folder / "own.yaml").write_text("sampling:\n  stop: ['']\n", encoding="utf-8")
+    assert "--sampling.stop holds" in refused(folder, capsys, *evaluate("--config", "own.yaml"))
+    with pytest.raises(UserError, match=r"sampling\.stop is \['a', ''\]; expected"):
+        Sampling(stop=("a", ""))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("lora.targets", "layers.99.mlp.up_proj", "'layers.99.mlp.up_proj', which none of the"),
+        ("lora.rank_pattern", '{"up": 4}', "'up', which matches no module"),
+        ("lora.alpha_pattern", '{"layers.99.mlp.up_proj": 4.0}', "which matches no module"),
+        ("lora.rank_pattern", '{"": 4}', "empty text"),
+    ],
+)
+def test_a_name_of_no_layer_is_refused_before_training(folder, capsys, engine, setting, value, said):
+    line = refused(folder, capsys, *cpt("--engine", engine, f"--{setting}", value))
+    assert setting in line
+    assert said in line
