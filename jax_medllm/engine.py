@@ -30,7 +30,7 @@ from jax_medllm.weights.code_layout import lay_codes
 from jax_medllm.weights.read import load_model
 from medllm.config import LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
-from medllm.engine import Continuation, Generation
+from medllm.engine import Continuation, Generation, whole_characters
 from medllm.errors import UserError
 from medllm.host.processes import is_primary_process
 from medllm.model.adapter import Adapter, open_adapters, write_adapter
@@ -151,7 +151,8 @@ class JaxEngine:
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         text_of = partial(decode, self.tokenizer)
         with self._on_mesh():
-            return generate(self._decoder, ids, sampling, text_of, batch_size, progress, stop_ids=endings.ids)
+            generated = generate(self._decoder, ids, sampling, text_of, batch_size, progress, stop_ids=endings.ids)
+        return [[whole_characters(self.tokenizer, one) for one in of_prompt] for of_prompt in generated]
 
     def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
         """See :class:`medllm.engine.Scores`.

@@ -6,13 +6,13 @@ Training is :mod:`medllm.training`'s, where the engines are :mod:`medllm.engines
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from medllm.config import Sampling
-from medllm.model.tokenizer import Prompt
+from medllm.model.tokenizer import Prompt, decode, tokens_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,23 @@ class Generation:
     tokens: tuple[int, ...]
     finish: Literal["stop", "length", "filtered"]
     stopped: str = ""
+
+
+def whole_characters(tokenizer: Any, one: Generation) -> Generation:
+    """The same up to its last whole character, where ``max_new_tokens`` ended it inside one.
+
+    The rest of that character would be read, and trained on, as U+FFFD: tokens that were never sampled. Where a model wrote
+    U+FFFD itself, it stays.
+    """
+    if one.finish != "length" or not one.text.endswith(_BROKEN):
+        return one
+    own, kept = tuple(tokens_of(tokenizer, _BROKEN)), one.tokens
+    while kept and kept[-len(own) :] != own and decode(tokenizer, kept).endswith(_BROKEN):
+        kept = kept[:-1]
+    return replace(one, text=decode(tokenizer, kept), tokens=kept)
+
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 ::
 
-    {"problem_id": "110A1", "sample": 0, "prompt": "5b1c…", "text": "…", "tokens": 57, "finish": "stop", "stopped": ""}
+    {"problem_id": "110A1", "sample": 0, "prompt": "5b1c…", "text": "…", "tokens": [310, 7], "finish": "stop", "stopped": ""}
 
 ``prompt`` is a digest: the prompt itself, with its shots, would be most of the file. ``facts``, where they are, are what a
 server said of the request that the answer came with; of several answers to one request the first has them. Lines that arrive
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ class Journal:
         self.path = path
         self.facts: list[Mapping[str, Any]] = []
         self._answers: dict[str, dict[int, Generation]] = {}
+        self._tokens: dict[str, dict[int, array[int]]] = {}
         self._counts: Counter[str] = Counter()
         self._prompts: dict[str, str] = {}
         if path is not None and path.exists():
@@ -95,9 +97,9 @@ class Journal:
         Raises:
             UserError: as there.
         """
-        answers = self.answers(problem_id, prompt)
+        answers, tokens = self.answers(problem_id, prompt), self._tokens.pop(problem_id, {})
         self._answers.pop(problem_id, None)
-        return answers
+        return {sample: replace(one, tokens=tuple(tokens[sample])) for sample, one in answers.items()}
 
     def count(self, problem_id: str) -> int:
         """How many answers to a problem were kept, those taken among them."""
@@ -106,8 +108,9 @@ class Journal:
     def _take(self, one: Kept) -> None:
         self._prompts[one.problem_id] = one.prompt
         answers = self._answers.setdefault(one.problem_id, {})
-        # Without the tokens, which nobody reads here, and which a line does not hold.
         answers[one.sample] = replace(one.generation, tokens=())
+        # Four bytes a token: a run that goes on holds all of them.
+        self._tokens.setdefault(one.problem_id, {})[one.sample] = array("I", one.generation.tokens)
         self._counts[one.problem_id] = len(answers)
         if one.facts:
             self.facts.append(one.facts)
@@ -120,7 +123,7 @@ class Journal:
                     break
                 try:
                     self._take(_kept(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                     if lines.read(1):
                         raise UserError(
                             f"{path}:{number}: is no line of a journal ({error}); take it out, its answer is asked for again"
@@ -144,7 +147,7 @@ def _line(one: Kept) -> str:
         "sample": one.sample,
         "prompt": one.prompt,
         "text": said.text,
-        "tokens": len(said.tokens) or None,
+        "tokens": said.tokens,
         "finish": said.finish,
         "stopped": said.stopped,
         **({"facts": one.facts} if one.facts else {}),
@@ -153,7 +156,7 @@ def _line(one: Kept) -> str:
 
 
 def _kept(row: Any) -> Kept:
-    generation = Generation(row["text"], (), row["finish"], row["stopped"])
+    generation = Generation(row["text"], tuple(row["tokens"]), row["finish"], row["stopped"])
     return Kept(row["problem_id"], row["sample"], row["prompt"], generation, row.get("facts", {}))
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from medllm.config import Sampling
-from medllm.engine import Continuation, Generation
+from medllm.engine import Continuation, Generation, whole_characters
 from medllm.errors import PromptError, UserError
 from medllm.model.endings import Endings
 from medllm.model.tokenizer import Prompt, decode, encode_prompt
@@ -172,12 +172,13 @@ def _generation(tokenizer: Any, row: list[int], most: int, endings: Endings) -> 
     if cuts and not ended:
         # A row that stopped at a string is filled up with padding until the longest row of its batch is done.
         tokens = _without_padding(tokens, tokenizer.pad_token_id)
-    return Generation(
+    generation = Generation(
         text=text[: cuts[0][0]] if cuts else text,
         tokens=tuple(tokens),
         finish="stop" if ended or cuts else "length",
         stopped=cuts[0][1] if cuts else "",
     )
+    return whole_characters(tokenizer, generation)
 
 
 def _without_padding(tokens: list[int], pad: int) -> list[int]:

@@ -54,6 +54,11 @@ class PackedRows:
         """True where a token is predicted from the one before it: the tokens the loss is taken over."""
         return np.pad(target_mask(self.segment_ids), ((0, 0), (1, 0)))
 
+    def with_targets(self) -> PackedRows:
+        """The rows that train something: one that holds a single token of each document in it predicts none."""
+        kept = self.targets.any(axis=1)
+        return PackedRows(self.tokens[kept], self.segment_ids[kept], self.positions[kept])
+
     @property
     def padding(self) -> float:
         """Fraction of all positions that hold padding (0 for no rows)."""

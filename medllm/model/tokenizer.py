@@ -7,7 +7,9 @@ writes the beginning itself. Nothing is put at the end but the end-of-text token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +131,11 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return _ids(tokenizer, texts)
 
 
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of ``text`` inside another, with nothing that begins it."""
+    return _ids(tokenizer, [text], begins=False)[0]
+
+
 def encode_continuation(
     tokenizer: Any, prompt: str, completion: str, others: Sequence[str] = ()
 ) -> tuple[list[int], list[int]]:
@@ -207,6 +214,21 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     before = core.encode("a", add_special_tokens=False).ids if core.decoder else []
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return tokenizer.decode([*before, *tokens], **settings)[len(tokenizer.decode(before, **settings)) :]
+
+
+def control_tokens(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
+    """How often each special token is written out in ``texts``: a tokenizer reads it there as the token, not as its letters.
+
+    So does TRL's preparation, and a conversation that is written out needs it; an end token inside a text that did not mean one
+    ends it. What is found is counted, for whoever gave the texts to decide.
+    """
+    special = sorted(
+        (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
+    )
+    if not special:
+        return {}
+    written = re.compile("|".join(map(re.escape, special)))
+    return dict(Counter(found for text in texts for found in written.findall(text)))
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], *, begins: bool = True) -> list[list[int]]:

@@ -21,6 +21,7 @@ from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.prompts import curation_prompt, curation_response, stop_strings
 from medllm.journal import Journal
+from medllm.model.tokenizer import encode
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
 from medllm.stage_config import CurateConfig
@@ -40,6 +41,8 @@ class CurationReport:
         unanswered: Kept samples in which no final answer was found.
         cut_off: Kept samples that ran into ``max_new_tokens``; rejected whatever they say.
         filtered: Samples that a server held back; neither chosen nor rejected.
+        retokenized: Kept samples that training reads as other tokens than those that were sampled: a stop string began inside a
+            token, or the model wrote its text in tokens that the tokenizer would not. 0 where an engine gives no tokens.
         problems_with: Problems that have a pair of each kind of the hierarchy, ``ground truth > chosen`` and so on.
     """
 
@@ -52,6 +55,7 @@ class CurationReport:
     unanswered: int = 0
     cut_off: int = 0
     filtered: int = 0
+    retokenized: int = 0
     problems_with: dict[str, int] = field(default_factory=dict)
 
 
@@ -100,14 +104,17 @@ def curate(
         journal=journal or Journal(),
         progress=progress,
     )
+    retokenized = 0
     for problem, prompt, generations in answers:
         preferences.append(_rank(problem, prompt, generations, config, counts))
+        retokenized += _retokenized(engine, prompt, generations, preferences[-1])
     explained = sum(bool(problem.explanation) for problem in problems)
     skipped = {"no verified explanation": len(problems) - explained, "over the limit": explained - len(wanted)}
     report = CurationReport(
         problems=len(wanted),
         skipped={reason: count for reason, count in skipped.items() if count},
         problems_with=_problems_with_pairs(preferences),
+        retokenized=retokenized,
         **counts,
     )
     return Curation(tuple(preferences), report)
@@ -179,6 +186,17 @@ def _rank(
         (chosen if right else rejected).append(Sample(text, ",".join(answer), config.sampling.seed, settings))
     ground_truth = Sample(curation_response(problem, answer_as=config.answer_as), ",".join(problem.accepted[0]))
     return Preference(problem.problem_id, prompt, ground_truth, tuple(chosen), tuple(rejected))
+
+
+def _retokenized(engine: Generates, prompt: str, generations: Sequence[Generation], preference: Preference) -> int:
+    tokenizer = getattr(engine, "tokenizer", None)
+    if tokenizer is None or not any(one.tokens for one in generations):
+        return 0
+    before, found = encode(tokenizer, prompt), 0
+    for sample in (*preference.chosen, *preference.rejected):
+        trained, sampled = encode(tokenizer, prompt + sample.text), [*before, *generations[sample.settings["sample"]].tokens]
+        found += trained != sampled[: len(trained)]
+    return found
 
 
 def _settings(sampling: Sampling, index: int, generation: Generation) -> dict[str, float | str]:

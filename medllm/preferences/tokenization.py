@@ -29,7 +29,7 @@ from typing import Any
 
 from medllm.config import PairConfig
 from medllm.errors import UserError
-from medllm.model.tokenizer import common_prefix, encode, encode_texts
+from medllm.model.tokenizer import common_prefix, control_tokens, encode, encode_texts
 from medllm.preferences.pairs import Pair, PairedResponses, Rank, select_pairs, text_of
 from medllm.preferences.records import Preference
 
@@ -75,6 +75,7 @@ class TokenizedPreferences:
         dropped: Pairs that were dropped, by reason.
         unpaired: Problems without a pair to begin with (a ground truth alone).
         truncated: Responses cut at ``max_length``.
+        control_tokens: Special tokens written out in prompts and responses, an end token behind a response apart.
     """
 
     texts: tuple[Pair, ...]
@@ -82,6 +83,7 @@ class TokenizedPreferences:
     dropped: Mapping[str, int]
     unpaired: int
     truncated: int
+    control_tokens: Mapping[str, int]
 
     @property
     def pairs(self) -> int:
@@ -104,6 +106,7 @@ def tokenize_preferences(
     groups: list[TokenizedGroup] = []
     texts: list[Pair] = []
     dropped: Counter[str] = Counter()
+    written: list[str] = []
     unpaired = truncated = 0
     begins = len(encode(tokenizer, ""))
     for done, preference in enumerate(preferences, start=1):
@@ -115,10 +118,12 @@ def tokenize_preferences(
             used = sorted({index for pair in kept for index in pair})
             groups.append(_group(preference.problem_id, paired, sequences, kept, used, config.max_length))
             texts += [text_of(preference, paired, pair) for pair in kept]
+            written += [preference.prompt, *(paired.responses[index].text.removesuffix(tokenizer.eos_token) for index in used)]
             truncated += sum(len(sequences[index]) > config.max_length for index in used)
         if progress:
             progress(done, len(preferences))
-    return TokenizedPreferences(tuple(texts), tuple(groups), dict(dropped), unpaired, truncated)
+    controls = control_tokens(tokenizer, written)
+    return TokenizedPreferences(tuple(texts), tuple(groups), dict(dropped), unpaired, truncated, controls)
 
 
 def check_preferences(data: TokenizedPreferences, max_length: int, context: int, where: str) -> None:

@@ -176,4 +176,6 @@ def _generation(reply: Reply, stops: Sequence[str]) -> Generation:
     cuts = sorted((reply.text.index(stop), stop) for stop in stops if stop in reply.text)
     if cuts:
         return Generation(reply.text[: cuts[0][0]], (), "stop", cuts[0][1])
-    return Generation(reply.text, (), "length" if reply.finish == "length" else "stop")
+    if reply.finish == "length":  # it may have come inside a character
+        return Generation(reply.text.rstrip("\N{REPLACEMENT CHARACTER}"), (), "length")
+    return Generation(reply.text, (), "stop")

@@ -10,6 +10,7 @@ from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import check_rows, pack, tokenize_documents
 from medllm.engines import TrainerName, open_trainer
 from medllm.host.progress import progress_bar
+from medllm.model.tokenizer import control_tokens, encode
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_rows
 from medllm.stage_config import CptConfig
@@ -23,8 +24,9 @@ class CptResult:
     Attributes:
         engine: Which engine did the work.
         summary: Of the training.
-        documents: Documents of the corpus.
+        documents: Documents that were trained on.
         skipped: Those that were skipped, by reason.
+        control_tokens: Special tokens that are written out in them.
         tokens: Tokens in the rows, padding not counted.
         rows: Rows they make.
         padding: Share of the rows' positions that hold padding.
@@ -35,6 +37,7 @@ class CptResult:
     summary: TrainSummary
     documents: int
     skipped: Mapping[str, int]
+    control_tokens: Mapping[str, int]
     tokens: int
     rows: int
     padding: float
@@ -56,19 +59,24 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     corpus = load_documents(config.corpus)
     with progress_bar("tokens") as progress:
         tokens = tokenize_documents(model.tokenizer, corpus.documents, progress)
-    rows = pack(tokens, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing)
+    nothing = len(encode(model.tokenizer, "")) + 1  # what begins a text, and its end
+    kept = [(document.text, ids) for document, ids in zip(corpus.documents, tokens, strict=True) if len(ids) > nothing]
+    without = len(tokens) - len(kept)
+    ids = [ids for _, ids in kept]
+    rows = pack(ids, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing).with_targets()
     check_rows(rows, model.context)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = CptResult(
             engine=engine,
             summary=summary,
-            documents=len(corpus.documents),
-            skipped=dict(corpus.skipped),
+            documents=len(kept),
+            skipped={**corpus.skipped, **({"text of no token": without} if without else {})},
+            control_tokens=control_tokens(model.tokenizer, (text for text, _ in kept)),
             tokens=int((rows.segment_ids > 0).sum()),
             rows=len(rows.tokens),
             padding=rows.padding,
-            taught=taught_by_rows(model.tokenizer, rows, (document.text for document in corpus.documents)),
+            taught=taught_by_rows(model.tokenizer, rows, (text for text, _ in kept)),
         )
         run.finish(result.to_json())
     return result

@@ -18,7 +18,7 @@ from medllm.preferences.records import write_preferences
 from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
-from medllm.stages.problems import read_problems, read_shots
+from medllm.stages.problems import read_problems, read_shots, written_out
 
 PREFERENCES = "preferences.jsonl"
 
@@ -32,6 +32,7 @@ class CurateResult:
         seconds: Of the stage, opening the model not counted.
         report: What became of the problems and of the samples.
         left_out: Rows of the problem files that could not be used, by reason.
+        control_tokens: Special tokens that are written out in problems and shots.
         server: What a server was asked for in all; None where none was.
     """
 
@@ -39,12 +40,14 @@ class CurateResult:
     seconds: float
     report: CurationReport
     left_out: Mapping[str, int]
+    control_tokens: Mapping[str, int]
     server: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
         head = {"stage": "curate", "engine": self.engine, "seconds": self.seconds}
-        return {**head, **asdict(self.report), "left_out": dict(self.left_out), "server": self.server}
+        tail = {"left_out": dict(self.left_out), "control_tokens": dict(self.control_tokens), "server": self.server}
+        return {**head, **asdict(self.report), **tail}
 
 
 def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult | Estimate:
@@ -87,7 +90,12 @@ def _curate(
         journal = Journal(run.path / JOURNAL)
         curation = curate(model, problems, shots, config, progress, journal)
         result = CurateResult(
-            model.name, time.monotonic() - began, curation.report, left_out, server=account(model, journal.facts)
+            engine=model.name,
+            seconds=time.monotonic() - began,
+            report=curation.report,
+            left_out=left_out,
+            control_tokens=written_out(model, (*problems, *shots)),
+            server=account(model, journal.facts),
         )
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)

@@ -24,7 +24,7 @@ from medllm.remote import spending
 from medllm.report.statistics import Estimate, wilson
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
-from medllm.stages.problems import of_subjects, read_problems, read_shots
+from medllm.stages.problems import of_subjects, read_problems, read_shots, written_out
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -33,17 +33,18 @@ PREDICTIONS = "predictions.jsonl"
 class ExamResult:
     """An exam that was sat.
 
-        Attributes:
-            engine: Which engine did the work.
-            model: The model's label in tables.
-            setting: The exam's.
-            seconds: Of the stage, opening the model not counted.
-            left_out: Rows of the problem files that could not be used, by reason.
-            score: The official score.
-            endings: How the texts ended.
-            readings: How many answers were read by each rule, and how many texts gave none, by reason.
-    problem_set: What the problems are called in a table of sets; None where they are an exam of its own.
-            server: What a server was asked for in all; None where none was.
+    Attributes:
+        engine: Which engine did the work.
+        model: The model's label in tables.
+        setting: The exam's.
+        seconds: Of the stage, opening the model not counted.
+        left_out: Rows of the problem files that could not be used, by reason.
+        control_tokens: Special tokens that are written out in problems and shots.
+        score: The official score.
+        endings: How the texts ended.
+        readings: How many answers were read by each rule, and how many texts gave none, by reason.
+        problem_set: What the problems are called in a table of sets; None where they are an exam of its own.
+        server: What a server was asked for in all; None where none was.
     """
 
     engine: str
@@ -51,6 +52,7 @@ class ExamResult:
     setting: str
     seconds: float
     left_out: Mapping[str, int]
+    control_tokens: Mapping[str, int]
     score: ScoreSheet
     endings: EndingCounts
     readings: Readings
@@ -70,6 +72,7 @@ class OptionsResult:
     model: str
     setting: str
     seconds: float
+    control_tokens: Mapping[str, int]
     scores: OptionScores
     problem_set: str
 
@@ -156,6 +159,7 @@ def _sit(
             setting=setting_name(config.shot_count, explanation=config.explanation),
             seconds=time.monotonic() - began,
             left_out=left_out,
+            control_tokens=written_out(model, (*problems, *shots)),
             score=score(problems, predictions, lenient=config.lenient),
             endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
@@ -184,6 +188,7 @@ def _choose_options(
             model=config.label or model_label(config.model),
             setting=f"zero-shot {config.method}",
             seconds=time.monotonic() - began,
+            control_tokens=written_out(model, problems),
             scores=replace(scores, left_out={**left_out, **scores.left_out}),
             problem_set=config.problem_set or ", ".join(Path(path).stem for path in config.problems),
         )

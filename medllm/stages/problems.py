@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from medllm.config import ProblemLayout
 from medllm.errors import UserError
 from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
+from medllm.model.tokenizer import control_tokens
 
 
 def read_problems(paths: Sequence[str], laid_out: ProblemLayout) -> tuple[tuple[Problem, ...], dict[str, int]]:
@@ -56,3 +58,9 @@ def of_subjects(problems: Sequence[Problem], subjects: Sequence[str]) -> tuple[P
             there = ", ".join(sorted(name for name in known if name)) or "no subjects"
             raise UserError(f"no problem is of the subject '{subject}' (--subjects); the files have {there}")
     return tuple(problem for problem in problems if not subjects or problem.category in subjects)
+
+
+def written_out(model: Any, problems: Iterable[Problem]) -> dict[str, int]:
+    """Special tokens that are written out in problems, where they end texts or turns; none for a model without a tokenizer."""
+    texts = (text for problem in problems for text in (problem.text, *problem.choices, problem.explanation or ""))
+    return control_tokens(model.tokenizer, texts) if hasattr(model, "tokenizer") else {}

@@ -29,6 +29,7 @@ class RpoResult:
         pairs: Pairs trained on.
         dropped_pairs: Pairs that were not, by reason.
         truncated_responses: Responses cut at ``pairs.max_length``.
+        control_tokens: Special tokens that are written out in what was trained on.
         handover: What became of stage 1's adapter; None where there was none.
         opened_as: How the trained model is opened: under ``handover: merge`` on the merged weights in the run folder, else on
             the base, with its adapters in order.
@@ -41,6 +42,7 @@ class RpoResult:
     pairs: int
     dropped_pairs: Mapping[str, int]
     truncated_responses: int
+    control_tokens: Mapping[str, int]
     handover: str | None
     opened_as: ModelConfig
     taught: Taught
@@ -55,6 +57,7 @@ class RpoResult:
             "pairs": self.pairs,
             "dropped_pairs": dict(self.dropped_pairs),
             "truncated_responses": self.truncated_responses,
+            "control_tokens": dict(self.control_tokens),
             **({"handover": self.handover} if self.handover else {}),
             "opened_as": {"path": self.opened_as.path, "adapters": list(self.opened_as.adapters)},
             "taught": self.taught.to_json(),
@@ -85,6 +88,7 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
             pairs=preferences.pairs,
             dropped_pairs=preferences.dropped,
             truncated_responses=preferences.truncated,
+            control_tokens=preferences.control_tokens,
             handover=config.handover if config.model.adapters else None,
             opened_as=opened_as(config, run.path, summary.adapter),
             taught=taught_by_preferences(model.tokenizer, preferences),

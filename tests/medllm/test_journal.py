@@ -28,10 +28,18 @@ def test_what_is_written_is_read_again(tmp_path):
     assert texts(read) == dict(enumerate(TEXTS))
     assert read.answers("p0", PROMPT)[0] == Generation(TEXTS[0], (), "stop", "\n\n")
     assert read.count("p0") == 4
+    assert read.take("p0", PROMPT)[0] == Generation(TEXTS[0], (5, 6, 7), "stop", "\n\n")
     assert (dict(read.answers("p1", PROMPT)), read.count("p1")) == ({}, 0)
     first = json.loads((tmp_path / JOURNAL).read_text(encoding="utf-8").split("\n")[0])
     assert first.pop("prompt") == digest(PROMPT)
-    assert first == {"problem_id": "p0", "sample": 0, "text": TEXTS[0], "tokens": 3, "finish": "stop", "stopped": "\n\n"}
+    assert first == {
+        "problem_id": "p0",
+        "sample": 0,
+        "text": TEXTS[0],
+        "tokens": [5, 6, 7],
+        "finish": "stop",
+        "stopped": "\n\n",
+    }
 
 
 def test_a_journal_torn_at_any_byte_loses_its_last_answer_alone(tmp_path):
@@ -71,8 +79,12 @@ def test_of_two_lines_for_an_answer_the_later_counts(tmp_path):
 
 def test_answers_to_another_prompt_are_refused(tmp_path):
     Journal(tmp_path / JOURNAL).add(kept())
-    with pytest.raises(UserError, match="problem p0 was answered under another prompt"):
+    said = ""
+    try:
         Journal(tmp_path / JOURNAL).answers("p0", PROMPT.replace("空", "海"))
+    except UserError as error:
+        said = str(error)
+    assert "problem p0 was answered under another prompt" in said
 
 
 def test_a_digest_tells_prompts_apart():
