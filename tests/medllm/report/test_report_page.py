@@ -18,6 +18,7 @@ from medllm.cli import main
 from medllm.errors import UserError
 from medllm.exam.evaluation import OptionResult, OptionScores
 from medllm.exam.predictions import Prediction, write_predictions
+from medllm.exam.scoring import score
 from medllm.preferences.records import Preference, Sample
 from medllm.report import plots
 from medllm.report.page import render, write_report
@@ -357,6 +358,20 @@ def test_zero_shot_sets_stand_in_a_table_of_their_own(folders, tmp_path):
         assert "&lt;b&gt;" in section
     assert 'id="scores"' not in alone
     assert 'id="scores"' in beside
+
+
+def test_a_set_asked_in_words_stands_among_the_sets_and_not_in_the_exams_table(folders, tmp_path):
+    asked = problems()[:4]
+    sheet = score(asked, [Prediction(one.problem_id, answer) for one, answer in zip(asked, "aaab", strict=True)]).to_json()
+    config = EvaluateConfig(MODEL, "words", ("exam.jsonl",), shot_count=0, problem_set="MedQA")
+    with Run(tmp_path / "words", config) as run:
+        named = {"stage": "evaluate", "model": "CPT", "setting": "zero-shot", "problem_set": "MedQA"}
+        run.finish({**named, "engine": "jax", "score": sheet})
+    study = report_from_runs([folders[3], tmp_path / "words"], draw=DRAW)
+    (row,) = study.sets_table().rows
+    assert (row.setting, row.shares["MedQA"].right, row.shares["MedQA"].problems) == ("zero-shot", 3, 4)
+    assert row.shares["MedQA"].published == 0.669
+    assert [cell.model for cell in study.cells] == ["base"]
 
 
 def test_sets_that_cannot_be_compared_are_refused(tmp_path):
