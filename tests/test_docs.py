@@ -38,7 +38,7 @@ RUN = {
     r"medllm evaluate .*--method (options|letters)": "test_stages.py",
     r"medllm evaluate --config table": "test_reproduce_tables.py",
     r"medllm evaluate --help all": "test_command_help.py",
-    r"medllm report .*--json": "test_report_page.py",
+    r"medllm report .*--json": "test_report_sets.py",
     r"bash scripts/reproduce_tables\.sh": "test_reproduce_tables.py",
     r"python -m medllm\.harness": "test_harness.py",
     r"python scripts/api_page\.py": "test_api.py",
