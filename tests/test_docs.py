@@ -35,6 +35,13 @@ RUN = {
     r"medllm score .*--predictions": "test_readme.py",
     r"medllm data read": "test_exam_texts.py",
     r"medllm data problems": "test_exam_layouts.py",
+    r"medllm data task": "test_harness_tasks.py",
+    r"medllm evaluate .*--method (options|letters)": "test_stages.py",
+    r"medllm evaluate --config table": "test_reproduce_tables.py",
+    r"medllm evaluate --help all": "test_command_help.py",
+    r"medllm report .*--json": "test_report_sets.py",
+    r"bash scripts/reproduce_tables\.sh": "test_reproduce_tables.py",
+    r"python -m medllm\.harness": "test_harness.py",
     r"python scripts/api_page\.py": "test_api.py",
     r"python scripts/mutate\.py --only": "test_mutations.py",
 }

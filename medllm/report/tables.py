@@ -103,7 +103,9 @@ def years_to_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "setting": cell.setting,
             "years": {year: list(points) for year, points in cell.by_year.items()},
             "mean": cell.mean_of_years,
-            "published": {year: known.points(year) for year in cell.by_year} if known and cell.setting == paper.PLAIN else None,
+            "published": {year: known.points(year) for year in cell.by_year}
+            if known and known.years and cell.setting == paper.PLAIN
+            else None,
         }
         for cell in cells
         if cell.by_year
