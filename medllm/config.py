@@ -7,13 +7,13 @@ hyper-parameters, so the defaults here are ours.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from medllm.architecture import PROJECTIONS
 from medllm.errors import UserError
+from medllm.patterns import MOST_PATTERNS, by_pattern, is_quick_pattern
 from medllm.quantization import Quantization
 
 RematPolicy = Literal["none", "projections", "attention", "layer"]
@@ -104,15 +104,15 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         expect(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        expect(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        expect(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "a positive number")
         fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
         expect(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            named = all(key and _is_regex(key) for key in pattern)
-            expect(named, f"lora.{name}", pattern, "regular expressions for module names")
+            named = len(pattern) <= MOST_PATTERNS and all(key and is_quick_pattern(key) for key in pattern)
+            expect(named, f"lora.{name}", pattern, "regular expressions for module names, no repetition within a repetition")
         positive = all(rank >= 1 for rank in self.rank_pattern.values())
         expect(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
-        positive = all(alpha > 0 for alpha in self.alpha_pattern.values())
+        positive = all(0 < alpha < math.inf for alpha in self.alpha_pattern.values())
         expect(positive, "lora.alpha_pattern", self.alpha_pattern, "positive numbers")
 
     def covers(self, module: str) -> bool:
@@ -121,31 +121,13 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank at ``module``; 0 where it carries no adapter."""
-        return _by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
+        return by_pattern(self.rank_pattern, module, self.rank) if self.covers(module) else 0
 
     def scaling_of(self, module: str) -> float:
         """What the update of ``module`` is multiplied by; 0 where it carries no adapter."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
-
-
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first expression that matches the end of ``module``, from a dot on (``peft.utils.get_pattern_key``)."""
-    return next((value for key, value in pattern.items() if names(key, module)), default)
-
-
-def names(pattern: str, module: str) -> bool:
-    """Whether a pattern names a module."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _is_regex(expression: str) -> bool:
-    try:
-        re.compile(expression)
-    except re.error:
-        return False
-    return True
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,18 @@ _RECORDED_PACKAGES = (
 MERGED = "merged"
 """Folder of a run for the weights it is trained on, where stage 1's adapter was merged into them."""
 
+_WRITTEN = (
+    "adapter",
+    "checkpoints",
+    "events",
+    "metrics.jsonl",
+    "predictions.jsonl",
+    "preferences.jsonl",
+    "result.json",
+    MERGED,
+)
+"""What stages write into a run folder, some of it in place of what is there."""
+
 _OPENING_FILES = {"config.yaml", "environment.json"}
 
 
@@ -45,6 +57,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     _make_folder(target.parent)
     try:
         yield scratch
+        if target.is_symlink() and target.is_dir():
+            raise UserError(
+                f"{target}: is a link to a folder, which is not written through; give another path, or remove the link"
+            )
         if target.is_dir() and not scratch.is_dir():
             raise UserError(f"{target}: is a folder, and a file is to be written there; give another path")
         if scratch.is_dir() and target.exists():
@@ -121,8 +137,11 @@ class Run:
                 remedy = "give another --run, remove it" + (", or go on with --resume true" if "resume" in plain else "")
                 raise UserError(f"{self.path}: already holds a run; {remedy}")
             self._refuse_other_settings(plain)
+        elif own := sorted(name for name in _WRITTEN if os.path.lexists(self.path / name)):
+            raise UserError(f"{self.path}: holds {own[0]}, and no run that it is of; give another --run, or move it away")
         _make_folder(self.path)
-        written.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        with atomic_path(written) as scratch:
+            scratch.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(self.path / "environment.json", environment())
 
     def __enter__(self) -> Run:

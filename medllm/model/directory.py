@@ -24,9 +24,10 @@ from safetensors.numpy import save_file
 
 from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture
 from medllm.errors import UserError
-from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, read_json, stored_tensors
+from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, stored_tensors
 from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
 from medllm.run import atomic_path, write_json
+from medllm.text_files import read_json_object
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -68,7 +69,7 @@ class ModelDirectory:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder; give a Hugging Face directory (--model.path)")
-        self.config: dict[str, Any] = read_json(self.path / "config.json", "a Hugging Face model folder has one")
+        self.config: dict[str, Any] = read_json_object(self.path / "config.json", "a Hugging Face model folder has one")
 
     @cached_property
     def architecture(self) -> Architecture:
