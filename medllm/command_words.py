@@ -198,12 +198,14 @@ def check_sections(where: str, settings: Mapping[str, Any], parser: ArgumentPars
     It takes a text for the path of another file, where the settings of a section should be.
 
     Raises:
-        UserError: a section is no mapping, or a text holds a NUL.
+        UserError: a section is no mapping, a class is named, or a text holds a NUL.
     """
 
     sections = {option.removeprefix("--").rsplit(".", 1)[0] for option in options_of(parser) if "." in option}
 
     def check(prefix: str, value: Any) -> None:
+        if prefix.rsplit(".", 1)[-1] in ("class_path", "init_args"):
+            raise UserError(f"{where}: {prefix} names a class; settings are values alone, and no code is run for them")
         if isinstance(value, dict):
             for name, one in value.items():
                 check(f"{prefix}.{name}" if prefix else str(name), one)
@@ -224,8 +226,11 @@ def refuse_unusable(values: Namespace, parser: ArgumentParser) -> None:
         UserError: an option holds, alone or in a list, and not by default, such a text, no finite number, or a larger one than
             arrays have places.
     """
-    defaults = dict(parser.get_defaults().items())
+    defaults, options = dict(parser.get_defaults().items()), options_of(parser)
     for name, value in values.items():
+        kinds = parts(kind_of(options[f"--{name}"])) if f"--{name}" in options else ()
+        if value is None and defaults.get(name) is not None and type(None) not in kinds:
+            raise UserError(f"--{name} is null; give it a value, or leave it out for {defaults[name]}")
         several = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         if value == defaults.get(name):
             continue

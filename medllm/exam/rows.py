@@ -61,11 +61,13 @@ def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[dict[
         most = max(_UNFOLDED, _TIMES_SMALLER * file.stat().st_size)
         groups = [described.row_group(index).total_byte_size for index in range(described.num_row_groups)]
         _check_unfolded(file, max(sum(groups), _ROW * described.num_rows), most)
-        rows = max(1, min(_BATCH, _UNFOLDED // max([*groups, 1])))  # a cell may be all that its group holds
-        for batch in opened.iter_batches(batch_size=rows, columns=columns):
-            held += batch.nbytes
+        count = max(1, min(_BATCH, most // max([*groups, 1])))  # a cell may be all that its group holds
+        for batch in opened.iter_batches(batch_size=count, columns=columns):
+            _check_unfolded(file, held + batch.nbytes, most)
+            rows = batch.to_pylist()
+            held += _characters(rows)  # of a text that all rows share, Arrow holds one and Python as many as there are rows
             _check_unfolded(file, held, most)
-            yield from batch.to_pylist()
+            yield from rows
 
 
 def _check_unfolded(file: Path, held: int, most: int) -> None:
@@ -75,7 +77,14 @@ def _check_unfolded(file: Path, held: int, most: int) -> None:
         )
 
 
-_UNFOLDED = 1 << 28
+def _characters(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, inside))
+
+
+_UNFOLDED = 1 << 26
 _TIMES_SMALLER = 200  # text shrinks to a tenth, to a fiftieth where it repeats itself
 _ROW = 100  # bytes of a row without anything in it, in Python
 _BATCH = 4096

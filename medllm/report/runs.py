@@ -73,7 +73,7 @@ def report_from_runs(
         cells=tuple(cells),
         runs=runs,
         preferences={
-            run.name: composition(read_preferences(Path(path) / "preferences.jsonl"))
+            run.name: composition(read_preferences(_present(Path(path) / "preferences.jsonl", "curation writes it")))
             for path, run in zip(paths, runs, strict=True)
             if run.stage == "curate"
         },
@@ -150,7 +150,7 @@ def _metrics(file: Path) -> Iterator[dict[str, float]]:
     """The lines of a training run; none where the stage logs nothing."""
     if not file.exists():
         return
-    for line, where in read_json_lines(file):
+    for line, where in read_json_lines(_present(file, "training writes it")):
         if "step" not in line or not all(isinstance(value, (int, float)) for value in line.values()):
             raise UserError(f"{where}: expected numbers by name and among them 'step'")
         yield line

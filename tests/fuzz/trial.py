@@ -62,6 +62,7 @@ def outcome(name: str, numbers: range) -> Outcome:
         good = file.read_bytes()
         kind.read(Path(folder))
         for number in numbers:
+            file.unlink()  # what an earlier reader has mapped into memory stays as it was
             file.write_bytes(damage(name, number, good))
             began = time.perf_counter()
             try:
