@@ -21,6 +21,7 @@ import yaml
 from medllm.errors import UserError
 from medllm.host.processes import is_primary_process
 from medllm.stage_config import FREE_ON_RESUME
+from medllm.text_files import read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -187,7 +188,7 @@ class Run:
 
     def _refuse_other_settings(self, now: dict[str, Any]) -> None:
         """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
-        then = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        then = read_yaml(self.path / "config.yaml")
         before, after = dict(_flat(then)), dict(_flat(now))
         for name in sorted((before.keys() | after.keys()) - FREE_ON_RESUME):
             if before.get(name) != after.get(name):

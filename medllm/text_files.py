@@ -15,6 +15,9 @@ _LARGEST_YAML = 1 << 18
 """Bytes of a YAML file that are read, some seconds of parsing; a file of settings or a layout has a few thousand."""
 
 
+_MOST_BRACKETS = 2000
+
+
 def read_text(file: Path) -> str:
     """The UTF-8 text of a file, without byte-order mark, every line ended by LF.
 
@@ -90,10 +93,12 @@ def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
     Nothing in it may refer to another part: aliases that hold aliases unfold to more than any memory holds.
 
     Raises:
-        yaml.YAMLError: it is no YAML, holds an alias, or is larger than any file of settings.
+        yaml.YAMLError: it is no YAML, holds an alias, or is larger or deeper than any file of settings.
     """
     if len(text) > _LARGEST_YAML:
         raise yaml.YAMLError(f"{len(text)} characters; a file of settings has at most {_LARGEST_YAML}")
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:  # libyaml follows them until the stack ends, and the process with it
+        raise yaml.YAMLError(f"more than {_MOST_BRACKETS} opening brackets")
     try:
         for token in yaml.scan(text) if "*" in text else ():
             if isinstance(token, yaml.AliasToken):

@@ -35,6 +35,7 @@ RUN = {
     r"medllm data read": "test_exam_texts.py",
     r"medllm data problems": "test_exam_layouts.py",
     r"python scripts/api_page\.py": "test_api.py",
+    r"python -m tests\.fuzz": "test_fuzz.py",
     r"python scripts/mutate\.py --only": "test_mutations.py",
 }
 """Commands of the pages that a test runs: with the page's own words, or on a smaller model and other folders."""

@@ -203,7 +203,7 @@ class _Reader:
             written = match["value"]
             try:
                 value = json.loads(written)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = written.strip("'\"[]")
             parts = value if isinstance(value, list) else [value]
             found = self._value([clean(folded(", ".join(map(str, parts))))])

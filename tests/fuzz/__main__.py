@@ -12,15 +12,14 @@ from tests.fuzz.trial import outcome
 MEMORY = 6 << 30  # addresses, of which libraries take two thirds; what asks for more fails
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run it; the exit code is 1 where a file ended otherwise than in a line."""
     parser = argparse.ArgumentParser(description="damage files of each format, and read them")
     parser.add_argument("--inputs", type=int, default=1000, help="files of each format")
     parser.add_argument("--only", nargs="*", default=list(FORMATS), help="formats, of all")
     parser.add_argument("--first", type=int, default=0, help="number of the first")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     failed = 0
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     print("| format | inputs | refused in a line | read all the same | anything else | slowest, s | memory, MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in given.only:
@@ -36,4 +35,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.exit(main())

@@ -111,6 +111,7 @@ def test_settings_that_multiply_are_not_unfolded(tmp_path, capsys, monkeypatch):
         ("run: r\ntraining: {epochs: 1" + "0" * 30 + "}\n", "--training.epochs is 1000"),
         ("run: r\ntraining: {epochs: null}\n", "training.epochs"),
         ("run: " + "[" * 3000 + "]" * 3000 + "\n", "not YAML"),
+        ("run: " + "[" * 100_000, "opening brackets"),
         ("run: &a [*a]\n", "*a"),
         ("run: 2026-99-99\nlora: !!int ''\n", "not YAML"),
         ("x: " + "a" * 300_000 + "\n", "262144"),
