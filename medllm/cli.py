@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
-from medllm.command_words import check_options, find_command, gather_lists, name_presets, refuse_empty
+from medllm.command_words import check_options, check_sections, find_command, gather_lists, name_presets, refuse_unusable
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
@@ -31,6 +32,7 @@ from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+from medllm.text_files import read_yaml
 
 if TYPE_CHECKING:
     from medllm.training import TrainSummary
@@ -90,8 +92,12 @@ def parse(name: str, command: Command, words: list[str]) -> Any:
     """
     parser = command.parser()
     check_options(name, words, parser)
-    values = parser.parse_args(gather_lists(name_presets(words, command.presets), parser))
-    refuse_empty(values, parser)
+    named = name_presets(words, command.presets)
+    for before, file in pairwise(named):
+        if before == "--config":
+            check_sections(file, read_yaml(Path(file)), parser)
+    values = parser.parse_args(gather_lists(named, parser))
+    refuse_unusable(values, parser)
     return parser.instantiate(values)
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from yaml import YAMLError
 
 from medllm.host.processes import is_primary_process
+from medllm.text_files import parse_yaml
+
+set_parsing_settings(import_path_denylist=["*"])  # a setting names no class: to look at one would be to run its module
+set_loader("yaml", partial(parse_yaml, load=get_loader("yaml")), exceptions=(YAMLError,))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from medllm.errors import UserError
 from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process
 from medllm.stage_config import FREE_ON_RESUME
+from medllm.text_files import read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,6 +40,19 @@ MERGED = "merged"
 RESULT = "result.json"
 """Written last: a folder without it is unfinished."""
 
+_WRITTEN = (
+    "adapter",
+    "answers.journal",
+    "checkpoints",
+    "events",
+    "metrics.jsonl",
+    "predictions.jsonl",
+    "preferences.jsonl",
+    RESULT,
+    MERGED,
+)
+"""What stages write into a run folder, some of it in place of what is there."""
+
 _OPENING_FILES = {"config.yaml", "environment.json", LOCK}
 
 
@@ -49,6 +63,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     _make_folder(target.parent)
     try:
         yield scratch
+        if target.is_symlink() and target.is_dir():
+            raise UserError(
+                f"{target}: is a link to a folder, which is not written through; give another path, or remove the link"
+            )
         if target.is_dir() and not scratch.is_dir():
             raise UserError(f"{target}: is a folder, and a file is to be written there; give another path")
         if scratch.is_dir() and target.exists():
@@ -186,13 +204,15 @@ class Run:
                 remedy = "give another --run, remove it" + (", or go on with --resume true" if "resume" in plain else "")
                 raise UserError(f"{self.path}: already holds a run; {remedy}")
             self._refuse_other_settings(plain)
+        elif own := sorted(name for name in _WRITTEN if os.path.lexists(self.path / name)):
+            raise UserError(f"{self.path}: holds {own[0]}, and no run that it is of; give another --run, or move it away")
         with atomic_path(written) as scratch:
             scratch.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(self.path / "environment.json", environment())
 
     def _refuse_other_settings(self, now: dict[str, Any]) -> None:
         """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
-        then = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        then = read_yaml(self.path / "config.yaml")
         before, after = dict(_flat(then)), dict(_flat(now))
         for name in sorted((before.keys() | after.keys()) - FREE_ON_RESUME):
             if not _same(before.get(name), after.get(name)):

@@ -43,6 +43,7 @@ RUN = {
     r"bash scripts/reproduce_tables\.sh": "test_reproduce_tables.py",
     r"python -m medllm\.harness": "test_harness.py",
     r"python scripts/api_page\.py": "test_api.py",
+    r"python -m tests\.fuzz": "test_fuzz.py",
     r"python scripts/mutate\.py --only": "test_mutations.py",
 }
 """Commands of the pages that a test runs: with the page's own words, or on a smaller model and other folders."""

@@ -222,7 +222,7 @@ class _Reader:
             written = match["value"]
             try:
                 value = json.loads(written)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = written.strip("'\"[]")
             several = value.values() if isinstance(value, dict) else [value]
             for one in several:

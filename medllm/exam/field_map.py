@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from medllm.errors import UserError
 from medllm.exam.problem import LETTERS
+from medllm.text_files import read_yaml
 
 _FIRST_EXAM_YEAR = 1906  # exam 112 was sat in 2018, one exam a year
 _OPTION_LINE = re.compile(
@@ -276,17 +276,34 @@ def read_field_map(path: Path) -> FieldMap:
     Raises:
         UserError: it cannot be read, or has other fields than :class:`FieldMap`.
     """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no layout that can be read ({str(error).splitlines()[0]}) (--layout)") from error
+    value = read_yaml(path)
     known = {one.name for one in fields(FieldMap)} - {"name"}
-    if not isinstance(value, dict) or not {"known_by", "question"} <= set(value) <= known:
+    if not {"known_by", "question"} <= set(value) <= known:
         raise UserError(
             f"{path}: a layout has known_by and question, and of {', '.join(sorted(known))} what it needs (--layout)"
         )
+    for name, hint in get_type_hints(FieldMap).items():
+        if name in value and not _fits(value[name], hint):
+            raise UserError(f"{path}: {name} is {str(value[name])[:100]!r}, which is not what a layout has there (--layout)")
+    for name, needed in (("numeric", {"field", "value"}), ("answers_beside", {"file", "id", "answer"})):
+        if value.get(name) is not None and set(value[name]) != needed:
+            raise UserError(f"{path}: {name} has {', '.join(value[name])}; it needs {', '.join(sorted(needed))} (--layout)")
     settings: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
     return FieldMap(name=path.stem, **settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML is of a field's type, with lists for tuples."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (UnionType, Union):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return value in inner
+    if kind is tuple:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(_fits(one, str) for pair in value.items() for one in pair)
+    return isinstance(value, hint)
 
 
 @cache

@@ -9,7 +9,7 @@ options' own texts with other words around them. Numbers stand for letters where
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,19 +158,24 @@ def _listed(line: str, options: Options) -> tuple[str, ...]:
 
 def _written_out(line: str, options: Options) -> tuple[str, ...]:
     """Nothing but the texts of as many options as are wanted, where they can be read in one way only."""
-    readings = {frozenset(letters) for letters in _spelt(line, options.texts, options.count)}
+    readings = _spelt(line, options.texts, options.count)
     return tuple(readings.pop()) if len(readings) == 1 else ()
 
 
-def _spelt(line: str, texts: Mapping[str, str], count: int) -> Iterator[tuple[str, ...]]:
-    """Every way to read ``line`` as ``count`` different options joined by ``、``."""
-    for letter, text in texts.items():
-        if count == 1:
-            if text == line:
-                yield (letter,)
-        elif line.startswith(f"{text}、"):
-            others = {other: texts[other] for other in texts if other != letter}
-            yield from ((letter, *rest) for rest in _spelt(line[len(text) + 1 :], others, count - 1))
+def _spelt(line: str, texts: Mapping[str, str], count: int) -> set[frozenset[str]]:
+    """Every set of ``count`` options whose texts, joined by ``、`` in some order, are ``line``.
+
+    By sets and not by orders: ten equal options have three million of these.
+    """
+    read = {frozenset[str](): 0}  # which options were read, and up to where, which follows from them
+    for left in reversed(range(count)):
+        read = {
+            used | {letter}: position + len(text) + 1
+            for used, position in read.items()
+            for letter, text in texts.items()
+            if letter not in used and (line.startswith(f"{text}、", position) if left else line[position:] == text)
+        }
+    return set(read)
 
 
 def _items(line: str, options: Options) -> tuple[str, ...] | Doubt:

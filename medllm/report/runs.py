@@ -8,12 +8,9 @@ Each stage leaves ``config.yaml``, ``environment.json`` and ``result.json``; tra
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from medllm.config import ProblemLayout
 from medllm.errors import UserError
@@ -28,6 +25,7 @@ from medllm.preferences.records import read_preferences
 from medllm.report.results import Cell
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
 from medllm.report.study import ReportInput, RunSummary, choose_examples, composition
+from medllm.text_files import read_json_object, read_yaml
 
 STAGES = ("cpt", "curate", "rpo", "evaluate", "options", "score")
 _SAT = ("evaluate", "options", "score")
@@ -79,7 +77,7 @@ def report_from_runs(
         sets=tuple(cell for cell in sat if cell.problem_set),
         runs=runs,
         preferences={
-            run.name: composition(read_preferences(Path(path) / "preferences.jsonl"))
+            run.name: composition(read_preferences(_present(Path(path) / "preferences.jsonl", "curation writes it")))
             for path, run in zip(paths, runs, strict=True)
             if run.stage == "curate"
         },
@@ -99,15 +97,15 @@ def read_run(path: str | Path) -> RunSummary:
     """
     folder = Path(path)
     if folder.is_file():
-        scored = _read_json(folder, "")
+        scored = read_json_object(folder, "")
         if scored.get("stage") != "score":
             raise UserError(f"{folder}: a report takes run folders, and what 'medllm score --json' wrote; this is neither")
         return RunSummary(folder.stem, "score", {}, (), scored)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    config = _read_yaml(folder / "config.yaml")
-    environment = _read_json(folder / "environment.json", "the folder is not a run of medllm")
-    result = _read_json(folder / "result.json", "the run has not finished; finish it, or leave it out")
+    config = read_yaml(_present(folder / "config.yaml", "the folder is not a run of medllm"))
+    environment = read_json_object(_present(folder / "environment.json", "the folder is not a run of medllm"), "")
+    result = read_json_object(_present(folder / "result.json", "the run has not finished; finish it, or leave it out"), "")
     stage = result.get("stage")
     if stage not in STAGES:
         raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
@@ -163,7 +161,7 @@ def _metrics(file: Path) -> Iterator[dict[str, float]]:
     """The lines of a training run; none where the stage logs nothing."""
     if not file.exists():
         return
-    for line, where in read_json_lines(file):
+    for line, where in read_json_lines(_present(file, "training writes it")):
         if "step" not in line or not all(isinstance(value, (int, float)) for value in line.values()):
             raise UserError(f"{where}: expected numbers by name and among them 'step'")
         yield line
@@ -198,34 +196,9 @@ def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:
     return "kind", {}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(_read_text(file, "the folder is not a run of medllm"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected settings by name")
-    return value
-
-
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(file, missing))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected one JSON object")
-    return value
-
-
 def _present(file: Path, missing: str) -> Path:
     if not file.is_file():
         raise UserError(f"{file}: no such file; {missing}")
+    if file.resolve().parent != file.parent.resolve():
+        raise UserError(f"{file}: is a link out of the run folder, which is not followed; copy the file there")
     return file
-
-
-def _read_text(file: Path, missing: str) -> str:
-    try:
-        return _present(file, missing).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text") from error

@@ -277,8 +277,8 @@ def test_an_odd_result_is_refused_with_its_place(folders, tmp_path, change, mess
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("result.json", "{", r"result\.json:1: not JSON"),
-        ("result.json", "[]", "expected one JSON object"),
+        ("result.json", "{", r"result\.json: not JSON"),
+        ("result.json", "[]", "a JSON object was expected"),
         ("config.yaml", "a: [", "not YAML"),
         ("config.yaml", "- a", "expected settings by name"),
         ("metrics.jsonl", '{"loss": 1}', r"metrics\.jsonl:1: expected numbers"),
