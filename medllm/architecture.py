@@ -85,6 +85,9 @@ class Tensor:
         return math.prod(self.shape)
 
 
+MOST_LAYERS = 10_000
+_LARGEST_SIZE = 2**31 - 1  # of what an array's axis may have, and far from any model's
+
 _KEYS: Mapping[str, tuple[str, type]] = {
     "num_layers": ("num_hidden_layers", int),
     "hidden_size": ("hidden_size", int),
@@ -148,11 +151,11 @@ class Architecture:
             UserError: the model is of no supported family, lacks a size, or uses a feature that is not supported.
         """
         family = config.get("model_type", next(iter(FAMILIES)))  # what a config lacks that names none is said of the first
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             known = ", ".join(f"{name!r} ({one.releases})" for name, one in FAMILIES.items())
             raise UserError(f"{where}: model_type is {family!r}; supported: {known}")
         kind = FAMILIES[family]
-        found = {ours: type_(config[key]) for ours, (key, type_) in _KEYS.items() if config.get(key) is not None}
+        found = {ours: _size(config, ours, where) for ours, (key, _) in _KEYS.items() if config.get(key) is not None}
         optional = ("num_kv_heads", "head_dim", "rms_norm_eps", "tie_embeddings")
         needed = [*(key for ours, (key, _) in _KEYS.items() if ours not in optional), "model_type"]
         if missing := [key for key in needed if config.get(key) is None]:
@@ -162,6 +165,9 @@ class Architecture:
         found |= {ours: size for ours, size in kind.defaults.items() if ours not in given}
         found.setdefault("num_kv_heads", found["num_heads"])
         found.setdefault("head_dim", found["hidden_size"] // found["num_heads"])
+        if not found["head_dim"] or found["num_heads"] % found["num_kv_heads"]:
+            heads = f"{found['num_heads']} heads, {found['num_kv_heads']} of keys, hidden_size {found['hidden_size']}"
+            raise UserError(f"{where}: {heads}: num_key_value_heads must divide num_attention_heads, and these hidden_size")
         found.setdefault("rms_norm_eps", 1e-6)
         found.setdefault("tie_embeddings", False)
         rotary, biased, window = RotaryRule.from_hf(config, where), kind.biases(config), kind.window(config, where)
@@ -276,6 +282,21 @@ class Architecture:
 def layer_path(index: int) -> str:
     """Hugging Face's name of a decoder layer."""
     return f"model.layers.{index}"
+
+
+def _size(config: Mapping[str, Any], ours: str, where: object) -> Any:
+    """A number of a ``config.json``, or whether it ties its tables."""
+    key, kind = _KEYS[ours]
+    value = config[key]
+    most = MOST_LAYERS if ours == "num_layers" else _LARGEST_SIZE
+    fits, expected = {
+        bool: (isinstance(value, bool), "true or false"),
+        float: (isinstance(value, float) and 0 < value < 1, "a small positive number"),
+        int: (type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most}"),
+    }[kind]
+    if not fits:
+        raise UserError(f"{where}: {key} is {value!r}; expected {expected}")
+    return value
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: object) -> None:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,15 +21,18 @@ from jsonargparse import ArgumentError, ArgumentParser
 from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
-from medllm.command_words import check_options, find_command, gather_lists, name_presets, refuse_empty
+from medllm.command_words import check_options, check_sections, find_command, gather_lists, name_presets, refuse_unusable
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import UserError
 from medllm.host.processes import ended, is_primary_process
 from medllm.host.progress import progress_bar
+from medllm.presets import TABLE_ROWS
 from medllm.quantization import Quantization
+from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+from medllm.text_files import read_yaml
 
 if TYPE_CHECKING:
     from medllm.training import TrainSummary
@@ -88,8 +92,12 @@ def parse(name: str, command: Command, words: list[str]) -> Any:
     """
     parser = command.parser()
     check_options(name, words, parser)
-    values = parser.parse_args(gather_lists(name_presets(words, command.presets), parser))
-    refuse_empty(values, parser)
+    named = name_presets(words, command.presets)
+    for before, file in pairwise(named):
+        if before == "--config":
+            check_sections(file, read_yaml(Path(file)), parser)
+    values = parser.parse_args(gather_lists(named, parser))
+    refuse_unusable(values, parser)
     return parser.instantiate(values)
 
 
@@ -149,11 +157,15 @@ def _written_out(result: Any) -> str:
 
 
 def _curate(values: Any) -> dict[str, Any]:
+    from medllm.remote.spending import Estimate
     from medllm.stages.curate import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
     with progress_bar("curate") as progress:
         result = run_curate(config, values.engine, progress)
+    if isinstance(result, Estimate):
+        say(result.words())
+        return result.to_json()
     counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
     say(f"curate: {counts}; {Path(config.run) / PREFERENCES}{_written_out(result)}")
     return result.to_json()
@@ -169,35 +181,27 @@ def _rpo(values: Any) -> dict[str, Any]:
 
 
 def _evaluate(values: Any) -> dict[str, Any]:
+    from medllm.remote.spending import Estimate
+    from medllm.report.paper import published_value
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
     with progress_bar("evaluate") as progress:
         result = run_evaluate(config, values.engine, progress)
+    if isinstance(result, Estimate):
+        say(result.words())
+        return result.to_json()
     if isinstance(result, OptionsResult):
-        scores = result.scores
-        shares = f"{scores.accuracy:.3f} right, {scores.normalized_accuracy:.3f} by likelihood per token"
-        say(f"evaluate: {result.setting}: {shares}, {len(scores.results)} questions; {config.run}{_written_out(result)}")
+        scores, share = result.scores, result.share
+        shares = f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}] right, {scores.normalized_accuracy:.3f} per token"
+        line = f"{shares}, {len(scores.results)} questions"
     else:
         ended = f"{result.endings.words()}; {result.readings.words()}"
-        say(f"evaluate: {result.setting}: {result.score.words()}; {ended}; {config.run}{_written_out(result)}")
+        line = f"{result.score.words()}; {ended}"
+    published = published_value(result.model, result.setting, result.problem_set)
+    line += "" if published is None else f"; published {published:.3f}"
+    say(f"evaluate: {result.setting}: {line}; {config.run}{_written_out(result)}")
     return result.to_json()
-
-
-def _report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", type=str, nargs="+", help="run folders of any stage")
-    parser.add_argument("--out", type=str, default="report.html", help="the page to write")
-    parser.add_argument(
-        "--previous", type=dict[str, str] | None, default=None, help="which model each is compared with, {B: A}"
-    )
-
-
-def _report(values: Any) -> dict[str, Any]:
-    from medllm.report.page import report_from_runs, write_report
-
-    write_report(Path(values.out), report_from_runs([Path(run) for run in values.runs], previous=values.previous))
-    say(f"report: {values.out}")
-    return {"report": values.out}
 
 
 def _convert_arguments(parser: ArgumentParser) -> None:
@@ -296,10 +300,16 @@ def _data_actions() -> Mapping[str, Command]:
 
 
 def _stage(
-    name: str, help: str, config_class: type, run: Callable[[Any], dict[str, Any]], first: str, engines: Any = EngineName
+    name: str,
+    help: str,
+    config_class: type,
+    run: Callable[[Any], dict[str, Any]],
+    first: str,
+    engines: Any = EngineName,
+    more: str = "",
 ) -> Command:
     options = tuple(f"--{option}" for option in first.split())
-    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_*")
+    return Command(help, _stage_arguments(config_class, engines), run, options, presets=f"paper_{name}_* {more}".strip())
 
 
 COMMANDS: dict[str, Command | Group] = {
@@ -337,9 +347,10 @@ COMMANDS: dict[str, Command | Group] = {
         _evaluate,
         "model.path model.adapter run problems shots shot_count explanation method format sampling.max_new_tokens batch_size "
         "limit engine mesh",
+        more=TABLE_ROWS,
     ),
     "score": Command("score predictions officially", score_arguments, score_predictions),
-    "report": Command("one HTML page from run folders", _report_arguments, _report),
+    "report": Command("tables and one HTML page from run folders", report_arguments, write_and_say),
     "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,

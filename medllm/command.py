@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
+from yaml import YAMLError
 
 from medllm.host.processes import is_primary_process
+from medllm.text_files import parse_yaml
+
+set_parsing_settings(import_path_denylist=["*"])  # a setting names no class: to look at one would be to run its module
+set_loader("yaml", partial(parse_yaml, load=get_loader("yaml")), exceptions=(YAMLError,))
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Command:
         arguments: Adds its options to a parser.
         run: Does it, with the parsed values. What it returns is what ``--json`` writes; ``ok`` false in it is exit code 1.
         first: The options a user sets first, in the order in which ``--help`` shows them; empty where it shows all.
-        presets: Which presets are for it: a pattern of their names.
+        presets: Which presets are for it: a pattern of their names, or several.
     """
 
     help: str

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from medllm.command import Command, Group
 from medllm.command_words import elements, kind_of, options_of, parts
-from medllm.presets import preset_titles
+from medllm.presets import preset_titles, table_rows
 
 _ABOUT = (
     "Teach a language model a medical domain so that it stays right when it has to explain itself. "
@@ -107,7 +107,10 @@ def command_page(name: str, command: Command, *, everything: bool = False) -> st
         lines += _table(one.line(one.first_sentence()) for one in first)
     presets = preset_titles(command.presets)
     if presets:
-        lines += ["", "Presets:", *_table(presets.items())]
+        rows = {name: f"{row['label']}, a row of the paper's" for name, row in table_rows(command.presets).items()}
+        if rows and not everything:
+            rows = {f"{next(iter(rows))}, ...": "a row of the paper's tables; --help all has their names"}
+        lines += ["", "Presets:", *_table([*presets.items(), *rows.items()])]
     lines += ["", *_table(one.line(one.text) for one in shared_settings(parser))]
     if len(first) < len(settings) and not everything:
         lines += ["", f"The other {len(settings) - len(first)} settings: medllm {name} --help all"]

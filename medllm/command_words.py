@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from medllm.command import Command, Group
 from medllm.errors import UserError
-from medllm.presets import preset_file
+from medllm.presets import preset_settings
 
 # What other programs, and the field, call a command or a setting: the last part of its name here.
 _COMMANDS_MEANT = {
@@ -150,14 +150,14 @@ def _begins(leaf: str, end: str) -> bool:
 
 
 def name_presets(words: Sequence[str], pattern: str) -> list[str]:
-    """``--config paper_cpt_72b`` → the preset's file, where its name fits ``pattern``.
+    """``--config paper_cpt_72b`` → the preset's file, or its YAML, where its name fits ``pattern``.
 
     Raises:
         UserError: neither a file nor such a preset.
     """
     parted = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     return [
-        str(preset_file(before, word, pattern)) if before == "--config" else word for before, word in pairwise(["", *parted])
+        preset_settings(before, word, pattern) if before == "--config" else word for before, word in pairwise(["", *parted])
     ]
 
 
@@ -192,14 +192,53 @@ def parts(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def refuse_empty(values: Namespace, parser: ArgumentParser) -> None:
-    """Refuse a text of no characters, which as a path is the working folder, and as a pattern matches anything or nothing.
+def check_sections(where: str, settings: Mapping[str, Any], parser: ArgumentParser) -> None:
+    """Hold a file of settings against the options of ``parser``, as far as jsonargparse would take it for something else.
+
+    It takes a text for the path of another file, where the settings of a section should be.
 
     Raises:
-        UserError: an option holds one, alone or in a list, and not by default.
+        UserError: a section is no mapping, a class is named, or a text holds a NUL.
     """
-    defaults = dict(parser.get_defaults().items())
+
+    sections = {option.removeprefix("--").rsplit(".", 1)[0] for option in options_of(parser) if "." in option}
+
+    def check(prefix: str, value: Any) -> None:
+        if prefix.rsplit(".", 1)[-1] in ("class_path", "init_args"):
+            raise UserError(f"{where}: {prefix} names a class; settings are values alone, and no code is run for them")
+        if isinstance(value, dict):
+            for name, one in value.items():
+                check(f"{prefix}.{name}" if prefix else str(name), one)
+        elif prefix in sections:
+            raise UserError(f"{where}: {prefix} is {str(value)[:100]!r}; expected its settings by name")
+        elif "\0" in str(value):
+            raise UserError(f"{where}: {prefix} holds a NUL; no path or text has one")
+
+    check("", dict(settings))
+
+
+def refuse_unusable(values: Namespace, parser: ArgumentParser) -> None:
+    """Refuse what fits an option's type and nothing it stands for.
+
+    A text of no characters is as a path the working folder, and as a pattern matches anything or nothing.
+
+    Raises:
+        UserError: an option holds, alone or in a list, and not by default, such a text, no finite number, or a larger one than
+            arrays have places.
+    """
+    defaults, options = dict(parser.get_defaults().items()), options_of(parser)
     for name, value in values.items():
-        several = value if isinstance(value, list | tuple | dict) else [value]
-        if value != defaults.get(name) and "" in several:
+        kinds = parts(kind_of(options[f"--{name}"])) if f"--{name}" in options else ()
+        if value is None and defaults.get(name) is not None and type(None) not in kinds:
+            raise UserError(f"--{name} is null; give it a value, or leave it out for {defaults[name]}")
+        several = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        if value == defaults.get(name):
+            continue
+        if "" in several or (isinstance(value, dict) and "" in value):
             raise UserError(f"--{name} holds an empty text; give it a value, or leave the option out")
+        for number in several:
+            if isinstance(number, int | float) and not abs(number) <= _LARGEST:
+                raise UserError(f"--{name} is {str(number)[:40]}; expected a number of at most {_LARGEST}")
+
+
+_LARGEST = 2**31 - 1

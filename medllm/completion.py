@@ -10,7 +10,7 @@ import shtab
 from medllm.command import Command, Group
 from medllm.command_help import Setting, settings_of, shared_settings
 from medllm.errors import UserError
-from medllm.presets import preset_titles
+from medllm.presets import preset_titles, table_rows
 
 SHELLS = ("bash", "zsh")
 _NO_FILE = ("N", "X", "{NAME: VALUE}")
@@ -47,7 +47,7 @@ def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Comman
             yield from _add_commands(one, command.actions(), shell)
             continue
         own = command.parser()
-        presets = preset_titles(command.presets)
+        presets = [*preset_titles(command.presets), *table_rows(command.presets)]
         function = f"_medllm_{name}_presets"
         if presets:
             yield _PRESETS[shell].format(name=function, presets=" ".join(presets))

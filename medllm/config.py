@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from medllm.architecture import PROJECTIONS
 from medllm.errors import UserError
-from medllm.module_patterns import by_pattern, is_regex
+from medllm.patterns import MOST_PATTERNS, by_pattern, is_quick_pattern
 from medllm.quantization import Quantization
 
 RematPolicy = Literal["none", "projections", "attention", "layer"]
@@ -30,8 +30,8 @@ RematPolicy = Literal["none", "projections", "attention", "layer"]
 ProblemsFormat = Literal["auto", "igakuqa", "jsonl", "jmmlu", "pharmacist"]
 """Formats of problem files, see :mod:`medllm.exam.loaders`."""
 
-OptionPrompt = Literal["mcqa", "mcqa_jp", "mcqa_with_options", "mcqa_with_options_jp"]
-"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.evaluation`."""
+OptionPrompt = Literal["mcqa_minimal", "mcqa_with_options_jp", "mcqa_with_options", "4o_mcqa_instructed_jp", "mcqa", "mcqa_jp"]
+"""Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.option_prompts`."""
 
 _NARROW = ("q_proj", "k_proj", "v_proj", "attention", "o_proj")
 REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {
@@ -104,15 +104,15 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         expect(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        expect(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        expect(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "a positive number")
         fits = bool(self.targets) and {target.rsplit(".", 1)[-1] for target in self.targets} <= set(ALL_LINEAR)
         expect(fits, "lora.targets", list(self.targets), f"some of {', '.join(ALL_LINEAR)}")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            named = all(key and is_regex(key) for key in pattern)
-            expect(named, f"lora.{name}", pattern, "regular expressions for module names")
+            named = len(pattern) <= MOST_PATTERNS and all(key and is_quick_pattern(key) for key in pattern)
+            expect(named, f"lora.{name}", pattern, "regular expressions for module names, no repetition within a repetition")
         positive = all(rank >= 1 for rank in self.rank_pattern.values())
         expect(positive, "lora.rank_pattern", self.rank_pattern, "ranks of at least 1")
-        positive = all(alpha > 0 for alpha in self.alpha_pattern.values())
+        positive = all(0 < alpha < math.inf for alpha in self.alpha_pattern.values())
         expect(positive, "lora.alpha_pattern", self.alpha_pattern, "positive numbers")
 
     def covers(self, module: str) -> bool:
@@ -268,9 +268,10 @@ class TorchConfig:
     liger: bool = False
     precompute_reference: bool = False
 
-    def changed(self) -> dict[str, Any]:
-        """The settings that are not at their default, by name."""
-        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+
+def changed(settings: Any) -> dict[str, Any]:
+    """Those of a group of settings that are not at their default, by name."""
+    return {one.name: value for one in fields(settings) if (value := getattr(settings, one.name)) != one.default}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from medllm.command import Command, say
-from medllm.config import CorpusConfig, PairConfig, ProblemLayout
+from medllm.config import CorpusConfig, OptionPrompt, PairConfig, ProblemLayout
 from medllm.errors import UserError
 from medllm.host.progress import progress_bar
 
@@ -120,10 +120,31 @@ def _left_out(skipped: Mapping[str, int]) -> str:
     return "; left out: " + ", ".join(f"{reason} {count}" for reason, count in skipped.items()) if skipped else ""
 
 
+def _task_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=str, help="problem file or folder")
+    parser.add_argument("--out", type=str, required=True, help="folder for its files, the harness's --include_path")
+    parser.add_argument("--name", type=str | None, default=None, help="what the task is called; the file's name when unset")
+    parser.add_argument("--prompt", type=OptionPrompt, default="mcqa_with_options_jp", help="the prompt, by JMedBench's names")
+    parser.add_argument("--method", type=Literal["options", "letters"], default="options", help="what is compared")
+    parser.add_class_arguments(ProblemLayout)
+
+
+def _task(values: Any) -> dict[str, Any]:
+    from medllm.exam.harness_tasks import write_task
+    from medllm.exam.loaders import problems_at
+
+    problems = problems_at(values.path, values).problems
+    name = values.name or Path(values.path).stem
+    task = write_task(problems, values.out, name, prompt=values.prompt, method=values.method)
+    say(f"data: task {task.name}, {task.questions} questions{_left_out(task.left_out)}; {task.file}")
+    return {"task": task.name, "file": str(task.file), "questions": task.questions, "left_out": dict(task.left_out)}
+
+
 ACTIONS = {
     "export-trl": Command("preferences → TRL's prompt/chosen/rejected rows", _export_arguments, _export),
     "random-model": Command("a small Qwen2.5 with random weights, for trying out a pipeline", _model_arguments, _model),
     "read": Command("how the answer in a text is read, and by which rule", _read_arguments, _read),
     "problems": Command("what a problem file or folder holds, and in which layout", _problems_arguments, _problems),
+    "task": Command("an exam as a task of lm-evaluation-harness", _task_arguments, _task),
     "leaks": Command("exam questions found in training text", _leaks_arguments, _leaks),
 }

@@ -5,9 +5,9 @@ Training is :mod:`medllm.training`'s, where the engines are :mod:`medllm.engines
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,12 +19,13 @@ from medllm.model.tokenizer import Prompt, decode, tokens_of
 class Generation:
     """One continuation: its text without stop string and end token, its tokens, and why it ended.
 
-    ``stopped`` is the stop string that ended it; empty where the model ended it itself, or nothing did.
+    ``finish`` is ``stop``; ``length`` where ``max_new_tokens`` ended it; ``filtered`` where a server holds back the text or the
+    rest of it. ``stopped`` is the stop string that ended it; empty where the model ended it itself, or nothing did.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "filtered"]
     stopped: str = ""
 
 
@@ -73,6 +74,47 @@ class Generates(Protocol):
             UserError: a prompt and its continuation do not fit the model's context.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Answers that are asked for: the number of a prompt, the prompt, and which of its samples."""
+
+    number: int
+    prompt: Prompt
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of them. ``facts`` is what is known of the request that it came with; of several answers to one the first has it."""
+
+    number: int
+    sample: int
+    said: Generation
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class AnswersSingly(Protocol):
+    """A model whose answers depend on nothing else that is asked, and come one by one: those missing can be asked for alone."""
+
+    def answers(self, wanted: Iterable[Wanted], sampling: Sampling) -> Iterator[list[Answer]]:
+        """The answers as they come, those together that came together. Prompts are taken from ``wanted`` as there is room.
+
+        Raises:
+            UserError: a prompt is refused, or the model is gone; what was under way has come by then, as far as it comes.
+        """
+        ...
+
+    def account(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What a result records of all requests, of their ``facts``."""
+        ...
+
+
+def account(engine: Generates, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a result records of the requests to a server; None of an engine that asks none."""
+    return engine.account(facts) if isinstance(engine, AnswersSingly) else None
 
 
 class Scores(Protocol):

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from medllm.config import Recipe
+from medllm.config import Recipe, changed
 from medllm.errors import UserError
 from medllm.host.installation import install_command
 
 if TYPE_CHECKING:
-    from medllm.config import MeshConfig, ModelConfig, TorchConfig
+    from medllm.config import MeshConfig, ModelConfig
     from medllm.engine import Generates, Scores
     from medllm.training import Trains
 
@@ -40,7 +40,7 @@ class Home:
         package: The package that must be installed for an engine.
         extra: The extra of this project that installs it.
         engine: The class in its part ``engine``; none for the audit.
-        settings: The settings of a stage that are this engine's: it is opened with the stage where it has some.
+        settings: The settings of a stage that are this engine's.
     """
 
     modules: Mapping[str, str]
@@ -81,8 +81,9 @@ HOMES = {
     "openai": Home(
         package="openai",
         extra="eval",
-        modules={"engine": "medllm.openai_engine"},
+        modules={"engine": "medllm.remote.engine"},
         engine="OpenAIEngine",
+        settings=("server",),
     ),
     "parity": Home(modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page"}),
 }
@@ -164,15 +165,16 @@ def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any
     if spread and "mesh" not in home.settings:
         hint = f"start it as {LAUNCH_TORCH}, one process a GPU" if name == "torch" else "leave them out"
         raise UserError(f"--mesh and --rules spread the JAX engine's arrays; for --engine {name} {hint}")
-    switches: TorchConfig | None = getattr(stage, "torch", None)
-    for setting, value in switches.changed().items() if switches is not None and "torch" not in home.settings else ():
-        given = f"--torch.{setting} is {value!r}"
-        raise UserError(
-            f"{given}, a setting of the torch engine alone; add --engine torch, or leave it out for --engine {name}"
-        )
+    for group, owner in (("torch", "torch"), ("server", "openai")):
+        settings = getattr(stage, group, None)
+        for setting, value in changed(settings).items() if settings is not None and group not in home.settings else ():
+            given = f"--{group}.{setting} is {value!r}"
+            raise UserError(
+                f"{given}, a setting of the {owner} engine alone; add --engine {owner}, or leave it out for --engine {name}"
+            )
     require_engine(name)
     engine = getattr(load(name, "engine"), home.engine)
-    return engine(model, stage) if home.settings else engine(model)
+    return engine(model, stage)
 
 
 def _refuse_other(name: str, able: tuple[str, ...], what: str) -> None:

@@ -53,16 +53,23 @@ class Family:
             UserError: some layers see a window and others all.
         """
         window = config.get("sliding_window", _WINDOW)
+        first = config.get("max_window_layers", 28)
+        listed = config.get("layer_types")
+        whole = (window is None or (type(window) is int and window > 0)) and type(first) is int
+        if not whole or not isinstance(listed, list | None) or not all(isinstance(kind, str) for kind in listed or ()):
+            raise UserError(
+                f"{where}: sliding_window {window!r}, max_window_layers {first!r} or layer_types is not what "
+                "transformers writes: whole numbers, and a list of names"
+            )
         if self.sliding == "always":
             return window
         if self.sliding == "never":
             return None
         layers = config["num_hidden_layers"]
-        first = config.get("max_window_layers", 28)
         derived = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
         if not config.get("use_sliding_window"):
             window, derived = None, ["full_attention"] * layers
-        kinds = set(config.get("layer_types") or derived)
+        kinds = set(listed or derived)
         if kinds == {"full_attention"}:
             return None
         if kinds == {"sliding_attention"} and window is not None:

@@ -16,6 +16,8 @@ import numpy as np
 
 from medllm.errors import UserError
 
+_HUGE = 1e30  # nothing a model has comes near it, and its products stay numbers
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -152,16 +154,18 @@ class RotaryRule:
                 a head turns, or layers have rules of their own.
         """
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise UserError(f"{where}: rope_scaling or rope_parameters is {rope!r}; an object is needed")
         if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
             raise UserError(f"{where}: rotary rules of single layers ({nested[0]}) are not supported; one for all is needed")
         for entry in (rope, config):
             if (part := entry.get("partial_rotary_factor")) not in (None, 1):
                 raise UserError(f"{where}: partial_rotary_factor {part} is not supported; whole heads turn (1.0)")
-        theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+        theta = _positive(rope.get("rope_theta", config.get("rope_theta", 10000.0)), "rope_theta", where)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
             return cls(theta)
-        if kind not in SCALINGS:
+        if not isinstance(kind, str) or kind not in SCALINGS:
             raise UserError(f"{where}: rope scaling {kind!r} is not supported; there are default, {', '.join(SCALINGS)}")
         return cls(theta, _scaling(SCALINGS[kind], dict(rope), config, where))
 
@@ -193,14 +197,24 @@ def _scaling(kind: type[Scaling], rope: dict[str, Any], config: Mapping[str, Any
         rope["original_max_position_embeddings"] = original
     rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     if kind is Yarn and "factor" in rope and rope["factor"] is None:
-        rope["factor"] = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
+        before, after = rope["original_max_position_embeddings"], config["max_position_embeddings"]
+        rope["factor"] = _positive(after, "max_position_embeddings", where) / _positive(before, "original context", where)
     found: dict[str, Any] = {}
     for field in fields(kind):
         key = _KEYS.get(field.name, field.name)
         value = rope.get(key)
         if value is None and field.default is not MISSING:
             continue
-        if isinstance(value, bool) != (field.name == "truncate") or not isinstance(value, (bool, int, float)):
-            raise UserError(f"{where}: {key} of the rope scaling {kind.kind!r} is {value!r}; a number is needed")
+        if field.name == "truncate" and not isinstance(value, bool):
+            raise UserError(f"{where}: {key} of the rope scaling {kind.kind!r} is {value!r}; true or false is needed")
+        if field.name != "truncate":
+            _positive(value, f"{key} of the rope scaling {kind.kind!r}", where)
         found[field.name] = value
     return kind(**found)
+
+
+def _positive(value: Any, name: str, where: object) -> float:
+    """A number by which something is divided, or whose logarithm is taken."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _HUGE:
+        raise UserError(f"{where}: {name} is {value!r}; a positive number is needed")
+    return float(value)

@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from medllm.errors import UserError
+from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process
 from medllm.stage_config import FREE_ON_RESUME
+from medllm.text_files import read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,7 +37,23 @@ _RECORDED_PACKAGES = (
 MERGED = "merged"
 """Folder of a run for the weights it is trained on, where stage 1's adapter was merged into them."""
 
-_OPENING_FILES = {"config.yaml", "environment.json"}
+RESULT = "result.json"
+"""Written last: a folder without it is unfinished."""
+
+_WRITTEN = (
+    "adapter",
+    "answers.journal",
+    "checkpoints",
+    "events",
+    "metrics.jsonl",
+    "predictions.jsonl",
+    "preferences.jsonl",
+    RESULT,
+    MERGED,
+)
+"""What stages write into a run folder, some of it in place of what is there."""
+
+_OPENING_FILES = {"config.yaml", "environment.json", LOCK}
 
 
 @contextmanager
@@ -45,6 +63,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     _make_folder(target.parent)
     try:
         yield scratch
+        if target.is_symlink() and target.is_dir():
+            raise UserError(
+                f"{target}: is a link to a folder, which is not written through; give another path, or remove the link"
+            )
         if target.is_dir() and not scratch.is_dir():
             raise UserError(f"{target}: is a folder, and a file is to be written there; give another path")
         if scratch.is_dir() and target.exists():
@@ -93,21 +115,30 @@ class Run:
     """A run folder that is being written. In a multi-process launch only the primary process writes.
 
     As a context manager it takes a folder it has just made away again when the block fails before anything was written
-    there, so that a refused input leaves nothing behind.
+    there, so that a refused input leaves nothing behind. Another process is kept out until the run is finished or left.
 
     Args:
-        path: The folder. A folder that already holds a run is refused unless ``resume`` is set.
+        path: The folder. A folder that already holds a run is refused unless ``resume`` says otherwise.
         config: The resolved configuration (a dataclass), written as ``config.yaml``.
         engine: Which engine does the work, where one does; recorded beside the configuration.
-        resume: Go on in an existing run folder, with the settings it was begun with.
+        resume: Go on in an existing run folder, with the settings it was begun with; ``auto``: in one that is not finished.
 
     Raises:
-        UserError: the folder cannot be made, holds a run already, or was begun with other settings.
+        UserError: the folder cannot be made, another process is at work in it, it holds a run already, or one that was begun
+            with other settings.
     """
 
-    def __init__(self, path: str | Path, config: DataclassInstance, *, engine: str | None = None, resume: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        config: DataclassInstance,
+        *,
+        engine: str | None = None,
+        resume: bool | Literal["auto"] = False,
+    ):
         self.path = Path(path)
         self._events: Any = None
+        self._lock: FolderLock | None = None
         self._made_here = not self.path.exists()
         if not is_primary_process():
             return
@@ -115,21 +146,19 @@ class Run:
             raise UserError(f"{self.path}: a run folder is needed here, but this is a file; give another --run")
         plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
         plain = {"engine": engine, **plain} if engine else plain
-        written = self.path / "config.yaml"
-        if written.exists():
-            if not resume:
-                remedy = "give another --run, remove it" + (", or go on with --resume true" if "resume" in plain else "")
-                raise UserError(f"{self.path}: already holds a run; {remedy}")
-            self._refuse_other_settings(plain)
         _make_folder(self.path)
-        written.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        write_json(self.path / "environment.json", environment())
+        self._lock = FolderLock(self.path)
+        try:
+            self._open(plain, resume)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._close_events()
+        self._close()
         if kind is not None and self._made_here and is_primary_process():
             left = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
             if {name for name in left if not name.startswith(f"{MERGED}/")} <= _OPENING_FILES:
@@ -161,26 +190,43 @@ class Run:
                 scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write ``result.json`` and close the event file."""
-        self._close_events()
+        """Write ``result.json``, close the event file and let other processes in."""
         if is_primary_process():
-            write_json(self.path / "result.json", result)
+            write_json(self.path / RESULT, result)
+        self._close()
+
+    def _open(self, plain: dict[str, Any], resume: bool | str) -> None:
+        written = self.path / "config.yaml"
+        if written.exists():
+            if resume == "auto" and (self.path / RESULT).exists():
+                raise UserError(f"{self.path}: already holds a finished run; give another --run, or remove it")
+            if not resume:
+                remedy = "give another --run, remove it" + (", or go on with --resume true" if "resume" in plain else "")
+                raise UserError(f"{self.path}: already holds a run; {remedy}")
+            self._refuse_other_settings(plain)
+        elif own := sorted(name for name in _WRITTEN if os.path.lexists(self.path / name)):
+            raise UserError(f"{self.path}: holds {own[0]}, and no run that it is of; give another --run, or move it away")
+        with atomic_path(written) as scratch:
+            scratch.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_json(self.path / "environment.json", environment())
 
     def _refuse_other_settings(self, now: dict[str, Any]) -> None:
         """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
-        then = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        then = read_yaml(self.path / "config.yaml")
         before, after = dict(_flat(then)), dict(_flat(now))
         for name in sorted((before.keys() | after.keys()) - FREE_ON_RESUME):
-            if before.get(name) != after.get(name):
+            if not _same(before.get(name), after.get(name)):
                 raise UserError(
                     f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
                     "resume with the same settings, or start a new --run"
                 )
 
-    def _close_events(self) -> None:
+    def _close(self) -> None:
         if self._events is not None:
             self._events.close()
             self._events = None
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _summary_writer(folder: Path) -> Any:
@@ -203,6 +249,14 @@ def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}.{name}" if prefix else name)
     else:
         yield prefix, settings
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether two values of a setting mean the same: equal, or paths of the same file, and lists of such."""
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(_same, before, after))
+    paths = isinstance(before, str) and isinstance(after, str) and os.path.exists(before) and os.path.exists(after)
+    return before == after or (paths and os.path.samefile(before, after))
 
 
 def _make_folder(path: Path) -> None:

@@ -18,7 +18,9 @@ def score_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--predictions", type=str, required=True, help="prediction file, folder or pattern")
     parser.add_argument("--lenient", type=bool, default=False, help="forgive spaces; the official score does not")
     parser.add_argument("--from_text", type=bool, default=False, help="beside it: the texts of the predictions, read anew")
-    parser.add_argument("--explanation", type=bool, default=False, help="with --from_text: they explain before they answer")
+    parser.add_argument("--explanation", type=bool, default=False, help="the predictions' texts explain before they answer")
+    parser.add_argument("--shot_count", type=int, default=3, help="examples that were shown: the setting's name in tables")
+    parser.add_argument("--label", type=str | None, default=None, help="what the model is called in tables; else --predictions")
 
 
 def score_predictions(values: Any) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def score_predictions(values: Any) -> dict[str, Any]:
     from medllm.exam.loaders import problems_at
     from medllm.exam.predictions import in_letters, in_no_letters, read_predictions
     from medllm.exam.scoring import read_anew, score
+    from medllm.exam.setting import setting_name
 
     loaded = problems_at(values.problems, values)
     problems, given = loaded.problems, read_predictions(values.predictions)
@@ -34,13 +37,18 @@ def score_predictions(values: Any) -> dict[str, Any]:
     predictions, alphabet = in_letters(kept, choices)
     unread = in_no_letters(predictions, choices)
     sheet = score(problems, predictions, lenient=values.lenient)
+    named = {
+        "stage": "score",
+        "model": values.label or values.predictions,
+        "setting": setting_name(values.shot_count, explanation=values.explanation),
+    }
     counts: dict[str, Any] = {"alphabet": alphabet, "in_no_letters": unread}
     counts |= {"skipped": dict(loaded.skipped), "predictions_left_out": left_out}
     read = "" if alphabet == "letters" else f"; predictions in {alphabet}, read as letters"
     wrong = f"; {unread} predictions are in no letters, and count as wrong" if unread else ""
     say(f"score: {sheet.words()}{read}{wrong}" + (f"; {left_out} for rows left out" if left_out else ""))
     if not values.from_text:
-        return sheet.to_json() | counts
+        return named | sheet.to_json() | counts
     anew = read_anew(problems, predictions, explanation=values.explanation)
     say(f"score: {anew.read_points} points by the texts read anew; {anew.readings.words()}")
-    return sheet.to_json() | counts | asdict(anew)
+    return named | sheet.to_json() | counts | asdict(anew)

@@ -5,7 +5,7 @@ Each is a frozen dataclass; presets in ``medllm/presets`` are YAML files of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from medllm.config import (
@@ -47,6 +47,37 @@ class CptConfig(Recipe):
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """How a server is asked (``--engine openai``), and what it costs. Engines on this machine have none.
+
+    Args:
+        concurrency: Requests under way at a time.
+        requests_per_minute: Limit on requests (0: none).
+        tokens_per_minute: Limit on tokens, estimated: those of prompts, and ``max_new_tokens`` for each sample (0: none).
+        timeout: Seconds after which a request counts as lost. A server that asks for a longer wait is not waited for.
+        retries: Times that a request without an answer is sent again, and that a server which answers none is tried.
+        input_price: Of a million prompt tokens, in whatever money.
+        output_price: Of a million tokens of answers.
+    """
+
+    concurrency: int = 32
+    requests_per_minute: float = 0.0
+    tokens_per_minute: float = 0.0
+    timeout: float = 600.0
+    retries: int = 5
+    input_price: float | None = None
+    output_price: float | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.concurrency >= 1, "server.concurrency", self.concurrency, "at least 1")
+        expect(self.timeout > 0, "server.timeout", self.timeout, "a positive number of seconds")
+        for name in ("requests_per_minute", "tokens_per_minute", "retries"):
+            expect(getattr(self, name) >= 0, f"server.{name}", getattr(self, name), "0 or more")
+        for name in ("input_price", "output_price"):
+            expect((getattr(self, name) or 0) >= 0, f"server.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
 class CurateConfig(MeshConfig, ProblemLayout):
     """Preference data from the model's own answers.
 
@@ -61,6 +92,8 @@ class CurateConfig(MeshConfig, ProblemLayout):
         answer_as: Answers are written as option letters, or as the options' own text.
         batch_size: Continuations generated at a time.
         limit: Use only the first so many problems (0: all).
+        server: How a server is asked.
+        dry_run: Say what a server would be asked for and what it would cost; ask and write nothing.
     """
 
     model: ModelConfig
@@ -73,6 +106,8 @@ class CurateConfig(MeshConfig, ProblemLayout):
     answer_as: Literal["letters", "text"] = "letters"
     batch_size: int = 32
     limit: int = 0
+    server: ServerConfig = field(default_factory=ServerConfig)
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
@@ -101,12 +136,16 @@ class EvaluateConfig(MeshConfig, ProblemLayout):
         model: The model that sits it.
         run: Run folder; ``predictions.jsonl`` and the score in ``result.json`` are written into it.
         problems: Problem files or folders (an IgakuQA checkout, JSONL, CSV).
-        shots: Problem file with the examples, which is needed where there are any.
+        shots: Problem file with the examples, needed where there are any.
         shot_count: Examples before the question (three in the paper, 0: none).
         explanation: Ask for an explanation before the answer (the paper's second column).
-        method: How it is sat: in words that are scored officially (``generate``), or by taking the likeliest of the ``options``
-            after a zero-shot prompt, as JMedBench does (shots, template and sampling then play no part).
-        option_prompt: That prompt, by JMedBench's names: in English or in Japanese, with the options listed in it or not.
+        method: How it is sat: in words that are scored officially (``generate``), or by the likeliest of the ``options`` or of
+            their ``letters``. These follow a zero-shot prompt, as in JMedBench: shots, template and sampling play no part then.
+        option_prompt: That prompt, by JMedBench's names: its minimal, standard, English-centric and instructed one, or two more
+            that list no options. A problem with a context (PubMedQA) is asked by the one that JMedBench pairs with it.
+        problem_set: What the problems are called in a table of zero-shot sets (MMMLU, MedQA): the report has one of the runs
+            that name theirs.
+        subjects: Only the problems of these subjects (empty: all).
         template: The prompt: ``igakuqa`` is the benchmark's own, ``curation`` the paper's Question/Explanation/Answer.
         format: The prompt's form: ``completion`` for base models, ``chat`` for models with a chat template.
         answer_as: The shots answer with option letters, or with the options' own text.
@@ -114,6 +153,8 @@ class EvaluateConfig(MeshConfig, ProblemLayout):
         lenient: Also forgive spaces in a prediction; the official scoring does not.
         limit: Only the first so many problems (0: all).
         label: What the model is called in tables; its folder when unset.
+        server: How a server is asked.
+        dry_run: Say what a server would be asked for and what it would cost; ask and write nothing.
     """
 
     model: ModelConfig
@@ -122,7 +163,7 @@ class EvaluateConfig(MeshConfig, ProblemLayout):
     shots: str | None = None
     shot_count: int = 3
     explanation: bool = False
-    method: Literal["generate", "options"] = "generate"
+    method: Literal["generate", "options", "letters"] = "generate"
     template: Literal["igakuqa", "curation"] = "igakuqa"
     format: Literal["completion", "chat"] = "completion"
     answer_as: Literal["letters", "text"] = "letters"
@@ -132,9 +173,15 @@ class EvaluateConfig(MeshConfig, ProblemLayout):
     limit: int = 0
     label: str | None = None
     option_prompt: OptionPrompt = "mcqa_with_options_jp"
+    problem_set: str | None = None
+    subjects: tuple[str, ...] = ()
+    server: ServerConfig = field(default_factory=ServerConfig)
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
+        asks = self.method == "generate" or not self.dry_run
+        expect(asks, "dry_run", self.dry_run, "false with --method options, which asks for no text")
 
 
 @dataclass(frozen=True)
@@ -245,7 +292,8 @@ FREE_ON_RESUME = frozenset(
         *("run", "resume", "mesh", "rules", "reference_cache"),
         *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
+        *(f"server.{one.name}" for one in fields(ServerConfig)),
     }
 )
-"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, and how the same numbers are
-computed."""
+"""What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, how the same numbers are computed,
+and how a server is asked."""

@@ -28,7 +28,7 @@ LORA = LoraConfig(rank=4, alpha=6.0, seed=5)
 # Decay, a schedule that bends, and a clip that binds in some steps and not in others.
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, weight_decay=0.1, warmup_ratio=0.2, clip_norm=12.0)
 STEPS = 20
-TRAINED = ("qwen2", "qwen3", "llama 3")
+TRAINED = ("qwen2", "qwen3", "llama 3", "mistral, window")
 """Kinds of models whose trajectories are followed."""
 
 

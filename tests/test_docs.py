@@ -21,6 +21,7 @@ RUN = {
     r"medllm cpt --mesh data=2": "test_sharded_engine.py",
     r"medllm cpt --mesh fsdp=4,tensor=2": "test_processes.py",
     r"medllm cpt .*--print_config": "test_cli.py",
+    r"medllm evaluate --engine openai .*--dry_run": "test_server_faults.py",
     r"medllm cpt .*world/corpus\.jsonl": "test_mini_study.py",
     r"medllm data export-trl": "test_docs_data.py",
     r"medllm mini --(out|engine)": "test_isolation.py",
@@ -34,7 +35,15 @@ RUN = {
     r"medllm score .*--predictions": "test_readme.py",
     r"medllm data read": "test_exam_texts.py",
     r"medllm data problems": "test_exam_layouts.py",
+    r"medllm data task": "test_harness_tasks.py",
+    r"medllm evaluate .*--method (options|letters)": "test_stages.py",
+    r"medllm evaluate --config table": "test_reproduce_tables.py",
+    r"medllm evaluate --help all": "test_command_help.py",
+    r"medllm report .*--json": "test_report_sets.py",
+    r"bash scripts/reproduce_tables\.sh": "test_reproduce_tables.py",
+    r"python -m medllm\.harness": "test_harness.py",
     r"python scripts/api_page\.py": "test_api.py",
+    r"python -m tests\.fuzz": "test_fuzz.py",
     r"python scripts/mutate\.py --only": "test_mutations.py",
 }
 """Commands of the pages that a test runs: with the page's own words, or on a smaller model and other folders."""
@@ -42,6 +51,7 @@ RUN = {
 NOT_RUN = {
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"python -m pytest": "it is a test",
+    r"python -m tests\.(killed_runs|journal_load)": "it takes minutes; test_killed_runs.py does less of the same",
     r"python scripts/mutate\.py --jobs": "it plants all faults, which takes hours; test_mutations.py plants one",
     r"medllm .*\$(D|OUT)/": "it needs real exams and documents, which are not part of the project",
 }

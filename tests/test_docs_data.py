@@ -76,7 +76,7 @@ def test_every_form_of_problem_file_is_read(examples):
 
 
 def test_the_fields_of_a_problem_are_those_that_are_written_and_read(examples):
-    whole = Problem("1", "?", ("x", "y"), ("a",), 2, True, "because", 2016, "A", "colours", ("b",), "file:1")
+    whole = Problem("1", "?", ("x", "y"), ("a",), 2, True, "because", 2016, "A", "colours", ("b",), "file:1", "text")
     write_problems("whole.jsonl", [whole])
     assert load_problems("whole.jsonl").problems == (whole,)
     row, said = first_line("whole.jsonl"), declared("Problems")

@@ -15,7 +15,8 @@ from medllm.errors import UserError
 from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response
-from medllm.exam.rows import parquet_columns, read_json, read_json_lines, read_parquet, read_text
+from medllm.exam.rows import parquet_columns, read_json, read_json_lines, read_parquet
+from medllm.text_files import first_line, read_text
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _arrow(path: Path, column: str) -> Iterator[Row]:
     try:
         dataset = Dataset.from_file(str(path))
     except Exception as error:  # pyarrow's errors, and datasets' own
-        raise UserError(f"{path}: `datasets` cannot read this file: {(str(error) or repr(error)).splitlines()[0]}") from error
+        raise UserError(f"{path}: `datasets` cannot read this file: {first_line(error)}") from error
     yield from _dataset_rows(dataset, column, str(path))
 
 
@@ -175,7 +176,7 @@ def _saved_dataset(path: Path, column: str) -> Iterator[Row]:
     try:
         loaded = load_from_disk(str(path))
     except Exception as error:  # a damaged folder fails in json, pyarrow or datasets itself
-        raise UserError(f"{path}: `datasets` cannot read this folder: {(str(error) or repr(error)).splitlines()[0]}") from error
+        raise UserError(f"{path}: `datasets` cannot read this folder: {first_line(error)}") from error
     splits = loaded.items() if isinstance(loaded, DatasetDict) else [("", loaded)]
     for split, dataset in splits:
         yield from _dataset_rows(dataset, column, str(path / split) if split else str(path))
@@ -183,6 +184,10 @@ def _saved_dataset(path: Path, column: str) -> Iterator[Row]:
 
 def _dataset_rows(dataset: Any, column: str, where: str) -> Iterator[Row]:
     _check_column(where, column, dataset.column_names)
+    try:
+        dataset.data.table.validate(full=True)  # offsets that lead out of the file end the process when they are followed
+    except Exception as error:  # pyarrow's, and Python's where a text is no UTF-8
+        raise UserError(f"{where}: `datasets` cannot read this: {first_line(error)}") from error
     for number, row in enumerate(dataset.select_columns([column]), start=1):
         yield row[column], f"{where}:{number}"
 

@@ -23,7 +23,7 @@ from medllm.exam.numbers import read_number, without_boxes
 from medllm.exam.problem import Problem
 
 Rule = Literal["json", "label", "sentence", "only", "first_line", "conclusion"]
-Reason = Literal["empty", "cut_off", "no_label", "ambiguous", "refused", "too_many"]
+Reason = Literal["empty", "filtered", "cut_off", "no_label", "ambiguous", "refused", "too_many"]
 
 # A longer text is read by its beginning and its end: no model writes as much before it answers, and none should be waited for.
 _LONGEST = 100_000
@@ -32,9 +32,17 @@ _LONGEST_LINE = 1_000
 _MOST_SENTENCES = 100
 _MOST_LINES = 40  # that an answer's own lines may take
 
-_LEAD = r"^[ \t#>\-・•■◆●▶★☆✅→⇒]*(?:\d{1,2}[.)][ \t]*)?"
-_COLON = rf"{_LEAD}[\"「【(\[<《〔]*{ANSWER_WORD}[ \t]*(?:\([^)\n]{{0,20}}\))?[\"」】)\]>》〕]*[ \t]*[:=→⇒][ \t]*"
-_BRACKETS = rf"[【\[〔《][ \t]*{ANSWER_WORD}[ \t]*[】\]〕》][ \t]*:?"
+# At the beginning of a line, or of a sentence in it.
+_LEAD = r"(?:^|(?<=[。.!?]))[ \t#>\-・•■◆●▶★☆✅→⇒]*(?:\d{1,2}[.)][ \t]*)?"
+_ANNOUNCED = (
+    rf"(?:{ANSWER_WORD}|[解回]答例|解|答|選択"
+    r"|(?:the |my )?(?:correct |best |right |final |selected |chosen )+(?:option|choice))"
+)
+_COLON = (
+    rf"{_LEAD}[\"「【(\[<《〔]*{_ANNOUNCED}[ \t]*(?:\([^)\n]{{0,20}}\))?[\"」】)\]>》〕]*"
+    r"(?:[ \t]*[:=→⇒]|[ \t]+[-–—]+(?=[ \t])|\.[ \t]+(?=[(\[]?[a-j]\b)|[ \t]+(?=[(\[]?[a-j][)\]]?[。.]?$))[ \t]*"
+)
+_BRACKETS = rf"[【\[〔《〈「<][ \t]*{ANSWER_WORD}[ \t]*[】\]〕》〉」>][ \t]*:?"
 _HEADING = rf"{_LEAD}[\"「【(\[<《〔]*{ANSWER_WORD}[\"」】)\]>》〕]*[ \t]*$"
 _ASKED_AND_ANSWERED = r"(?<=\n)a:[ \t]"
 _LABEL = re.compile(rf"(?P<box>\\boxed\{{)|{_COLON}|{_BRACKETS}|{_HEADING}", re.MULTILINE)
@@ -44,7 +52,7 @@ _KEY = re.compile(
     r"[\"'](?:final[_ ]?|correct[_ ]?|selected[_ ]?|model[_ ]?"
     r"|最終)?(?:answers?|prediction|choices?|option|答え|回答|解答|正解|正答)"
     r"(?:[_ ]?(?:choices?|option|letters?|idx|key))?[\"']\s*:\s*"
-    r"(?P<value>\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|\[[^\]]*\]|-?\d[\d.,]*|[a-z])"
+    r"(?P<value>\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|\[[^\]]*\]|\{[^{}]*\}|-?\d[\d.,]*|[a-z])"
 )
 
 _IS = r"[ \t](?:is|are|was|would be|should be|must be|will be|seems to be|appears to be|remains)\b[ \t:]*"
@@ -54,8 +62,8 @@ _SAYS = re.compile(
     r"|\bi(?:[ \t]would|'d)?[ \t](?:choose|select|pick|go[ \t]with)[ \t:]+"
 )
 _NAMES = re.compile(
-    rf"(?:のは|ものは|選択肢は|診断(?:名)?は|結論は|疾患は)[ \t、,:]*|(?:diagnosis"
-    rf"|option|choice|one|conclusion|step|treatment|cause|\bit){_ABOUT}{_IS}"
+    rf"(?:のは|ものは|選択肢は|診断(?:名)?は|結論は|疾患は|(?:治療|検査|処置|対応|方針|原因|薬剤?)(?:法|薬)?は)[ \t、,:]*"
+    rf"|(?:diagnosis|option|choice|one|conclusion|step|treatment|cause|\bit){_ABOUT}{_IS}|\bit's[ \t]+"
 )
 _BACKWARDS = re.compile(
     r"[ \t]*(?:が|を)[ \t]*(?:最も|唯一|最終的に)?[ \t]*(?:正解|正答|答え|解答|回答|選択|選ぶ|選び|該当|適切|適当|正しい|妥当)"
@@ -63,9 +71,20 @@ _BACKWARDS = re.compile(
     r"|best[ \t])*(?:correct|right|best|answer|appropriate|likely)\b"
 )
 _THUS = re.compile(
-    r"^(?:(?:したがって|従って|よって|ゆえに|故に|以上より|以上から|以上のことから|以上を踏まえ(?:ると|て)?|このことから|これらから|これより|そのため|つまり|"
-    r"結論として(?:は)?|結論|∴|therefore|thus|hence|so|overall|in conclusion"
+    r"^(?:(?:[^。\n]{1,80}(?:できません|できない|ありません|不明です|難しいです)が|したがって|従って|よって|ゆえに|故に|以上より|以上から|以上のことから|以上を踏まえ(?:ると|て)?|このことから|これらから|これより|そのため|つまり|"
+    r"結論として(?:は)?|結論(?=[、,:\s])|∴|therefore|thus|hence|so|overall|in conclusion"
     r"|in summary|consequently|accordingly|conclusion)[、,:\s]*)+"
+)
+_NAMED = re.compile(
+    r"^[^:\n誤不除]{0,12}?(?:選択肢|治療法?|診断名?|検査|処置|対応|方針|結論|判断"
+    r"|option|choice|diagnosis|treatment|conclusion)[ \t]*:[ \t]*"
+    r"(?=[(\[]?[a-j][)\]]?(?:[,、・ ]+[a-j])*$)"
+)
+_REASONS = re.compile(r"[\[(【《<*# ]*(?:理由|解説|根拠|explanation|reason|rationale)")
+_JUDGED = re.compile(
+    r"(?:[-・•]\s*)?[(\[]?(?P<letter>[a-z1-9])[)\]]?(?:[\s:.)]).{0,80}?[\s:\-–—(は]*"
+    r"(?:(?P<holds>○|〇|✓|✔|✅|正しい|適切|(?<!in)correct|right|true)|×|✗|✘|❌|誤り|誤っている|不適切|正しくない|incorrect|wrong|false)"
+    r"(?:です|である)?[)。.]?$"
 )
 _HEDGES = re.compile(
     r"^(?:[\s、,:\"'→⇒\-]|恐らく|おそらく|多分|たぶん|やはり|most\b|very\b"
@@ -203,12 +222,13 @@ class _Reader:
             written = match["value"]
             try:
                 value = json.loads(written)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = written.strip("'\"[]")
-            parts = value if isinstance(value, list) else [value]
-            found = self._value([clean(folded(", ".join(map(str, parts))))])
-            if found:
-                return found
+            several = value.values() if isinstance(value, dict) else [value]
+            for one in several:
+                said = ", ".join(map(str, one)) if isinstance(one, list) else str(one)
+                if found := self._value([clean(folded(said))]):
+                    return found
         return ()
 
     def _labels(self) -> list[re.Match[str]]:
@@ -232,11 +252,24 @@ class _Reader:
     def _only(self) -> _Found:
         """The text is nothing but an answer."""
         lines = [line for line in self.lines if line]
+        if verdicts := self._verdicts(lines):
+            return verdicts
         if len(lines) == 1:
             return self._value(lines) if not next(self._says(lines[0]), ()) else ()
         if self.problem.is_numeric or len(lines) > len(self.options.texts):
             return ()
         return read_lines(lines, self.options) if all(map(self._read, lines)) else ()
+
+    def _verdicts(self, lines: list[str]) -> _Found:
+        """Lines that say of every option whether it holds: those judged otherwise than the rest, where as many are wanted."""
+        judged = [_JUDGED.match(line) for line in lines]
+        if len(lines) != len(self.options.texts) or not all(judged) or len(lines) < 3:
+            return ()
+        sides: dict[bool, list[str]] = {True: [], False: []}
+        for verdict in filter(None, judged):
+            sides[verdict["holds"] is not None].append(self.options.letter(verdict["letter"]))
+        wanted = [side for side in sides.values() if len(side) == self.options.count and all(side)]
+        return tuple(sorted(wanted[0])) if len(wanted) == 1 else "ambiguous"
 
     def _sentence(self) -> _Found:
         """Sentences that say what the answer is, where they agree; else the one in the last line.
@@ -264,6 +297,9 @@ class _Reader:
         filled = (index for index, line in enumerate(self.lines) if line)
         first, rest = next(filled), next(filled, None)
         if self.explanation:
+            reasons = next((index for index, line in enumerate(self.lines) if _REASONS.match(line)), 0)
+            if reasons > first and (found := self._value(self.lines[first:reasons], bare=True)):
+                return found
             alone = [line for line in self.lines if line and set(line) <= set("abcdefghij,、 ・と()")]
             if self.problem.is_numeric or self.unfinished or len(alone) != 1 or alone[0] != self.lines[first]:
                 return ()
@@ -276,8 +312,10 @@ class _Reader:
     def _conclusion(self) -> _Found:
         """What the last line concludes."""
         line = next(line for line in reversed(self.lines) if line)
-        line = line[-_LONGEST_LINE:]
-        concluded = _THUS.sub("", line)
+        line = re.sub(r"^(?:[#>\-・•*→⇒]\s*)+", "", line[-_LONGEST_LINE:])
+        last = line.rpartition("。")[2]
+        line = last if _THUS.match(last) else line
+        concluded = _THUS.sub("", _NAMED.sub("", line))
         if self.problem.is_numeric:
             says = concluded != line or re.search(r"[=≒≈]|となる|となり|です$|である$|になる", line)
             last = next((part for part in reversed(concluded.split("。")) if re.search(r"\d", part)), "")

@@ -21,22 +21,24 @@ from medllm.exam.markup import TOKEN, folded, framed, without_thoughts
 
 ANSWER_WORD = (
     "(?:最終的な|最終|最も適切な|正しい|模範|final |correct |best |right |the |my |your ){0,4}"
-    "(?:answers?|ans|答え|解答|回答|正解|正答)(?:の?(?:選択肢|番号|記号)|[ _](?:choice|option|letter))?"
+    "(?:answers?|ans|答え|解答|回答|正解|正答)(?:の?(?:選択肢|番号|記号|組み?合わ?せ)|肢|[ _](?:choice|option|letter))?"
 )
 """What an answer is announced with, in a :func:`folded` text."""
 
 _LINE = r"(?:^|\n)[ \t#>*「【(\[]*"
 _PLAIN_LINE = r"(?:^|\n)[ \t「【(\[]*"  # a heading (### 問題:) may be what a model orders its own text by
 _ROLE = r"(?:user|assistant|human|ユーザー|アシスタント|あなた)"
-_QUESTION = rf"(?:次の|別の|新しい|\d+個目の|第|new |next |{_ROLE}への)?(?:問題文?|設問|質問|問|question)[ \t]*\d*"
+_QUESTION = (
+    rf"(?:次の|別の|新しい|\d+個目の|第|new |next |{_ROLE}への)?(?:(?:練習)?問題文?|例題|類題|設問|質問|問|question)[ \t]*\d*"
+)
 _ANOTHER = re.compile(
     "|".join(
         f"(?:{label})(?=\\s*\\S)"  # a label with nothing behind it is where the text was over
         for label in (
             rf"{_PLAIN_LINE}{_QUESTION}[】」)\]*]*[ \t]*:",
-            rf"\n[ \t]*【{_QUESTION}】",
+            rf"\n[ \t]*[【\[]{_QUESTION}[】\]]",
             r"\n[ \t#>*]*q[ \t]*\d*[ \t]*[:.][ \t]",
-            rf"{_LINE}(?:{_ROLE}|instructions?|指示)[】」)\]*]*[ \t]*:",
+            rf"{_LINE}(?:{_ROLE}|instructions?|input|指示|入力)[】」)\]*]*[ \t]*:",
             # A role may have run together with what stood before it (``さいころuser``); "a drug user" is none.
             rf"(?:^|\n)[ \t]*\S{{0,24}}{_ROLE}[ \t]*:?[ \t]*(?=\n)",
             TOKEN,
@@ -45,15 +47,21 @@ _ANOTHER = re.compile(
 )
 # What a text may hold before its own answer too, where it repeats the question first: another one's only behind an answer.
 _ANSWERED = re.compile(
-    rf"(?:^|\n)[ \t#>*「【(\"]*{ANSWER_WORD}[】」)*\"]*[ \t]*:[ \t*(]*(?=\w)"
+    rf"(?:^|\n)[ \t#>*「【(\"]*{ANSWER_WORD}[】」)*\"]*[ \t]*:[ \t*(\[]*(?=\w)"
     rf"|【{ANSWER_WORD}】[ \t*(]*(?=\w)"
     r"|\A\s*[*(「【]*[a-z0-9](?:[ \t]*[,、・と][ \t]*[a-z0-9]){0,5}[)」】]*(?:[ \t]*[:.][^\n]{0,80})?[*。.]*[ \t]*(?=\n)"
 )
 _ASKED_AGAIN = re.compile(
     r"(?:選んで|選び|答えて|回答して|解答して|出力して)(?:ください|なさい)[。.]?[ \t]*\n\s*\S"
-    r"|(?:どれか|何か|選べ|答えよ|求めよ)[。.?][ \t]*(?:\d+つ選べ[。.])?[ \t]*\n\s*[(「]?[a1][)」]?[\s:.]"
+    rf"|(?:どれか|何か|選べ|答えよ|求めよ)[。.?][ \t]*(?:\d+つ選べ[。.])?[ \t]*\n"
+    rf"\s*(?:[(「]?[a1][)」]?[\s:.]|[【「]?{ANSWER_WORD}[】」]?[ \t]*:)"
+    r"|\?[ \t]*\n\s*\(?a[).:][ \t]*[^\n]*\n\s*\(?b[).:][ \t]"
+    rf"|(?:です|どれ|でしょう|何)か\?[ \t]*\n\s*[【「]?{ANSWER_WORD}[】」]?[ \t]*:"
+    rf"|{_LINE}\d{{1,3}}歳の?(?:男|女|妊婦|患者|初産婦|経産婦)(?=[^\0]{{0,400}}?\n[ \t#*【「]*{ANSWER_WORD}[ \t】」]*:)"
+    rf"|{_LINE}\d{{2,3}}[a-i]\d{{1,3}}(?=[\s.:】])"
     rf"|{_LINE}{_QUESTION}[】」)\]*]*[ \t]*:\s*\S"
-    rf"|{_LINE}(?:次の|別の)(?:問題|設問|質問|問い|文(?:章)?を)"
+    rf"|{_LINE}(?:あなたは[^。\n]{{0,60}}です|you are an? )"
+    rf"|{_LINE}(?:次の|別の|以下の)(?:問題|設問|質問|問い|文(?:章)?を)"
     rf"|{_LINE}(?:問題|設問|質問|問|question|q)[ \t]*\d+[ \t.】\]]*(?=[\s.】])"
     rf"|{_LINE}(?:選択肢|options|choices)[】」)]*[ \t]*:?[ \t]*\n+[ \t]*\(?a\b"
 )

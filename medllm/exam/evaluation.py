@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from medllm.config import OptionPrompt
-from medllm.engine import Continuation, Generates, Scores
+from medllm.engine import Continuation, Generates, Generation, Scores
 from medllm.errors import UserError
+from medllm.exam.answering import answered
 from medllm.exam.answers import Reading, extract_answer
 from medllm.exam.endings import Ending, ending
+from medllm.exam.option_prompts import option_prompt
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
-from medllm.exam.prompts import evaluation_prompt, naming_problems, stop_strings
-from medllm.host.progress import part_of
+from medllm.exam.prompts import evaluation_prompt, stop_strings
+from medllm.journal import Journal
 from medllm.model.tokenizer import Prompt, encode_continuation
 from medllm.stage_config import CheckServingConfig, EvaluateConfig
 
-__all__ = ["OPTION_PROMPTS", "OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
+__all__ = ["OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
 
 # An engine sorts what it is given by length.
 _BATCHES_AT_A_TIME = 4
-
-OPTION_PROMPTS: dict[OptionPrompt, str] = {
-    "mcqa": "Question: {question}\nAnswer: ",
-    "mcqa_jp": "質問：{question}\n回答：",
-    "mcqa_with_options": "Question: {question}\n{options}\nAnswer: ",
-    "mcqa_with_options_jp": "質問：{question}\n{options}\n答え：",
-}
-"""JMedBench's prompts (``templates/mcqa.py`` of nii-nlp/med-eval), under its own names."""
 
 
 def check_exam(problems: Sequence[Problem], shots: Sequence[Problem], config: EvaluateConfig) -> None:
@@ -100,31 +95,40 @@ def sit(
     shots: Sequence[Problem],
     config: EvaluateConfig,
     progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[tuple[Prediction, Ending, Reading]]:
-    """:func:`evaluate`, how each text ended, and how its answer was read."""
+    """:func:`evaluate`, how each text ended, and how its answer was read. What ``journal`` holds is not asked for again."""
     sampling = config.sampling
     if config.format == "completion":
         sampling = replace(sampling, stop=(*sampling.stop, *stop_strings(config.template, config.explanation)))
-    prompts = [prompt_of(problem, shots, config) for problem in problems]
+    asked = answered(
+        engine,
+        problems,
+        partial(prompt_of, shots=shots, config=config),
+        sampling,
+        batch_size=config.batch_size,
+        at_a_time=config.batch_size * _BATCHES_AT_A_TIME,
+        journal=journal or Journal(),
+        progress=progress,
+    )
     sat: list[tuple[Prediction, Ending, Reading]] = []
-    step = config.batch_size * _BATCHES_AT_A_TIME
-    for start in range(0, len(problems), step):
-        part = slice(start, start + step)
-        with naming_problems(problems[part]):
-            within = part_of(progress, start, len(prompts[part]), len(problems))
-            generated = engine.generate(prompts[part], sampling, config.batch_size, within)
-        for problem, prompt, (generation,) in zip(problems[part], prompts[part], generated, strict=True):
-            cut_off = generation.finish == "length"
-            reading = extract_answer(generation.text, problem, explanation=config.explanation, cut_off=cut_off)
-            ended = ending(
-                generation.text,
-                prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
-                stop=generation.stopped,
-                cut_off=cut_off,
-                unread=not reading.answer,
-            )
-            sat.append((Prediction(problem.problem_id, ",".join(reading.answer), generation.text), ended, reading))
+    for problem, prompt, (generation,) in asked:
+        reading = _read(generation, problem, config.explanation)
+        ended = ending(
+            generation.text,
+            prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
+            stop=generation.stopped,
+            cut_off=generation.finish == "length",
+            unread=not reading.answer,
+        )
+        sat.append((Prediction(problem.problem_id, ",".join(reading.answer), generation.text), ended, reading))
     return sat
+
+
+def _read(generation: Generation, problem: Problem, explanation: bool) -> Reading:
+    if generation.finish == "filtered":  # what a server let through of it is not what the model says
+        return Reading(reason="filtered")
+    return extract_answer(generation.text, problem, explanation=explanation, cut_off=generation.finish == "length")
 
 
 @dataclass(frozen=True)
@@ -134,14 +138,21 @@ class OptionResult:
     Attributes:
         problem_id: The problem.
         accepted: Letters that are right.
-        nll: Summed negative log-likelihood (nats) of each option's text.
-        tokens: Number of tokens of each option's text.
+        nll: Summed negative log-likelihood (nats) of each option's text, or letter.
+        tokens: Number of tokens of each.
+        category: The problem's subject, where known.
     """
 
     problem_id: str
     accepted: tuple[str, ...]
     nll: tuple[float, ...]
     tokens: tuple[int, ...]
+    category: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """Whether the likeliest option is right."""
+        return self.chosen in self.accepted
 
     @property
     def chosen(self) -> str:
@@ -159,7 +170,7 @@ class OptionScores:
     """Zero-shot accuracy by likelihood.
 
     Attributes:
-        accuracy: Share of problems whose likeliest option text is right.
+        accuracy: Share of problems whose likeliest option is right.
         normalized_accuracy: The same with likelihoods per token.
         results: Problem by problem.
         left_out: Problems that cannot be scored this way, counted by reason.
@@ -177,6 +188,7 @@ def score_options(
     problems: Sequence[Problem],
     *,
     prompt: OptionPrompt = EvaluateConfig.option_prompt,
+    method: Literal["options", "letters"] = "options",
     batch_size: int = EvaluateConfig.batch_size,
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
@@ -187,14 +199,13 @@ def score_options(
         engine: The model.
         tokenizer: The model's tokenizer.
         problems: Problems with one right option; numeric ones and those with several are left out and counted.
-        prompt: One of :data:`OPTION_PROMPTS`.
+        prompt: One of :data:`medllm.exam.option_prompts.OPTION_PROMPTS`.
+        method: What is compared: the ``options``' own texts, or their ``letters``, in upper case as the prompt lists them.
         batch_size: Options at a time.
 
     Raises:
         UserError: an unknown prompt, or no problem that can be scored this way.
     """
-    if prompt not in OPTION_PROMPTS:
-        raise UserError(f"no prompt is called '{prompt}'; there are {', '.join(OPTION_PROMPTS)}")
     left_out: Counter[str] = Counter()
     scored: list[Problem] = []
     for problem in problems:
@@ -206,7 +217,7 @@ def score_options(
             scored.append(problem)
     if not scored:
         raise UserError("no problem has exactly one right option; likelihood scoring needs such problems")
-    options = [option for problem in scored for option in _options(tokenizer, problem, prompt)]
+    options = [option for problem in scored for option in _options(tokenizer, problem, prompt, method)]
     logprobs = iter(engine.logprobs(options, batch_size))
     lengths = iter(options)
     results = tuple(
@@ -215,22 +226,24 @@ def score_options(
             tuple(letter for (letter,) in problem.accepted),
             tuple(-float(next(logprobs).sum()) for _ in problem.choices),
             tuple(len(next(lengths).completion) for _ in problem.choices),
+            problem.category,
         )
         for problem in scored
     )
     return OptionScores(
-        accuracy=sum(result.chosen in result.accepted for result in results) / len(results),
+        accuracy=sum(result.correct for result in results) / len(results),
         normalized_accuracy=sum(result.chosen_per_token in result.accepted for result in results) / len(results),
         results=results,
         left_out=dict(left_out),
     )
 
 
-def _options(tokenizer: Any, problem: Problem, prompt: OptionPrompt) -> list[Continuation]:
+def _options(
+    tokenizer: Any, problem: Problem, prompt: OptionPrompt, method: Literal["options", "letters"]
+) -> list[Continuation]:
     if not all(choice.strip() for choice in problem.choices):
         raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
-    lettered = zip(LETTERS.upper(), problem.choices, strict=False)
-    listed = "\n".join(f"{letter}. {text}" for letter, text in lettered)
-    asked = OPTION_PROMPTS[prompt].format(question=problem.text, options=listed)
-    pieces = (encode_continuation(tokenizer, asked, choice, problem.choices) for choice in problem.choices)
+    answers = problem.choices if method == "options" else tuple(LETTERS[: len(problem.choices)].upper())
+    asked = option_prompt(problem, prompt, lettered=method == "letters")
+    pieces = (encode_continuation(tokenizer, asked, answer, answers) for answer in answers)
     return [Continuation(tuple(before), tuple(completion)) for before, completion in pieces]

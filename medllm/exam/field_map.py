@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from medllm.errors import UserError
 from medllm.exam.problem import LETTERS
+from medllm.text_files import read_yaml
 
 _FIRST_EXAM_YEAR = 1906  # exam 112 was sat in 2018, one exam a year
 _OPTION_LINE = re.compile(
@@ -43,14 +44,18 @@ class FieldMap:
     Attributes:
         name: What it is called.
         known_by: Fields that a row of it has.
+        not_by: Fields that none of its rows has: with them it is a result.
         integer: A field that holds whole numbers, where that tells it from another layout.
         id: The field that names the problem; file and number where there is none.
         id_with_file: Ids count from zero in every file.
         question: The question's field.
         unasked: What stands for a question that is missing, where the problem counts all the same.
         before: A text in front of the question (``a.b``: the field b of the object a).
+        context: A text that the question is about, likewise; prompts show it apart from the question.
         options: A field with a list or an object by letter, or a column for each.
         options_inside: The options are lines of the question.
+        options_by_sign: Each option is the field ``a``, ``b`` … or ``1``, ``2`` … Where a row has neither these nor a question,
+            it is one of an answer sheet: its options are what the gold answer's letters may be.
         numeric: A field, and its value where the answer is a number.
         answer: The gold answer's field.
         answer_as: What is in it: ``letters`` (any case, joined, or a list), ``digits`` from 1, an ``index`` from 0, an
@@ -58,10 +63,12 @@ class FieldMap:
         answers_beside: A CSV in a folder above that holds the gold answers: file, id, answer.
         explanation, points, text_only, image, section, category, kinki, year: Fields; ``image`` is true where one is needed.
         category_is_file: The subject is the file's name.
+        in_name: A regular expression over the file's name, whose groups are the ``year``, the ``section``, the ``category``.
         year_in_path: The year is the name of the file or its folder.
         exam_in_id: The id begins with the number of the national exam for physicians, which gives the year.
         section_in_id: A letter behind that number is the section.
         points_by_number: The field with the problem's number: 26 to 50 of the required sections count three points.
+        void: A field that only a row without a gold answer that counts has.
         skips: Kinds of rows that the set is known to have, and that are left out and counted.
         once: A question that is there twice counts once.
     """
@@ -74,9 +81,11 @@ class FieldMap:
     id: str = ""
     id_with_file: bool = False
     before: str = ""
+    context: str = ""
     unasked: str = ""
     options: str | tuple[str, ...] = ""
     options_inside: bool = False
+    options_by_sign: bool = False
     numeric: Mapping[str, str] | None = None
     answer_as: Literal["letters", "digits", "index", "text"] = "letters"
     answers_beside: Mapping[str, str] | None = None
@@ -89,6 +98,9 @@ class FieldMap:
     kinki: str = ""
     year: str = ""
     category_is_file: bool = False
+    in_name: str = ""
+    void: str = ""
+    not_by: tuple[str, ...] = ()
     year_in_path: bool = False
     exam_in_id: bool = False
     section_in_id: bool = False
@@ -99,7 +111,9 @@ class FieldMap:
     def knows(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether rows are laid out so."""
         return any(
-            all(name in row for name in self.known_by) and (not self.integer or type(row[self.integer]) is int)
+            all(name in row for name in self.known_by)
+            and not any(name in row for name in self.not_by)
+            and (not self.integer or type(row[self.integer]) is int)
             for row in rows[:20]
         )
 
@@ -119,8 +133,10 @@ class FieldMap:
             return choices
         key = self._own_key(row, file, number)
         gold = _answers(file, self.answers_beside).get(key) if self.answers_beside else row.get(self.answer)
-        if gold is None or gold in ("", [], "NA", ["NA"]):
+        if gold is None or gold in ("", [], "NA", ["NA"]) or (self.void and self.void in row):
             return self._skip("no_gold", f"{where}: problem {key} has no gold answer ('{self.answer or 'answer'}')")
+        if unasked and self.options_by_sign and not choices:
+            choices = _sheet(str(gold))
         answer = self._letters(gold, choices, where)
         if isinstance(answer, str):
             return answer
@@ -154,10 +170,8 @@ class FieldMap:
         inside: list[str] = []
         if self.options_inside and not self._is_number(row):
             text, inside = _split_options(text)
-        before: Any = row
-        for name in filter(None, self.before.split(".")):
-            before = before.get(name) if isinstance(before, Mapping) else None
-        return (f"{before}\n{text}" if isinstance(before, str) and before else text), inside
+        before = _inside(row, self.before)
+        return (f"{before}\n{text}" if before else text), inside
 
     def _is_number(self, row: Mapping[str, Any]) -> bool:
         return bool(self.numeric) and row.get(self.numeric["field"]) == self.numeric["value"] if self.numeric else False
@@ -171,6 +185,9 @@ class FieldMap:
                 return self._skip("no_gold", f"{where}: expected the columns {', '.join(self.options)}")
             return [str(value).strip() for value in values]
         choices = row.get(self.options, [])
+        if self.options_by_sign and self.options not in row:
+            signs = next((signs for signs in (LETTERS, LETTERS.upper(), "123456789") if row.get(signs[0])), "")
+            choices = [row[sign] for sign in signs if row.get(sign)]
         if choices == "IMAGES":
             return self._skip("images", f"{where}: the choices are images")
         if isinstance(choices, Mapping):
@@ -199,8 +216,9 @@ class FieldMap:
                     raise UserError(f"{where}: answer '{value}' is not among the choices, numbered {first} to {last}")
                 letters.append(LETTERS[int(value) - first])
             else:
-                parts = [value.lower()] if " or " in value.lower() else re.sub(r"[\s,、・]", "", value.lower())
-                letters += parts
+                parts = [value.lower()] if " or " in value.lower() else list(re.sub(r"[\s,、・]", "", value.lower()))
+                numbered = self.options_by_sign and all(part in "123456789" for part in parts)
+                letters += [LETTERS[int(part) - 1] for part in parts] if numbered else parts
         return letters
 
     def _details(self, row: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
@@ -217,6 +235,10 @@ class FieldMap:
         points = row.get(self.points) if self.points else None
         if isinstance(points, float) and points.is_integer():
             points = int(points)
+        said = re.match(self.in_name, unicodedata.normalize("NFC", file.stem)) if self.in_name else None
+        of_name = said.groupdict() if said else {}
+        if isinstance(points, str) and points.strip().isdigit():
+            points = int(points)
         if self.points_by_number:
             number = re.search(r"(\d+)$", str(row.get(self.points_by_number, "")))
             points = 3 if section in _THREE_POINTS[0] and number and int(number.group(1)) in _THREE_POINTS[1] else 1
@@ -226,11 +248,20 @@ class FieldMap:
             "explanation": (row.get(self.explanation) or None) if self.explanation else None,
             "points": points,
             "text_only": text_only if needs_image is None else not needs_image,
-            "year": year,
-            "section": section,
-            "category": file.stem if self.category_is_file else row.get(self.category) if self.category else None,
-            "kinki": row.get(self.kinki) if self.kinki else None,
+            "year": int(of_name["year"]) if of_name.get("year") else year,
+            "section": of_name["section"].upper() if of_name.get("section") else section,
+            "category": file.stem if self.category_is_file else _inside(row, self.category) or of_name.get("category"),
+            "kinki": list(row.get(self.kinki) or ()) if self.kinki else None,
+            "context": _inside(row, self.context),
         }
+
+
+def _inside(row: Any, path: str) -> str | None:
+    """The text at ``a.b``, the field b of the object a; none where there is none."""
+    value = row if path else None
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) and value else None
 
 
 def plain(value: Any) -> str:
@@ -245,24 +276,36 @@ def read_field_map(path: Path) -> FieldMap:
     Raises:
         UserError: it cannot be read, or has other fields than :class:`FieldMap`.
     """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no layout that can be read ({str(error).splitlines()[0]}) (--layout)") from error
+    value = read_yaml(path)
     known = {one.name for one in fields(FieldMap)} - {"name"}
-    if not isinstance(value, dict) or not {"known_by", "question"} <= set(value) <= known:
+    if not {"known_by", "question"} <= set(value) <= known:
         raise UserError(
             f"{path}: a layout has known_by and question, and of {', '.join(sorted(known))} what it needs (--layout)"
         )
-    for name, several in (("known_by", True), ("question", False)):
-        named = value[name] if isinstance(value[name], list) == several else []
-        if not named or not all(isinstance(one, str) and one for one in named):
-            expected = (
-                "a list of fields, at least one: rows are known by it" if several else "the field that holds the question"
-            )
-            raise UserError(f"{path}: {name} is {value[name]!r}; expected {expected} (--layout)")
+    for name, hint in get_type_hints(FieldMap).items():
+        if name in value and not _fits(value[name], hint):
+            raise UserError(f"{path}: {name} is {str(value[name])[:100]!r}, which is not what a layout has there (--layout)")
+    for name, needed in (("numeric", {"field", "value"}), ("answers_beside", {"file", "id", "answer"})):
+        if value.get(name) is not None and set(value[name]) != needed:
+            raise UserError(f"{path}: {name} has {', '.join(value[name])}; it needs {', '.join(sorted(needed))} (--layout)")
+    if not value["known_by"] or "" in (*value["known_by"], value["question"]):
+        raise UserError(f"{path}: known_by and question name fields that a row has; no field has no name (--layout)")
     settings: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
     return FieldMap(name=path.stem, **settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML is of a field's type, with lists for tuples."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (UnionType, Union):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return value in inner
+    if kind is tuple:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(_fits(one, str) for pair in value.items() for one in pair)
+    return isinstance(value, hint)
 
 
 @cache
@@ -282,6 +325,12 @@ def _split_options(text: str) -> tuple[str, list[str]]:
     run = [line for index, line in enumerate(run) if index < len(LETTERS) and line.group(1) == LETTERS[index]]
     options = [line.group(2).strip(" \t\u3000|") for line in run]
     return text[: run[0].start()].rstrip(), options
+
+
+def _sheet(gold: str) -> list[str]:
+    """The options of a problem of which the answer alone is known: none where that is a number."""
+    letters = re.sub(r"[^a-j]", "", gold.lower())
+    return list(LETTERS[: max(5, LETTERS.index(max(letters)) + 1)]) if letters else []
 
 
 @cache

@@ -9,7 +9,7 @@ options' own texts with other words around them. Numbers stand for letters where
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from medllm.exam.problem import LETTERS, Problem
 
 Doubt = Literal["ambiguous", "too_many"]
 
-_SEPARATORS = re.compile(r"(?:[\s,、，・/&+;と]|および|及び|ならびに|並びに|かつ|and\b)+")
+_SEPARATORS = re.compile(r"(?:[\s,、，・/&+;と]|および|及び|ならびに|並びに|かつ|そして|それに|それと|さらに|and\b|plus\b)+")
 _OR = re.compile(r"\s*[,、]?\s*(?:または|又は|もしくは|若しくは|あるいは|或いは|or\b|か、?(?=[\s(「]*[a-z]\b))")
 _ORS = re.compile(r"または|又は|もしくは|若しくは|あるいは|\bor\b")
 _PREFIX = re.compile(r"(?:選択肢|肢|options?\b|choices?\b|(?:the )?letters?\b|answers?\b|番号)[ \t]*(?:は|:)?[ \t]*")
@@ -28,7 +28,9 @@ _BRACKETED = re.compile(r"\s*[(\[「『〈]([^()\[\]「」『』〈〉\n]*)[)\]�
 _NEXT_ITEM = re.compile(r"[\s,、;と・]\s*(?:および|and )?[(\[「]?(?P<letter>[a-z1-9])[)\]」]?\s*[:.)]")
 _SENTENCE_END = re.compile(r"[。\n]|\.\s")
 _ENDING = re.compile(
-    r"\s*(?:$|[。.!)」』】\]}]|[,、:;]"
+    r"\s*(?:$|[。.!?※)」』】\]}]|[,、:;]"
+    # No letter of a list goes lost.
+    r"(?!\s*(?!not|because|since|as\b|unlike|except)\w{1,8}?\s*[(「]?[a-z][)」]?\s*(?:$|[。.,、]))"
     r"|[(\[「『](?=[^\n]*$)"  # a remark
     r"|[-–—]+\s|\s[-–—]"
     r"|\s*の?\s*[1-9二三四五](?:つ|個)(?!目)"
@@ -40,8 +42,12 @@ _ENDING = re.compile(
 )
 _NOISE = re.compile(
     r"[\s,、。.・:;()「」『』【】〈〉\[\]\"'と]|および|及び|ならびに|です|である|でしょう|だ$|が正解|が正しい|が最も|適切|(?:選択肢|答え?)は?"
+    r"|(?:と|が)?(?:考えられ|疑われ|思われ|診断され)(?:る|ます)|と?なる$|となります|と(?:いえる|言える|考える)$"
 )
-_DIFFERENT = re.compile(r"では?(?:な|あり)|じゃな|以外|でもな|\bnot\b|\bexcept\b")
+_RATHER = re.compile(r"^.{1,80}?(?:では?なく(?:て)?|じゃなく(?:て)?)[、,]?\s*|^(?:not|rather than) .{1,80}?[ ,]+but\s+")
+_DIFFERENT = re.compile(
+    r"(?:だ)?と?思(?:われがち|いがち|われ(?:る|ます)が)|に見え(?:る|ます)が|では?(?:な|あり)|じゃな|以外|でもな|\bnot\b|\bexcept\b"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ class Options:
     def of(cls, problem: Problem) -> Options:
         """A problem's."""
         texts = {letter: clean(folded(choice)) for letter, choice in zip(LETTERS, problem.choices, strict=False)}
-        return cls(texts, problem.answer_count, len(texts) < 10 and not any(text[:1].isdigit() for text in texts.values()))
+        return cls(
+            texts, problem.answer_count, len(texts) < 10 and not any(re.match(r"\W*\d", text) for text in texts.values())
+        )
 
     def letter(self, sign: str) -> str:
         """The letter that a sign stands for; empty where it stands for none."""
@@ -82,6 +90,7 @@ def read_letters(line: str, options: Options) -> tuple[str, ...] | Doubt:
     ``ambiguous`` where it leaves the choice open, or names one option and writes another's text; ``too_many`` where it
     names more than are wanted.
     """
+    line = _RATHER.sub("", line)
     for reader in (_listed, _written_out, _items, _mentioned):
         found = reader(line, options)
         if found == "ambiguous":
@@ -125,7 +134,7 @@ def _unnumbered(lines: list[str]) -> list[str]:
 
 def _line_item(line: str, options: Options, *, alone: bool) -> tuple[str, ...] | Doubt:
     """What one line of several names; behind the first, a letter alone or with its own text."""
-    line = re.sub(r"^(?:[-・•>+#]\s*)+", "", line)
+    line = re.sub(r"^(?:[-・•>+#]\s*)+", "", line).rstrip(",、;")
     if alone or re.fullmatch(r"[(\[]?[a-z1-9][)\]]?[.:)]?", line):
         return read_letters(line, options)
     for letter, text in options.texts.items():
@@ -139,7 +148,8 @@ def _listed(line: str, options: Options) -> tuple[str, ...]:
     """Nothing but letters, with separators or, where they are as many as are wanted, without."""
     bare = re.sub(r"[(\[「『【\"'<{)\]」』】>}.:]|番(?:目)?", " ", line)
     signs = _SEPARATORS.sub(" ", bare).split()
-    if signs and all(options.letter(sign) for sign in signs) and (len(signs) > 1 or len(bare.split()) == 1):
+    of_one_kind = len({sign.isdigit() for sign in signs}) == 1  # "1. b" is no list
+    if of_one_kind and all(options.letter(sign) for sign in signs) and (len(signs) > 1 or len(bare.split()) == 1):
         return tuple({options.letter(sign) for sign in signs})
     run = "".join(line.split())
     together = len(run) == options.count == len(set(run)) and all(map(options.letter, run))
@@ -148,19 +158,24 @@ def _listed(line: str, options: Options) -> tuple[str, ...]:
 
 def _written_out(line: str, options: Options) -> tuple[str, ...]:
     """Nothing but the texts of as many options as are wanted, where they can be read in one way only."""
-    readings = {frozenset(letters) for letters in _spelt(line, options.texts, options.count)}
+    readings = _spelt(line, options.texts, options.count)
     return tuple(readings.pop()) if len(readings) == 1 else ()
 
 
-def _spelt(line: str, texts: Mapping[str, str], count: int) -> Iterator[tuple[str, ...]]:
-    """Every way to read ``line`` as ``count`` different options joined by ``、``."""
-    for letter, text in texts.items():
-        if count == 1:
-            if text == line:
-                yield (letter,)
-        elif line.startswith(f"{text}、"):
-            others = {other: texts[other] for other in texts if other != letter}
-            yield from ((letter, *rest) for rest in _spelt(line[len(text) + 1 :], others, count - 1))
+def _spelt(line: str, texts: Mapping[str, str], count: int) -> set[frozenset[str]]:
+    """Every set of ``count`` options whose texts, joined by ``、`` in some order, are ``line``.
+
+    By sets and not by orders: ten equal options have three million of these.
+    """
+    read = {frozenset[str](): 0}  # which options were read, and up to where, which follows from them
+    for left in reversed(range(count)):
+        read = {
+            used | {letter}: position + len(text) + 1
+            for used, position in read.items()
+            for letter, text in texts.items()
+            if letter not in used and (line.startswith(f"{text}、", position) if left else line[position:] == text)
+        }
+    return set(read)
 
 
 def _items(line: str, options: Options) -> tuple[str, ...] | Doubt:
@@ -221,13 +236,14 @@ def _item(line: str, position: int, options: Options) -> tuple[str, int] | Doubt
 
 def _text_behind(line: str, position: int, letter: str, options: Options) -> int | Doubt | None:
     """Where the text behind a letter ends; ``ambiguous`` where it is another option's; None where there is none."""
-    lead = re.match(r"\s*(?:[:.)、=]|[-–—]+|の)?\s*", line[position:])
+    lead = re.match(r"\s*(?:[:.)、=/]|[-–—]+|の)?\s*", line[position:])
     begun = position + (lead.end() if lead else 0)
     own = options.texts[letter]
     if own and line.startswith(own, begun):
         end = begun + len(own)
         remark = _BRACKETED.match(line, end)
-        return remark.end() if remark else end
+        if remark or _ENDING.match(line, end) or _SEPARATORS.match(line, end):
+            return remark.end() if remark else end
     if remark := _BRACKETED.match(line, position):
         return _checked(remark.group(1), remark.end(), letter, options)
     if re.match(r"\s*(?:[:)]|\.(?=\s|[^\W\d_a-z])|[-–—]+\s)\s*\S", line[position:]) or _says_own(line[begun:], own):
@@ -268,7 +284,12 @@ def _mentioned(line: str, options: Options) -> tuple[str, ...] | Doubt:
             if len(owners) > 1:
                 return ()
             found.update(owners)
-            rest = rest.replace(text, " ")
+            lettered = re.search(rf"{re.escape(text)}\s*[(\[「](?:選択肢|option |choice )?\s*([a-z])[)\]」]", rest)
+            if lettered and lettered.group(1) not in owners and lettered.group(1) in options.texts:
+                return "ambiguous"
+            rest = (rest.replace(lettered.group(), " ") if lettered else rest).replace(text, " ")
     if len(found) > 1 and _ORS.search(rest) and not _NOISE.sub("", _ORS.sub("", rest)):
         return "ambiguous"
+    if found:  # a remark, but for one that names a letter
+        rest = re.sub(r"\s[(\[「](?![a-z][)\]」])[^()\[\]「」]{2,60}[)\]」]", " ", rest)
     return () if _NOISE.sub("", rest) else tuple(found)

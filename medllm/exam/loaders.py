@@ -2,8 +2,8 @@
 
 A file's rows (:mod:`medllm.exam.rows`) are laid out in one of the ways that :mod:`medllm.exam.field_map` knows, or in
 IgakuQA's own: JSONL with ``problem_id problem_text choices answer``, optionally ``points text_only explanation year section
-category kinki source``; where such a file is called ``NNN-S.jsonl``, year, section and subject are filled in from its name and
-from the metadata beside it.
+category kinki source context``; where such a file is called ``NNN-S.jsonl``, year, section and subject are filled in from its
+name and from the metadata beside it.
 
 A folder is read with everything below it; published predictions, metadata, results and few-shot examples in it are no problems.
 """
@@ -141,6 +141,7 @@ def _row(problem: Problem) -> dict[str, Any]:
         "year": problem.year,
         "section": problem.section,
         "category": problem.category,
+        "context": problem.context,
         "kinki": list(problem.kinki) or None,
         "source": problem.source or None,
     }
@@ -289,6 +290,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
         category=_optional(row, "category", str, where),
         kinki=_kinki(row, where),
         source=_optional(row, "source", str, where, default=where),
+        context=_optional(row, "context", str, where),
     )
 
 

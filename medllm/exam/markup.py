@@ -14,7 +14,7 @@ from itertools import islice
 BOX = r"\boxed{"
 """What every way to frame an answer becomes: LaTeX's own, ``<answer>``, GLM's box tokens."""
 
-_NAMES = "(?:think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
+_NAMES = "(?:(?:seed:)?think|thinking|thought|thoughts|reasoning|reflection|analysis|scratchpad)"
 _TAGS = re.compile(
     rf"(?=<\||[<\[◁][/a-zA-Z]|a(?:nalysis|ssistantfinal))(?:(?P<opens>[<\[◁](?i:{_NAMES})[>\]▷]|<\|(?i:start|begin_of)_(?i:{_NAMES})\|>|<unused94>"
     r"|<\|channel\|>(?:analysis|commentary)[^<\n]*<\|message\|>|\Aanalysis(?=[A-Z]))"
@@ -24,11 +24,17 @@ _TAGS = re.compile(
 # No text has as many that a model wrote to be read; those behind them stay where they are.
 _MOST_TAGS = 10_000
 
-TOKEN = r"(?:<\|[^|<>\n]{1,40}\|>|</?s>|\[/?inst\]|\[(?:eos|end|eot)\]|<(?:eos|bos|pad|start_of_turn|end_of_turn)>)"
+TOKEN = (
+    r"(?:<\|[^|<>\n]{1,40}\|>|\[\|[^|\[\]\n]{1,40}\|\]|</?s>"
+    r"|\[/?inst\]|\[(?:eos|end|eot)\]|<(?:eos|bos|pad|start_of_turn|end_of_turn)>)"
+)
 """A special token in a folded text."""
 
 _LEADING = re.compile(rf"\s*(?:{TOKEN}\s*(?:(?:assistant|model|chatbot|final)\b(?=\s*(?:\n|{TOKEN}))\s*)?)+")
-_FRAMES = re.compile(r"<\|begin_of_box\|>|<(?:final[_ ])?answer>|<\|end_of_box\|>|</(?:final[_ ])?answer>")
+_FRAMES = re.compile(r"<\|begin_of_box\|>|<(?:final[_ ])?ans(?:wer)?>|<\|end_of_box\|>|</(?:final[_ ])?ans(?:wer)?>")
+_BOX_BESIDE_BOX = re.compile(r"(\\boxed\{[^{}\n]{0,200})\}[ \t,、と・&$]*(?:and|および)?[ \t$]*\\boxed\{")
+_MOST_BOXES = 10
+_BREAK = re.compile(r"<br[ ]*/?>")
 _SOFT = re.compile(r"<\|(?:begin|end)_of_solution\|>|<\|(?:start|end)_(?:response|text|action)\|>")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|bf|rm)[ \t]*\{([^{}\n]{0,200})\}")
 _LATEX_SIGN = re.compile(
@@ -61,7 +67,11 @@ def without_thoughts(text: str) -> tuple[str, bool]:
 def framed(plain: str) -> str:
     """A :func:`folded` text with every frame around an answer as :data:`BOX`, without the tokens in front of it."""
     plain = _FRAMES.sub(lambda frame: "}" if frame.group()[1:2] == "/" or "end_of" in frame.group() else BOX, plain)
-    plain = _SOFT.sub("", plain)
+    plain = _SOFT.sub("", _BREAK.sub("\n", plain))
+    for _ in range(_MOST_BOXES):  # several on one line are one answer
+        plain, joined = _BOX_BESIDE_BOX.subn(r"\1, ", plain)
+        if not joined:
+            break
     leading = _LEADING.match(plain)
     return plain[leading.end() :] if leading else plain
 

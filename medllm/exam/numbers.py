@@ -20,11 +20,13 @@ _FILLED_BOXES = re.compile(
 )
 _POINT_BETWEEN = re.compile(rf"{_BOX}\s*[.．・]\s*{_BOX}")
 _RESULT = re.compile(r"[=≒≈→⇒]|四捨五入(?:して|すると|し、|した結果)")
+_RATE = re.compile(r"(?:1|毎)(?:日|回|時間|分|kg)(?:あたり|当たり|につき|量)")
+_POWER = re.compile(r"\d\s*\^")
 _REMARK = re.compile(r"[(\[「『][^()\[\]「」『』]*[)\]」』]?")
 _BEFORE = r"(?:約|およそ|おおよそ|ほぼ|概ね|about|approximately|around|roughly|ca\.|~|>|≧|is|は|:|\s|[a-zμ]+\s*=)*"
 _HEAD = re.compile(rf"{_BEFORE}(?P<number>{_NUMBER.pattern})\s*(?P<rest>.*)", re.DOTALL)
 _UNIT = re.compile(
-    r"\s*(?!か|から|または|もしくは|あるいは|or\b)[^\s\d、。,;:×*÷+=/~〜-]{0,12}(?:/[^\s\d、。,;]{1,12})?(?=$|[、。;:]|,(?!\d)|\s+[^\d\s×*÷+=/~x-])"
+    r"\s*(?!か|から|または|もしくは|あるいは|or\b)[^\s\d、。,;:×*÷+=/~〜-]{0,12}(?:/[^\s\d、。,;]{1,12})?(?=$|[、。;:](?!\s*[\d.]+\D{0,6}$)|,(?!\d)|\s+[^\d\s×*÷+=/~x-])"
 )
 
 
@@ -48,8 +50,11 @@ def read_number(line: str, problem: Problem) -> tuple[str, ...] | Doubt:
     part = _RESULT.split(said)[-1]
     if not _NUMBER.search(part):
         part = said
-    part = _REMARK.sub(" ", part) if _NUMBER.search(_REMARK.sub(" ", part)) else part
+    for aside in (_REMARK, _RATE):
+        part = aside.sub(" ", part) if _NUMBER.search(aside.sub(" ", part)) else part
     found = {_plain(number.group()) for number in _NUMBER.finditer(part)}
+    if _POWER.search(part):
+        return "ambiguous"
     if len(found) > 1:
         head = _HEAD.fullmatch(part.strip())
         if head is None or not _UNIT.match(head["rest"]):

@@ -126,8 +126,9 @@ def _in_letters(one: Prediction, choices: int | None, alphabet: Alphabet) -> Pre
 
 
 def _folded(prediction: str) -> str:
-    """Without spaces, full-width signs as ASCII's, joined by commas."""
-    return re.sub(r"[,、・]", ",", re.sub(r"\s", "", unicodedata.normalize("NFKC", prediction)))
+    """Without spaces, full-width signs as ASCII's, joined by commas; digits and upper-case letters may have had none."""
+    folded = re.sub(r"[,、・]", ",", re.sub(r"\s", "", unicodedata.normalize("NFKC", prediction)))
+    return ",".join(folded) if re.fullmatch(r"[1-9]+|[A-J]+", folded) else folded
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
@@ -165,11 +166,23 @@ def _of_file(file: Path) -> Iterator[tuple[Prediction, str]]:
     if not isinstance(rows, list):
         raise UserError(f"{file}: holds no predictions; expected a list of them, alone or in 'results'")
     for number, row in enumerate(rows, start=1):
-        yield _foreign(row, f"{file}: row {number}"), f"{file}: row {number}"
+        where = f"{file}: row {number}"
+        numbered = file.stem.endswith("_pred") or (isinstance(row, dict) and not any(name in row for name in _IDS))
+        if numbered and "pred" in row:  # KokushiMD-10's are joined by their number
+            yield _numbered(row["pred"], f"{file.stem.removesuffix('_pred')}-{number}"), where
+        else:
+            yield _foreign(row, where), where
+
+
+def _numbered(pred: Any, problem_id: str) -> Prediction:
+    """A prediction as KokushiMD-10's scorer takes it: letters in any order, or digits, with anything else between them."""
+    signs = re.sub(r"[^a-z0-9]", "", str(pred or "").lower())
+    lettered = signs and all(sign in LETTERS for sign in signs)
+    return Prediction(problem_id, ",".join(sorted(signs)) if lettered else signs, str(pred or ""))
 
 
 def _foreign(row: Any, where: str) -> Prediction:
-    """A row of JMLE2026-Bench, IgakuQA119 or KokushiMD-10: their letters joined by commas, their text where there is one."""
+    """A row of JMLE2026-Bench or IgakuQA119: their letters joined by commas, their text where there is one."""
     if not isinstance(row, dict) or not any(name in row for name in _IDS):
         raise UserError(f"{where}: expected an object with {', '.join(_IDS[:-1])} or {_IDS[-1]}")
     key = plain(next(row[name] for name in _IDS if name in row))

@@ -27,6 +27,7 @@ class Problem:
         year: Exam year, where known.
         section: Section of the exam (IgakuQA: A–F), where known.
         category: Subject, where known.
+        context: A text that the question is about (PubMedQA's abstract), where there is one.
         kinki: Prohibited choices (letters): choosing one counts against the candidate.
         source: Where it came from, ``file:line``.
     """
@@ -43,6 +44,12 @@ class Problem:
     category: str | None = None
     kinki: tuple[str, ...] = ()
     source: str = ""
+    context: str | None = None
+
+    @property
+    def question(self) -> str:
+        """The question behind its context, as a prompt without a place for contexts asks it."""
+        return f"{self.context}\n{self.text}" if self.context else self.text
 
     @property
     def is_numeric(self) -> bool:

@@ -114,7 +114,7 @@ def _explained_question(problem: Problem) -> str:
 
 
 def _question(problem: Problem) -> str:
-    return "\n".join([f"Question: {problem.text}", *_options(problem)])
+    return "\n".join([f"Question: {problem.question}", *_options(problem)])
 
 
 def _options(problem: Problem) -> list[str]:
@@ -122,12 +122,12 @@ def _options(problem: Problem) -> list[str]:
 
 
 def _ask_igakuqa(problem: Problem, answer_as: AnswerAs) -> str:
-    return "\n".join([f"問題: {problem.text}", *_options(problem), _request(problem, answer_as), _ANSWER_LABEL])
+    return "\n".join([f"問題: {problem.question}", *_options(problem), _request(problem, answer_as), _ANSWER_LABEL])
 
 
 def _ask_igakuqa_explained(problem: Problem, answer_as: AnswerAs) -> str:
     request = _request(problem, answer_as) + _EXPLAIN_FIRST
-    return "\n".join([f"問題: {problem.text}", *_options(problem), request, _EXPLANATION_LABEL])
+    return "\n".join([f"問題: {problem.question}", *_options(problem), request, _EXPLANATION_LABEL])
 
 
 def _request(problem: Problem, answer_as: AnswerAs) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from medllm.errors import UserError
+from medllm.text_files import first_line, parse_json, read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NO_HEADER = ("question", "A", "B", "C", "D", "answer")
@@ -21,22 +21,6 @@ BAD = "\0unreadable"
 """Field of a row that could not be read, where such rows are to be skipped: what is wrong with it."""
 
 csv.field_size_limit(2**31 - 1)
-
-
-def read_text(file: Path) -> str:
-    """The UTF-8 text of a file, without byte-order mark, every line ended by LF.
-
-    Lines end at LF, CR and CR LF alone: what ``str.splitlines`` takes for ends besides (U+2028, U+0085, form feed …) is text.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def read_json_lines(file: Path, *, skip_bad: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
@@ -54,7 +38,7 @@ def read_json_lines(file: Path, *, skip_bad: bool = False) -> Iterator[tuple[dic
             continue
         where = f"{file}:{number}"
         try:
-            row = _parsed(line, where, "expected a JSON object a line")
+            row = parse_json(line, where, "expected a JSON object a line")
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
         except UserError as error:
@@ -71,36 +55,51 @@ def read_json(file: Path) -> Any:
         UserError: it holds neither.
     """
     try:
-        return _parsed(read_text(file), str(file), "expected JSON")
+        return parse_json(read_text(file), str(file), "expected JSON")
     except UserError as error:
         if getattr(error.__cause__, "msg", "") != "Extra data":
             raise
     return [row for row, _ in read_json_lines(file)]
 
 
-def _parsed(text: str, where: str, expected: str) -> Any:
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON ({error.msg}{line}, column {error.colno}); {expected}") from error
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half a character (a lone surrogate); write the text anew as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
-    return value
-
-
 def read_parquet(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file, or some of their columns; a batch is in memory at a time.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or a small file unfolds to what is more than texts ever shrink by.
     """
     with _parquet(file) as opened:
-        for batch in opened.iter_batches(columns=columns):
-            yield from batch.to_pylist()
+        held, described = 0, opened.metadata
+        most = max(_UNFOLDED, _TIMES_SMALLER * file.stat().st_size)
+        groups = [described.row_group(index).total_byte_size for index in range(described.num_row_groups)]
+        _check_unfolded(file, max(sum(groups), _ROW * described.num_rows), most)
+        count = max(1, min(_BATCH, most // max([*groups, 1])))  # a cell may be all that its group holds
+        for batch in opened.iter_batches(batch_size=count, columns=columns):
+            _check_unfolded(file, held + batch.nbytes, most)
+            rows = batch.to_pylist()
+            held += _characters(rows)  # of a text that all rows share, Arrow holds one and Python as many as there are rows
+            _check_unfolded(file, held, most)
+            yield from rows
+
+
+def _check_unfolded(file: Path, held: int, most: int) -> None:
+    if held > most:
+        raise UserError(
+            f"{file}: unfolds to more than {most >> 20} MiB, {held // file.stat().st_size} times its size; no texts do"
+        )
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, inside))
+
+
+_UNFOLDED = 1 << 26
+_TIMES_SMALLER = 200  # text shrinks to a tenth, to a fiftieth where it repeats itself
+_ROW = 100  # bytes of a row without anything in it, in Python
+_BATCH = 4096
 
 
 def parquet_columns(file: Path) -> list[str]:
@@ -120,8 +119,8 @@ def _parquet(file: Path) -> Iterator[Any]:
 
     try:
         yield pq.ParquetFile(file)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{file}: not a readable Parquet file: {first_line(error)}") from error
 
 
 Rows = list[tuple[dict[str, Any], str]]

@@ -20,6 +20,9 @@ __all__ = ["Prediction", "ProblemResult", "ScoreSheet", "Tally", "Verdict", "is_
 ALWAYS_RIGHT = frozenset({"116A71"})
 """Problems the official scoring counts as right whatever was answered."""
 
+NO_GROUP = "unknown"
+"""The year, section or subject of problems that have none."""
+
 Outcome = Literal["pass", "fail", "unknown"]
 
 REQUIRED_SECTIONS = frozenset("BE")
@@ -108,8 +111,7 @@ class ScoreSheet:
     @property
     def mean_of_years(self) -> float:
         """Mean over exam years of points earned / points possible: the paper's score. 0 where no points are possible."""
-        shares = [tally.points / tally.possible for tally in self.by_year.values() if tally.possible]
-        return sum(shares) / len(shares) if shares else 0.0
+        return mean_share((tally.points, tally.possible) for tally in self.by_year.values())
 
     def words(self) -> str:
         """For a line of text: ``12 of 20 points (0.600), 10 of 16 right``."""
@@ -119,6 +121,12 @@ class ScoreSheet:
     def to_json(self) -> dict[str, Any]:
         """Everything on the sheet, as plain JSON values."""
         return asdict(self) | {"kinki": list(self.kinki), "mean_of_years": self.mean_of_years}
+
+
+def mean_share(tallies: Iterable[tuple[int, int]]) -> float:
+    """Mean of points earned / points possible, over years that have points; 0 where there are none."""
+    shares = [points / possible for points, possible in tallies if possible]
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def score(problems: Sequence[Problem], predictions: Sequence[Prediction], *, lenient: bool = False) -> ScoreSheet:
@@ -246,7 +254,7 @@ def _group(rows: Sequence[_Row], key: Callable[[Problem], Any]) -> dict[str, Tal
     groups: dict[str, list[ProblemResult]] = {}
     for problem, result in rows:
         value = key(problem)
-        groups.setdefault("unknown" if value is None else str(value), []).append(result)
+        groups.setdefault(NO_GROUP if value is None else str(value), []).append(result)
     return {name: _tally(groups[name]) for name in sorted(groups)}
 
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import sys
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from medllm.engines import TrainerName
 from medllm.host.processes import is_primary_process
 from medllm.mini.study import PREVIOUS, Say, StudyResult, run_study
 from medllm.report.page import write_report
-from medllm.report.results import StudyTable, build_table
 from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput
-from medllm.report.tables import terminal_table, to_json
+from medllm.report.tables import terminal_table, terminal_text, to_json
 from medllm.run import write_json
 
 _SUMMARY = (
@@ -32,7 +26,8 @@ def run_and_report(engine_name: TrainerName, out_dir: str | Path, preset: str, p
     """:func:`run_study`, its report as ``report.html`` and its figures as ``result.json``; returns the figures."""
     result = run_study(engine_name, out_dir, preset, progress)
     report = study_report(result)
-    table = study_table(report)
+    table = report.table()
+    assert table is not None, "a study sits its exam"
     page = Path(out_dir) / "report.html"
     figures = {
         "stage": "mini",
@@ -45,9 +40,9 @@ def run_and_report(engine_name: TrainerName, out_dir: str | Path, preset: str, p
         "report": str(page),
     }
     if is_primary_process():
-        write_report(page, report)
+        write_report(page, report, table)
         write_json(Path(out_dir) / "result.json", figures)
-    progress(table_text(table))
+    progress(terminal_text(terminal_table(table)))
     progress(f"mini: {result.seconds:.0f} s on {engine_name}; report: {page}")
     return figures
 
@@ -56,15 +51,3 @@ def study_report(result: StudyResult) -> ReportInput:
     """What the page of a finished study shows."""
     page = report_from_runs(result.runs, title="The embedded study", previous=PREVIOUS)
     return dataclasses.replace(page, summary=_SUMMARY)
-
-
-def study_table(report: ReportInput) -> StudyTable:
-    """The paper's table of the study: five models, two settings, what explaining costs."""
-    return build_table(report.cells, previous=report.previous, draw=report.draw)
-
-
-def table_text(table: StudyTable) -> str:
-    """The table as it is shown in a terminal."""
-    console = Console(file=StringIO(), width=max(80, shutil.get_terminal_size().columns), force_terminal=sys.stdout.isatty())
-    console.print(terminal_table(table))
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

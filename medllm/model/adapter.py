@@ -19,16 +19,17 @@ from medllm.architecture import PROJECTIONS, layer_path
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory, write_model
-from medllm.model.files import open_safetensors, read_json
-from medllm.module_patterns import names
+from medllm.model.files import open_safetensors
+from medllm.patterns import LONGEST_NAME, is_quick_pattern, names
 from medllm.run import atomic_path, write_json
+from medllm.text_files import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_TENSOR = re.compile(rf"base_model\.model\.(?P<module>.{{1,{LONGEST_NAME}}})\.lora_(?P<matrix>[AB])\.weight")
 _LINEAR_WEIGHT = re.compile(rf"(?P<module>model\.layers\.\d+\..+\.({'|'.join(ALL_LINEAR)}))\.weight")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d{1,4})\.")
 
 # Settings that change what an adapter computes beyond W + scaling · B A on single linear layers; none of them is read.
 _UNSUPPORTED = (
@@ -96,7 +97,7 @@ def read_adapter(path: str | Path) -> Adapter:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder; give a PEFT directory (with {CONFIG})")
-    config = read_json(folder / CONFIG, "a PEFT folder has one")
+    config = read_json_object(folder / CONFIG, "a PEFT folder has one")
     _refuse_unsupported(folder, config)
     file = folder / WEIGHTS
     if not file.exists():
@@ -113,7 +114,7 @@ def read_adapter(path: str | Path) -> Adapter:
             rank_pattern={key: int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
             alpha_pattern={key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG}: r, lora_alpha or a pattern is not what PEFT writes there ({error})") from error
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
@@ -273,18 +274,24 @@ def _targets(folder: Path, config: Mapping[str, Any], modules: Collection[str]) 
             return tuple(sorted(targets, key=lambda target: (ALL_LINEAR.index(target.rsplit(".", 1)[-1]), target)))
     elif not isinstance(targets, str):
         raise UserError(f"{folder}: target_modules is {targets!r}; a list of names, a pattern or 'all-linear' is read")
-    chosen = [layers] if isinstance(layers, int) else layers
+    if isinstance(targets, str) and not is_quick_pattern(targets):
+        raise UserError(
+            f"{folder}: target_modules {targets!r} is no regular expression for module names, or repeats within a repetition; "
+            "list the names it selects"
+        )
+    chosen = layers if isinstance(layers, list | None) else [layers]
+    if not all(type(layer) is int for layer in chosen or ()):
+        raise UserError(
+            f"{folder / CONFIG}: layers_to_transform is {layers!r}; the number of a layer, or a list of them, is read"
+        )
 
     def selects(module: str, layer: int) -> bool:
         if isinstance(targets, str):
             return re.fullmatch(targets, module) is not None
         return any(module.endswith(f".{target}") for target in targets) and (not chosen or layer in chosen)
 
-    try:
-        found = [(layer, target) for layer in range(_depth(modules)) for target in ALL_LINEAR]
-        selected = tuple(name for one in found if selects(name := module_name(*one), one[0]))
-    except re.error as error:
-        raise UserError(f"{folder}: target_modules {targets!r} is no regular expression ({error})") from error
+    found = [(layer, target) for layer in range(_depth(modules)) for target in ALL_LINEAR]
+    selected = tuple(name for one in found if selects(name := module_name(*one), one[0]))
     if not selected:
         raise UserError(f"{folder}: target_modules {targets!r} selects no linear layer the adapter holds matrices for")
     return selected

@@ -9,7 +9,6 @@ follow its rules (``PreTrainedModel.from_pretrained``). Where it would choose wi
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,9 +23,10 @@ from safetensors.numpy import save_file
 
 from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture
 from medllm.errors import UserError
-from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, read_json, stored_tensors
+from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, stored_tensors
 from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
 from medllm.run import atomic_path, write_json
+from medllm.text_files import parse_json, read_json_object
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -68,7 +68,7 @@ class ModelDirectory:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder; give a Hugging Face directory (--model.path)")
-        self.config: dict[str, Any] = read_json(self.path / "config.json", "a Hugging Face model folder has one")
+        self.config: dict[str, Any] = read_json_object(self.path / "config.json", "a Hugging Face model folder has one")
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -105,16 +105,15 @@ class ModelDirectory:
         """What bitsandbytes says of a weight it packed; None where the weight is dense, or not there.
 
         Raises:
-            UserError: it is not JSON.
+            UserError: it is not JSON, or has no shape.
         """
         if (state := f"{name}{DESCRIPTION}") not in self:
             return None
-        try:
-            said = json.loads(self.read(state).tobytes())
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise UserError(f"{self.path}: {state} is not the JSON bitsandbytes writes; copy it again")
+        expected = "expected what bitsandbytes writes; copy it again"
+        said = parse_json(self.read(state).tobytes().decode("utf-8", "replace"), f"{self.path}: {state}", expected)
+        shape = said.get("shape") if isinstance(said, dict) else None
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise UserError(f"{self.path}: {state} describes no weight; {expected}")
         return said
 
     def check_quantization(self, quantization: Quantization) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from medllm.errors import UserError
-from medllm.model.directory import read_json
 from medllm.model.tokenizer import end_token
+from medllm.text_files import read_json_object
 
 GENERATION = "generation_config.json"
 _CHANGES_TOKENS = (
@@ -72,7 +72,7 @@ def read_endings(tokenizer: Any, model: str | Path) -> Endings:
     ids, strings = [end_token(tokenizer)], Endings(())
     for name in (GENERATION, "config.json"):
         file = Path(model) / name
-        settings = read_json(file, "a Hugging Face model folder has one") if file.exists() else {}
+        settings = read_json_object(file, "a Hugging Face model folder has one") if file.exists() else {}
         ids += _several(settings.get("eos_token_id"), int, f"{file}: eos_token_id", "a token id, or a list of them")
         if name == GENERATION:
             for asked in _CHANGES_TOKENS:

@@ -5,7 +5,7 @@ The rules are those of ``PreTrainedModel.from_pretrained``; where it would choos
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from medllm.architecture import HEAD
 from medllm.errors import UserError
+from medllm.text_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -49,8 +50,14 @@ def stored_tensors(folder: Path, config: Mapping[str, Any]) -> Iterator[Stored]:
         return
     if not index.exists():
         raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}; only safetensors weights are read")
-    weight_map = read_json(index, "the index of a sharded model").get("weight_map", {})
-    missing = sorted({name for name in weight_map.values() if not (folder / name).exists()})
+    weight_map = read_json_object(index, "the index of a sharded model").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{index}: weight_map is {str(weight_map)[:100]}; expected the file of each tensor, by the tensor's name"
+        )
+    if strange := [shard for shard in weight_map.values() if not _is_beside(shard)]:
+        raise UserError(f"{index}: weight_map names {str(strange[0])[:100]!r}; expected the name of a file in the same folder")
+    missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if missing:
         raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); copy all shards")
     held = {shard: _names_in(folder / shard) for shard in sorted(set(weight_map.values()))}
@@ -95,21 +102,9 @@ def open_safetensors(file: Path) -> Any:
         raise UserError(f"{file}: not a readable safetensors file ({error}); it may be truncated: copy it again") from error
 
 
-def read_json(file: Path, expectation: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: the file is missing (``expectation`` says what it is for), or is no JSON object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent}: no {file.name} here; {expectation}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: a JSON object was expected, found {type(value).__name__}")
-    return value
+def _is_beside(shard: Any) -> bool:
+    """Whether it is a file's name alone, which leads out of no folder."""
+    return isinstance(shard, str) and re.fullmatch(r"[\w.\-]{1,200}", shard) is not None and shard not in (".", "..")
 
 
 def _names_in(file: Path) -> dict[str, None]:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from medllm.errors import UserError
-from medllm.model.directory import read_json
+from medllm.model.work_limit import limited_work
+from medllm.text_files import first_line, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,15 +61,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"{folder}: no tokenizer here (expected {_FILE}, or vocab.json with merges.txt; "
             "AutoTokenizer's save_pretrained makes them of a tokenizer.model)"
         )
-    settings = read_json(folder / _SETTINGS, "") if (folder / _SETTINGS).exists() else {}
+    settings = read_json_object(folder / _SETTINGS, "") if (folder / _SETTINGS).exists() else {}
     if "auto_map" in settings:
         raise UserError(f"{folder}/{_SETTINGS}: asks for code of its own (auto_map); code in model folders is never run")
     try:
         tokenizer = _opened(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # tokenizers raises the bare class, transformers what Python does with a value it did not expect
+        raise UserError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no end-of-text token; set eos_token in {_SETTINGS}")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(f"{folder}: model_max_length in {_SETTINGS} is no number")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     _check(tokenizer, folder, settings)
@@ -166,13 +167,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt)
     else:
-        (ids,) = _ids(tokenizer, [_written_out(tokenizer, prompt)], begins=False)
+        (ids,) = _ids(tokenizer, [written_out(tokenizer, prompt)], begins=False)
     if not ids:
         raise UserError("a prompt is empty: generation needs at least one token")
     return ids
 
 
-def _written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
+def written_out(tokenizer: Any, turns: tuple[Message, ...]) -> str:
     """A conversation as its model's template writes it, with the assistant's turn opened, and no thinking before the answer.
 
     Where the template takes no system turn, or leaves it out, its text goes before that of the user's turn after it.
@@ -196,10 +197,11 @@ def _by_template(tokenizer: Any, turns: tuple[Message, ...]) -> str:
         if "bos_token" in tokenizer.get_chat_template() and tokenizer.bos_token is None:
             raise ValueError(f"it writes bos_token, and {_SETTINGS} names none")
         messages = [message.to_json() for message in turns]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    except (TemplateError, ValueError, TypeError) as error:
+        with limited_work():
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except Exception as error:  # a template is a program, and fails as programs do
         raise UserError(
-            f"the tokenizer's chat template refuses the conversation: {str(error).splitlines()[0]}; "
+            f"the tokenizer's chat template refuses the conversation: {first_line(error)}; "
             "use --format completion, or mend the template (chat_template.jinja, or chat_template in tokenizer_config.json)"
         ) from error
 

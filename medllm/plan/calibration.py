@@ -167,7 +167,7 @@ class Calibration:
             found = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"--calibration {file}: {error.strerror}; write one with --calibrate {file}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         try:
             if found["format"] != FORMAT:

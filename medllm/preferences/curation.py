@@ -16,10 +16,11 @@ from medllm.config import PairConfig, Sampling
 from medllm.corpus.documents import refuse_held_out
 from medllm.engine import Generates, Generation
 from medllm.errors import UserError
+from medllm.exam.answering import answered
 from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem, check_ids
-from medllm.exam.prompts import curation_prompt, curation_response, naming_problems, stop_strings
-from medllm.host.progress import part_of
+from medllm.exam.prompts import curation_prompt, curation_response, stop_strings
+from medllm.journal import Journal
 from medllm.model.tokenizer import encode
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, Sample
@@ -39,6 +40,7 @@ class CurationReport:
         rejected: Kept samples without it; ``unanswered`` and ``cut_off`` are among them.
         unanswered: Kept samples in which no final answer was found.
         cut_off: Kept samples that ran into ``max_new_tokens``; rejected whatever they say.
+        filtered: Samples that a server held back; neither chosen nor rejected.
         retokenized: Kept samples that training reads as other tokens than those that were sampled: a stop string began inside a
             token, or the model wrote its text in tokens that the tokenizer would not. 0 where an engine gives no tokens.
         problems_with: Problems that have a pair of each kind of the hierarchy, ``ground truth > chosen`` and so on.
@@ -52,6 +54,7 @@ class CurationReport:
     rejected: int = 0
     unanswered: int = 0
     cut_off: int = 0
+    filtered: int = 0
     retokenized: int = 0
     problems_with: dict[str, int] = field(default_factory=dict)
 
@@ -70,6 +73,7 @@ def curate(
     shots: Sequence[Problem],
     config: CurateConfig,
     progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> Curation:
     """Sample, grade and rank the model's responses to every problem with a verified explanation.
 
@@ -80,32 +84,32 @@ def curate(
             where they do not suffice, the first problems with an explanation step in.
         config: Shots, sampling and limits.
         progress: Called with (problems done, problems in all).
+        journal: Gets the answers as they come; those that it holds are not asked for again.
 
     Raises:
         UserError: fewer usable shots than ``config.shot_count``, or the engine refuses a prompt.
     """
-    explained = [problem for problem in problems if problem.explanation]
-    wanted = explained[: config.limit] if config.limit else explained
-    asked = {shot.text for shot in shots}
-    examples = [*shots, *(problem for problem in explained if problem.text not in asked)]
+    wanted, prompt_of = asked_problems(problems, shots, config)
     sampling = dataclasses.replace(config.sampling, stop=(*config.sampling.stop, *stop_strings("curation", True)))
 
     preferences: list[Preference] = []
     counts: Counter[str] = Counter()
+    answers = answered(
+        engine,
+        wanted,
+        prompt_of,
+        sampling,
+        batch_size=config.batch_size,
+        at_a_time=config.batch_size,
+        journal=journal or Journal(),
+        progress=progress,
+    )
     retokenized = 0
-    for start in range(0, len(wanted), config.batch_size):
-        some = wanted[start : start + config.batch_size]
-        prompts = [
-            curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as)
-            for problem in some
-        ]
-        with naming_problems(some):
-            within = part_of(progress, start, len(some), len(wanted))
-            generated = engine.generate(prompts, sampling, config.batch_size, within)
-        for problem, prompt, generations in zip(some, prompts, generated, strict=True):
-            preferences.append(_rank(problem, prompt, generations, config, counts))
-            retokenized += _retokenized(engine, prompt, generations, preferences[-1])
-    skipped = {"no verified explanation": len(problems) - len(explained), "over the limit": len(explained) - len(wanted)}
+    for problem, prompt, generations in answers:
+        preferences.append(_rank(problem, prompt, generations, config, counts))
+        retokenized += _retokenized(engine, prompt, generations, preferences[-1])
+    explained = sum(bool(problem.explanation) for problem in problems)
+    skipped = {"no verified explanation": len(problems) - explained, "over the limit": explained - len(wanted)}
     report = CurationReport(
         problems=len(wanted),
         skipped={reason: count for reason, count in skipped.items() if count},
@@ -114,6 +118,20 @@ def curate(
         **counts,
     )
     return Curation(tuple(preferences), report)
+
+
+def asked_problems(
+    problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig
+) -> tuple[list[Problem], Callable[[Problem], str]]:
+    """The problems that the model answers, and how it is asked one of them (see :func:`curate`)."""
+    explained = [problem for problem in problems if problem.explanation]
+    shown = {shot.text for shot in shots}
+    examples = [*shots, *(problem for problem in explained if problem.text not in shown)]
+
+    def prompt_of(problem: Problem) -> str:
+        return curation_prompt(problem, _shots_for(problem, examples, config.shot_count), answer_as=config.answer_as)
+
+    return explained[: config.limit] if config.limit else explained, prompt_of
 
 
 def check_problems(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
@@ -150,6 +168,9 @@ def _rank(
     seen: set[str] = set()
     for index, generation in enumerate(generations):
         counts["samples"] += 1
+        if generation.finish == "filtered":
+            counts["filtered"] += 1
+            continue
         # A base model may go on with line breaks up to the stop string: no part of the answer.
         text = generation.text.rstrip()
         if text in seen:

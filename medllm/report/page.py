@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from medllm.report import paper, plots, tables, wording
-from medllm.report.results import StudyTable, breakdown, build_table
+from medllm.report.results import StudyTable, breakdown
 from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput, RunSummary
 from medllm.report.templating import page_templates
@@ -29,7 +29,7 @@ LIMITATIONS = (
 _RATES = {"cpt": "tokens/s", "rpo": "pairs/s"}
 _SHOWN_ELSEWHERE = {
     *("stage", "engine", "steps", "loss", "seconds", "rate", "adapter", "model", "setting", "score", "pairs"),
-    *("questions", "accuracy", "normalized_accuracy"),
+    *("questions", "accuracy", "problem_set"),
 }
 
 
@@ -48,22 +48,24 @@ class StageCost:
     also: str
 
 
-def write_report(path: str | Path, study: ReportInput) -> Path:
+def write_report(path: str | Path, study: ReportInput, table: StudyTable | None = None) -> Path:
     """Write the report to ``path`` (an ``.html`` file), all of it or nothing, and return the path.
 
+    ``table`` is the study's own, where it was drawn already.
+
     Raises:
-        UserError: the cells cannot stand in one table (see :func:`medllm.report.results.build_table`).
+        UserError: the cells cannot stand in one table (see :mod:`medllm.report.results` and :mod:`medllm.report.sets`).
     """
     target = Path(path)
-    text = render(study)
+    text = render(study, table)
     with atomic_path(target) as scratch:
         scratch.write_text(text, encoding="utf-8")
     return target
 
 
-def render(study: ReportInput) -> str:
-    """The page as text. Everything that comes from a model, a file or a setting is escaped."""
-    table = build_table(study.cells, previous=study.previous, draw=study.draw)
+def render(study: ReportInput, table: StudyTable | None = None) -> str:
+    """The page as text (arguments: :func:`write_report`); what comes from a model, a file or a setting is escaped."""
+    table = table or study.table()
     templates = page_templates()
     templates.filters.update(number=tables.number, interval=tables.interval, change=tables.change)
     return templates.get_template("report.html.j2").render(
@@ -71,18 +73,21 @@ def render(study: ReportInput) -> str:
         table=table,
         origin=_origin(study.environment),
         environment=_environment(study.environment),
-        findings=wording.findings(table),
-        method=wording.method(table),
-        figures=_figures(study, table),
+        findings=wording.findings(table) if table else [],
+        method=wording.method(table) if table else "",
+        figures=_figures(study, table) if table else [],
         endings={
             (cell.model, cell.setting): "; ".join(part.words() for part in (cell.endings, cell.readings) if part)
             for cell in study.cells
         },
-        by_likelihood=[run.result for run in study.runs if run.stage == "options"],
+        sets=study.sets_table(),
+        years=sorted({year for cell in study.cells for year in cell.by_year}),
         curves=[figure for run in study.runs if (figure := plots.training_curves(run))],
-        costs=[stage_cost(run) for run in study.runs],
-        settings=[(run, yaml.safe_dump(_plain(run.config), sort_keys=False, allow_unicode=True)) for run in study.runs],
-        published={row.model: paper.published(row.model) for row in table.rows},
+        costs=[stage_cost(run) for run in study.runs if run.stage != "score"],
+        settings=[
+            (run, yaml.safe_dump(_plain(run.config), sort_keys=False, allow_unicode=True)) for run in study.runs if run.config
+        ],
+        published={cell.model: paper.published(cell.model) for cell in study.cells},
         paper=paper,
         limitations=LIMITATIONS,
     )

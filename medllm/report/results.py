@@ -7,14 +7,14 @@ explanation minus score without) and whether it differs from the stage before it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.scoring import ProblemResult
+from medllm.exam.scoring import ProblemResult, mean_share
 from medllm.exam.setting import explained, explains
 from medllm.report import statistics
 from medllm.report.statistics import BOOTSTRAP, Bootstrap, Comparison, Estimate, StabilityChange
@@ -22,13 +22,32 @@ from medllm.report.statistics import BOOTSTRAP, Bootstrap, Comparison, Estimate,
 
 @dataclass(frozen=True)
 class Cell:
-    """One model in one setting (named by :mod:`medllm.exam.setting`), problem by problem, how its texts ended and were read."""
+    """One model in one setting (named by :mod:`medllm.exam.setting`).
+
+    Attributes:
+        model: Its label.
+        setting: The setting.
+        results: Problem by problem.
+        endings: How its texts ended, where it wrote any.
+        readings: How they were read.
+        problem_set: The zero-shot set that the problems are of; empty where they are an exam.
+        by_category: By subject: problems right, problems asked.
+        by_year: By exam year: points earned, points possible.
+    """
 
     model: str
     setting: str
     results: tuple[ProblemResult, ...]
     endings: EndingCounts | None = None
     readings: Readings | None = None
+    problem_set: str = ""
+    by_category: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    by_year: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def mean_of_years(self) -> float:
+        """Mean over exam years of points earned / points possible: the paper's score. 0 where no points are possible."""
+        return mean_share(self.by_year.values())
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
 """Finished run folders → what the report shows.
 
 Each stage leaves ``config.yaml``, ``environment.json`` and ``result.json``; training adds ``metrics.jsonl``, curation
-``preferences.jsonl``, evaluation ``predictions.jsonl`` and the per-problem rows of its score sheet.
+``preferences.jsonl``, evaluation ``predictions.jsonl`` and the per-problem rows of its score sheet. A file is what
+``medllm score --json`` wrote of published predictions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from medllm.config import ProblemLayout
 from medllm.errors import UserError
@@ -22,13 +20,15 @@ from medllm.exam.loaders import problems_at
 from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.rows import read_json_lines
-from medllm.exam.scoring import ProblemResult
+from medllm.exam.scoring import NO_GROUP, ProblemResult
 from medllm.preferences.records import read_preferences
 from medllm.report.results import Cell
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
 from medllm.report.study import ReportInput, RunSummary, choose_examples, composition
+from medllm.text_files import read_json_object, read_yaml
 
-STAGES = ("cpt", "curate", "rpo", "evaluate", "options")
+STAGES = ("cpt", "curate", "rpo", "evaluate", "options", "score")
+_SAT = ("evaluate", "options", "score")
 _MOST_KINDS = 25  # a breakdown into more than this is a list, not a picture
 
 
@@ -40,10 +40,10 @@ def report_from_runs(
     examples: int = 6,
     draw: Bootstrap = BOOTSTRAP,
 ) -> ReportInput:
-    """Read run folders of any stages, at least one of them an evaluation.
+    """Read run folders of any stages, and results of ``medllm score``; at least one of them is of an exam.
 
     Args:
-        paths: Run folders, in the order in which models and stages are to be shown.
+        paths: Run folders and files, in the order in which models and stages are to be shown.
         title: Headline of the page.
         previous: For a model label, the one it started from; each with the one before it when unset.
         examples: Problems to show with everybody's answer.
@@ -54,29 +54,30 @@ def report_from_runs(
     """
     names = _names([Path(path) for path in paths])
     runs = tuple(dataclasses.replace(read_run(path), name=name) for path, name in zip(paths, names, strict=True))
-    cells: list[Cell] = []
+    sat: list[Cell] = []
     explanations: dict[tuple[str, str], dict[str, str]] = {}
     problems: dict[str, Problem] = {}
     for path, run in zip(paths, runs, strict=True):
-        if run.stage == "evaluate":
-            cell = read_cell(run, path)
-            cells.append(cell)
+        if run.stage in _SAT:
+            sat.append(cell := read_cell(run, path))
+        if run.stage == "evaluate" and not cell.problem_set:
             predictions = read_predictions(_present(Path(path) / "predictions.jsonl", "evaluation writes it"))
             explanations[cell.model, cell.setting] = {answer.problem_id: answer.explanation for answer in predictions}
             problems = problems or _problems_of(run)
-    if not cells:
+    if not sat:
         given = ", ".join(map(str, paths)) or "none"
-        more = " (--method options gives no points)" if any(run.stage == "options" for run in runs) else ""
-        raise UserError(f"a report needs the run folder of at least one 'medllm evaluate'; given: {given}{more}")
-    kind_name, kinds = _kinds([problems[r.problem_id] for r in cells[0].results if r.problem_id in problems])
+        raise UserError(f"a report needs a run of at least one 'medllm evaluate', or a 'medllm score --json'; given: {given}")
+    cells = [cell for cell in sat if not cell.problem_set]
+    kind_name, kinds = _kinds([problems[r.problem_id] for cell in cells[:1] for r in cell.results if r.problem_id in problems])
     return ReportInput(
         title=title,
         engine=", ".join(dict.fromkeys(str(run.result["engine"]) for run in runs if run.result.get("engine"))),
-        environment=runs[-1].environment,
+        environment=next((run.environment for run in reversed(runs) if run.environment), {}),
         cells=tuple(cells),
+        sets=tuple(cell for cell in sat if cell.problem_set),
         runs=runs,
         preferences={
-            run.name: composition(read_preferences(Path(path) / "preferences.jsonl"))
+            run.name: composition(read_preferences(_present(Path(path) / "preferences.jsonl", "curation writes it")))
             for path, run in zip(paths, runs, strict=True)
             if run.stage == "curate"
         },
@@ -89,46 +90,53 @@ def report_from_runs(
 
 
 def read_run(path: str | Path) -> RunSummary:
-    """One finished run folder.
+    """One finished run folder, or the result of a ``medllm score``.
 
     Raises:
-        UserError: not a run folder, not finished, or a file that does not hold what its stage writes.
+        UserError: neither, not finished, or a file that does not hold what its stage writes.
     """
     folder = Path(path)
+    if folder.is_file():
+        scored = read_json_object(folder, "")
+        if scored.get("stage") != "score":
+            raise UserError(f"{folder}: a report takes run folders, and what 'medllm score --json' wrote; this is neither")
+        return RunSummary(folder.stem, "score", {}, (), scored)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
-    config = _read_yaml(folder / "config.yaml")
-    environment = _read_json(folder / "environment.json", "the folder is not a run of medllm")
-    result = _read_json(folder / "result.json", "the run has not finished; finish it, or leave it out")
+    config = read_yaml(_present(folder / "config.yaml", "the folder is not a run of medllm"))
+    environment = read_json_object(_present(folder / "environment.json", "the folder is not a run of medllm"), "")
+    result = read_json_object(_present(folder / "result.json", "the run has not finished; finish it, or leave it out"), "")
     stage = result.get("stage")
     if stage not in STAGES:
         raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
-    if stage == "options":
-        _check_options(result, folder / "result.json")
     return RunSummary(folder.resolve().name, stage, config, tuple(_metrics(folder / "metrics.jsonl")), result, environment)
 
 
 def read_cell(run: RunSummary, path: str | Path) -> Cell:
-    """The model, setting and per-problem results of a finished evaluation, :func:`read_run` of ``path``.
+    """The model, setting and per-problem results of a finished exam, :func:`read_run` of ``path``.
 
     Raises:
-        UserError: its ``result.json`` is without label, setting or per-problem rows.
+        UserError: its result is without label, setting or per-problem rows.
     """
-    file, result = Path(path) / "result.json", run.result
-    for name in ("model", "setting"):
+    result, file = run.result, Path(path) if run.stage == "score" else Path(path) / "result.json"
+    again = f"run 'medllm {'score' if run.stage == 'score' else 'evaluate'}' again to write"
+    for name in ("model", "setting", *(["problem_set"] if run.stage == "options" else [])):
         if not isinstance(result.get(name), str):
-            raise UserError(f"{file}: '{name}' is missing or no text; run 'medllm evaluate' again to write it")
-    sheet = result.get("score")
+            raise UserError(f"{file}: '{name}' is missing or no text; {again} it")
+    sheet = result.get("score") if run.stage == "evaluate" else result
+    where = "score.results" if run.stage == "evaluate" else "results"
     rows = sheet.get("results") if isinstance(sheet, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file}: 'score.results' holds no per-problem rows; run 'medllm evaluate' again to write them")
-    results = tuple(_problem_result(row, f"{file}: score.results[{index}]") for index, row in enumerate(rows))
+    if not isinstance(sheet, dict) or not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: '{where}' holds no per-problem rows; {again} them")
     return Cell(
         result["model"],
         result["setting"],
-        results,
+        tuple(_problem_result(row, f"{file}: {where}[{index}]", again) for index, row in enumerate(rows)),
         EndingCounts.from_json(result.get("endings")),
         Readings.from_json(result.get("readings")),
+        result.get("problem_set") or "",
+        _tallies(sheet.get("by_category"), "correct", "questions"),
+        _tallies(sheet.get("by_year"), "points", "possible"),
     )
 
 
@@ -143,30 +151,30 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [shortest(parts) for parts in every]
 
 
-def _check_options(result: Mapping[str, Any], file: Path) -> None:
-    for name, kind in (("model", str), ("questions", int), ("accuracy", float), ("normalized_accuracy", float)):
-        if not isinstance(result.get(name), kind):
-            raise UserError(f"{file}: '{name}' is missing or not {kind.__name__}; run 'medllm evaluate' again to write it")
+def _tallies(groups: Any, some: str, of: str) -> dict[str, tuple[int, int]]:
+    """Two counts of each group of a score sheet; none of the problems that are in no group."""
+    given = groups if isinstance(groups, Mapping) else {}
+    return {name: (tally[some], tally[of]) for name, tally in given.items() if name != NO_GROUP}
 
 
 def _metrics(file: Path) -> Iterator[dict[str, float]]:
     """The lines of a training run; none where the stage logs nothing."""
     if not file.exists():
         return
-    for line, where in read_json_lines(file):
+    for line, where in read_json_lines(_present(file, "training writes it")):
         if "step" not in line or not all(isinstance(value, (int, float)) for value in line.values()):
             raise UserError(f"{where}: expected numbers by name and among them 'step'")
         yield line
 
 
-def _problem_result(row: Any, where: str) -> ProblemResult:
+def _problem_result(row: Any, where: str, again: str) -> ProblemResult:
     for name, kind, words in (
         ("problem_id", str, "text"),
         ("correct", bool, "true or false"),
         ("points", int, "a whole number"),
     ):
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where}: '{name}' is missing or not {words}; run 'medllm evaluate' again to write it")
+            raise UserError(f"{where}: '{name}' is missing or not {words}; {again} it")
     return ProblemResult(row["problem_id"], row["correct"], row["points"], row.get("prediction"))
 
 
@@ -188,34 +196,9 @@ def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:
     return "kind", {}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(_read_text(file, "the folder is not a run of medllm"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected settings by name")
-    return value
-
-
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(file, missing))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected one JSON object")
-    return value
-
-
 def _present(file: Path, missing: str) -> Path:
     if not file.is_file():
         raise UserError(f"{file}: no such file; {missing}")
+    if file.resolve().parent != file.parent.resolve():
+        raise UserError(f"{file}: is a link out of the run folder, which is not followed; copy the file there")
     return file
-
-
-def _read_text(file: Path, missing: str) -> str:
-    try:
-        return _present(file, missing).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text") from error

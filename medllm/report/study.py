@@ -10,7 +10,8 @@ from typing import Any
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import ProblemResult
 from medllm.preferences.records import Preference
-from medllm.report.results import Cell
+from medllm.report.results import Cell, StudyTable, build_table
+from medllm.report.sets import SetsTable, build_sets
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
 
 
@@ -20,7 +21,8 @@ class RunSummary:
 
     Attributes:
         name: Name of the folder, with as much of its path as tells it from the others.
-        stage: ``cpt``, ``curate``, ``rpo``, ``evaluate`` or ``options`` (an exam by the likelihood of its options).
+        stage: ``cpt``, ``curate``, ``rpo``, ``evaluate``, ``options`` (an exam by the likelihood of its options), or ``score``
+            (predictions that were made elsewhere; a file, so without configuration and environment).
         config: The resolved configuration.
         metrics: The lines of ``metrics.jsonl``, each with its ``step``.
         result: What the stage ended with.
@@ -93,7 +95,8 @@ class ReportInput:
         title: Headline.
         engine: Which engine(s) ran it.
         environment: Hardware, versions, commit and date, as a run folder records them.
-        cells: The evaluated models.
+        cells: The evaluated models, on the exam.
+        sets: The evaluated models, on zero-shot sets.
         runs: The stages behind them, in the order in which they ran.
         preferences: Composition of each set of preference data, by the name of the run that made it.
         examples: Problems with each model's answer.
@@ -108,6 +111,7 @@ class ReportInput:
     engine: str
     environment: Mapping[str, Any]
     cells: tuple[Cell, ...]
+    sets: tuple[Cell, ...] = ()
     runs: tuple[RunSummary, ...] = ()
     preferences: Mapping[str, Composition] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
@@ -116,6 +120,22 @@ class ReportInput:
     previous: Mapping[str, str] | None = None
     summary: tuple[str, ...] = ()
     draw: Bootstrap = BOOTSTRAP
+
+    def table(self) -> StudyTable | None:
+        """The table of the exam; None where only sets were sat. It takes a while: every interval is drawn.
+
+        Raises:
+            UserError: the cells cannot stand in one table.
+        """
+        return build_table(self.cells, previous=self.previous, draw=self.draw) if self.cells else None
+
+    def sets_table(self) -> SetsTable | None:
+        """The table of the sets; None where only an exam was sat.
+
+        Raises:
+            UserError: the cells cannot stand in one table.
+        """
+        return build_sets(self.sets, self.draw.confidence)
 
 
 def composition(preferences: Sequence[Preference]) -> Composition:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from io import StringIO
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from medllm.report import paper
-from medllm.report.results import Row, StudyTable
+from medllm.report.results import Cell, Row, StudyTable
 from medllm.report.statistics import Comparison, Estimate, StabilityChange
 
 MINUS = "−"
@@ -72,6 +77,13 @@ def terminal_table(table: StudyTable, *, published: bool = False) -> Table:
     return drawn
 
 
+def terminal_text(drawn: Table) -> str:
+    """A table as it is shown in a terminal."""
+    console = Console(file=StringIO(), width=max(80, shutil.get_terminal_size().columns), force_terminal=sys.stdout.isatty())
+    console.print(drawn)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
 def to_json(table: StudyTable) -> dict[str, Any]:
     """Every figure of the table as plain data, unrounded; a row the paper has too carries its figures as ``published``."""
     rows = []
@@ -81,6 +93,24 @@ def to_json(table: StudyTable) -> dict[str, Any]:
         mine["published"] = dataclasses.asdict(known) if known else None
         rows.append(mine)
     return {"settings": list(table.settings), "bootstrap": dataclasses.asdict(table.draw), "rows": rows}
+
+
+def years_to_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Points earned and possible by exam year, of each cell that has years, with the paper's points where it has them."""
+    return [
+        {
+            "model": cell.model,
+            "setting": cell.setting,
+            "years": {year: list(points) for year, points in cell.by_year.items()},
+            "mean": cell.mean_of_years,
+            "published": {year: known.points(year) for year in cell.by_year}
+            if known and known.years and cell.setting == paper.PLAIN
+            else None,
+        }
+        for cell in cells
+        if cell.by_year
+        for known in [paper.published(cell.model)]
+    ]
 
 
 def published_scores(model: str) -> str:

@@ -18,6 +18,7 @@ from medllm.report.results import Cell, Score, build_table
 from medllm.report.study import RunSummary
 from medllm.report.tables import interval, number
 from medllm.serving.contract import Contract
+from medllm.text_files import read_yaml
 
 NOTICE = (
     "This model is research software. It is not a medical device and gives no medical advice; it must not be used to diagnose "
@@ -138,7 +139,7 @@ def _preference_years(path: str) -> str:
     config = Path(path).parent / "config.yaml"
     if not config.exists():
         return "–"
-    until = yaml.safe_load(config.read_text("utf-8")).get("problems_until")
+    until = read_yaml(config).get("problems_until")
     return f"up to {until}" if until else "–"
 
 

@@ -69,7 +69,7 @@ def run_check_serving(
 def _server(config: CheckServingConfig, sampling: Sampling) -> Callable[[Sequence[Prompt]], tuple[list[Answer], str]]:
     """A server's answers to prompts, or what it says where it refuses them: under its own stop strings, none is sent."""
     require_engine("openai", "asking a server")
-    client = load("openai", "engine").OpenAIEngine(ModelConfig(config.model), config.url)
+    client = load("openai", "engine").OpenAIEngine(ModelConfig(config.model), url=config.url)
 
     def answers(prompts: Sequence[Prompt]) -> list[Answer]:
         replies = client.replies(prompts, sampling, config.batch_size)

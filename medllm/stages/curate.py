@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medllm.engine import Generates
+from medllm.engine import Generates, account
 from medllm.engines import EngineName, open_engine
 from medllm.exam.problem import Problem
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
-from medllm.preferences.curation import CurationReport, check_problems, curate
+from medllm.journal import JOURNAL, Journal
+from medllm.preferences.curation import CurationReport, asked_problems, check_problems, curate
 from medllm.preferences.records import write_preferences
+from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
 from medllm.stages.problems import read_problems, read_shots, written_out
@@ -31,6 +33,7 @@ class CurateResult:
         report: What became of the problems and of the samples.
         left_out: Rows of the problem files that could not be used, by reason.
         control_tokens: Special tokens that are written out in problems and shots.
+        server: What a server was asked for in all; None where none was.
     """
 
     engine: str
@@ -38,14 +41,16 @@ class CurateResult:
     report: CurationReport
     left_out: Mapping[str, int]
     control_tokens: Mapping[str, int]
+    server: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
         head = {"stage": "curate", "engine": self.engine, "seconds": self.seconds}
-        return {**head, **asdict(self.report), "left_out": dict(self.left_out), "control_tokens": dict(self.control_tokens)}
+        tail = {"left_out": dict(self.left_out), "control_tokens": dict(self.control_tokens), "server": self.server}
+        return {**head, **asdict(self.report), **tail}
 
 
-def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult:
+def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progress | None = None) -> CurateResult | Estimate:
     """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
 
     Raises:
@@ -54,6 +59,9 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     problems, skipped = read_problems(config.problems, config)
     shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
     check_problems(problems, shots, config)
+    if config.dry_run:
+        wanted, prompt_of = asked_problems(problems, shots, config)
+        return estimate("curate", engine, map(prompt_of, wanted), config.sampling, config.server)
     return _curate(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 
@@ -78,10 +86,17 @@ def _curate(
     left_out: Mapping[str, int],
 ) -> CurateResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
-        curation = curate(model, problems, shots, config, progress)
-        controls = written_out(model, (*problems, *shots))
-        result = CurateResult(model.name, time.monotonic() - began, curation.report, left_out, controls)
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
+        journal = Journal(run.path / JOURNAL)
+        curation = curate(model, problems, shots, config, progress, journal)
+        result = CurateResult(
+            engine=model.name,
+            seconds=time.monotonic() - began,
+            report=curation.report,
+            left_out=left_out,
+            control_tokens=written_out(model, (*problems, *shots)),
+            server=account(model, journal.facts),
+        )
         if is_primary_process():
             write_preferences(run.path / PREFERENCES, curation.preferences)
         run.finish(result.to_json())

@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from medllm.config import ModelConfig
-from medllm.engine import Generates, Scores
+from medllm.engine import Generates, Scores, account
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.evaluation import OptionScores, check_exam, score_options, sit, write_predictions
+from medllm.exam.evaluation import OptionScores, check_exam, prompt_of, score_options, sit, write_predictions
 from medllm.exam.problem import Problem, check_ids
-from medllm.exam.scoring import ScoreSheet, score
+from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Progress
+from medllm.journal import JOURNAL, Journal
+from medllm.remote import spending
+from medllm.report.statistics import Estimate, wilson
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
-from medllm.stages.problems import read_problems, read_shots, written_out
+from medllm.stages.problems import of_subjects, read_problems, read_shots, written_out
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -39,6 +43,8 @@ class ExamResult:
         score: The official score.
         endings: How the texts ended.
         readings: How many answers were read by each rule, and how many texts gave none, by reason.
+        problem_set: What the problems are called in a table of sets; None where they are an exam of its own.
+        server: What a server was asked for in all; None where none was.
     """
 
     engine: str
@@ -50,6 +56,8 @@ class ExamResult:
     score: ScoreSheet
     endings: EndingCounts
     readings: Readings
+    problem_set: str | None = None
+    server: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
@@ -66,30 +74,55 @@ class OptionsResult:
     seconds: float
     control_tokens: Mapping[str, int]
     scores: OptionScores
+    problem_set: str
+
+    @property
+    def share(self) -> Estimate:
+        """The share of problems answered right, with Wilson's interval."""
+        return wilson(sum(one.correct for one in self.scores.results), len(self.scores.results))
 
     def to_json(self) -> dict[str, Any]:
         """What ``result.json`` holds."""
-        plain = asdict(self)
-        scores = plain.pop("scores")
-        left_out, questions = scores.pop("left_out"), len(self.scores.results)
-        return {"stage": "options", **plain, "left_out": left_out, "questions": questions, **scores}
+        plain, scores = asdict(self), self.scores
+        del plain["scores"]
+        by_category: dict[str, dict[str, int]] = {}
+        for one in scores.results:
+            tally = by_category.setdefault(one.category or NO_GROUP, {"correct": 0, "questions": 0})
+            tally["correct"] += one.correct
+            tally["questions"] += 1
+        return plain | {
+            "stage": "options",
+            "left_out": dict(scores.left_out),
+            "questions": len(scores.results),
+            "accuracy": scores.accuracy,
+            "interval": [self.share.low, self.share.high],
+            "normalized_accuracy": scores.normalized_accuracy,
+            "by_category": dict(sorted(by_category.items())),
+            "results": [
+                asdict(one) | {"prediction": one.chosen, "correct": one.correct, "points": 1} for one in scores.results
+            ],
+        }
 
 
 def run_evaluate(
     config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None
-) -> ExamResult | OptionsResult:
+) -> ExamResult | OptionsResult | spending.Estimate:
     """Sit an exam: prompts → generations → predictions → the official score.
 
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
     problems, skipped = read_problems(config.problems, config)
+    problems = of_subjects(problems, config.subjects)
     problems = problems[: config.limit] if config.limit else problems
-    if config.method == "options":
+    if config.method != "generate":
         check_ids(problems)
         return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
     shots = read_shots(config.shots, config.shot_count, config)
     check_exam(problems, shots, config)
+    if config.dry_run:
+        prompts = (prompt_of(problem, shots, config) for problem in problems)
+        return spending.estimate("evaluate", engine, prompts, config.sampling, config.server)
     return _sit(open_engine(engine, config.model, config), problems, shots, config, progress, skipped)
 
 
@@ -114,8 +147,9 @@ def _sit(
     left_out: Mapping[str, int],
 ) -> ExamResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
-        sat = sit(model, problems, shots, config, progress)
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
+        journal = Journal(run.path / JOURNAL)
+        sat = sit(model, problems, shots, config, progress, journal)
         predictions = [prediction for prediction, _, _ in sat]
         if is_primary_process():
             write_predictions(run.path / PREDICTIONS, predictions)
@@ -129,6 +163,8 @@ def _sit(
             score=score(problems, predictions, lenient=config.lenient),
             endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
+            problem_set=config.problem_set,
+            server=account(model, journal.facts),
         )
         run.finish(result.to_json())
     return result
@@ -138,15 +174,23 @@ def _choose_options(
     model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
 ) -> OptionsResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name) as run:
-        scores = score_options(model, model.tokenizer, problems, prompt=config.option_prompt, batch_size=config.batch_size)
+    with Run(config.run, config, engine=model.name, resume="auto") as run:
+        scores = score_options(
+            model,
+            model.tokenizer,
+            problems,
+            prompt=config.option_prompt,
+            method="letters" if config.method == "letters" else "options",
+            batch_size=config.batch_size,
+        )
         result = OptionsResult(
             engine=model.name,
             model=config.label or model_label(config.model),
-            setting="zero-shot options",
+            setting=f"zero-shot {config.method}",
             seconds=time.monotonic() - began,
             control_tokens=written_out(model, problems),
             scores=replace(scores, left_out={**left_out, **scores.left_out}),
+            problem_set=config.problem_set or ", ".join(Path(path).stem for path in config.problems),
         )
         run.finish(result.to_json())
     return result

@@ -46,6 +46,20 @@ def read_shots(path: str | None, count: int, laid_out: ProblemLayout) -> tuple[P
     return shots[:count]
 
 
+def of_subjects(problems: Sequence[Problem], subjects: Sequence[str]) -> tuple[Problem, ...]:
+    """The problems of these subjects; all where none is named.
+
+    Raises:
+        UserError: a subject that no problem has.
+    """
+    known = {problem.category for problem in problems}
+    for subject in subjects:
+        if subject not in known:
+            there = ", ".join(sorted(name for name in known if name)) or "no subjects"
+            raise UserError(f"no problem is of the subject '{subject}' (--subjects); the files have {there}")
+    return tuple(problem for problem in problems if not subjects or problem.category in subjects)
+
+
 def written_out(model: Any, problems: Iterable[Problem]) -> dict[str, int]:
     """Special tokens that are written out in problems, where they end texts or turns; none for a model without a tokenizer."""
     texts = (text for problem in problems for text in (problem.text, *problem.choices, problem.explanation or ""))

@@ -13,7 +13,7 @@ from medllm.config import ModelConfig, Sampling
 from medllm.errors import UserError
 from medllm.exam.endings import EndingCounts
 from medllm.model.adapter import CONFIG, WEIGHTS, open_adapters, refuse_packed
-from medllm.model.directory import ModelDirectory, copy_companions, read_json, write_model
+from medllm.model.directory import ModelDirectory, copy_companions, write_model
 from medllm.model.endings import GENERATION
 from medllm.model.tokenizer import load_tokenizer
 from medllm.quantization import PACKINGS
@@ -25,6 +25,7 @@ from medllm.serving.contract import Contract, check_contract, contract_of, plain
 from medllm.serving.taught import Taught
 from medllm.stage_config import PublishConfig
 from medllm.stages.convert import convert_model
+from medllm.text_files import read_json_object
 
 _TRAINING = ("cpt", "rpo")
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -102,7 +103,7 @@ def _write_weights(config: PublishConfig, base: ModelDirectory, adapters: Sequen
     if config.weights == "adapter":
         folder.mkdir()
         shutil.copyfile(Path(adapters[0]) / WEIGHTS, folder / WEIGHTS)
-        settings = read_json(Path(adapters[0]) / CONFIG, "a PEFT folder has one")
+        settings = read_json_object(Path(adapters[0]) / CONFIG, "a PEFT folder has one")
         write_json(folder / CONFIG, settings | {"base_model_name_or_path": config.model})
     elif adapters or config.weights in PACKINGS:
         convert_model(config.model, str(folder), adapters, quantization="none" if config.weights == "dense" else config.weights)
@@ -113,7 +114,7 @@ def _write_weights(config: PublishConfig, base: ModelDirectory, adapters: Sequen
 def _write_tokenizer(config: PublishConfig, tokenizer: Any, contract: Contract, folder: Path) -> None:
     """The tokenizer's files as they are, but for the contract's template and tokens; and these in the model's config."""
     copy_companions(Path(config.tokenizer or config.model), folder)
-    settings = read_json(folder / _SETTINGS, "a tokenizer has one") if (folder / _SETTINGS).exists() else {}
+    settings = read_json_object(folder / _SETTINGS, "a tokenizer has one") if (folder / _SETTINGS).exists() else {}
     settings.pop("chat_template", None)
     if config.chat_template == "plain":
         settings["response_template"] = plain_replies(tokenizer.convert_ids_to_tokens(list(contract.ends)))
@@ -124,7 +125,7 @@ def _write_tokenizer(config: PublishConfig, tokenizer: Any, contract: Contract, 
     end_token, pad_token = tokenizer.convert_ids_to_tokens([end, contract.pad])
     write_json(folder / _SETTINGS, {**settings, "eos_token": end_token, "pad_token": pad_token})
     if config.weights != "adapter":
-        described = read_json(folder / "config.json", "it was just written")
+        described = read_json_object(folder / "config.json", "it was just written")
         ends = contract.generation_config(asdict(Sampling()))["eos_token_id"]
         write_json(folder / "config.json", {**described, "eos_token_id": ends, "pad_token_id": contract.pad})
 

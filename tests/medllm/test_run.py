@@ -1,15 +1,24 @@
 """The run folder: what it holds, and that nothing half-written stays behind."""
 
 import dataclasses
+import errno
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
+from medllm.host.lock import LOCK
 from medllm.run import Run, atomic_path
 from medllm.stage_config import FREE_ON_RESUME, CptConfig, EvaluateConfig, RpoConfig
+
+PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
 def config(tmp_path):
@@ -104,6 +113,54 @@ def test_a_run_goes_on_only_with_the_engine_and_settings_it_was_begun_with(tmp_p
     assert Run(tmp_path / "run", longer, engine="jax", resume=True).metrics() == [{"step": 1, "loss": 1.0}]
 
 
+def test_the_same_path_spelled_otherwise_is_the_same_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        (tmp_path / name).mkdir()
+    begun = EvaluateConfig(ModelConfig("base"), "run", ("base", "exam.jsonl"))
+    Run("run", begun)
+    same = dataclasses.replace(begun, model=ModelConfig(str(tmp_path / "base")), problems=("./base/", "exam.jsonl"))
+    Run("run", same, resume="auto")
+    other = dataclasses.replace(begun, problems=("other", "exam.jsonl"))
+    with pytest.raises(UserError, match=r"was begun with problems = \['./base/', 'exam.jsonl'\], now it is \['other'"):
+        Run("run", other, resume="auto")
+
+
+def test_a_run_goes_on_by_itself_until_it_is_finished(tmp_path):
+    with Run(tmp_path / "run", config(tmp_path)) as run:
+        run.log(1, loss=1.0)
+    with Run(tmp_path / "run", config(tmp_path), resume="auto") as run:
+        assert run.metrics() == [{"step": 1, "loss": 1.0}]
+        run.finish({"loss": 1.0})
+    with pytest.raises(UserError, match="already holds a finished run; give another --run"):
+        Run(tmp_path / "run", config(tmp_path), resume="auto")
+    assert json.loads((run.path / "result.json").read_text()) == {"loss": 1.0}
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    """Held by another process, named with its machine; let go however that ends."""
+    hold = f"from medllm.host.lock import FolderLock; from pathlib import Path; held = FolderLock(Path({str(tmp_path)!r}))"
+    with subprocess.Popen([sys.executable, "-c", f"{hold}; print(1, flush=True); input()"], text=True, **PIPES) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match=rf"process {other.pid} on {re.escape(socket.gethostname())} is at work here"):
+            Run(tmp_path, config(tmp_path), resume="auto")
+        assert [file.name for file in tmp_path.iterdir()] == [LOCK]
+        other.kill()
+        other.wait()
+    with Run(tmp_path, config(tmp_path), resume="auto"):
+        assert f"process {os.getpid()} on " in (tmp_path / LOCK).read_text()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("medllm.host.lock.fcntl.lockf", refuse)
+    Run(tmp_path / "run", config(tmp_path)).finish({})
+    assert "cannot be locked (No locks available); start one process at a time" in capsys.readouterr().err
+
+
 def test_where_the_reference_is_kept_may_change_on_resuming(tmp_path):
     """It is the same numbers, found there or computed anew."""
     begun = RpoConfig(ModelConfig("base"), str(tmp_path / "run"), "preferences.jsonl", reference_cache="here")
@@ -112,8 +169,9 @@ def test_where_the_reference_is_kept_may_change_on_resuming(tmp_path):
         assert Run(begun.run, dataclasses.replace(begun, reference_cache=elsewhere), resume=True).metrics()
 
 
-def test_every_setting_that_is_free_on_resuming_is_one_of_a_training_stage():
-    settings = dataclasses.asdict(RpoConfig(ModelConfig("base"), "run", "preferences.jsonl"))
+def test_every_setting_that_is_free_on_resuming_is_one_of_a_stage():
+    stages = (RpoConfig(ModelConfig("base"), "run", "preferences.jsonl"), EvaluateConfig(ModelConfig("base"), "run", ("exam",)))
+    settings = {name: value for stage in stages for name, value in dataclasses.asdict(stage).items()}
     for name in FREE_ON_RESUME:
         found = settings
         for part in name.split("."):

@@ -17,18 +17,23 @@ from unittest import mock
 
 import pytest
 
+from jax_medllm.plan import probe
+from jax_medllm.train.timed_steps import copy_bytes
 from medllm.bench import device
 from medllm.bench.device_shapes import SMOKE
+from medllm.host.child import run_in_child
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_bench.sh"
 
 
-def in_this_process(module, name, settings, **_):
-    """In place of a child: the same module run as a program, given the same words and answering in the same line.
+def in_this_process(module, name, settings, **more):
+    """In place of most children: the same module run as a program, given the same words and answering in the same line.
 
     No time is left for steps, so that each engine times one, and the reference in the first way that it can be set.
     """
-    settings = settings if name in ("rates", "check") else {**settings, "seconds": 0.0}
+    if name == "rates":
+        return run_in_child(module, name, settings, **more)
+    settings = settings if name == "check" else {**settings, "seconds": 0.0}
     words, printed = [module, name, json.dumps(settings)], io.StringIO()
     with mock.patch.object(sys, "argv", words), redirect_stdout(printed), pytest.raises(SystemExit) as ended:
         runpy.run_module(module, run_name="__main__")
@@ -36,22 +41,19 @@ def in_this_process(module, name, settings, **_):
     return json.loads(printed.getvalue().splitlines()[-1])
 
 
-def test_the_script_runs_it_each_part_in_a_process_of_its_own(tmp_path):
-    """The cheapest of it: each part is run below."""
-    out = tmp_path / "gpu.json"
+def test_the_script_is_the_bench_with_its_words(tmp_path):
     environment = {**os.environ, "MEDLLM_PYTHON": sys.executable, "PYTHONPATH": ""}
-    command = ["bash", str(SCRIPT), "--smoke", "--engines", "jax", "--parts", "decode", "--out", str(out)]
+    command = ["bash", str(SCRIPT), "--smoke", "--out", "absent/gpu.json"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [found["part"] for found in json.loads(out.read_text())["parts"]] == ["rates", "decode"]
-    assert done.stdout.strip().splitlines()[-1].startswith("gpu_bench:")
-    assert Path(f"{out}.log").stat().st_size > 0
+    assert (done.returncode, done.stderr.partition(":")[0]) == (2, "gpu_bench"), done.stderr
+    assert "--out absent/gpu.json: its folder does not exist" in done.stderr
 
 
 @pytest.mark.slow
 def test_everything_runs_once_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     out = tmp_path / "gpu.json"
     monkeypatch.setattr(device, "run_in_child", in_this_process)
+    monkeypatch.setattr(probe, "copy_bytes", lambda size: copy_bytes(2**20))
     assert device.main(["--smoke", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert set(result["preflight"]) == {"versions", "jax", "torch"}
@@ -79,3 +81,6 @@ def test_everything_runs_once_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     assert result["targets"] == []
     table = capsys.readouterr().out.strip().rpartition("\n\n")[2].splitlines()
     assert sum(line.startswith("smoke ") and " tokens/s " in line for line in table) == 3
+    assert table[-1].startswith("gpu_bench:")
+    children = re.findall(r"^\$ .* -m (\S+) rates", Path(f"{out}.log").read_text("utf-8"), re.MULTILINE)
+    assert children == ["jax_medllm.bench.device", "torch_ref.device_bench"]

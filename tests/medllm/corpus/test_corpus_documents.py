@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,6 +56,18 @@ def test_a_text_stays_the_text_it_is_whatever_it_looks_like(tmp_path):
     pq.write_table(pa.table({"text": plain["text"].cast(pa.large_string())}), tmp_path / "large.parquet")
     for file in sorted(tmp_path.iterdir()):
         assert [document.text for document in found(file)] == LOOKS_LIKE_SOMETHING_ELSE, file.name
+
+
+def test_an_arrow_file_whose_texts_lead_out_of_it_is_refused(tmp_path):
+    Dataset.from_list([{"text": "本文"}, {"text": "別"}]).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    good, damaged = (struct.pack("<3i", 0, end, 9) for end in (6, 2**30))
+    data = file.read_bytes()
+    assert data.count(good) == 1
+    file.unlink()
+    file.write_bytes(data.replace(good, damaged))
+    with pytest.raises(UserError, match="cannot read"):
+        found(tmp_path / "set")
 
 
 def test_a_json_file_may_hold_one_document(tmp_path):

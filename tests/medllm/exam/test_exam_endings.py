@@ -130,11 +130,11 @@ def test_the_published_answers_to_the_119th_exam_run_on_and_are_right_less_often
         pytest.skip("IGAKUQA119_DIR is not set: a checkout of IgakuQA119 (questions, answers, results)")
     found = {model: _published(Path(folder), model) for model in ("pfn-medllm-qwen-72b", "qwen2_5-72b")}
     assert {model: (len(on), len(off)) for model, (on, off) in found.items()} == {
-        "pfn-medllm-qwen-72b": (90, 110),
+        "pfn-medllm-qwen-72b": (94, 106),
         "qwen2_5-72b": (0, 200),
     }
     on, off = found["pfn-medllm-qwen-72b"]
-    assert (sum(on), sum(off)) == (43, 89)  # 48 % right where it runs on, 81 % where it ends
+    assert (sum(on), sum(off)) == (46, 86)  # 49 % right where it runs on, 81 % where it ends
 
 
 def _published(folder: Path, model: str) -> tuple[list[bool], list[bool]]:

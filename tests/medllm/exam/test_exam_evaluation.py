@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generation
 from medllm.errors import UserError
-from medllm.exam.evaluation import OPTION_PROMPTS, check_exam, evaluate, score_options, write_predictions
+from medllm.exam.evaluation import check_exam, evaluate, score_options, write_predictions
+from medllm.exam.option_prompts import OPTION_PROMPTS, option_prompt
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
@@ -161,24 +162,73 @@ def test_options_are_ranked_by_summed_and_by_mean_likelihood():
     assert scores.left_out == {"several right options": 1, "numeric problem": 1}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "text"),
-    [
-        ("mcqa", "Question: 空は。\nAnswer: "),
-        ("mcqa_jp", "質問：空は。\n回答："),
-        ("mcqa_with_options", "Question: 空は。\nA. 赤\nB. 青\nAnswer: "),
-        ("mcqa_with_options_jp", "質問：空は。\nA. 赤\nB. 青\n答え："),
-    ],
-)
-def test_the_option_prompts_are_jmedbenchs(prompt, text):
+# Written out from templates/mcqa.py of nii-nlp/med-eval, and from the pairs in the table of its README.
+JMEDBENCH = {
+    "mcqa_minimal": ("空は。\n", "要約。\n空は。\n", "空は。\nA. 赤\nB. 青\n", "要約。\n空は。\nA. 赤\nB. 青\n"),
+    "mcqa_with_options_jp": (
+        "質問：空は。\nA. 赤\nB. 青\n答え：",
+        "要旨：要約。\n質問：空は。\n答え：",
+        "質問：空は。\nA. 赤\nB. 青\n答え：",
+        "要旨：要約。\n質問：空は。\nA. 赤\nB. 青\n答え：",
+    ),
+    "mcqa_with_options": (
+        "Question: 空は。\nA. 赤\nB. 青\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nAnswer: ",
+        "Question: 空は。\nA. 赤\nB. 青\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nA. 赤\nB. 青\nAnswer: ",
+    ),
+    "mcqa": (
+        "Question: 空は。\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nAnswer: ",
+        "Question: 空は。\nA. 赤\nB. 青\nAnswer: ",
+        "Abstract: 要約。\nQuestion: 空は。\nA. 赤\nB. 青\nAnswer: ",
+    ),
+    "mcqa_jp": (
+        "質問：空は。\n回答：",
+        "要旨：要約。\n質問：空は。\n答え：",
+        "質問：空は。\nA. 赤\nB. 青\n回答：",
+        "要旨：要約。\n質問：空は。\nA. 赤\nB. 青\n答え：",
+    ),
+}
+
+
+@pytest.mark.parametrize("prompt", JMEDBENCH)
+@pytest.mark.parametrize("context", [None, "要約。"])
+@pytest.mark.parametrize("method", ["options", "letters"])
+def test_the_option_prompts_are_jmedbenchs(prompt, context, method):
     engine = LikelihoodEngine()
-    score_options(engine, CharacterTokenizer(), [Problem("x", "空は。", ("赤", "青"), ("a",))], prompt=prompt)
+    asked = Problem("x", "空は。", ("赤", "青"), ("a",), context=context)
+    score_options(engine, CharacterTokenizer(), [asked], prompt=prompt, method=method)
+    text = JMEDBENCH[prompt][2 * (method == "letters") + bool(context)]
     read = [["".join(map(chr, tokens)) for tokens in (one.prompt, one.completion)] for one in engine.seen]
-    space = " " if text.endswith(" ") else ""
-    assert read == [[text.rstrip(), f"{space}赤"], [text.rstrip(), f"{space}青"]], (
+    before = text.rstrip()
+    answers = "赤青" if method == "options" else "AB"
+    assert read == [[before, text[len(before) :] + answer] for answer in answers], (
         "the last space is the option's, as in lm-eval"
     )
-    assert prompt in OPTION_PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("context", "beginning", "end"),
+    [
+        (None, "あなたは医学博士です。", "質問：空は。\n選択肢：\nA. 赤\nB. 青\n答え："),
+        ("要約。", "臨床科学と医学知識の専門家である医師として、", "お答えください。\n要旨：要約。\n質問：空は。\n答え："),
+    ],
+)
+def test_the_instructed_prompt_is_another_where_there_is_a_context(context, beginning, end):
+    text = option_prompt(Problem("x", "空は。", ("赤", "青"), ("a",), context=context), "4o_mcqa_instructed_jp")
+    assert text.startswith(beginning)
+    assert text.endswith(end)
+    assert set(OPTION_PROMPTS) == {*JMEDBENCH, "4o_mcqa_instructed_jp"}
+
+
+def test_by_letters_the_likeliest_letter_is_chosen_whatever_its_option_says():
+    engine = LikelihoodEngine(A=2.0, B=3.0, C=0.5, 赤=0.1)
+    scores = score_options(
+        engine, CharacterTokenizer(), [Problem("x", "空は。", ("赤", "緑", "青"), ("c",), category="sky")], method="letters"
+    )
+    assert [(one.chosen, one.correct, one.category) for one in scores.results] == [("c", True, "sky")]
+    assert scores.results[0].nll == pytest.approx((2.0, 3.0, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +270,7 @@ def test_every_option_is_scored_in_all_its_characters_after_the_same_prompt(byte
     score_options(engine, bytes_and_words, [Problem("x", "どれ。", choices, ("a",))], prompt=prompt)
     (asked,) = {one.prompt for one in engine.seen}
     for one, choice in zip(engine.seen, choices, strict=True):
-        assert bytes_and_words.decode(one.completion).lstrip(" ：") == choice
+        assert bytes_and_words.decode(one.completion).lstrip(" ：\n") == choice
         assert bytes_and_words.decode([*asked, *one.completion]).endswith(choice)
         assert [*asked, *one.completion] == bytes_and_words(bytes_and_words.decode([*asked, *one.completion]))["input_ids"]
 
@@ -232,5 +282,5 @@ def test_what_cannot_be_scored_by_likelihood_is_refused():
         score_options(LikelihoodEngine(), CharacterTokenizer(), [numeric])
     with pytest.raises(UserError, match=r"file\.jsonl:2: problem e has an empty option"):
         score_options(LikelihoodEngine(), CharacterTokenizer(), [empty])
-    with pytest.raises(UserError, match="no prompt is called 'best'; there are mcqa"):
+    with pytest.raises(UserError, match="no prompt is called 'best'; there are mcqa_minimal"):
         score_options(LikelihoodEngine(), CharacterTokenizer(), [PROBLEMS[0]], prompt="best")

@@ -1,6 +1,7 @@
 """Public layouts are recognised by their fields; what is no problem is not taken for one; other benches' results are read."""
 
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -9,11 +10,16 @@ import pytest
 from medllm.cli import main
 from medllm.errors import UserError
 from medllm.exam.field_map import known_layouts
-from medllm.exam.loaders import load_problems
+from medllm.exam.loaders import load_problems, write_problems
 from medllm.exam.predictions import Prediction, in_letters, in_no_letters, read_predictions
+from medllm.exam.scoring import score
+from medllm.stages.problems import of_subjects
 
 COLOURS = ["赤", "青", "緑"]
 EXAM = {"problem_id": "1", "problem_text": "何色か。", "choices": COLOURS, "answer": ["b"]}
+
+SHEET = {"index": "1", "text_only": True, "kinki": "", "human_accuracy": "0.9", "points": "1", "answer": "A"}
+"""A row of KokushiMD-10 without its question."""
 
 # layout → (rows, one problem's id, choices, answer, points, year, text_only)
 ROWS = {
@@ -48,14 +54,18 @@ ROWS = {
     ),
     "kokushimd": (
         [
-            {"index": "k1", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "B", "points": 2.0},
-            {"index": "k2", "question": "何色か。", "options": {"a": "赤", "b": "青"}, "answer": "NA", "points": "1"},
+            {**SHEET, "question": "何色か。", "a": "赤", "b": "青", "answer": "B", "points": 2.0},
+            {**SHEET, "question": "何色か。", "a": "赤", "b": "青", "answer": "NA", "points": "1"},
         ],
-        ("k1", ["赤", "青"], ("b",), 2, None, True),
+        ("file-1", ["赤", "青"], ("b",), 2, None, True),
     ),
     "jmedbench": (
         [{"sample_id": "s1", "question": "何色か。", "options": COLOURS, "answer_idx": 1, "n_options": 3}],
         ("s1", COLOURS, ("b",), 1, None, True),
+    ),
+    "mmmlu": (
+        [dict(zip(("", "Question", "A", "B", "C", "D", "Answer", "Subject"), "0何赤青緑白Ba", strict=True))],
+        ("file-1", ["赤", "青", "緑", "白"], ("b",), 1, None, True),
     ),
     "jmedllm": (
         [dict(zip(("tag", "question", "optionA", "optionB", "optionC", "optionD", "answer"), "t何赤青緑白B", strict=True))],
@@ -103,6 +113,26 @@ def test_what_is_no_problem_in_a_folder_is_never_one(tmp_path):
     loaded = load_problems(tmp_path)
     assert [problem.problem_id for problem in loaded.problems] == ["1"]
     assert len(loaded.ignored) == 3
+
+
+def test_an_abstract_is_a_context_and_a_column_a_subject(tmp_path):
+    row = {"sample_id": "1", "question": "効くか。", "options": ["はい", "いいえ"], "answer_idx": 1, "n_options": 2}
+    (tmp_path / "pubmedqa.jsonl").write_text(json.dumps(row | {"metadata": {"context": "効かなかった。"}}), encoding="utf-8")
+    (problem,) = load_problems(tmp_path / "pubmedqa.jsonl").problems
+    assert (problem.text, problem.context, problem.question) == ("効くか。", "効かなかった。", "効かなかった。\n効くか。")
+    write_problems(tmp_path / "again.jsonl", [problem])
+    assert load_problems(tmp_path / "again.jsonl").problems == (problem,)
+    csv = ',Question,A,B,C,D,Answer,Subject\n0,"何色か、空は。",赤,青,緑,白,B,anatomy\n1,何か。,赤,青,緑,白,A,law\n'
+    (tmp_path / "mmlu_JA-JP.csv").write_text(csv, encoding="utf-8")
+    problems = load_problems(tmp_path / "mmlu_JA-JP.csv").problems
+    assert [(one.text, one.answer, one.category) for one in problems] == [
+        ("何色か、空は。", ("b",), "anatomy"),
+        ("何か。", ("a",), "law"),
+    ]
+    assert [one.category for one in of_subjects(problems, ("law",))] == ["law"]
+    assert of_subjects(problems, ()) == problems
+    with pytest.raises(UserError, match=r"of the subject 'biology' \(--subjects\); the files have anatomy, law"):
+        of_subjects(problems, ("law", "biology"))
 
 
 def test_a_layout_of_ones_own_and_bad_rows_by_reason(tmp_path):
@@ -167,6 +197,48 @@ def test_a_file_in_another_alphabet_is_read_in_letters(given, alphabet, read):
     assert ([one.prediction for one in found], said) == ([*read, "26"], alphabet)
     letters = [one for one in read if one and set(one) <= set("abc, ")]
     assert in_no_letters(found, {"q0": 3, "q1": 3, "number": 0}) == len(list(filter(None, read))) - len(letters)
+
+
+def test_an_answer_sheet_scores_numbered_predictions_as_its_own_scorer_does(tmp_path):
+    """KokushiMD-10's repository holds no questions; its scorer joins by row, and drops all but letters and digits."""
+    sheet, results = tmp_path / "exams", tmp_path / "results"
+    sheet.mkdir(), results.mkdir()
+    rows = [
+        {**SHEET, "answer": "CA", "kinki": ["D"], "points": "3"},
+        {**SHEET, "answer": "B"},
+        {**SHEET, "answer": "NA"},
+        {**SHEET, "answer": "42", "points": 1.0},
+        {**SHEET, "answer": "E", "corrected_question_index": "7"},
+        {**SHEET, "answer": "F"},
+    ]
+    (sheet / "医師_2020_b.json").write_text(json.dumps(rows), encoding="utf-8")
+    (sheet / "医師_2020_b_history.json").write_text(json.dumps([{**row, "pred": "A"} for row in rows]), encoding="utf-8")
+    said = [{"pred": "A, C."}, {"pred": "D"}, {"pred": "A"}, {"pred": "42"}, {"pred": "E"}, {"pred": "F"}]
+    (results / "医師_2020_b_pred.json").write_text(json.dumps(said), encoding="utf-8")
+    loaded = load_problems(sheet)
+    assert loaded.skipped == {"no gold answer": 2}
+    assert [Path(file).name for file in loaded.ignored] == ["医師_2020_b_history.json"]
+    first = loaded.problems[0]
+    assert (first.problem_id, first.answer, first.kinki, first.points) == ("医師_2020_b-1", ("a", "c"), ("d",), 3)
+    assert (first.year, first.section, first.category, first.text_only) == (2020, "B", "医師", False)
+    kept = [one for one in read_predictions(results) if one.problem_id not in loaded.skipped_ids]
+    sheet_of = score(loaded.problems, kept)
+    assert (sheet_of.points, sheet_of.correct, sheet_of.questions) == (3 + 1 + 1, 3, 4)
+
+
+def test_digits_are_letters_where_options_are_numbered(tmp_path):
+    options = {"1": "赤", "2": "青", "3": "緑"}
+    rows = [
+        {**SHEET, "question": "何色か。", **options, "answer": "31"},
+        {**SHEET, "question": "何色か。", **options, "answer": "2"},
+    ]
+    (tmp_path / "看護_2021_a.json").write_text(json.dumps(rows), encoding="utf-8")
+    said = tmp_path / "看護_2021_a_pred.json"
+    problems = load_problems(tmp_path / "看護_2021_a.json").problems
+    assert [problem.answer for problem in problems] == [("a", "c"), ("b",)]
+    said.write_text(json.dumps([{"pred": "13"}, {"pred": "2"}]), encoding="utf-8")
+    read, alphabet = in_letters(read_predictions(said), {problem.problem_id: 3 for problem in problems})
+    assert ([one.prediction for one in read], alphabet) == (["a,c", "b"], "digits")
 
 
 def test_a_number_in_full_width_digits_is_the_number():
@@ -245,11 +317,11 @@ def test_a_layout_of_ones_own_is_for_the_files_that_have_its_fields(tmp_path):
 @pytest.mark.parametrize(
     ("known_by", "question", "said"),
     [
-        ("[]", "stem", r"known_by is \[\]; expected a list of fields"),
-        ("stem", "stem", "known_by is 'stem'; expected a list of fields"),
-        ("['']", "stem", r"known_by is \[''\]; expected a list of fields"),
-        ("[stem]", "''", "question is ''; expected the field that holds the question"),
-        ("[stem]", "[stem]", r"question is \['stem'\]; expected the field"),
+        ("[]", "stem", "known_by and question name fields"),
+        ("['']", "stem", "known_by and question name fields"),
+        ("[stem]", "''", "known_by and question name fields"),
+        ("stem", "stem", "known_by is 'stem', which is not what a layout has there"),
+        ("[stem]", "[stem]", "question is .*, which is not what a layout has there"),
     ],
 )
 def test_a_layout_that_any_row_or_none_would_have_is_refused(tmp_path, known_by, question, said):

@@ -40,7 +40,7 @@ def test_missing_things_are_named(tmp_path, base):
     with pytest.raises(UserError, match=r"no config\.json"):
         ModelDirectory(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("{not json")
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         ModelDirectory(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="only safetensors weights are read"):

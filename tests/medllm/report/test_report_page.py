@@ -21,9 +21,7 @@ from medllm.report.page import render, write_report
 from medllm.report.results import build_table
 from medllm.report.runs import read_cell, read_run, report_from_runs
 from medllm.report.study import choose_examples, composition
-from medllm.run import Run
-from medllm.stage_config import EvaluateConfig
-from tests.written_study import ATTACK, CHANCES, DRAW, MODEL, SETTINGS, problems, write_study
+from tests.written_study import ATTACK, CHANCES, DRAW, SETTINGS, problems, write_study
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +250,7 @@ def test_a_missing_preference_file_or_folder_is_named(folders, tmp_path):
         report_from_runs([tmp_path / "nowhere"])
     with pytest.raises(UserError, match="at least one 'medllm evaluate'"):
         report_from_runs(folders[:1])
-    with pytest.raises(UserError, match="at least one 'medllm evaluate'; given: none"):
+    with pytest.raises(UserError, match=r"at least one 'medllm evaluate'.*given: none"):
         report_from_runs([])
 
 
@@ -279,8 +277,8 @@ def test_an_odd_result_is_refused_with_its_place(folders, tmp_path, change, mess
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("result.json", "{", r"result\.json:1: not JSON"),
-        ("result.json", "[]", "expected one JSON object"),
+        ("result.json", "{", r"result\.json: not JSON"),
+        ("result.json", "[]", "a JSON object was expected"),
         ("config.yaml", "a: [", "not YAML"),
         ("config.yaml", "- a", "expected settings by name"),
         ("metrics.jsonl", '{"loss": 1}', r"metrics\.jsonl:1: expected numbers"),
@@ -308,23 +306,3 @@ def test_two_folders_of_one_name_are_two_sets_of_preference_data(folders, tmp_pa
     kept = report_from_runs([folders[1], again, *folders[3:5]], draw=DRAW).preferences
     assert list(kept) == [f"{folders[1].parent.name}/curate", f"{tmp_path.name}/curate"]
     assert report_from_runs([folders[1], *folders[3:5]], draw=DRAW).preferences.keys() == {"curate"}
-
-
-def options_run(path: Path, **changes) -> Path:
-    with Run(path, EvaluateConfig(MODEL, "options", ("exam.jsonl",), method="options")) as run:
-        shares = {"accuracy": 0.25, "normalized_accuracy": 0.5}
-        run.finish({"stage": "options", "model": "the options model", "questions": 37, **shares, **changes})
-    return path
-
-
-def test_an_exam_by_likelihood_stands_beside_the_table(folders, tmp_path):
-    text = render(report_from_runs([*folders[3:5], options_run(tmp_path / "options")], draw=DRAW))
-    row = text[text.index("Zero-shot choice by likelihood") :].split("</tbody>")[0]
-    assert re.search(r"the options model</th>\s*<td[^>]*>37</td>\s*<td[^>]*>0\.25\d*</td>\s*<td[^>]*>0\.50*</td>", row)
-
-
-def test_an_exam_by_likelihood_alone_is_no_report(folders, tmp_path):
-    with pytest.raises(UserError, match="method options gives no points"):
-        report_from_runs([options_run(tmp_path / "options")])
-    with pytest.raises(UserError, match=r"result\.json: 'accuracy' is missing or not float"):
-        read_run(options_run(tmp_path / "odd", accuracy="most"))

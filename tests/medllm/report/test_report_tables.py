@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from rich.console import Console
 
 from medllm.errors import UserError
 from medllm.exam.scoring import ProblemResult
-from medllm.report import paper, tables, wording
+from medllm.report import page, paper, tables, wording
 from medllm.report.results import Cell, breakdown, build_table
 from medllm.report.statistics import Bootstrap
+from medllm.report.study import ReportInput
 
 PLAIN, EXPLAINED = "3-shot", "3-shot with explanation"
 DRAW = Bootstrap(resamples=500)
@@ -177,3 +180,36 @@ def test_every_name_leads_to_one_published_row():
         for label in (row.model, *row.labels):
             assert paper.published(label) is row
             assert paper.published(label.upper().replace(" + ", "+")) is row
+
+
+def test_the_papers_figures_are_found_by_model_setting_and_set():
+    value = paper.published_value
+    assert [value("GPT-4o", setting) for setting in (PLAIN, EXPLAINED, "zero-shot")] == [0.866, 0.881, None]
+    assert (value("GPT-4", PLAIN), value("GPT-4", EXPLAINED), value("mine", PLAIN)) == (0.782, None, None)
+    by_letters = [value("Qwen2.5-72B-Instruct", "zero-shot letters", name) for name in paper.SETS]
+    assert by_letters == [0.795, 0.626, 0.601, 0.714]
+    assert value("Qwen2.5-72B", PLAIN, "MedQA") is value("Qwen2.5-72B", "zero-shot options", "sky") is None
+
+
+def test_the_papers_means_are_those_of_its_sets_and_years():
+    means = {row.model: sum(row.sets) / len(paper.SETS) for row in paper.IGAKUQA if row.sets}
+    assert {model: round(mean, 3) for model, mean in means.items()} == pytest.approx(
+        {"Preferred-MedLLM-Qwen-72B (CPT+RPO)": 0.716, "CPT": 0.710, "Qwen2.5-72B": 0.705, "Qwen2.5-72B-Instruct": 0.684},
+        abs=6e-4,
+    )
+    for row in paper.IGAKUQA:
+        assert not row.years or sum(row.years) / 2485 == pytest.approx(row.plain, abs=6e-4)
+
+
+def test_points_by_year_stand_beside_the_papers():
+    cells = [
+        dataclasses.replace(cell(model, setting, "1"), by_year={"2018": (400, 499), "2022": (300, 500)})
+        for model, setting in (("Qwen2.5-72B", PLAIN), ("Qwen2.5-72B", EXPLAINED), ("GPT-4", PLAIN))
+    ]
+    rows = tables.years_to_json([*cells, cell("no years", PLAIN, "1")])
+    assert [row["published"] for row in rows] == [{"2018": 412, "2022": 399}, None, None]
+    assert [row["mean"] for row in rows] == [pytest.approx((400 / 499 + 300 / 500) / 2)] * 3
+    text = page.render(ReportInput("title", "jax", {}, tuple(cells), draw=DRAW))
+    rows = text[text.index("Points by exam year") :].split("</tbody>")[0]
+    assert re.search(r"published, 3-shot</td>\s*<td[^>]*>412</td><td[^>]*>399</td>\s*<td[^>]*>0\.802", rows)
+    assert "400/499" in rows

@@ -132,3 +132,20 @@ def test_an_engine_alone_is_asked_without_a_server(exam, tmp_path, capsys):
 def test_a_model_that_is_no_folder_needs_a_server(exam, capsys):
     assert main(["check-serving", "--model", "nowhere", "--problems", str(exam / "exam.jsonl"), "--shot_count", "0"]) == 2
     assert "name the server that has a model of this name (--url)" in capsys.readouterr().err
+
+
+def test_a_server_sits_the_exam_and_curates_as_the_engine_does(server, exam, tmp_path, monkeypatch):
+    """Greedy texts are the engine's own; samples come one by one, where the server does not take several a request."""
+    monkeypatch.setenv("OPENAI_BASE_URL", server)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    folder = published(tmp_path / "right", stop=None)  # a request's own stop strings take the place of the folder's
+    files = ["--problems", str(exam / "exam.jsonl"), "--sampling.max_new_tokens", "24", "--model.path", folder]
+    shown = ["--shots", str(exam / "shots.jsonl"), *"--explanation true --template curation --answer_as text".split()]
+    for engine, own in (("openai", []), ("jax", ["--model.dtype", "float32"])):
+        assert main(["evaluate", "--engine", engine, "--run", str(tmp_path / engine), *files, *shown, *own]) == 0
+    assert (tmp_path / "openai/predictions.jsonl").read_bytes() == (tmp_path / "jax/predictions.jsonl").read_bytes()
+    drawn = "--engine openai --shot_count 1 --problems_until 2030 --sampling.samples 2".split()
+    assert main(["curate", "--run", str(tmp_path / "drawn"), *drawn, *files]) == 0
+    result = json.loads((tmp_path / "drawn/result.json").read_text("utf-8"))
+    assert (result["samples"], result["server"]["url"]) == (4, f"{server}/")
+    assert 2 <= result["server"]["requests"] <= 4

@@ -1,86 +1,39 @@
 """The API engine against a server on the loopback interface."""
 
-import json
 import logging
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 pytest.importorskip("openai", reason="openai is not installed: pip install 'medllm[eval]'")
 
-from medllm import openai_engine
 from medllm.config import ModelConfig, Sampling
 from medllm.engines import open_engine, open_scorer, open_trainer
 from medllm.errors import UserError
 from medllm.exam.evaluation import evaluate
 from medllm.exam.problem import Problem
 from medllm.model.tokenizer import Message
-from medllm.stage_config import EvaluateConfig
+from medllm.stage_config import EvaluateConfig, ServerConfig
+from tests.fake_server import Server, reply
 
 KEY = "sk-secret-of-the-test"
 CHAT = (Message("system", "解きます。"), Message("user", "空は何色か。"))
 
 
-class Server(ThreadingHTTPServer):
-    """Answers with ``respond(path, body)``: (status, reply). Remembers requests and how many were open at once."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.keys, self.open, self.most_open = [], [], 0, 0
-        self.lock = threading.Lock()
-        self.respond = lambda path, body: (200, reply(path, "c"))
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append((self.path, body))
-            self.server.keys.append(self.headers["Authorization"])
-            self.server.open += 1
-            self.server.most_open = max(self.server.most_open, self.server.open)
-        status, answer = self.server.respond(self.path, body)
-        with self.server.lock:
-            self.server.open -= 1
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "1")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
-
-def reply(path, text, finish="stop"):
-    choice = {"index": 0, "finish_reason": finish}
-    choice |= {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
-    return {"id": "1", "object": "completion", "created": 0, "model": "m", "choices": [choice]}
-
-
 @pytest.fixture
 def server(monkeypatch):
     running = Server()
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{running.server_port}/v1")
+    monkeypatch.setenv("OPENAI_BASE_URL", running.url)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    yield running
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    with running.running():
+        yield running
 
 
-def engine():
-    return open_engine("openai", ModelConfig("tiny-model"))
+def engine(**server):
+    stage = EvaluateConfig(ModelConfig("tiny-model"), "run", ("p",), server=ServerConfig(**server))
+    return open_engine("openai", ModelConfig("tiny-model"), stage)
 
 
 def test_a_conversation_goes_to_the_chat_endpoint(server):
@@ -134,15 +87,20 @@ def test_no_more_requests_are_open_than_the_batch_size(server):
 
 
 def test_stop_strings_beyond_the_apis_four_are_cut_here(server):
-    server.respond = lambda path, body: (200, reply(path, "c5d2e", "length"))
+    server.respond = lambda path, body: (200, reply(path, "c5d2e", finish="length"))
     ((generation,),) = engine().generate(["x"], Sampling(stop=("1", "2", "3", "4", "5")))
     assert server.requests[0][1]["stop"] == ["1", "2", "3", "4"]
     assert (generation.text, generation.finish, generation.stopped) == ("c", "stop", "5")
 
 
 def test_a_reply_that_ran_out_of_tokens_says_so(server):
-    server.respond = lambda path, body: (200, reply(path, "cut", "length"))
+    server.respond = lambda path, body: (200, reply(path, "cut", finish="length"))
     assert engine().generate([CHAT], Sampling())[0][0].finish == "length"
+
+
+def test_half_a_character_at_the_end_of_a_reply_is_replaced(server):
+    server.respond = lambda path, body: (200, reply(path, "c🤔\ud83e", finish="length"))
+    assert engine().generate(["x"], Sampling())[0][0].text == "c🤔\ufffd"
 
 
 def test_a_busy_server_is_asked_again(server):
@@ -189,20 +147,19 @@ def test_refusals_say_what_to_do(server):
     assert "--sampling settings" in str(refused(server, 400, "context too long"))
     server.respond = lambda path, body: (200, {"error": "elsewhere"})
     with pytest.raises(UserError, match="the reply holds no text"):
-        engine().generate(["x"], Sampling())
+        engine(retries=0).generate(["x"], Sampling())
 
 
 def test_a_server_that_is_not_there_is_named_without_its_password(server, monkeypatch):
-    monkeypatch.setattr(openai_engine, "_RETRIES", 0)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://someone:hidden@127.0.0.1:9/v1")
     with pytest.raises(UserError, match=r"'tiny-model' at http://127\.0\.0\.1:9/v1/: no answer") as error:
-        engine().generate(["x"], Sampling())
+        engine(retries=0).generate(["x"], Sampling())
     assert "hidden" not in str(error.value)
 
 
 def test_openais_own_server_gets_its_own_name_for_the_limit(server, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
-    assert engine()._chat_limit == "max_completion_tokens"
+    assert engine()._client.chat_limit == "max_completion_tokens"
 
 
 def test_what_an_api_cannot_do_is_refused(server, monkeypatch):

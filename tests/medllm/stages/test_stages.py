@@ -10,6 +10,7 @@ from medllm.cli import main
 from medllm.config import ModelConfig, OptionPrompt, Sampling
 from medllm.exam import evaluation
 from medllm.exam.loaders import write_problems
+from medllm.exam.option_prompts import OPTION_PROMPTS
 from medllm.mini.problems import exam_problems, shot_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
@@ -52,16 +53,20 @@ def test_the_exam_is_the_same_on_both_engines(exam, tmp_path):
     assert answers["jax"].count("\n") == 6
 
 
+NONE_RIGHT = evaluation.OptionScores(0, 0, (evaluation.OptionResult("x", ("a",), (2.0, 1.0), (1, 1)),), {})
+
+
 def test_the_prompt_of_an_option_is_a_setting(exam, tmp_path, monkeypatch):
     pytest.importorskip("jax")
     seen = []
-    monkeypatch.setattr(
-        stage, "score_options", lambda *_, prompt, **__: seen.append(prompt) or evaluation.OptionScores(0, 0, (), {})
-    )
-    config = EvaluateConfig(MODEL, str(tmp_path / "run"), (str(exam / "exam.jsonl"),), method="options", option_prompt="mcqa")
-    run_evaluate(config)
-    assert seen == ["mcqa"]
-    assert set(get_args(OptionPrompt)) == set(evaluation.OPTION_PROMPTS)
+    monkeypatch.setattr(stage, "score_options", lambda *_, prompt, method, **__: seen.append((prompt, method)) or NONE_RIGHT)
+    for method in ("options", "letters"):
+        config = EvaluateConfig(
+            MODEL, str(tmp_path / method), (str(exam / "exam.jsonl"),), method=method, option_prompt="mcqa", problem_set="sky"
+        )
+        assert run_evaluate(config).setting == f"zero-shot {method}"
+    assert seen == [("mcqa", "options"), ("mcqa", "letters")]
+    assert set(get_args(OptionPrompt)) == set(OPTION_PROMPTS)
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
@@ -79,4 +84,12 @@ def test_options_are_chosen_by_their_likelihood(engine, exam, tmp_path, capsys):
         assert row["tokens"] == [len(encode(tokenizer, choice)) for choice in problems[row["problem_id"]]["choices"]]
     likeliest = ["abcde"[row["nll"].index(min(row["nll"]))] in row["accepted"] for row in result["results"]]
     assert result["accuracy"] == pytest.approx(sum(likeliest) / len(likeliest))
-    assert "zero-shot options" in capsys.readouterr().out
+    # Wilson's interval, as its formula is written (z of 95 %).
+    n, p, z = len(likeliest), result["accuracy"], 1.959964
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    assert result["interval"] == pytest.approx([low, high], abs=1e-6)
+    assert result["problem_set"] == "exam"
+    said = capsys.readouterr().out
+    assert "zero-shot options" in said
+    assert f"{p:.3f} [{low:.3f}, {high:.3f}] right" in said

@@ -1,0 +1,1 @@
+"""Models behind an OpenAI-compatible server: what is asked, at what pace, what comes of a fault, and what it cost."""

@@ -1,0 +1,106 @@
+"""One damaged file at a time: what reads it must read it, or refuse it in a line."""
+
+from __future__ import annotations
+
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import ArgumentError
+
+from medllm.errors import UserError
+from tests.fuzz.formats import FORMATS
+from tests.fuzz.mutations import damaged_bytes
+
+SECONDS = 10
+
+
+class TooSlow(BaseException):
+    """A file took longer than anybody waits for one line."""
+
+
+@dataclass
+class Outcome:
+    """What became of the damaged files of a format.
+
+    Attributes:
+        read: How many were read all the same.
+        refused: How many were refused in a line.
+        uncaught: Number of the input and the error, of those that ended otherwise.
+        slowest: Seconds of the slowest.
+    """
+
+    read: int = 0
+    refused: int = 0
+    uncaught: list[tuple[int, str]] = field(default_factory=list)
+    slowest: float = 0.0
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How often each error was."""
+        return Counter(error for _, error in self.uncaught)
+
+
+def damage(name: str, number: int, good: bytes) -> bytes:
+    """The damaged file of that number, always the same."""
+    rng = random.Random(f"{name}:{number}")
+    return rng.choice((damaged_bytes, *FORMATS[name].damages * 2))(good, rng)
+
+
+def outcome(name: str, numbers: range) -> Outcome:
+    """Damage a format's file once for each number, and read it."""
+    kind, found = FORMATS[name], Outcome()
+    with tempfile.TemporaryDirectory() as folder:
+        kind.example(Path(folder))
+        file = Path(folder) / kind.file
+        good = file.read_bytes()
+        kind.read(Path(folder))
+        for number in numbers:
+            file.unlink()  # what an earlier reader has mapped into memory stays as it was
+            file.write_bytes(damage(name, number, good))
+            began = time.perf_counter()
+            try:
+                with _limit(SECONDS):
+                    kind.read(Path(folder))
+                found.read += 1
+            except (UserError, ArgumentError) as error:
+                found.refused += 1
+                if not str(error).strip():
+                    found.uncaught.append((number, "an empty line"))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # what is looked for is whatever else there is
+                found.uncaught.append((number, _words(error)))
+            found.slowest = max(found.slowest, time.perf_counter() - began)
+    return found
+
+
+def _words(error: BaseException) -> str:
+    frame = error.__traceback__
+    where = ""
+    while frame:
+        file = frame.tb_frame.f_code.co_filename
+        if "/tests/" not in file and "site-packages" not in file and "/lib/python" not in file:
+            where = f"{Path(file).name}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return f"{type(error).__name__} in {where}: {str(error)[:60]}"
+
+
+@contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

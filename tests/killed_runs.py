@@ -1,0 +1,205 @@
+"""Runs that are killed, and go on: client or server, at moments spread over the run.
+
+::
+
+    python -m tests.killed_runs 10
+
+prints a line a case. A kill is SIGKILL; looked at are the journal, the log of the server, and what the finished run wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medllm.exam.loaders import write_problems
+from medllm.journal import JOURNAL
+from medllm.mini.problems import exam_problems
+from medllm.mini.study import BASE
+from medllm.mini.world import make_world
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_A_TIME, SAMPLES = 2, 2
+STAGES = {
+    "curate": f"--shot_count 1 --problems_until 2030 --sampling.samples {SAMPLES}".split(),
+    "evaluate": "--shot_count 0 --template curation --explanation true".split(),
+}
+OUTPUT = {"curate": "preferences.jsonl", "evaluate": "predictions.jsonl"}
+
+
+def problems(folder: Path, count: int) -> Path:
+    """A file of so many problems with explanations."""
+    write_problems(folder / "problems.jsonl", exam_problems(make_world(), 8)[:count])
+    return folder / "problems.jsonl"
+
+
+def command(stage: str, engine: str, file: Path, run: Path) -> list[str]:
+    """A command that runs ``stage`` with little in each batch."""
+    own = {
+        "openai": f"--model.path rule --server.concurrency {AT_A_TIME} --server.retries 1".split(),
+        "jax": f"--model.path {BASE} --model.dtype float32 --batch_size 2 --sampling.max_new_tokens 24".split(),
+    }
+    head = [sys.executable, "-m", "medllm", stage, "--engine", engine, "--problems", str(file), "--run", str(run)]
+    return [*head, *STAGES[stage], *own[engine]]
+
+
+class Served:
+    """A server in a process of its own, on one port."""
+
+    def __init__(self, folder: Path, delay: float):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log, self.delay = folder / "server.log", delay
+        self.log.touch()
+        self.environment = {"OPENAI_BASE_URL": f"http://127.0.0.1:{self.port}/v1", "OPENAI_API_KEY": "none"}
+
+    def asked(self) -> list[tuple[str, int]]:
+        """Prompt, by its digest, and seed of each request that came."""
+        return [(row["asked"], row["seed"]) for row in map(json.loads, self.log.read_text().splitlines())]
+
+    @contextmanager
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+        words = [sys.executable, "-m", "tests.fake_server", str(self.port), str(self.log), str(self.delay)]
+        with subprocess.Popen(words, cwd=ROOT) as process:
+            try:
+                until(lambda: _listens(self.port), process)
+                yield process
+            finally:
+                process.kill()
+
+
+def start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A client."""
+    quiet = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    env = {**quiet, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+    """Wait for it, or for the end of the process."""
+    ends = time.monotonic() + 240
+    while not holds() and process.poll() is None:
+        assert time.monotonic() < ends, "it takes too long"
+        time.sleep(0.002)
+
+
+def kept(run: Path) -> list[tuple[str, int]]:
+    """Prompt, by its digest, and sample of the whole lines of a journal."""
+    file = run / JOURNAL
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [(row["prompt"], row["sample"]) for row in map(json.loads, lines)]
+
+
+def answered(stage: str, run: Path) -> set[str]:
+    """The prompts that have all their answers."""
+    samples = SAMPLES if stage == "curate" else 1
+    return {prompt for prompt, number in Counter(prompt for prompt, _ in kept(run)).items() if number == samples}
+
+
+def outputs(stage: str, run: Path) -> tuple[bytes, dict[str, Any]]:
+    """What a finished run says, but for how long it took and how often it tried."""
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result.pop("seconds")
+    (result["server"] or {}).pop("retries", None)
+    return (run / OUTPUT[stage]).read_bytes(), result
+
+
+def finish(words: list[str], environment: dict[str, str]) -> str:
+    """Let a command come to its end; what it wrote to its standard error."""
+    process = start(words, environment)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def kill_the_client(stage: str, engine: str, folder: Path, kills: int, *, count: int, delay: float = 0.03) -> str:
+    """Kill a run so often, each time when a further part of it is kept. What was seen, in a line."""
+    file = problems(folder, count)
+    served = Served(folder, delay) if engine == "openai" else None
+    environment = served.environment if served else {}
+    with served.running() if served else _nothing():
+        finish(command(stage, engine, file, folder / "whole"), environment)
+        asked_whole = served.asked() if served else []
+        words, seen, there = command(stage, engine, file, folder / "run"), [], []
+        total = len(kept(folder / "whole"))
+        for kill in range(kills):
+            process = start(words, environment)
+            least = max(1, total * (kill + 1) // (kills + 1))
+            until(lambda least=least: len(kept(folder / "run")) >= least, process)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            seen.append(len(kept(folder / "run")))
+            there.append((len(served.asked()) if served else 0, answered(stage, folder / "run")))
+        assert "medllm: going on at " in finish(words, environment)
+    journal = Counter(kept(folder / "run"))
+    assert journal.keys() == Counter(kept(folder / "whole")).keys()
+    if served:
+        assert set(journal.values()) == {1}, journal.most_common(3)
+        assert not any(prompt in done for before, done in there for prompt, _ in served.asked()[before:]), "asked again"
+        more = Counter(served.asked()[len(asked_whole) :]) - Counter(asked_whole)
+        assert sum(more.values()) <= kills * AT_A_TIME, more
+    assert outputs(stage, folder / "run") == outputs(stage, folder / "whole")
+    return f"{stage}, {engine}: client killed with {seen} of {total} answers kept; outputs equal, none asked for again"
+
+
+def kill_the_server(stage: str, folder: Path, kills: int, *, count: int, delay: float = 0.03) -> str:
+    """Kill the server so often: the run ends with exit code 2, says what is kept, and goes on. What was seen, in a line."""
+    file, served = problems(folder, count), Served(folder, delay)
+    with served.running():
+        finish(command(stage, "openai", file, folder / "whole"), served.environment)
+    requests, words, seen = len(served.asked()), command(stage, "openai", file, folder / "run"), []
+    for kill in range(kills):
+        with served.running() as server:
+            process = start(words, served.environment)
+            until(lambda least=requests + requests * (kill + 1) // (kills + 1): len(served.asked()) >= least, process)
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+            _, said = process.communicate(timeout=240)
+        assert process.returncode == 2, said
+        full = len(answered(stage, folder / "run"))
+        assert "no answer (APIConnectionError); tried " in said, said
+        assert f"; {full} of {count} problems are kept, the same command goes on" in said, said
+        seen.append(full)
+    with served.running():
+        finish(words, served.environment)
+    assert set(Counter(kept(folder / "run")).values()) == {1}
+    more = Counter(served.asked()[requests:]) - Counter(served.asked()[:requests])
+    assert sum(more.values()) <= kills * AT_A_TIME, more
+    assert outputs(stage, folder / "run") == outputs(stage, folder / "whole")
+    return f"{stage}: server killed with {seen} of {count} problems kept; outputs equal, each answer kept once"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as other:
+        return other.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def main(kills: int) -> None:
+    """Every case, so many kills each."""
+    for stage in STAGES:
+        for engine, count in (("openai", 24), ("jax", 24)):
+            with tempfile.TemporaryDirectory() as folder:
+                print(kill_the_client(stage, engine, Path(folder), kills, count=count), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            print(kill_the_server(stage, Path(folder), kills, count=24), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
