@@ -37,7 +37,7 @@ def options_run(path: Path, right: str, model: str = "Qwen2.5-72B", problem_set:
     )
     scores = OptionScores(right.count("1") / len(right), 0.5, results, {})
     with Run(path, EvaluateConfig(MODEL, str(path), ("exam.jsonl",), method="options")) as run:
-        run.finish(OptionsResult("jax", model, "zero-shot options", 1.5, scores, problem_set).to_json() | changes)
+        run.finish(OptionsResult("jax", model, "zero-shot options", 1.5, {}, scores, problem_set).to_json() | changes)
     return path
 
 
