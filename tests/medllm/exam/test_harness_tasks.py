@@ -39,7 +39,7 @@ def test_a_task_has_its_prompts_choices_and_gold_answers(method, prompts, choice
     write_problems(tmp_path / "exam.jsonl", PROBLEMS)
     words = ["data", "task", str(tmp_path / "exam.jsonl"), "--out", str(tmp_path / "tasks"), "--method", method]
     assert main(words) == 0
-    assert "task exam, 2 questions; several right options 2; numeric problem 1" in capsys.readouterr().out
+    assert "task exam, 2 questions; left out: several right options 2, numeric problem 1;" in capsys.readouterr().out
     task = yaml.safe_load((tmp_path / "tasks/exam.yaml").read_text(encoding="utf-8"))
     assert (task["task"], task["output_type"], task["target_delimiter"]) == ("exam", "multiple_choice", "")
     with open(task["dataset_kwargs"]["data_files"]["test"], encoding="utf-8") as lines:

@@ -37,7 +37,16 @@ def options_run(path: Path, right: str, model: str = "Qwen2.5-72B", problem_set:
     )
     scores = OptionScores(right.count("1") / len(right), 0.5, results, {})
     with Run(path, EvaluateConfig(MODEL, str(path), ("exam.jsonl",), method="options")) as run:
-        run.finish(OptionsResult("jax", model, "zero-shot options", 1.5, scores, problem_set).to_json() | changes)
+        result = OptionsResult(
+            engine="jax",
+            model=model,
+            setting="zero-shot options",
+            seconds=1.5,
+            scores=scores,
+            problem_set=problem_set,
+            control_tokens={},
+        )
+        run.finish(result.to_json() | changes)
     return path
 
 
