@@ -288,6 +288,8 @@ def read_field_map(path: Path) -> FieldMap:
     for name, needed in (("numeric", {"field", "value"}), ("answers_beside", {"file", "id", "answer"})):
         if value.get(name) is not None and set(value[name]) != needed:
             raise UserError(f"{path}: {name} has {', '.join(value[name])}; it needs {', '.join(sorted(needed))} (--layout)")
+    if not value["known_by"] or "" in (*value["known_by"], value["question"]):
+        raise UserError(f"{path}: known_by and question name fields that a row has; no field has no name (--layout)")
     settings: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
     return FieldMap(name=path.stem, **settings)
 

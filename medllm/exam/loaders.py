@@ -192,7 +192,8 @@ class _Source:
             except UserError as error:
                 if not skip_bad_rows:
                     raise
-                found = f"bad row: {str(error).removeprefix(f'{where}: ').replace(f'problem {key}', 'the problem')}"
+                said = str(error).removeprefix(f"{where}: ")
+                found = f"bad row: {said.replace(f'problem {key}', 'the problem') if key else said}"
             skipped[found] += 1
             left_out.add(key)
 

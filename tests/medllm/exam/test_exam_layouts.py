@@ -312,3 +312,28 @@ def test_a_layout_of_ones_own_is_for_the_files_that_have_its_fields(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps([{"stem": "何色か。"}]))
     with pytest.raises(UserError, match="no layout that is known, nor has it the fields of mine"):
         load_problems(tmp_path / "other.json", layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("known_by", "question", "said"),
+    [
+        ("[]", "stem", "known_by and question name fields"),
+        ("['']", "stem", "known_by and question name fields"),
+        ("[stem]", "''", "known_by and question name fields"),
+        ("stem", "stem", "known_by is 'stem', which is not what a layout has there"),
+        ("[stem]", "[stem]", "question is .*, which is not what a layout has there"),
+    ],
+)
+def test_a_layout_that_any_row_or_none_would_have_is_refused(tmp_path, known_by, question, said):
+    layout = tmp_path / "mine.yaml"
+    layout.write_text(f"known_by: {known_by}\nquestion: {question}\n")
+    with pytest.raises(UserError, match=said):
+        load_problems(tmp_path, layout=layout)
+
+
+def test_a_bad_row_without_an_id_says_what_it_lacks(tmp_path):
+    rows = [EXAM, {name: value for name, value in EXAM.items() if name != "problem_id"}]
+    (tmp_path / "exam.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_problems(tmp_path, skip_bad_rows=True).skipped == {
+        "bad row: the field 'problem_id' is missing; a problem needs problem_id, problem_text, choices and answer": 1
+    }
