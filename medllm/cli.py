@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,8 +23,8 @@ from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, find_command, gather_lists, name_presets
 from medllm.engines import EngineName, TrainerName, load, require_engine
-from medllm.errors import UserError
-from medllm.host.processes import ended, is_primary_process
+from medllm.errors import Stopped, UserError
+from medllm.host.processes import ended, is_primary_process, tell
 from medllm.host.progress import progress_bar
 from medllm.quantization import Quantization
 from medllm.score_command import score_arguments, score_predictions
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
             error = UserError("a file named on the command line is not UTF-8 text")
         print(f"medllm: {_one_line(error)}", file=sys.stderr)
         return ended(2)
+    except Stopped as stopped:
+        tell(f"{stopped}; go on with: {_same_again(argv)}")
+        return 0
     except KeyboardInterrupt:
         print("medllm: interrupted", file=sys.stderr)
         return ended(1)
@@ -355,6 +359,11 @@ COMMANDS: dict[str, Command | Group] = {
 
 
 # --- words ----------------------------------------------------------------------------------------------------------------
+
+
+def _same_again(argv: list[str]) -> str:
+    """The command that goes on where this one was stopped: itself, but for a ``--resume`` that would keep it from that."""
+    return re.sub(r" --resume[ =]\S+", "", shlex.join(["medllm", *argv]))
 
 
 def _one_line(error: Exception) -> str:

@@ -75,7 +75,7 @@ class TorchEngine:
     def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
         """See :func:`torch_ref.rpo.train_preferences`."""
         self._release()
-        return train_preferences(self.config, self.tokenizer, [pair.trl_row() for pair in preferences.texts], recipe, run)
+        return train_preferences(self.config, self.tokenizer, preferences.texts, recipe, run)
 
     def generate(
         self,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import check_rows, pack, tokenize_documents
 from medllm.engines import TrainerName, open_trainer
+from medllm.host.processes import is_primary_process
 from medllm.host.progress import progress_bar
+from medllm.model.adapter import check_trained
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_rows
 from medllm.stage_config import CptConfig
@@ -57,6 +59,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     with progress_bar("tokens") as progress:
         tokens = tokenize_documents(model.tokenizer, corpus.documents, progress)
     rows = pack(tokens, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing)
+    rows = replace(rows, sources=[document.source for document in corpus.documents])
     check_rows(rows, model.context)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
@@ -70,5 +73,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
             padding=rows.padding,
             taught=taught_by_rows(model.tokenizer, rows, (document.text for document in corpus.documents)),
         )
+        if is_primary_process():
+            check_trained(summary.adapter)
         run.finish(result.to_json())
     return result
