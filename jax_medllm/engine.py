@@ -115,7 +115,7 @@ class JaxEngine:
             UserError: the model has an adapter that is to be merged, or what :func:`jax_medllm.train.loop.train` raises.
         """
         groups = preferences.groups
-        if (preferences.dropped_pairs or preferences.truncated) and not recipe.resume:
+        if (preferences.dropped_pairs or preferences.truncated) and not run.metrics():
             run.log(0, dropped_pairs=preferences.dropped_pairs, truncated_responses=preferences.truncated)
         data = PreferenceData(single_pairs(groups) if recipe.pairs.unit == "pair" else groups, recipe.training)
         model = self._trainable(continued_adapter(self._config, recipe) or recipe.lora)
@@ -214,7 +214,7 @@ class JaxEngine:
                 batch = place_rows(data.largest())
                 remat = chosen = fitting_policy(model, loss_fn, batch, accumulates=training.accumulation > 1)
             loss_fn = partial(loss_fn, remat=remat)
-            trained = train(model, loss_fn, data, recipe.optimizer, training, run, settings=settings, resume=recipe.resume)
+            trained = train(model, loss_fn, data, recipe.optimizer, training, run, settings=settings)
         folder = run.path / "adapter"
         assert model.lora is not None
         tensors = adapter_tensors(model)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -22,17 +23,17 @@ from medllm import __version__
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, check_sections, find_command, gather_lists, name_presets, refuse_unusable
+from medllm.convert_command import CONVERT
 from medllm.engines import EngineName, TrainerName, load, require_engine
-from medllm.errors import UserError
-from medllm.host.processes import ended, is_primary_process
+from medllm.errors import Stopped, UserError
+from medllm.host.processes import ended, is_primary_process, tell
 from medllm.host.progress import progress_bar
 from medllm.presets import TABLE_ROWS
-from medllm.quantization import Quantization
 from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
-from medllm.text_files import read_yaml
+from medllm.text_files import first_line, read_yaml
 
 if TYPE_CHECKING:
     from medllm.training import TrainSummary
@@ -53,13 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
             error = UserError("a file named on the command line is not UTF-8 text")
         print(f"medllm: {_one_line(error)}", file=sys.stderr)
         return ended(2)
+    except Stopped as stopped:
+        tell(f"{stopped}; go on with: {_same_again(argv)}")
+        return 0
     except KeyboardInterrupt:
         print("medllm: interrupted", file=sys.stderr)
         return ended(1)
     except Exception as error:
         if debug:
             raise
-        print(f"medllm: failed: {type(error).__name__}: {_first_line(error)} (--debug shows the traceback)", file=sys.stderr)
+        print(f"medllm: failed: {type(error).__name__}: {first_line(error)} (--debug shows the traceback)", file=sys.stderr)
         return ended(1)
 
 
@@ -204,41 +208,6 @@ def _evaluate(values: Any) -> dict[str, Any]:
     return result.to_json()
 
 
-def _convert_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", type=str, required=True, help="base model folder (unquantized)")
-    parser.add_argument("--adapter", type=tuple[str, ...], default=(), help="PEFT adapter folder to merge, or several in order")
-    parser.add_argument("--out", type=str, required=True, help="folder of the model to write")
-    parser.add_argument("--quantization", type=Quantization, default="none", help="how bitsandbytes stores it")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16"], default="bfloat16", help="where quantized: type of the dense weights"
-    )
-    parser.add_argument(
-        "--held_text", type=str | None, default=None, help="also measure on this text what each hand-over of the adapter costs"
-    )
-    parser.add_argument("--text_column", type=str, default="text", help="column of held_text that holds a document's text")
-
-
-def _convert(values: Any) -> dict[str, Any]:
-    from medllm.stages.convert import convert_model
-    from medllm.stages.handover import handover_table
-
-    with progress_bar("convert") as progress:
-        result = convert_model(
-            values.model,
-            values.out,
-            values.adapter,
-            quantization=values.quantization,
-            dtype=values.dtype,
-            held_text=values.held_text,
-            text_column=values.text_column,
-            progress=progress,
-        )
-    if result.costs:
-        say(handover_table(result.costs))
-    say(f"convert: {values.out}")
-    return result.to_json()
-
-
 def _parity_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action="config", help="YAML file")
     parser.add_class_arguments(AuditConfig, as_group=True, skip={"bisect"})
@@ -351,7 +320,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "score": Command("score predictions officially", score_arguments, score_predictions),
     "report": Command("tables and one HTML page from run folders", report_arguments, write_and_say),
-    "convert": Command("merge adapters into their base model, or store it in 4 bits", _convert_arguments, _convert),
+    "convert": CONVERT,
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
@@ -369,15 +338,16 @@ COMMANDS: dict[str, Command | Group] = {
 # --- words ----------------------------------------------------------------------------------------------------------------
 
 
+def _same_again(argv: list[str]) -> str:
+    """The command that goes on where this one was stopped: itself, but for a ``--resume`` that would keep it from that."""
+    return re.sub(r" --resume[ =]\S+", "", shlex.join(["medllm", *argv]))
+
+
 def _one_line(error: Exception) -> str:
     text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", " ".join(str(error).split()))
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", lambda words: f"expected one of {words[1]}.", text)
     missing = text.removeprefix("the following arguments are required: ")
     return text if missing == text else f"required: {', '.join(f'--{name}' for name in missing.split(', '))}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _quiet_libraries() -> None:

@@ -215,6 +215,8 @@ class TrainingConfig:
         log_every: Optimizer steps between two lines of metrics.
         checkpoint_every: Optimizer steps between two checkpoints; 0 keeps only the last.
         max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
+        on_nan: What a loss or gradient that is no finite number does: ``stop`` ends the run before that step, ``skip`` leaves
+            the step out. Either names the step, and the data it was of.
         remat: What is computed anew in the backward pass: ``none`` of it, all but ``projections``, all but the narrow ones of
             ``attention``, or all of a ``layer``: less memory, more time. ``auto`` takes the first of these whose step fits the
             device, by its compiler. The reference engine knows ``none`` and ``layer``, transformers' gradient checkpointing.
@@ -227,6 +229,7 @@ class TrainingConfig:
     log_every: int = 1
     checkpoint_every: int = 0
     max_steps: int = 0
+    on_nan: Literal["stop", "skip"] = "stop"
     remat: RematPolicy | Literal["auto"] = "layer"
 
     def __post_init__(self) -> None:
@@ -282,14 +285,15 @@ class Recipe(MeshConfig):
         lora: The adapter.
         optimizer: AdamW and its schedule.
         training: The loop.
-        resume: Go on from the run's last checkpoint.
+        resume: ``auto`` goes on from the last whole checkpoint of a run that is in the folder and not finished, and begins one
+            where there is none; ``true`` goes on in any case, and refuses a folder without a run; ``false`` refuses one with.
         torch: How the reference engine does its work.
     """
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    resume: bool = False
+    resume: bool | Literal["auto"] = "auto"
     torch: TorchConfig = field(default_factory=TorchConfig)
 
 

@@ -16,3 +16,7 @@ class PromptError(UserError):
         super().__init__(f"prompt {index}: {reason}")
         self.index = index
         self.reason = reason
+
+
+class Stopped(Exception):
+    """A training that was asked to end, and has saved what it did: nothing is wrong, and it goes on when it is called again."""

@@ -20,7 +20,8 @@ import yaml
 
 from medllm.errors import UserError
 from medllm.host.lock import LOCK, FolderLock
-from medllm.host.processes import is_primary_process
+from medllm.host.processes import is_primary_process, tell
+from medllm.metrics import Metrics
 from medllm.stage_config import FREE_ON_RESUME
 from medllm.text_files import read_yaml
 
@@ -121,11 +122,12 @@ class Run:
         path: The folder. A folder that already holds a run is refused unless ``resume`` says otherwise.
         config: The resolved configuration (a dataclass), written as ``config.yaml``.
         engine: Which engine does the work, where one does; recorded beside the configuration.
-        resume: Go on in an existing run folder, with the settings it was begun with; ``auto``: in one that is not finished.
+        resume: Go on in a folder that holds a run, with the settings it was begun with; ``auto``: where there is one, and it is
+            not finished.
 
     Raises:
-        UserError: the folder cannot be made, another process is at work in it, it holds a run already, or one that was begun
-            with other settings.
+        UserError: the folder cannot be made, another process is at work in it, it holds a run already, one that was begun with
+            other settings, or none that could go on.
     """
 
     def __init__(
@@ -137,7 +139,8 @@ class Run:
         resume: bool | Literal["auto"] = False,
     ):
         self.path = Path(path)
-        self._events: Any = None
+        self._metrics = Metrics(self.path)
+        self._begun_before = False
         self._lock: FolderLock | None = None
         self._made_here = not self.path.exists()
         if not is_primary_process():
@@ -152,6 +155,8 @@ class Run:
             self._open(plain, resume)
         except BaseException:
             self._lock.release()
+            if self._made_here:
+                shutil.rmtree(self.path, ignore_errors=True)
             raise
 
     def __enter__(self) -> Run:
@@ -166,28 +171,33 @@ class Run:
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
-        if not is_primary_process():
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events is None:
-            self._events = _summary_writer(self.path / "events")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        if is_primary_process():
+            self._metrics.append(step, {name: float(value) for name, value in metrics.items()})
 
     def metrics(self) -> list[dict[str, float]]:
-        """The lines logged so far."""
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        """The lines logged so far.
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines a stopped session logged beyond ``step``, its last checkpoint: those steps are taken anew."""
-        lines = self.metrics()
-        kept = [line for line in lines if line["step"] <= step]
-        if len(kept) < len(lines) and is_primary_process():
-            with atomic_path(self.path / "metrics.jsonl") as scratch:
-                scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        Raises:
+            UserError: one that is none.
+        """
+        return self._metrics.lines()
+
+    def go_on(self, done: int, steps: int) -> None:
+        """Say where a run that was begun before goes on, and drop what it logged beyond: those steps are taken anew.
+
+        Args:
+            done: Optimizer steps of the checkpoint it goes on from; 0 where there was none.
+            steps: Those it ends at.
+        """
+        if not is_primary_process():
+            return
+        self._metrics.forget_after(done)
+        (self.path / RESULT).unlink(missing_ok=True)  # of the shorter run
+        if self._begun_before:
+            where = (
+                f"going on at step {done:,} of {steps:,}" if done else f"no checkpoint yet, beginning at step 1 of {steps:,}"
+            )
+            tell(f"{self.path}: {where}")
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, close the event file and let other processes in."""
@@ -201,9 +211,14 @@ class Run:
             if resume == "auto" and (self.path / RESULT).exists():
                 raise UserError(f"{self.path}: already holds a finished run; give another --run, or remove it")
             if not resume:
-                remedy = "give another --run, remove it" + (", or go on with --resume true" if "resume" in plain else "")
+                remedy = "give another --run, remove it" + (", or go on with --resume auto" if "resume" in plain else "")
                 raise UserError(f"{self.path}: already holds a run; {remedy}")
             self._refuse_other_settings(plain)
+            self._begun_before = True
+            for scratch in [*self.path.rglob(".*.part")]:  # of processes that are gone: the folder is locked
+                shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+        elif resume is True:
+            raise UserError(f"{self.path}: there is no run to go on with; name its folder with --run, or leave out --resume")
         elif own := sorted(name for name in _WRITTEN if os.path.lexists(self.path / name)):
             raise UserError(f"{self.path}: holds {own[0]}, and no run that it is of; give another --run, or move it away")
         with atomic_path(written) as scratch:
@@ -222,24 +237,9 @@ class Run:
                 )
 
     def _close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        self._metrics.close()
         if self._lock is not None:
             self._lock.release()
-
-
-def _summary_writer(folder: Path) -> Any:
-    """tensorboardX's writer. Where torch is installed it imports it for a type's name alone, 190 MB."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, and tensorboardX does without
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter(str(folder))
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -290,7 +290,7 @@ class CheckServingConfig(ProblemLayout):
 FREE_ON_RESUME = frozenset(
     {
         *("run", "resume", "mesh", "rules", "reference_cache"),
-        *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "remat")),
+        *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "on_nan", "remat")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
         *(f"server.{one.name}" for one in fields(ServerConfig)),
     }

@@ -49,6 +49,7 @@ RUN = {
 """Commands of the pages that a test runs: with the page's own words, or on a smaller model and other folders."""
 
 NOT_RUN = {
+    r"python -m tests\.killed_training": "it kills a training twenty times; test_killed_training.py kills it twice",
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"python -m pytest": "it is a test",
     r"python -m tests\.(killed_runs|journal_load)": "it takes minutes; test_killed_runs.py does less of the same",

@@ -13,7 +13,9 @@ with rows from its beginning.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 from transformers import Trainer, TrainingArguments
@@ -23,7 +25,8 @@ from medllm.corpus.packing import PackedRows
 from medllm.run import Run
 from medllm.training import TrainSummary
 from torch_ref.model import add_adapter, open_model
-from torch_ref.trainer import RunLog, per_process, run_trainer, trainer_arguments
+from torch_ref.run_log import RunLog
+from torch_ref.trainer import per_process, run_trainer, trainer_arguments
 
 _IGNORED = -100
 
@@ -74,7 +77,13 @@ def train_cpt(model: ModelConfig, rows: PackedRows, recipe: Recipe, run: Run) ->
     opened = add_adapter(open_model(model, recipe.torch), recipe.lora)
     # A cache would switch off the reading of document boundaries from position_ids.
     opened.config.use_cache = False
-    log = RunLog(run, recipe.training)
+    log = RunLog(run, recipe.training, partial(_documents, rows))
     collator = one_long_row if recipe.torch.attention.startswith("flash") else default_collate
     trainer = Trainer(model=opened, args=arguments, train_dataset=RowFeatures(rows), data_collator=collator)
-    return run_trainer(trainer, log, run, resume=recipe.resume, units_per_epoch=int((rows.segment_ids > 0).sum()))
+    return run_trainer(trainer, log, run, units_per_epoch=int((rows.segment_ids > 0).sum()))
+
+
+def _documents(rows: PackedRows, ids: torch.Tensor) -> str:
+    """What a user knows the rows of a micro-batch by: a row is found by its tokens."""
+    length = rows.tokens.shape[1]
+    return rows.named([int(np.flatnonzero((rows.tokens == row).all(1))[0]) for row in ids.reshape(-1, length).cpu().numpy()])

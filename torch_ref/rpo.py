@@ -11,21 +11,26 @@ is computed once for all pairs, before the first step.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import peft
+import torch
 from datasets import Dataset
 from huggingface_hub import constants
 from trl import DPOConfig, DPOTrainer
 
 from medllm.config import ModelConfig, PreferenceLoss, PreferenceRecipe
 from medllm.errors import UserError
+from medllm.preferences.pairs import Pair
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
 from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
 from torch_ref.model import initialize_adapter, open_continued, open_model, peft_config, trainable_base
-from torch_ref.trainer import RunLog, per_process, processes, run_trainer, trainer_arguments
+from torch_ref.run_log import RunLog
+from torch_ref.trainer import per_process, processes, run_trainer, trainer_arguments
 
 # TRL reports every trainer it constructs to the Hub; training here contacts nobody.
 constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -50,9 +55,16 @@ def train_preferences(
     batch, accumulation = _micro_batches(recipe, pairs_per_problem=len(rows) / len(preferences.groups))
     trainer = dpo_trainer(model, tokenizer, rows, recipe, run, batch=batch, accumulation=accumulation)
     # Where the batch was counted in problems, the log says how many pairs a step came to.
-    facts = {"pairs_per_step": batch * accumulation * processes(), "dropped_pairs": preferences.dropped_pairs}
-    log, ahead = RunLog(run, recipe.training, **facts), trainer.reference_seconds
-    return run_trainer(trainer, log, run, resume=recipe.resume, units_per_epoch=len(rows), seconds_ahead=ahead)
+    counts = {"pairs_per_step": batch * accumulation * processes(), "dropped_pairs": preferences.dropped_pairs}
+    log = RunLog(run, recipe.training, partial(_problems, tokenizer, preferences.texts), **counts)
+    return run_trainer(trainer, log, run, units_per_epoch=len(rows), seconds_ahead=trainer.reference_seconds)
+
+
+def _problems(tokenizer: Any, pairs: Sequence[Pair], ids: torch.Tensor) -> str:
+    """What a user knows the pairs of a micro-batch by: its first half is the chosen responses, each behind its prompt."""
+    texts = tokenizer.batch_decode(ids[: len(ids) // 2], skip_special_tokens=True)
+    found = dict.fromkeys(pair.problem_id for text in texts for pair in pairs if pair.prompt.strip() in text)
+    return f"problems {', '.join(found)}"
 
 
 class ReferenceTimer(DPOTrainer):

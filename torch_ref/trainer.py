@@ -1,24 +1,26 @@
-"""What both training recipes share: the Trainer's arguments, the run's log, the adapter and the summary."""
+"""What both training recipes share: the Trainer's arguments, the checkpoint it goes on from, the adapter and the summary."""
 
 from __future__ import annotations
 
-import math
 import os
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from medllm.checkpoints import newest_whole
 from medllm.config import ModelConfig, OptimizerConfig, TrainingConfig
-from medllm.errors import UserError
+from medllm.errors import Stopped, UserError
 from medllm.host.processes import is_primary_process
+from medllm.host.stopping import stop_requests
 from medllm.run import Run, atomic_path
 from medllm.training import TrainSummary
+from torch_ref.run_log import RunLog
 
 _FAR_AWAY = 1_000_000_000
 
@@ -100,89 +102,59 @@ def checkpoints_layers(training: TrainingConfig) -> bool:
     return training.remat == "layer"
 
 
-class RunLog(TrainerCallback):
-    """Sends the Trainer's log lines to the run folder, stops at ``max_steps`` and measures the rate.
-
-    Stopping here rather than through ``TrainingArguments.max_steps`` keeps the learning-rate schedule spanning all epochs.
-    ``constants`` stand in every line.
-    """
-
-    def __init__(self, run: Run, training: TrainingConfig, **constants: float):
-        self._run = run
-        self._constants = constants
-        self.max_steps = training.max_steps
-        self._marks: list[tuple[float, float]] = []  # (seconds, epochs) at the start, after the first and after the last step
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
-        self._marks = [(time.monotonic(), state.epoch or 0.0)]
-        self._run.forget_after(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note the time, and close the run at its last step with a log line and a checkpoint."""
-        self._marks = [*self._marks[:2], (time.monotonic(), state.epoch or 0.0)]
-        stop = self.max_steps and state.global_step >= self.max_steps
-        if stop or state.global_step >= state.max_steps:
-            control.should_training_stop = control.should_log = control.should_save = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        """One line of metrics; the Trainer's closing summary (``train_runtime`` …) is not one."""
-        if "loss" in logs and not math.isfinite(logs["loss"]):
-            raise UserError(
-                f"step {state.global_step}: the loss is {logs['loss']}; lower --optimizer.learning_rate or look at the data of "
-                "that step; the last checkpoint is whole"
-            )
-        if state.is_world_process_zero and "loss" in logs:
-            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
-            self._run.log(state.global_step, **numbers, **self._constants)
-
-    def seconds_per_epoch(self) -> float:
-        """By the steps after the first, which pays for allocations and kernel selection; by that step if it is the only one."""
-        if len(self._marks) < 2:
-            return math.inf
-        (began, start), (ended, end) = self._marks[-2:]
-        return (ended - began) / (end - start)
-
-
-def run_trainer(
-    trainer: Trainer, log: RunLog, run: Run, *, resume: bool, units_per_epoch: int, seconds_ahead: float = 0.0
-) -> TrainSummary:
-    """Train (from the run's last checkpoint with ``resume``), write ``run.path/adapter`` and sum up.
+def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, units_per_epoch: int, seconds_ahead: float = 0.0) -> TrainSummary:
+    """Train from the run's last whole checkpoint on, write ``run.path/adapter`` and sum up.
 
     Args:
         trainer: Ready to train, its model a ``PeftModel``.
         log: The callback of this run.
-        run: The run folder.
-        resume: Go on from ``checkpoints``; a run that had not reached its first checkpoint begins anew.
+        run: The run folder; a run that had not reached its first checkpoint begins anew.
         units_per_epoch: Tokens or pairs in one pass over the data, for the rate.
         seconds_ahead: What was spent on all the data before the first step; every epoch bears its share in the rate.
+
+    Raises:
+        UserError: the checkpoints that there are are damaged, or a loss or gradient is not finite.
+        Stopped: a signal asked for it; what was done is saved.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(log)
-    checkpoints = run.path / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    adapter = run.path / "adapter"
-    reached = TrainerState.load_from_json(str(Path(last) / "trainer_state.json")).global_step if last else 0
-    if log.max_steps and reached >= log.max_steps:  # the Trainer would take one more step before it asks whether to stop
-        losses = [line["loss"] for line in run.metrics() if "loss" in line]
-        return TrainSummary(reached, losses[-1] if losses else float("nan"), seconds_ahead, 0.0, str(adapter))
-    began = time.monotonic()
-    # The optimizer's state is this run's own file; transformers reads it with torch's restricted loader (weights_only).
-    trainer.train(resume_from_checkpoint=last)
-    seconds = time.monotonic() - began
+    last = _last_checkpoint(trainer, run.path / "checkpoints")
+    reached = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else None
+    if last and reached and reached.global_step >= log.end(reached):
+        # The Trainer would take one more step before it asks whether to stop.
+        log.go_on(reached)
+        trainer._load_from_checkpoint(str(last))
+        steps = reached.global_step
+    else:
+        with log.watching(trainer), stop_requests() as log.request:
+            # The optimizer's state is this run's own file; transformers reads it with torch's restricted loader (weights_only).
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        steps, end = trainer.state.global_step, log.end(trainer.state)
+        if steps < end:
+            raise Stopped(f"stopped after step {steps:,} of {end:,}, which is saved")
     if trainer.is_world_process_zero():
-        save_adapter(trainer.model, adapter)
+        save_adapter(trainer.model, run.path / "adapter")
     trainer.accelerator.wait_for_everyone()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    losses = [line["loss"] for line in run.metrics() if "loss" in line]
     return TrainSummary(
-        steps=trainer.state.global_step,
+        steps=steps,
         loss=losses[-1] if losses else float("nan"),
-        seconds=seconds_ahead + seconds,
+        seconds=seconds_ahead + log.seconds,
         rate=units_per_epoch / (log.seconds_per_epoch() + seconds_ahead / trainer.args.num_train_epochs),
-        adapter=str(adapter),
+        adapter=str(run.path / "adapter"),
     )
+
+
+def _last_checkpoint(trainer: Trainer, folder: Path) -> Path | None:
+    """The newest whole one; those after it are removed."""
+    numbers = {int(path.name.rsplit("-", 1)[1]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = newest_whole(path for _, path in sorted(numbers.items(), reverse=True))
+    trainer.accelerator.wait_for_everyone()  # all have looked before the first is taken away
+    if is_primary_process():
+        for useless in found.useless:
+            shutil.rmtree(useless)
+    trainer.accelerator.wait_for_everyone()
+    return found.newest
 
 
 def save_adapter(model: peft.PeftModel, path: Path) -> None:

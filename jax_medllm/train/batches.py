@@ -137,6 +137,10 @@ class TrainingData(Protocol):
         """How many units a step has."""
         ...
 
+    def named(self, units: Sequence[int]) -> str:
+        """What a user knows these units by."""
+        ...
+
     def largest(self) -> Any:
         """A micro-batch with the most positions."""
         ...
@@ -170,6 +174,10 @@ class CptData:
     def units(self, step: Step) -> int:
         """Tokens of a step, padding left out."""
         return int((self.rows.segment_ids[[row for micro in step.micro_batches for row in micro]] != 0).sum())
+
+    def named(self, units: Sequence[int]) -> str:
+        """Their documents."""
+        return self.rows.named(units)
 
     def largest(self) -> CptBatch:
         """The first: all rows are of one length, and only the last of an epoch are fewer."""
@@ -223,6 +231,10 @@ class PreferenceData:
         """Fraction of all positions of the run that hold padding."""
         tokens = sum(self._sizes[unit] for micro in self._micro_batches() for unit in micro)
         return 1 - tokens / sum(len(micro) * self._length(micro) for micro in self._micro_batches())
+
+    def named(self, units: Sequence[int]) -> str:
+        """Their problems."""
+        return f"problems {', '.join(self.groups[unit].problem_id for unit in units)}"
 
     def largest(self) -> PreferenceBatch:
         """The micro-batch with the most positions."""

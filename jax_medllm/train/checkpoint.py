@@ -10,9 +10,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jax_medllm.mesh.processes import everywhere
+from medllm.checkpoints import newest_whole, seal
 from medllm.errors import UserError
+from medllm.host.processes import is_primary_process
 
 State = TypeVar("State")
+
+_SCRATCH = ".orbax-checkpoint-tmp"
+"""In the name of a checkpoint that is being written."""
+_COMMITTED = "_CHECKPOINT_METADATA"
+"""Orbax's note of when; written last of all."""
 
 
 class Checkpoints:
@@ -27,7 +35,12 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._folder = folder
         self._settings = settings
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            create=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: Any, step: int) -> None:
@@ -39,15 +52,21 @@ class Checkpoints:
         self._manager.save(step, args=arguments, force=True)
 
     def restore(self, state: State) -> tuple[State, int]:
-        """The latest checkpoint in the structure, types and shardings of ``state``, and the optimizer steps that were done;
-        ``state`` itself and 0 where there is none.
+        """The latest whole checkpoint in the structure, types and shardings of ``state``, and the optimizer steps that were
+        done; ``state`` itself and 0 where there is none. Later ones, which are not whole, are removed.
 
         Raises:
-            UserError: it was written under other settings, or cannot be read.
+            UserError: it was written under other settings, or cannot be read, or all that there are are damaged.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        found = newest_whole(self._folder / str(step) for step in steps)
+        if found.useless:
+            everywhere(True)  # all have looked before the first is taken away
+        for useless in found.useless:
+            self._manager.delete(int(useless.name))
+        if found.newest is None:
             return state, 0
+        step = int(found.newest.name)
         before = self._read(step, position=ocp.args.JsonRestore())["position"]["settings"]
         for name in sorted(self._settings.keys() | before.keys()):
             then, now = before.get(name), self._settings.get(name)
@@ -65,6 +84,12 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._manager.close()
+
+    def _seal(self) -> None:
+        """All of a checkpoint is written, and it has not its name yet: with the name it gets, it is whole."""
+        if is_primary_process():
+            for scratch in self._folder.glob(f"*{_SCRATCH}*"):
+                seal(scratch, leave_out=(_COMMITTED,))
 
     def _read(self, step: int, **arguments: Any) -> Any:
         try:

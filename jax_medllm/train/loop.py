@@ -10,8 +10,6 @@ step's metrics are fetched when the next one is under way.
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +27,19 @@ from jaxtyping import Array, Float
 
 from jax_medllm.mesh.host_memory import release_free_memory
 from jax_medllm.mesh.layout import laid_out, on_all_devices, place_rows
+from jax_medllm.mesh.processes import everywhere
 from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.logprobs import response_logprobs, token_logprobs
 from jax_medllm.train.batches import CptBatch, PreferenceBatch, Step, TrainingData
 from jax_medllm.train.checkpoint import Checkpoints
-from jax_medllm.train.compilation import compile_seconds, working_seconds
+from jax_medllm.train.log import StepMetrics, Trained, TrainingLog
 from jax_medllm.train.losses import Pairs, cpt_loss, objective, pair_logprobs
 from jax_medllm.train.optimizer import learning_rate, make_optimizer
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import target_mask
-from medllm.errors import UserError
+from medllm.errors import Stopped, UserError
 from medllm.host.progress import tracked
+from medllm.host.stopping import StopRequest, stop_requests
 from medllm.run import Run
 
 LossFn = Callable[[DenseDecoder, Any], tuple[Array, Any]]
@@ -56,26 +56,6 @@ class CptMetrics(NamedTuple):
     """What continued pretraining logs: the token mean of the negative log-likelihood."""
 
     loss: Float[Array, ""]
-
-
-class StepMetrics(NamedTuple):
-    """Metrics of one optimizer step: those of the loss, the gradient norm before clipping, the learning rate it took."""
-
-    loss: Any
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """How a run went: steps done, last logged loss, seconds in all, units a second after the first step and without
-    compilation, seconds of that."""
-
-    steps: int
-    loss: float
-    seconds: float
-    rate: float
-    compile_seconds: float
 
 
 def cpt_loss_fn(model: DenseDecoder, batch: CptBatch, *, remat: RematPolicy = "none") -> tuple[Float[Array, ""], CptMetrics]:
@@ -125,13 +105,16 @@ class TrainingStep:
     Attributes:
         init: ``trainable -> optimizer state``.
         gradients: ``(trainable, frozen, batch) -> (gradients, metrics)`` of one micro-batch.
+        sound: ``(gradients, metrics) -> whether all of a micro-batch is finite``.
         add: ``(total, part) -> total``, into the memory of the first.
-        update: ``(trainable, optimizer state, step, total) -> (trainable, state, metrics)``; the first two are donated.
+        update: ``(trainable, optimizer state, step, total) -> (trainable, state, metrics)``; the first two are donated, and
+            stay what they are where a number is not finite.
         programs: What ran so far, compiled: by the part and the shapes of its last argument.
     """
 
     init: Callable[[nnx.State], Any]
     gradients: jax.stages.Wrapped
+    sound: jax.stages.Wrapped
     add: jax.stages.Wrapped
     update: jax.stages.Wrapped
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -140,11 +123,13 @@ class TrainingStep:
         self, trainable: nnx.State, optimizer_state: Any, index: Array, frozen: Any, batches: Sequence[Any]
     ) -> tuple[nnx.State, Any, StepMetrics]:
         """One optimizer step over the summed gradients of its micro-batches; the first two arguments are donated."""
-        total = None
+        total, sound = None, []
         for batch in batches:
             part = self._run(self.gradients, trainable, frozen, batch)
+            sound.append(self._run(self.sound, part))
             total = part if total is None else self._run(self.add, total, part)
-        return self._run(self.update, trainable, optimizer_state, index, total)
+        trainable, optimizer_state, metrics = self._run(self.update, trainable, optimizer_state, index, total)
+        return trainable, optimizer_state, metrics._replace(micro_batches=tuple(sound))
 
     def _run(self, part: jax.stages.Wrapped, *arguments: Any) -> Any:
         """A part, compiled once for each shape of its last argument. The device ends what it was given first: its time is not
@@ -190,6 +175,11 @@ def make_step(graph: nnx.GraphDef[DenseDecoder], loss_fn: LossFn, config: Optimi
     """
     optimizer = make_optimizer(config, total_steps)
 
+    @jax.jit
+    def sound(part):
+        gradients, metrics = part
+        return jnp.isfinite(optax.global_norm(gradients) + metrics.loss)
+
     @partial(jax.jit, donate_argnums=0)
     def add(total, part):
         return jax.tree.map(jnp.add, total, part)
@@ -197,11 +187,20 @@ def make_step(graph: nnx.GraphDef[DenseDecoder], loss_fn: LossFn, config: Optimi
     @partial(jax.jit, donate_argnums=(0, 1))
     def update(trainable, optimizer_state, index, total):
         gradients, metrics = total
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable)
-        logged = StepMetrics(metrics, optax.global_norm(gradients), learning_rate(config, total_steps, index))
-        return optax.apply_updates(trainable, updates), optimizer_state, logged
+        norm = optax.global_norm(gradients)
+        updates, moved_state = optimizer.update(gradients, optimizer_state, trainable)
+        moved = optax.apply_updates(trainable, updates)
+        # Decided here, so that the host need not wait for the numbers, and no state that is saved can have such in it.
+        whole = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moved)]
+        finite = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & jnp.stack(whole).all()
 
-    return TrainingStep(optimizer.init, make_gradients(graph, loss_fn), add, update)
+        def unless_finite(new, old):
+            return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.floating) else new  # steps count on
+
+        state = jax.tree.map(unless_finite, (moved, moved_state), (trainable, optimizer_state))
+        return *state, StepMetrics(metrics, norm, learning_rate(config, total_steps, index), finite)
+
+    return TrainingStep(optimizer.init, make_gradients(graph, loss_fn), sound, add, update)
 
 
 def train(
@@ -213,15 +212,15 @@ def train(
     run: Run,
     *,
     settings: Mapping[str, Any],
-    resume: bool = False,
 ) -> Trained:
     """Train the adapter of ``model`` in place, logging to and checkpointing into ``run``.
 
     The step takes its arguments' memory: until the end, and where training fails, the model has no adapter to compute with.
-    ``settings`` are what the trajectory depends on, for the check on resuming.
+    It goes on from the checkpoint that ``run`` has. ``settings`` are what the trajectory depends on, for the check on that.
 
     Raises:
         UserError: there is nothing to train on, the loss is no longer finite, or the checkpoint is of another run.
+        Stopped: a signal asked for it; what was done is saved.
     """
     total = len(data.steps)
     if not total:
@@ -231,35 +230,62 @@ def train(
     state = (trainable, on_all_devices(step.init(trainable)))
     checkpoints = Checkpoints(run.path / "checkpoints", {**settings, "steps": total})
     try:
-        start = 0
-        if resume:
-            state, start = checkpoints.restore(state)
-            run.forget_after(start)
-        steps = data.steps[start : config.max_steps or total]
-        log = TrainingLog(run, data.unit)
-        batches = _on_device(data, steps)
-        batch = next(batches, ())
-        under_way: deque[StepMetrics] = deque()
-        for done, planned in enumerate(tracked(steps, "training", start), start + 1):
-            trainable, moments, metrics = step(*state, np.int32(done - 1), others[0], batch)
-            state = (trainable, moments)
-            batch = next(batches, ())
-            log.write()  # the line that is due, with this step under way
-            log.add(done, metrics, data.units(planned))
-            saves = done == start + len(steps) or (config.checkpoint_every and done % config.checkpoint_every == 0)
-            if saves or done % config.log_every == 0:
-                log.end_line()
-            if saves:
-                log.write()
-                checkpoints.save(state, done)
-            under_way.append(metrics)
-            if len(under_way) > AHEAD:
-                jax.block_until_ready(under_way.popleft())
-        trained = log.trained(start + len(steps))
+        state, start = checkpoints.restore(state)
+        end = min(config.max_steps or total, total)
+        run.go_on(start, end)
+        log = TrainingLog(run, data, start, config.on_nan)
+        with stop_requests() as request:
+            state = _take_steps(step, state, others[0], data, range(start, end), config, log, checkpoints, request)
+        trained = log.trained(max(start, end))
     finally:
         checkpoints.close()
     nnx.update(model, state[0])
     return trained
+
+
+def _take_steps(
+    step: TrainingStep,
+    state: tuple[nnx.State, Any],
+    frozen: Any,
+    data: TrainingData,
+    numbers: range,
+    config: TrainingConfig,
+    log: TrainingLog,
+    checkpoints: Checkpoints,
+    request: StopRequest,
+) -> tuple[nnx.State, Any]:
+    """The state after the steps of these ``numbers``, logged and saved."""
+    steps = data.steps[numbers.start : numbers.stop]
+    batches = _on_device(data, steps)
+    batch = next(batches, ())
+    under_way: deque[StepMetrics] = deque()
+    for done, planned in enumerate(tracked(steps, "training", numbers.start), numbers.start + 1):
+        trainable, moments, metrics = step(*state, np.int32(done - 1), frozen, batch)
+        state = (trainable, moments)
+        batch = next(batches, ())
+        log.write()  # the line that is due, with this step under way
+        log.add(done, metrics, planned)
+        ends_line = done % config.log_every == 0
+        stops = _asked(request, ends_line)
+        saves = stops or done == numbers.stop or (config.checkpoint_every and done % config.checkpoint_every == 0)
+        if saves or ends_line:
+            log.end_line()
+        if saves:
+            log.write()
+            checkpoints.save(state, done)
+        if stops and done < numbers.stop:
+            raise Stopped(f"stopped after step {done:,} of {numbers.stop:,}, which is saved")
+        under_way.append(metrics)
+        if len(under_way) > AHEAD:
+            jax.block_until_ready(under_way.popleft())
+    return state
+
+
+def _asked(request: StopRequest, ends_line: bool) -> bool:
+    """Whether to stop. Several processes have to stop at the same step; they ask one another where a line is logged."""
+    if jax.process_count() == 1:
+        return request.asked
+    return ends_line and not everywhere(not request.asked)
 
 
 def _on_device(data: TrainingData, steps: Sequence[Step]) -> Iterator[Sequence[Any]]:
@@ -271,91 +297,3 @@ def _on_device(data: TrainingData, steps: Sequence[Step]) -> Iterator[Sequence[A
             batches = coming.popleft().result()
             coming.extend(threads.submit(data.batches, step) for step in islice(waiting, 1))
             yield [place_rows(batch) for batch in batches]
-
-
-class _Mark(NamedTuple):
-    """A time, and the units that were done by then. ``seconds`` stand still while something is compiled."""
-
-    seconds: float
-    units: int
-
-    def rate_since(self, earlier: _Mark) -> float:
-        """Units a second."""
-        return (self.units - earlier.units) / max(self.seconds - earlier.seconds, 1e-9)
-
-
-class TrainingLog:
-    """Lines of ``metrics.jsonl``: means over steps, fetched from the device when they are written. And how the run went.
-
-    Time runs from when it is made.
-    """
-
-    def __init__(self, run: Run, unit: str):
-        self._run = run
-        self._unit = unit
-        self._open: list[tuple[int, StepMetrics, int]] = []
-        self._due: list[tuple[int, StepMetrics, int]] = []
-        self._loss: float | None = None
-        self._began, self._compiled = time.perf_counter(), compile_seconds()
-        self._start = self._first = self._written = _Mark(working_seconds(), 0)
-
-    def add(self, step: int, metrics: StepMetrics, units: int) -> None:
-        """A step that was started. The host waits for the first: it pays for allocations, and rates count from its end."""
-        if self._first is self._start:
-            jax.block_until_ready(metrics)
-            self._first = _Mark(working_seconds(), units)
-        self._open.append((step, metrics, units))
-
-    def end_line(self) -> None:
-        """The steps added since the last line make the next."""
-        if self._open:
-            self._due, self._open = self._open, []
-
-    def write(self) -> None:
-        """Write the line that is due, where one is: waits until its steps are done.
-
-        Raises:
-            UserError: a loss or a gradient is not finite.
-        """
-        if not self._due:
-            return
-        due, self._due = self._due, []
-        steps = [(step, jax.tree.map(float, jax.device_get(metrics))) for step, metrics, _ in due]
-        before, units = self._written, sum(units for _, _, units in due)
-        self._written = _Mark(working_seconds(), before.units + units)
-        means = _means(steps)
-        self._loss = means["loss"]
-        self._run.log(steps[-1][0], **means, **{f"{self._unit}_per_second": self._written.rate_since(before)})
-
-    @property
-    def rate(self) -> float:
-        """Units a second over all steps but the first, without compilation; of the first if it is the only one."""
-        return self._written.rate_since(self._first if self._written.units > self._first.units else self._start)
-
-    def trained(self, steps: int) -> Trained:
-        """How the run went, all of its lines written; a run that was complete already has the loss of its last line."""
-        logged = [line["loss"] for line in self._run.metrics() if "loss" in line] if self._loss is None else [self._loss]
-        return Trained(
-            steps=steps,
-            loss=logged[-1] if logged else math.nan,
-            seconds=time.perf_counter() - self._began,
-            rate=self.rate,
-            compile_seconds=compile_seconds() - self._compiled,
-        )
-
-
-def _means(steps: Sequence[tuple[int, StepMetrics]]) -> dict[str, float]:
-    """Means over steps of the loss metrics and of the gradient norm, and the last learning rate."""
-    for step, metrics in steps:
-        if not (math.isfinite(metrics.loss.loss) and math.isfinite(metrics.grad_norm)):
-            raise UserError(
-                f"step {step}: the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}; "
-                "lower optimizer.learning_rate or look at the data of that step"
-            )
-    found = [metrics for _, metrics in steps]
-    paths, _ = jax.tree_util.tree_flatten_with_path(found[0].loss)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    columns = zip(*(jax.tree.leaves(metrics.loss) for metrics in found), strict=True)
-    means = {name: sum(values) / len(found) for name, values in zip(names, columns, strict=True)}
-    norm = sum(metrics.grad_norm for metrics in found) / len(found)
-    return {**means, "learning_rate": found[-1].learning_rate, "grad_norm": norm}

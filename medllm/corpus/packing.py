@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from medllm.corpus.documents import Document
 
 _TOKENIZED_AT_A_TIME = 256
+_NAMED = 8
+"""Documents that a message names."""
 
 
 def target_mask(segment_ids: Int[Any, "b s"]) -> Bool[Any, "b s-1"]:
@@ -43,11 +45,24 @@ class PackedRows:
         tokens: Token ids; padding positions hold the pad token.
         segment_ids: 1, 2, 3 … for the documents of a row, 0 for padding. A position sees only its own segment.
         positions: Position inside the document; restarts at 0 with each segment.
+        documents: Which documents each row has something of, by their numbers; empty where that is not known.
+        sources: Where each document is from, by its number; empty where that is not known.
     """
 
     tokens: Int32[ndarray, "rows length"]
     segment_ids: Int32[ndarray, "rows length"]
     positions: Int32[ndarray, "rows length"]
+    documents: Sequence[Sequence[int]] = ()
+    sources: Sequence[str] = ()
+
+    def named(self, rows: Sequence[int]) -> str:
+        """What a user knows ``rows`` by: the documents in them, else their numbers."""
+        if not self.documents:
+            return f"rows {', '.join(str(row) for row in rows)}"
+        numbers = list(dict.fromkeys(number for row in rows for number in self.documents[row]))
+        names = [self.sources[number] if self.sources else str(number + 1) for number in numbers]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"documents {', '.join(dict.fromkeys(names[:_NAMED]))}{more}"
 
     @property
     def targets(self) -> Bool[ndarray, "rows length"]:
@@ -57,7 +72,8 @@ class PackedRows:
     def with_targets(self) -> PackedRows:
         """The rows that train something: one that holds a single token of each document in it predicts none."""
         kept = self.targets.any(axis=1)
-        return PackedRows(self.tokens[kept], self.segment_ids[kept], self.positions[kept])
+        documents = [numbers for numbers, trains in zip(self.documents, np.asarray(kept), strict=False) if trains]
+        return PackedRows(self.tokens[kept], self.segment_ids[kept], self.positions[kept], documents, self.sources)
 
     @property
     def padding(self) -> float:
@@ -134,10 +150,16 @@ def _wrap(documents: list[ndarray], length: int, pad_id: int) -> PackedRows:
     segment_ids[: len(stream)] = 1
     positions = np.tile(np.arange(length, dtype=np.int32), rows)
     positions[len(stream) :] = 0
-    return PackedRows(*(array.reshape(rows, length) for array in (tokens, segment_ids, positions)))
+    ends = np.cumsum([len(document) for document in documents])
+    starts = np.arange(rows) * length
+    first, last = np.searchsorted(ends, starts, "right"), np.searchsorted(ends, starts + length, "left")
+    members = [range(begin, min(end + 1, len(documents))) for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
+    shape = (rows, length)
+    return PackedRows(tokens.reshape(shape), segment_ids.reshape(shape), positions.reshape(shape), members)
 
 
 def _pack(documents: list[ndarray], length: int, pad_id: int) -> PackedRows:
+    numbers = [number for number, tokens in enumerate(documents) for _ in range(0, len(tokens), length)]
     pieces = [tokens[start : start + length] for tokens in documents for start in range(0, len(tokens), length)]
     rows = _best_fit([len(piece) for piece in pieces], length)
     tokens = np.full((len(rows), length), pad_id, dtype=np.int32)
@@ -151,7 +173,7 @@ def _pack(documents: list[ndarray], length: int, pad_id: int) -> PackedRows:
             segment_ids[row, start:end] = segment
             positions[row, start:end] = np.arange(end - start)
             start = end
-    return PackedRows(tokens, segment_ids, positions)
+    return PackedRows(tokens, segment_ids, positions, [[numbers[member] for member in members] for members in rows])
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

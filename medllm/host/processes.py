@@ -38,6 +38,12 @@ def is_primary_process() -> bool:
     return (int(os.environ.get("RANK", "0")) if _place is None else _place.index) == 0
 
 
+def tell(line: str) -> None:
+    """A line on standard error, of one process of several."""
+    if is_primary_process():
+        print(f"medllm: {line}", file=sys.stderr, flush=True)
+
+
 def ended(code: int) -> int:
     """The exit code of a program that failed: ``code``. One of several processes of JAX does not return from here.
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from medllm.architecture import PROJECTIONS, layer_path
 from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
+from medllm.host.processes import tell
 from medllm.model.directory import ModelDirectory, write_model
 from medllm.model.files import open_safetensors
 from medllm.patterns import LONGEST_NAME, is_quick_pattern, names
@@ -158,6 +159,21 @@ def write_adapter(path: str | Path, lora: LoraConfig, tensors: Mapping[str, np.n
         scratch.mkdir()
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, scratch / WEIGHTS, {"format": "pt"})
         write_json(scratch / CONFIG, _peft_config(lora, base_model))
+
+
+def check_trained(path: str | Path) -> None:
+    """Look at an adapter that a training left: all of it is there and finite. One that changes nothing is told of.
+
+    Raises:
+        UserError: it is not.
+    """
+    adapter = read_adapter(path)
+    pairs = adapter.modules()
+    broken = next((name for name, tensor in adapter.tensors.items() if not np.isfinite(tensor).all()), None)
+    if broken is not None:
+        raise UserError(f"{path}: {broken} is not finite; lower --optimizer.learning_rate and train again")
+    if not any(b.any() for _, b in pairs.values()):
+        tell(f"{path}: every B is still zero, so the adapter changes nothing; see the learning rate and the number of steps")
 
 
 def merge_adapter(base: str | Path, adapter: str | Path | Collection[str], out: str | Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import check_rows, pack, tokenize_documents
 from medllm.engines import TrainerName, open_trainer
+from medllm.host.processes import is_primary_process
 from medllm.host.progress import progress_bar
+from medllm.model.adapter import check_trained
 from medllm.model.tokenizer import control_tokens, encode
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_rows
@@ -60,10 +62,11 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     with progress_bar("tokens") as progress:
         tokens = tokenize_documents(model.tokenizer, corpus.documents, progress)
     nothing = len(encode(model.tokenizer, "")) + 1  # what begins a text, and its end
-    kept = [(document.text, ids) for document, ids in zip(corpus.documents, tokens, strict=True) if len(ids) > nothing]
+    kept = [(document, ids) for document, ids in zip(corpus.documents, tokens, strict=True) if len(ids) > nothing]
     without = len(tokens) - len(kept)
     ids = [ids for _, ids in kept]
     rows = pack(ids, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing).with_targets()
+    rows = replace(rows, sources=[document.source for document, _ in kept])
     check_rows(rows, model.context)
     with Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
@@ -72,11 +75,13 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
             summary=summary,
             documents=len(kept),
             skipped={**corpus.skipped, **({"text of no token": without} if without else {})},
-            control_tokens=control_tokens(model.tokenizer, (text for text, _ in kept)),
+            control_tokens=control_tokens(model.tokenizer, (document.text for document, _ in kept)),
             tokens=int((rows.segment_ids > 0).sum()),
             rows=len(rows.tokens),
             padding=rows.padding,
-            taught=taught_by_rows(model.tokenizer, rows, (text for text, _ in kept)),
+            taught=taught_by_rows(model.tokenizer, rows, (document.text for document, _ in kept)),
         )
+        if is_primary_process():
+            check_trained(summary.adapter)
         run.finish(result.to_json())
     return result

@@ -8,7 +8,9 @@ from typing import Any
 
 from medllm.config import ModelConfig
 from medllm.engines import TrainerName, open_trainer
+from medllm.host.processes import is_primary_process
 from medllm.host.progress import progress_bar
+from medllm.model.adapter import check_trained
 from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
@@ -93,5 +95,7 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
             opened_as=opened_as(config, run.path, summary.adapter),
             taught=taught_by_preferences(model.tokenizer, preferences),
         )
+        if is_primary_process():
+            check_trained(summary.adapter)
         run.finish(result.to_json())
     return result

@@ -95,7 +95,7 @@ def test_resuming_forgets_what_was_logged_beyond_the_checkpoint(tmp_path):
     run = Run(tmp_path / "run", config(tmp_path))
     for step in (1, 2, 3):
         run.log(step, loss=float(step))
-    run.forget_after(2)
+    run.go_on(2, 9)
     assert [line["step"] for line in run.metrics()] == [1, 2]
 
 
@@ -135,6 +135,44 @@ def test_a_run_goes_on_by_itself_until_it_is_finished(tmp_path):
     with pytest.raises(UserError, match="already holds a finished run; give another --run"):
         Run(tmp_path / "run", config(tmp_path), resume="auto")
     assert json.loads((run.path / "result.json").read_text()) == {"loss": 1.0}
+
+
+def test_a_run_says_where_it_goes_on(tmp_path, capsys):
+    with Run(tmp_path / "run", config(tmp_path), resume="auto") as run:
+        run.go_on(0, 3000)
+        run.log(1, loss=1.0)
+    assert capsys.readouterr().err == ""
+    with Run(tmp_path / "run", config(tmp_path), resume="auto") as run:
+        run.go_on(1240, 3000)
+        run.go_on(0, 3000)
+    assert capsys.readouterr().err.splitlines() == [
+        f"medllm: {tmp_path / 'run'}: going on at step 1,240 of 3,000",
+        f"medllm: {tmp_path / 'run'}: no checkpoint yet, beginning at step 1 of 3,000",
+    ]
+
+
+def test_what_killed_processes_left_is_taken_away(tmp_path):
+    Run(tmp_path / "run", config(tmp_path)).log(1, loss=1.0)
+    for left in (".merged.12.part/.config.json.12.part", ".metrics.jsonl.12.part", "checkpoints/.notes"):
+        (tmp_path / "run" / left).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / left).write_text("half")
+    with Run(tmp_path / "run", config(tmp_path), resume="auto"):
+        assert not list((tmp_path / "run").rglob("*.part"))
+        assert (tmp_path / "run" / "checkpoints" / ".notes").exists()
+
+
+def test_a_run_that_must_go_on_is_not_begun(tmp_path):
+    with pytest.raises(UserError, match="there is no run to go on with"):
+        Run(tmp_path / "run", config(tmp_path), resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_over_a_finished_one_is_unfinished_until_it_ends(tmp_path):
+    Run(tmp_path / "run", config(tmp_path)).finish({"steps": 2})
+    with Run(tmp_path / "run", config(tmp_path), resume=True) as run:
+        assert (run.path / "result.json").exists()
+        run.go_on(2, 4)
+        assert not (run.path / "result.json").exists()
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):

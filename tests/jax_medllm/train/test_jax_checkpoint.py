@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,29 +16,46 @@ from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.batches import CptData, plan_steps
 from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.loop import cpt_loss_fn, train
+from medllm.checkpoints import CHECKSUMS
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
-from medllm.errors import UserError
+from medllm.errors import Stopped, UserError
+from medllm.host.stopping import SIGNALS
 from medllm.run import Run
 from tests.small_model import small_config
 
 SMALL = small_config()
 
 
-def session(run, settings=None, **changes):
-    """One call of ``train`` on six rows; answers with the adapter's arrays."""
-    tokens = np.random.default_rng(0).integers(1, 53, (6, 16)).astype(np.int32)
-    rows = PackedRows(tokens, np.ones_like(tokens), np.tile(np.arange(16, dtype=np.int32), (6, 1)))
-    config = TrainingConfig(**{"epochs": 2, "batch_size": 1, "accumulation": 2} | changes)
-    data = CptData(rows, plan_steps(6, config))
-    model = DenseDecoder(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
-    train(model, cpt_loss_fn, data, optimizer, config, run, settings=settings or {}, resume=True)
+def small_model():
+    return DenseDecoder(SMALL, lora=LoraConfig(rank=4, alpha=8), rngs=nnx.Rngs(0))
+
+
+def adapter(model):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, LoraParam))]
 
 
+def train_six(run, kind=CptData, model=None, settings=None, **changes):
+    """One call of ``train`` on six rows, a document each."""
+    tokens = np.random.default_rng(0).integers(1, 53, (6, 16)).astype(np.int32)
+    positions = np.tile(np.arange(16, dtype=np.int32), (6, 1))
+    rows = PackedRows(tokens, np.ones_like(tokens), positions, [[row] for row in range(6)], [f"d{row}" for row in range(6)])
+    config = TrainingConfig(**{"epochs": 2, "batch_size": 1, "accumulation": 2} | changes)
+    data = kind(rows, plan_steps(6, config))
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.1)
+    return train(model or small_model(), cpt_loss_fn, data, optimizer, config, run, settings=settings or {})
+
+
+def session(run, settings=None, **changes):
+    """The adapter's arrays after such a call."""
+    model = small_model()
+    train_six(run, CptData, model, settings, **changes)
+    return adapter(model)
+
+
 def logged(run):
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in run.metrics()]
+    timed = {"tokens_per_second", "seconds"}
+    return [{name: value for name, value in line.items() if name not in timed} for line in run.metrics()]
 
 
 def test_three_steps_and_three_resumed_are_six_steps(tmp_path):
@@ -91,13 +112,132 @@ def test_only_the_last_checkpoint_is_kept_unless_more_are_asked_for(tmp_path):
     assert kept(several) == [4, 6]
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path):
+def damaged_files(folder):
+    """Ways to damage a checkpoint: each of its files with a bit flipped, cut short, and gone."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [(file, way) for file in files for way in ("flipped", "cut", "gone")]
+
+
+def do_damage(file, way):
+    content = file.read_bytes()
+    if way == "gone":
+        file.unlink()
+    elif way == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif content:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_gone_on_from(tmp_path, capsys):
+    run = Run(tmp_path / "run", TrainingConfig())
+    expected = session(run, checkpoint_every=2)
+    kept, lines = tmp_path / "kept", logged(run)
+    (tmp_path / "run" / "checkpoints").rename(kept)
+    ways = damaged_files(kept / "6")
+    named = 0
+    assert len(ways) > 30
+    for file, way in ways[:: len(ways) // 8]:
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        shutil.copytree(kept, run.path / "checkpoints")
+        do_damage(run.path / "checkpoints" / "6" / file, way)
+        for a, b in zip(expected, session(run, checkpoint_every=2), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{file} {way}")
+        assert logged(run) == lines
+        named += f"6: is damaged, {file}" in capsys.readouterr().err
+    assert named >= 6
+
+
+def test_where_every_checkpoint_is_damaged_it_is_one_line(tmp_path):
     state = {"a": jnp.arange(3.0)}
     checkpoints = Checkpoints(tmp_path / "checkpoints", {})
-    checkpoints.save(state, 1)
+    for step in (1, 2):
+        checkpoints.save(state, step)
     checkpoints.close()
-    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+    for file in (tmp_path / "checkpoints").rglob("state/*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/1: is damaged, state/\S+ is not what was written, and no checkpoint before"
+    ):
         Checkpoints(tmp_path / "checkpoints", {}).restore(state)
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
+
+
+def test_one_that_was_being_written_is_none(tmp_path):
+    """Its checksums are there with its name, so one without them was not written whole."""
+    run = Run(tmp_path / "run", TrainingConfig())
+    expected = session(run, checkpoint_every=2)
+    (run.path / "checkpoints" / "6" / CHECKSUMS).unlink()
+    (run.path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    for a, b in zip(expected, session(run, checkpoint_every=2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_seconds_and_rate_are_of_all_sessions(tmp_path):
+    run = Run(tmp_path / "run", TrainingConfig())
+    whole = train_six(run, max_steps=4)
+    lines = run.metrics()
+    again = train_six(run, max_steps=4)
+    assert again.steps == whole.steps == 4
+    assert again.seconds >= lines[-1]["seconds"] > 0
+    tokens = 2 * 16
+    spent = sum(tokens / line["tokens_per_second"] for line in lines[1:])
+    assert again.rate == pytest.approx(3 * tokens / spent, rel=1e-3)
+    assert again.loss == lines[-1]["loss"]
+
+
+class Poisoned(CptData):
+    """The rows of ``micro-batch 2`` of the third step give a loss that is no number."""
+
+    def batches(self, step):
+        found = super().batches(step)
+        if step == self.steps[2]:
+            found[1] = dataclasses.replace(found[1], share=np.asarray(np.nan))
+        return found
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_data_and_saved_nowhere(tmp_path):
+    run = Run(tmp_path / "run", TrainingConfig())
+    with pytest.raises(UserError, match=r"step 3: .* by micro-batch 2 \(documents d\d\); .*--training.on_nan skip"):
+        train_six(run, Poisoned, checkpoint_every=1)
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+    assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_step_that_is_left_out_changes_no_weight_and_the_others_are_taken(tmp_path, capsys):
+    run, short = Run(tmp_path / "run", TrainingConfig()), Run(tmp_path / "short", TrainingConfig())
+    model, before = small_model(), small_model()
+    train_six(run, Poisoned, model, on_nan="skip", max_steps=3)
+    train_six(short, CptData, before, max_steps=2)
+    for a, b in zip(adapter(model), adapter(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = run.metrics()
+    assert lines[2]["skipped"] == 1
+    assert "loss" not in lines[2]
+    assert "the step is left out" in capsys.readouterr().err
+    train_six(run, Poisoned, on_nan="skip")
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+    assert np.isfinite([line["loss"] for line in run.metrics() if line["step"] != 3]).all()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_bit_for_bit(tmp_path, number, capfd):
+    class Signalled(CptData):
+        def units(self, step):
+            if step == self.steps[2]:
+                signal.raise_signal(number)
+            return super().units(step)
+
+    whole, run = Run(tmp_path / "whole", TrainingConfig()), Run(tmp_path / "run", TrainingConfig())
+    expected, model = session(whole), small_model()
+    with pytest.raises(Stopped, match=r"stopped after step \d of 6, which is saved"):
+        train_six(run, Signalled)
+    done = run.metrics()[-1]["step"]
+    assert 3 <= done <= 4
+    assert (run.path / "checkpoints" / f"{done:.0f}" / CHECKSUMS).exists()
+    assert f"medllm: {signal.Signals(number).name}: saving after this step" in capfd.readouterr().err
+    train_six(run, CptData, model)
+    for a, b in zip(expected, adapter(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert logged(run) == logged(whole)

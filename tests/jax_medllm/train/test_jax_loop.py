@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from jax_medllm.model.decoder import DenseDecoder, LoraParam
-from jax_medllm.train import loop as loop
+from jax_medllm.train import log as log_module
 from jax_medllm.train.batches import CptBatch, CptData, cpt_step, plan_steps
-from jax_medllm.train.loop import CptMetrics, StepMetrics, TrainingLog, cpt_loss_fn, make_step, train
+from jax_medllm.train.log import StepMetrics, TrainingLog
+from jax_medllm.train.loop import CptMetrics, cpt_loss_fn, make_step, train
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.run import Run
@@ -84,12 +85,13 @@ def test_the_rate_counts_the_steps_after_the_first_or_the_only_one(tmp_path, log
 
 def test_the_rate_leaves_out_the_time_of_the_first_step_and_all_compilation(tmp_path, monkeypatch):
     now, compiled = [100.0], [0.0]
-    monkeypatch.setattr(loop, "working_seconds", lambda: now[0] - compiled[0])
-    log = TrainingLog(Run(tmp_path / "run", TrainingConfig()), "tokens")
+    monkeypatch.setattr(log_module, "working_seconds", lambda: now[0] - compiled[0])
+    data = Data(TrainingConfig(epochs=1, batch_size=1, accumulation=1), weigh=lambda step: 10)
+    log = TrainingLog(Run(tmp_path / "run", TrainingConfig()), data)
     for step, (seconds, compiling) in enumerate([(50.0, 20.0), (2.0, 0.0), (9.0, 7.0)], 1):
         now[0] += seconds
         compiled[0] += compiling
-        log.add(step, StepMetrics(CptMetrics(1.0), 1.0, 1.0), 10)
+        log.add(step, StepMetrics(CptMetrics(1.0), 1.0, 1.0), data.steps[step - 1])
         log.end_line()
         log.write()
     assert log.rate == pytest.approx(20 / 4)

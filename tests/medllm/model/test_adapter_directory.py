@@ -11,6 +11,7 @@ from medllm.errors import UserError
 from medllm.model.adapter import (
     Adapter,
     check_adapter,
+    check_trained,
     merge_adapter,
     module_name,
     read_adapter,
@@ -214,3 +215,20 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path):
     (tmp_path / "a" / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
         read_adapter(tmp_path / "a")
+
+
+def test_an_adapter_that_a_training_left_is_whole_finite_and_changes_something(tmp_path, capsys):
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": np.ones((2, 4), np.float32), f"{module}.lora_B.weight": np.ones((4, 2), np.float32)}
+    with pytest.raises(UserError, match="no such adapter folder"):
+        check_trained(tmp_path / "adapter")
+    write_adapter(tmp_path / "adapter", LoraConfig(rank=2, targets=("q_proj",)), tensors, "base")
+    check_trained(tmp_path / "adapter")
+    assert capsys.readouterr().err == ""
+    for value in (np.nan, 0.0):
+        tensors[f"{module}.lora_B.weight"] = np.full((4, 2), value, np.float32)
+        write_adapter(tmp_path / str(value), LoraConfig(rank=2, targets=("q_proj",)), tensors, "base")
+    with pytest.raises(UserError, match=r"q_proj\.lora_B\.weight is not finite"):
+        check_trained(tmp_path / "nan")
+    check_trained(tmp_path / "0.0")
+    assert "every B is still zero" in capsys.readouterr().err

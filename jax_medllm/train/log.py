@@ -1,0 +1,170 @@
+"""What a training logs of its steps, and how it went: over all the sessions it took."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from jax_medllm.train.batches import Step, TrainingData
+from jax_medllm.train.compilation import compile_seconds, working_seconds
+from medllm.errors import UserError
+from medllm.host.processes import tell
+from medllm.run import Run
+
+
+class StepMetrics(NamedTuple):
+    """Metrics of one optimizer step: those of the loss, the gradient norm before clipping, the learning rate it took, whether
+    all was finite and it was taken, and of each micro-batch whether it was finite."""
+
+    loss: Any
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    finite: Bool[Array, ""] | bool = True
+    micro_batches: tuple[Bool[Array, ""], ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run went: steps done, last logged loss, seconds in all, units a second after the first step and without
+    compilation, seconds of that. Of a run that went on the seconds and the rate are over all its sessions."""
+
+    steps: int
+    loss: float
+    seconds: float
+    rate: float
+    compile_seconds: float
+
+
+class _Mark(NamedTuple):
+    """A time, and the units that were done by then. ``seconds`` stand still while something is compiled."""
+
+    seconds: float
+    units: int
+
+    def rate_since(self, earlier: _Mark) -> float:
+        """Units a second."""
+        return (self.units - earlier.units) / max(self.seconds - earlier.seconds, 1e-9)
+
+
+class TrainingLog:
+    """Lines of ``metrics.jsonl``: means over steps, fetched from the device when they are written. And how the run went.
+
+    Time runs from when it is made.
+    """
+
+    def __init__(self, run: Run, data: TrainingData, start: int = 0, on_nan: Literal["stop", "skip"] = "stop"):
+        self._run = run
+        self._data = data
+        self._on_nan = on_nan
+        self._open: list[tuple[int, StepMetrics, Step]] = []
+        self._due: list[tuple[int, StepMetrics, Step]] = []
+        self._before, self._seconds_before, self._loss = self._of_earlier_sessions(start)
+        self._began, self._compiled = time.perf_counter(), compile_seconds()
+        self._start = self._first = self._written = _Mark(working_seconds(), 0)
+
+    def add(self, step: int, metrics: StepMetrics, planned: Step) -> None:
+        """A step that was started. The host waits for the first: it pays for allocations, and rates count from its end."""
+        if self._first is self._start:
+            jax.block_until_ready(metrics)
+            self._first = _Mark(working_seconds(), self._data.units(planned))
+        self._open.append((step, metrics, planned))
+
+    def end_line(self) -> None:
+        """The steps added since the last line make the next."""
+        if self._open:
+            self._due, self._open = self._open, []
+
+    def write(self) -> None:
+        """Write the line that is due, where one is: waits until its steps are done.
+
+        Raises:
+            UserError: a loss or a gradient is not finite, and such steps are not left out.
+        """
+        if not self._due:
+            return
+        due, self._due = self._due, []
+        steps = [(step, jax.tree.map(float, jax.device_get(metrics))) for step, metrics, _ in due]
+        before = self._written
+        self._written = _Mark(working_seconds(), before.units + sum(self._data.units(planned) for *_, planned in due))
+        for (step, metrics), (*_, planned) in zip(steps, due, strict=True):
+            if not metrics.finite:
+                self._not_finite(step, metrics, planned)
+        means = _means([metrics for _, metrics in steps])
+        self._loss = means.get("loss", self._loss)
+        rate = {f"{self._data.unit}_per_second": self._written.rate_since(before)}
+        self._run.log(steps[-1][0], **means, **rate, seconds=self._seconds)
+
+    @property
+    def rate(self) -> float:
+        """Units a second over all steps but the first, without compilation; of the first if it is the only one."""
+        sessions = [self._before]
+        if self._written is not self._start:
+            first = self._first if self._written.units > self._first.units else self._start
+            sessions.append(_Mark(self._written.seconds - first.seconds, self._written.units - first.units))
+        seconds, units = (sum(values) for values in zip(*sessions, strict=True))
+        return units / max(seconds, 1e-9)
+
+    def trained(self, steps: int) -> Trained:
+        """How the run went, all of its lines written."""
+        return Trained(
+            steps=steps,
+            loss=self._loss,
+            seconds=self._seconds,
+            rate=self.rate,
+            compile_seconds=compile_seconds() - self._compiled,
+        )
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def _of_earlier_sessions(self, start: int) -> tuple[_Mark, float, float]:
+        """What the lines up to step ``start`` tell: working seconds and units after the first line, seconds in all, and the
+        last loss."""
+        name = f"{self._data.unit}_per_second"
+        lines = [line for line in self._run.metrics() if 0 < line["step"] <= start and name in line]
+        done, spans = 0, []
+        for line in lines:
+            units = sum(self._data.units(step) for step in self._data.steps[done : int(line["step"])])
+            spans.append(_Mark(units / line[name], units))
+            done = int(line["step"])
+        kept = spans[1:] or spans
+        mark = _Mark(sum(span.seconds for span in kept), sum(span.units for span in kept))
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return mark, lines[-1].get("seconds", 0.0) if lines else 0.0, losses[-1] if losses else math.nan
+
+    def _not_finite(self, step: int, metrics: StepMetrics, planned: Step) -> None:
+        """Say of which data a step's numbers were not finite, and end the run where that is asked for.
+
+        Raises:
+            UserError: it is.
+        """
+        found = [number for number, finite in enumerate(metrics.micro_batches) if not finite]
+        where = "; ".join(f"micro-batch {number + 1} ({self._data.named(planned.micro_batches[number])})" for number in found)
+        what = f"the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}"
+        said = f"step {step}: {what}, {f'by {where}' if where else 'and what it makes of the adapter is not finite'}"
+        if self._on_nan == "stop":
+            raise UserError(
+                f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
+            )
+        tell(f"{said}; the step is left out")
+
+
+def _means(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """Means of the loss metrics and of the gradient norm over the steps that were taken, the last learning rate, and how many
+    were left out, where some were."""
+    taken = [metrics for metrics in steps if metrics.finite]
+    logged = {"learning_rate": steps[-1].learning_rate}
+    if taken:
+        paths, _ = jax.tree_util.tree_flatten_with_path(taken[0].loss)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        columns = zip(*(jax.tree.leaves(metrics.loss) for metrics in taken), strict=True)
+        means = {name: sum(values) / len(taken) for name, values in zip(names, columns, strict=True)}
+        logged = {**means, **logged, "grad_norm": sum(metrics.grad_norm for metrics in taken) / len(taken)}
+    return logged | ({"skipped": len(steps) - len(taken)} if len(taken) < len(steps) else {})

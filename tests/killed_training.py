@@ -1,0 +1,156 @@
+"""Trainings that are killed, stopped and damaged, and go on.
+
+::
+
+    python -m tests.killed_training jax cpt 20
+
+kills one run so often with SIGKILL, each time when a further part of it is done, with a checkpoint at every step, and prints a
+line: what was seen, and how far the adapter is from that of a run that was left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from medllm.mini.study import BASE
+from medllm.model.adapter import read_adapter
+from medllm.preferences.records import Preference, Sample, write_preferences
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 24
+_WORDS = "the fever went down after rest and water while a cough and a cold stayed with them for days".split()
+
+
+def inputs(stage: str, folder: Path) -> list[str]:
+    """Files of so many documents, or problems, as there are steps, and the options that name them."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(_WORDS, k=20)) for _ in range(STEPS)]
+    if stage == "cpt":
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "documents.jsonl").write_text(lines, encoding="utf-8")
+        return f"--corpus.documents {folder / 'documents.jsonl'} --corpus.length 32 --training.max_steps {STEPS}".split()
+    problems = [
+        Preference(f"p{number}", f"Question {number}: {text}\n", Sample(f" {text} yes", "a"), (), (Sample(" no", "b"),))
+        for number, text in enumerate(texts)
+    ]
+    write_preferences(folder / "preferences.jsonl", problems)
+    return ["--preferences", str(folder / "preferences.jsonl")]
+
+
+def command(engine: str, stage: str, options: list[str], run: Path) -> list[str]:
+    """A command that trains a little in each step and keeps a checkpoint of each."""
+    loop = "--training.epochs 1 --training.batch_size 1 --training.accumulation 1 --training.checkpoint_every 1"
+    model = f"--model.path {BASE} --model.dtype float32 --lora.rank 4 --optimizer.learning_rate 1e-3"
+    head = [sys.executable, "-m", "medllm", stage, "--engine", engine, "--run", str(run)]
+    return [*head, *model.split(), *loop.split(), *options]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """A training."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for it, or for the end of the process."""
+    ends = time.monotonic() + 240
+    while not holds() and process.poll() is None:
+        assert time.monotonic() < ends, "it takes too long"
+        time.sleep(0.002)
+
+
+def finish(words: list[str]) -> str:
+    """Let a command come to its end; what it wrote to its standard error."""
+    process = start(words)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def steps(run: Path) -> list[int]:
+    """Those in the whole lines of a log."""
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def apart(run: Path, whole: Path) -> float:
+    """The largest difference between the adapters of two runs."""
+    found, expected = (read_adapter(folder / "adapter").tensors for folder in (run, whole))
+    assert found.keys() == expected.keys()
+    return max(float(np.abs(found[name] - value).max()) for name, value in expected.items())
+
+
+def same_end(run: Path, whole: Path) -> float:
+    """The two runs ended alike, and nothing half-written is left; the largest difference between their adapters."""
+    assert steps(run) == steps(whole)
+    assert not [path for path in run.rglob("*") if ".part" in path.name or "orbax-checkpoint-tmp" in path.name]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
+    assert results[0]["steps"] == results[1]["steps"]
+    assert results[0]["loss"] == results[1]["loss"]
+    assert results[0]["rate"] > 0
+    return apart(run, whole)
+
+
+def kill(engine: str, stage: str, folder: Path, kills: int) -> str:
+    """Kill a run so often. What was seen, in a line."""
+    options, draw = inputs(stage, folder), random.Random(1)
+    finish(command(engine, stage, options, folder / "whole"))
+    words, seen = command(engine, stage, options, folder / "run"), []
+    for number in range(kills):
+        process = start(words)
+        least = number * STEPS // kills
+        until(lambda least=least: max(steps(folder / "run"), default=0) >= least and (folder / "run").exists(), process)
+        time.sleep(draw.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen.append(max(steps(folder / "run"), default=0))
+    if not (folder / "run" / "result.json").exists():
+        said = finish(words)
+        assert "going on at step" in said or "no checkpoint yet" in said, said
+    return f"{engine}, {stage}: killed after steps {seen}; adapters apart by {same_end(folder / 'run', folder / 'whole'):.1e}"
+
+
+def stop(engine: str, stage: str, folder: Path, number: signal.Signals = signal.SIGTERM) -> str:
+    """Ask a run to stop in its middle, and go on as it says. What was seen, in a line."""
+    options = inputs(stage, folder)
+    finish(command(engine, stage, options, folder / "whole"))
+    words = command(engine, stage, options, folder / "run")
+    process = start(words)
+    until(lambda: max(steps(folder / "run"), default=0) >= 3, process)
+    asked = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=240)
+    took = time.monotonic() - asked
+    assert process.returncode == 0, said
+    assert not (folder / "run" / "result.json").exists()
+    first, last = said.strip().splitlines()[-2:]
+    assert first == f"medllm: {number.name}: saving after this step; a second one ends at once"
+    done = steps(folder / "run")[-1]
+    assert last.startswith(f"medllm: stopped after step {done} of {STEPS}, which is saved; go on with: medllm {stage} --engine")
+    assert f"going on at step {done} of {STEPS}" in finish(words)
+    distance = same_end(folder / "run", folder / "whole")
+    return f"{engine}, {stage}: stopped after step {done} in {took:.1f} s; adapters apart by {distance:.1e}"
+
+
+def main(engine: str, stage: str, kills: str) -> None:
+    """The command of the module's docstring."""
+    with tempfile.TemporaryDirectory() as folder:
+        print(kill(engine, stage, Path(folder), int(kills)), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print(stop(engine, stage, Path(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,70 @@
+"""Which checkpoints are whole, held against files that are written and damaged by hand."""
+
+import hashlib
+import json
+
+import pytest
+
+from medllm.checkpoints import CHECKSUMS, damage, newest_whole, seal
+from medllm.errors import UserError
+
+
+def checkpoint(folder, content=b"weights"):
+    (folder / "state").mkdir(parents=True)
+    (folder / "state" / "a").write_bytes(content)
+    (folder / "note").write_bytes(b"")
+    seal(folder)
+    return folder
+
+
+def test_the_checksums_are_those_of_the_files(tmp_path):
+    folder = checkpoint(tmp_path / "1")
+    expected = {"note": hashlib.blake2b(b"").hexdigest(), "state/a": hashlib.blake2b(b"weights").hexdigest()}
+    assert json.loads((folder / CHECKSUMS).read_text()) == expected
+    assert sorted(path.name for path in folder.iterdir()) == [CHECKSUMS, "note", "state"]
+    assert damage(folder) is None
+
+
+def test_a_file_that_is_left_out_may_change(tmp_path):
+    folder = tmp_path / "1"
+    checkpoint(folder)
+    seal(folder, leave_out=("note",))
+    (folder / "note").write_text("later")
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("state/a", b"weightt", "state/a is not what was written"),
+        ("state/a", b"weight", "state/a is not what was written"),
+        ("state/a", None, "state/a is gone"),
+        ("note", b"x", "note is not what was written"),
+        (CHECKSUMS, b"{", f"{CHECKSUMS} or a file it names cannot be read"),
+        (CHECKSUMS, b"[]", f"{CHECKSUMS} or a file it names cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_taken(tmp_path, file, content, said, capsys):
+    old, new = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    (new / file).unlink() if content is None else (new / file).write_bytes(content)
+    found = newest_whole([new, old])
+    assert (found.newest, list(found.useless)) == (old, [new])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"medllm: {new}: is damaged, {said}")
+
+
+def test_one_without_checksums_was_being_written(tmp_path, capsys):
+    old, new = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
+    (new / CHECKSUMS).unlink()
+    assert newest_whole([new, old]).newest == old
+    (old / CHECKSUMS).unlink()
+    found = newest_whole([new, old])
+    assert (found.newest, list(found.useless)) == (None, [new, old])
+    assert capsys.readouterr().err == ""
+
+
+def test_where_all_are_damaged_nothing_is_gone_on_from(tmp_path):
+    folder = checkpoint(tmp_path / "1")
+    (folder / "state" / "a").write_bytes(b"")
+    with pytest.raises(UserError, match="1: is damaged, state/a is not what was written, and no checkpoint before it is whole"):
+        newest_whole([folder])

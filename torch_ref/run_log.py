@@ -1,0 +1,164 @@
+"""What follows the Trainer: the run's log, its end, and that no number that is not finite goes any further."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from medllm.checkpoints import seal
+from medllm.config import TrainingConfig
+from medllm.errors import UserError
+from medllm.host.processes import is_primary_process, tell
+from medllm.host.stopping import StopRequest
+from medllm.run import Run
+
+
+class RunLog(TrainerCallback):
+    """Sends the Trainer's log lines to the run folder, ends the run where it is to end, and measures the rate.
+
+    Ending here rather than through ``TrainingArguments.max_steps`` keeps the learning-rate schedule spanning all epochs.
+
+    Args:
+        run: The run folder.
+        training: The loop.
+        named: What a user knows the data of a micro-batch by, given its ``input_ids``.
+        constants: Stand in every line.
+    """
+
+    def __init__(self, run: Run, training: TrainingConfig, named: Callable[[torch.Tensor], str], **constants: float):
+        self._run = run
+        self._training = training
+        self._named = named
+        self._constants = constants
+        self._marks: list[tuple[float, float]] = []  # (seconds, epochs) at the start, after the first and after the last step
+        self._began = time.monotonic()
+        self._seconds_before = 0.0
+        self._went_on = False
+        self._skipped = 0
+        self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # of the step: finite, loss, input_ids
+        self.request = StopRequest()
+
+    def end(self, state: TrainerState) -> int:
+        """The step that the run ends at."""
+        return min(self._training.max_steps or state.max_steps, state.max_steps)
+
+    def go_on(self, state: TrainerState) -> None:
+        """Begin where ``state`` is: later lines of the log are dropped."""
+        self._run.go_on(state.global_step, self.end(state))
+        lines = [line for line in self._run.metrics() if "seconds" in line and line["step"] <= state.global_step]
+        self._seconds_before = lines[-1]["seconds"] if lines else 0.0
+        self._went_on = state.global_step > 0
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all sessions."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @contextmanager
+    def watching(self, trainer: Trainer) -> Iterator[None]:
+        """Look at each micro-batch that ``trainer`` computes: whether its loss, and the gradient with it, is finite."""
+        compute = trainer.training_step
+
+        def watched(model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+            ids = inputs.get("input_ids")
+            loss = compute(model, inputs, *rest)
+            norms = torch._foreach_norm([one.grad for one in model.parameters() if one.grad is not None])
+            finite = torch.isfinite(torch.stack([*norms, loss.detach().to(norms[0])])).all()
+            self._micro_batches.append((finite, loss.detach(), ids))
+            return torch.nan_to_num(loss) if self._training.on_nan == "skip" else loss
+
+        trainer.training_step = watched  # type: ignore[method-assign]
+        yield
+        trainer.training_step = compute  # type: ignore[method-assign]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
+        self.go_on(state)
+        self._marks = [(time.monotonic(), state.epoch or 0.0)]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
+    ) -> None:
+        """Take no step with numbers that are not finite.
+
+        Raises:
+            UserError: there are some, and such steps are not left out.
+        """
+        found, self._micro_batches = self._micro_batches, []
+        gradients = [one.grad for one in model.parameters() if one.grad is not None]
+        if torch.stack([torch.isfinite(one).all() for one in gradients]).all() and all(finite for finite, *_ in found):
+            return
+        said = f"step {state.global_step + 1}: a loss or its gradient is not finite in another process"
+        for number, (finite, loss, ids) in enumerate(found, 1):
+            if not finite:  # gradients add up: what the first of them spoiled, the later ones do not mend
+                what = f"the loss is {float(loss)}, and it or its gradient is not finite"
+                said = f"step {state.global_step + 1}: {what}, by micro-batch {number} ({self._named(ids)})"
+                break
+        if self._training.on_nan == "stop":
+            raise UserError(
+                f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
+            )
+        tell(f"{said}; the step is left out")
+        self._skipped += 1
+        for one in model.parameters():
+            one.grad = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
+    ) -> None:
+        """Note the time, and close the run at its last step, or where that is asked for, with a log line and a checkpoint.
+
+        Raises:
+            UserError: the adapter that would be saved is not finite.
+        """
+        self._marks = [*self._marks[:2], (time.monotonic(), state.epoch or 0.0)]
+        if state.global_step >= self.end(state) or self._asked():
+            control.should_training_stop = control.should_log = control.should_save = True
+        if control.should_save and not all(torch.isfinite(one).all() for one in model.parameters() if one.requires_grad):
+            raise UserError(f"step {state.global_step}: the adapter is not finite; lower --optimizer.learning_rate")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is written, by all processes: from now on it is one."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if is_primary_process():
+            seal(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """One line of metrics; the Trainer's closing summary (``train_runtime`` …) is not one."""
+        if state.is_world_process_zero and "loss" in logs:
+            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
+            skipped = {"skipped": float(self._skipped)} if self._skipped else {}
+            self._skipped = 0
+            self._run.log(state.global_step, **numbers, **self._constants, **skipped, seconds=self.seconds)
+
+    def seconds_per_epoch(self) -> float:
+        """By the steps after the first, which pays for allocations and kernel selection; by that step if it is the only one.
+        Of a run that went on, by the lines of all its sessions."""
+        marks = self._marks
+        if self._went_on:
+            marks = [(line["seconds"], line["epoch"]) for line in self._run.metrics() if {"seconds", "epoch"} <= line.keys()]
+            marks = [marks[0], marks[-1]] if len(marks) > 1 else [(0.0, 0.0), *marks]
+        if len(marks) < 2:
+            return math.inf
+        (began, start), (ended, end) = marks[-2:]
+        return (ended - began) / (end - start)
+
+    def _asked(self) -> bool:
+        """Whether a signal reached any of the processes: they stop at the same step."""
+        if not torch.distributed.is_initialized():
+            return self.request.asked
+        flag = torch.tensor(float(self.request.asked), device="cuda" if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
