@@ -67,7 +67,7 @@ def newest_whole(checkpoints: Iterable[Path]) -> Search:
         checkpoints: Their folders, the newest first.
 
     Raises:
-        UserError: there are some, and all that were finished are damaged.
+        UserError: there are some, and all that were finished are damaged, or several have no checksums.
     """
     useless: list[Path] = []
     damaged = ""
@@ -83,6 +83,11 @@ def newest_whole(checkpoints: Iterable[Path]) -> Search:
         useless.append(checkpoint)
     if damaged:
         raise UserError(f"{damaged}, and no checkpoint before it is whole; restore the folder, or start a new --run")
+    if len(useless) > 1:  # a kill leaves one half-written at the most
+        raise UserError(
+            f"{useless[0]}: has no {CHECKSUMS}, and those before it neither: they are of a version that wrote none; "
+            "start a new --run"
+        )
     return Search(None, useless)
 
 

@@ -57,9 +57,8 @@ def test_one_without_checksums_was_being_written(tmp_path, capsys):
     old, new = checkpoint(tmp_path / "1"), checkpoint(tmp_path / "2")
     (new / CHECKSUMS).unlink()
     assert newest_whole([new, old]).newest == old
-    (old / CHECKSUMS).unlink()
-    found = newest_whole([new, old])
-    assert (found.newest, list(found.useless)) == (None, [new, old])
+    found = newest_whole([new])
+    assert (found.newest, list(found.useless)) == (None, [new])
     assert capsys.readouterr().err == ""
 
 
@@ -68,3 +67,12 @@ def test_where_all_are_damaged_nothing_is_gone_on_from(tmp_path):
     (folder / "state" / "a").write_bytes(b"")
     with pytest.raises(UserError, match="1: is damaged, state/a is not what was written, and no checkpoint before it is whole"):
         newest_whole([folder])
+
+
+def test_checkpoints_of_before_the_checksums_are_refused_and_stay(tmp_path):
+    folders = [checkpoint(tmp_path / name) for name in ("2", "1")]
+    for folder in folders:
+        (folder / CHECKSUMS).unlink()
+    with pytest.raises(UserError, match=r"2: has no checksums.json, and those before it neither"):
+        newest_whole(folders)
+    assert all((folder / "state" / "a").exists() for folder in folders)
