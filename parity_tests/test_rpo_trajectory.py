@@ -23,7 +23,7 @@ from jax_medllm.train.optimizer import warmup_steps
 from medllm.config import ModelConfig, PairConfig, PreferenceLoss, TrainingConfig
 from medllm.model.adapter import read_adapter
 from medllm.model.tokenizer import load_tokenizer
-from medllm.preferences.pairs import trl_rows
+from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from medllm.stage_config import RpoConfig
 from parity_tests.jax_results import open_trainable
@@ -75,8 +75,9 @@ def test_more_than_twenty_fp32_steps_follow_trl(tiny_model, tmp_path, monkeypatc
         *(model, str(tmp_path / "torch"), "memory"), loss=loss, pairs=pairs, lora=LORA, optimizer=OPTIMIZER, training=training
     )
     record = record_trainers(monkeypatch)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
     summary = train_preferences(
-        model, load_tokenizer(tmp_path / "tokenizer"), trl_rows(preferences(), pairs), config, Run(config.run, config)
+        *(model, tokenizer, tokenize_preferences(tokenizer, preferences(), pairs), config, Run(config.run, config))
     )
 
     data = PreferenceData(single_pairs(groups()), training)

@@ -113,7 +113,7 @@ class ModelDirectory:
         said = parse_json(self.read(state).tobytes().decode("utf-8", "replace"), f"{self.path}: {state}", expected)
         shape = said.get("shape") if isinstance(said, dict) else None
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-            raise UserError(f"{self.path}: {state} describes no weight; {expected}")
+            raise UserError(f"{self.path}: {state} describes no weight: shape {shape}; {expected}")
         return said
 
     def check_quantization(self, quantization: Quantization) -> None:

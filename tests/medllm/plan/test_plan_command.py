@@ -178,7 +178,7 @@ def test_what_the_compiling_process_refuses_is_one_line_too(tiny, arguments, sai
     [
         ("{}", "config.json: has no num_hidden_layers; a Qwen2 config has it"),
         (json.dumps({**TINY, "vocab_size": None, "x": 1}).replace('"vocab_size": null, ', ""), "has no vocab_size"),
-        ("{", "config.json: not readable as JSON"),
+        ("{", "config.json: not JSON"),
     ],
 )
 def test_a_folder_without_a_models_sizes_is_refused(config, said, tmp_path, capsys):
