@@ -145,7 +145,7 @@ def _cpt(values: Any) -> dict[str, Any]:
     from medllm.stages.cpt import run_cpt
 
     result = run_cpt(_config(values, CptConfig), values.engine)
-    say(f"cpt: {_trained(result.summary, f'{result.summary.rate:.0f} tokens/s')}{_written_out(result)}")
+    say(f"cpt: {_trained(result.summary, f'{result.summary.rate:.0f} tokens/s')}{_control_tokens(result)}")
     return result.to_json()
 
 
@@ -155,7 +155,7 @@ def _trained(summary: TrainSummary, rate: str) -> str:
     return f"{summary.steps} steps, loss {summary.loss:.4f}, {rate}{remat}; {summary.adapter}"
 
 
-def _written_out(result: Any) -> str:
+def _control_tokens(result: Any) -> str:
     found = ", ".join(f"{token} {count}" for token, count in result.control_tokens.items())
     return f"; control tokens written out in the texts: {found}" if found else ""
 
@@ -171,7 +171,7 @@ def _curate(values: Any) -> dict[str, Any]:
         say(result.words())
         return result.to_json()
     counts = ", ".join(f"{name} {value}" for name, value in vars(result.report).items() if isinstance(value, int))
-    say(f"curate: {counts}; {Path(config.run) / PREFERENCES}{_written_out(result)}")
+    say(f"curate: {counts}; {Path(config.run) / PREFERENCES}{_control_tokens(result)}")
     return result.to_json()
 
 
@@ -180,7 +180,7 @@ def _rpo(values: Any) -> dict[str, Any]:
 
     result = run_rpo(_config(values, RpoConfig), values.engine)
     dropped = "".join(f"; {count} pairs dropped: {reason}" for reason, count in result.dropped_pairs.items())
-    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}{_written_out(result)}")
+    say(f"rpo: {_trained(result.summary, f'{result.summary.rate:.2f} pairs/s')}{dropped}{_control_tokens(result)}")
     return result.to_json()
 
 
@@ -204,7 +204,7 @@ def _evaluate(values: Any) -> dict[str, Any]:
         line = f"{result.score.words()}; {ended}"
     published = published_value(result.model, result.setting, result.problem_set)
     line += "" if published is None else f"; published {published:.3f}"
-    say(f"evaluate: {result.setting}: {line}; {config.run}{_written_out(result)}")
+    say(f"evaluate: {result.setting}: {line}; {config.run}{_control_tokens(result)}")
     return result.to_json()
 
 

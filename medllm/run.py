@@ -154,20 +154,18 @@ class Run:
         try:
             self._open(plain, resume)
         except BaseException:
+            self._take_away()
             self._lock.release()
-            if self._made_here:
-                shutil.rmtree(self.path, ignore_errors=True)
             raise
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._metrics.close()
+        if kind is not None and is_primary_process():
+            self._take_away()
         self._close()
-        if kind is not None and self._made_here and is_primary_process():
-            left = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
-            if {name for name in left if not name.startswith(f"{MERGED}/")} <= _OPENING_FILES:
-                shutil.rmtree(self.path, ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
@@ -235,6 +233,12 @@ class Run:
                     f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
                     "resume with the same settings, or start a new --run"
                 )
+
+    def _take_away(self) -> None:
+        """The folder, where it was made here and nothing was done in it, by another process neither."""
+        left = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
+        if self._made_here and {name for name in left if not name.startswith(f"{MERGED}/")} <= _OPENING_FILES:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _close(self) -> None:
         self._metrics.close()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from medllm.config import PreferenceRecipe, Recipe, RematPolicy
 from medllm.corpus.packing import PackedRows
+from medllm.errors import UserError
+from medllm.host.processes import tell
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
 
@@ -29,6 +31,23 @@ class TrainSummary:
     compile_seconds: float = 0.0
     padding: float | None = None
     remat: RematPolicy | None = None
+
+
+def leave_out(said: str, on_nan: Literal["stop", "skip"]) -> None:
+    """What becomes of a step whose numbers are not finite: it is left out, and that is told, or the run ends.
+
+    Args:
+        said: Which step, what is not finite, and by which data.
+        on_nan: ``training.on_nan``.
+
+    Raises:
+        UserError: the run is to end.
+    """
+    if on_nan == "stop":
+        raise UserError(
+            f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
+        )
+    tell(f"{said}; the step is left out")
 
 
 class Trains(Protocol):

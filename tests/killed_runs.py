@@ -10,15 +10,13 @@ prints a line a case. A kill is SIGKILL; looked at are the journal, the log of t
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,8 @@ from medllm.journal import JOURNAL
 from medllm.mini.problems import exam_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from tests.kills import ROOT, start, until
 
-ROOT = Path(__file__).resolve().parents[1]
 AT_A_TIME, SAMPLES = 2, 2
 STAGES = {
     "curate": f"--shot_count 1 --problems_until 2030 --sampling.samples {SAMPLES}".split(),
@@ -80,21 +78,6 @@ class Served:
                 process.kill()
 
 
-def start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """A client."""
-    quiet = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    env = {**quiet, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def until(holds: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
-    """Wait for it, or for the end of the process."""
-    ends = time.monotonic() + 240
-    while not holds() and process.poll() is None:
-        assert time.monotonic() < ends, "it takes too long"
-        time.sleep(0.002)
-
-
 def kept(run: Path) -> list[tuple[str, int]]:
     """Prompt, by its digest, and sample of the whole lines of a journal."""
     file = run / JOURNAL
@@ -118,7 +101,7 @@ def outputs(stage: str, run: Path) -> tuple[bytes, dict[str, Any]]:
 
 def finish(words: list[str], environment: dict[str, str]) -> str:
     """Let a command come to its end; what it wrote to its standard error."""
-    process = start(words, environment)
+    process = start(words, **environment)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return said
@@ -135,7 +118,7 @@ def kill_the_client(stage: str, engine: str, folder: Path, kills: int, *, count:
         words, seen, there = command(stage, engine, file, folder / "run"), [], []
         total = len(kept(folder / "whole"))
         for kill in range(kills):
-            process = start(words, environment)
+            process = start(words, **environment)
             least = max(1, total * (kill + 1) // (kills + 1))
             until(lambda least=least: len(kept(folder / "run")) >= least, process)
             process.send_signal(signal.SIGKILL)
@@ -162,7 +145,7 @@ def kill_the_server(stage: str, folder: Path, kills: int, *, count: int, delay: 
     requests, words, seen = len(served.asked()), command(stage, "openai", file, folder / "run"), []
     for kill in range(kills):
         with served.running() as server:
-            process = start(words, served.environment)
+            process = start(words, **served.environment)
             until(lambda least=requests + requests * (kill + 1) // (kills + 1): len(served.asked()) >= least, process)
             server.send_signal(signal.SIGKILL)
             server.wait()

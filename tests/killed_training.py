@@ -11,14 +11,11 @@ line: what was seen, and how far the adapter is from that of a run that was left
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +23,8 @@ import numpy as np
 from medllm.mini.study import BASE
 from medllm.model.adapter import read_adapter
 from medllm.preferences.records import Preference, Sample, write_preferences
+from tests.kills import start, until
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24
 _WORDS = "the fever went down after rest and water while a cough and a cold stayed with them for days".split()
 
@@ -54,20 +51,6 @@ def command(engine: str, stage: str, options: list[str], run: Path) -> list[str]
     model = f"--model.path {BASE} --model.dtype float32 --lora.rank 4 --optimizer.learning_rate 1e-3"
     head = [sys.executable, "-m", "medllm", stage, "--engine", engine, "--run", str(run)]
     return [*head, *model.split(), *loop.split(), *options]
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    """A training."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for it, or for the end of the process."""
-    ends = time.monotonic() + 240
-    while not holds() and process.poll() is None:
-        assert time.monotonic() < ends, "it takes too long"
-        time.sleep(0.002)
 
 
 def finish(words: list[str]) -> str:

@@ -16,9 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from medllm.checkpoints import seal
 from medllm.config import TrainingConfig
 from medllm.errors import UserError
-from medllm.host.processes import is_primary_process, tell
+from medllm.host.processes import is_primary_process
 from medllm.host.stopping import StopRequest
 from medllm.run import Run
+from medllm.training import leave_out
 
 
 class RunLog(TrainerCallback):
@@ -103,11 +104,7 @@ class RunLog(TrainerCallback):
                 what = f"the loss is {float(loss)}, and it or its gradient is not finite"
                 said = f"step {state.global_step + 1}: {what}, by micro-batch {number} ({self._named(ids)})"
                 break
-        if self._training.on_nan == "stop":
-            raise UserError(
-                f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
-            )
-        tell(f"{said}; the step is left out")
+        leave_out(said, self._training.on_nan)
         self._skipped += 1
         for one in model.parameters():
             one.grad = None

@@ -13,9 +13,8 @@ from jaxtyping import Array, Bool, Float
 
 from jax_medllm.train.batches import Step, TrainingData
 from jax_medllm.train.compilation import compile_seconds, working_seconds
-from medllm.errors import UserError
-from medllm.host.processes import tell
 from medllm.run import Run
+from medllm.training import leave_out
 
 
 class StepMetrics(NamedTuple):
@@ -149,11 +148,7 @@ class TrainingLog:
         where = "; ".join(f"micro-batch {number + 1} ({self._data.named(planned.micro_batches[number])})" for number in found)
         what = f"the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}"
         said = f"step {step}: {what}, {f'by {where}' if where else 'and what it makes of the adapter is not finite'}"
-        if self._on_nan == "stop":
-            raise UserError(
-                f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
-            )
-        tell(f"{said}; the step is left out")
+        leave_out(said, self._on_nan)
 
 
 def _means(steps: Sequence[StepMetrics]) -> dict[str, float]:

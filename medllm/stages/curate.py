@@ -18,7 +18,7 @@ from medllm.preferences.records import write_preferences
 from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
 from medllm.stage_config import CurateConfig
-from medllm.stages.problems import read_problems, read_shots, written_out
+from medllm.stages.problems import control_tokens_in, read_problems, read_shots
 
 PREFERENCES = "preferences.jsonl"
 
@@ -94,7 +94,7 @@ def _curate(
             seconds=time.monotonic() - began,
             report=curation.report,
             left_out=left_out,
-            control_tokens=written_out(model, (*problems, *shots)),
+            control_tokens=control_tokens_in(model, (*problems, *shots)),
             server=account(model, journal.facts),
         )
         if is_primary_process():

@@ -24,7 +24,7 @@ from medllm.remote import spending
 from medllm.report.statistics import Estimate, wilson
 from medllm.run import Run
 from medllm.stage_config import EvaluateConfig
-from medllm.stages.problems import of_subjects, read_problems, read_shots, written_out
+from medllm.stages.problems import control_tokens_in, of_subjects, read_problems, read_shots
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -159,7 +159,7 @@ def _sit(
             setting=setting_name(config.shot_count, explanation=config.explanation),
             seconds=time.monotonic() - began,
             left_out=left_out,
-            control_tokens=written_out(model, (*problems, *shots)),
+            control_tokens=control_tokens_in(model, (*problems, *shots)),
             score=score(problems, predictions, lenient=config.lenient),
             endings=EndingCounts.count(ended for _, ended, _ in sat),
             readings=Readings.count(reading for _, _, reading in sat),
@@ -188,7 +188,7 @@ def _choose_options(
             model=config.label or model_label(config.model),
             setting=f"zero-shot {config.method}",
             seconds=time.monotonic() - began,
-            control_tokens=written_out(model, problems),
+            control_tokens=control_tokens_in(model, problems),
             scores=replace(scores, left_out={**left_out, **scores.left_out}),
             problem_set=config.problem_set or ", ".join(Path(path).stem for path in config.problems),
         )

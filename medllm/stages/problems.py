@@ -60,7 +60,7 @@ def of_subjects(problems: Sequence[Problem], subjects: Sequence[str]) -> tuple[P
     return tuple(problem for problem in problems if not subjects or problem.category in subjects)
 
 
-def written_out(model: Any, problems: Iterable[Problem]) -> dict[str, int]:
+def control_tokens_in(model: Any, problems: Iterable[Problem]) -> dict[str, int]:
     """Special tokens that are written out in problems, where they end texts or turns; none for a model without a tokenizer."""
     texts = (text for problem in problems for text in (problem.text, *problem.choices, problem.explanation or ""))
     return control_tokens(model.tokenizer, texts) if hasattr(model, "tokenizer") else {}

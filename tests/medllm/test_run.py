@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 
+import medllm.run as run_module
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.host.lock import LOCK
@@ -223,3 +224,20 @@ def test_only_a_stage_that_can_resume_is_advised_to(tmp_path):
     with pytest.raises(UserError) as refused:
         Run(tmp_path / "run", exam)
     assert "resume" not in str(refused.value)
+
+
+def test_a_run_that_another_process_finished_in_the_meantime_stays(tmp_path, monkeypatch):
+    """Both saw no folder; the other one was quicker."""
+    config = EvaluateConfig(ModelConfig("model"), str(tmp_path / "run"), ("problems.jsonl",))
+
+    class Late(run_module.FolderLock):
+        def __init__(self, folder):
+            monkeypatch.undo()
+            with Run(folder, config) as other:
+                other.finish({"stage": "evaluate"})
+            super().__init__(folder)
+
+    monkeypatch.setattr(run_module, "FolderLock", Late)
+    with pytest.raises(UserError, match="already holds a finished run"):
+        Run(tmp_path / "run", config, resume="auto")
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == {"stage": "evaluate"}
