@@ -34,6 +34,7 @@ from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.text_files import first_line, read_yaml
+from medllm.verify_command import VERIFY
 
 if TYPE_CHECKING:
     from medllm.training import TrainSummary
@@ -323,6 +324,7 @@ COMMANDS: dict[str, Command | Group] = {
     "convert": CONVERT,
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,
+    "verify": VERIFY,
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
     "plan": Command(
         "what a stage takes on devices you do not have: memory, communication, time",

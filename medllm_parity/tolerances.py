@@ -67,3 +67,18 @@ NF4_SCALE_CODES = Tolerance(
     "share of differing bytes: on a CPU bitsandbytes takes scales from a table and misses the nearest in some of them",
     0.008,
 )
+
+_WALK = "after up to eight steps taken one from the other"
+VERIFY = {
+    "float32": {
+        "loss": Tolerance(2e-5, f"fp32 against float64, {_WALK}", 2.1e-7),
+        "grad_norm": Tolerance(1e-4, f"fp32 gradients agree to 3e-6; {_WALK}", 1.0e-6),
+        "reference": Tolerance(2e-5, "fp32 log-probabilities, summed over a response", 1.0e-6),
+        "moments": Tolerance(5e-4, f"running means of such gradients, and of their squares; {_WALK}", 8.1e-6),
+        "update": Tolerance(
+            2e-2, "AdamW divides by the root of the second moment, which magnifies the digits a small gradient lacks", 1.5e-4
+        ),
+    },
+}
+"""What a step that is taken anew in float64 may differ by, from one that a run took in the type: the number itself, the largest
+number of a matrix over its largest, and of an update the root of the mean square over the update's own."""
