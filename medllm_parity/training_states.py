@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,9 @@ def read_checkpoint(engine: str, folder: Path, step: int, lora: LoraConfig, wher
     for part in parts:
         if {key: tensor.shape for key, tensor in part.items()} != shapes:
             raise UserError(f"{name}: holds other matrices than the adapter that config.yaml describes")
+    rounding = 2.0**-9 if any(tensor.dtype.name == "bfloat16" for tensor in parts[0].values()) else 2.0**-24
     adapter, first, second = ({key: np.asarray(part[key], np.float64) for key in shapes} for part in parts)
-    return TrainingState(step, adapter, first, second, name)
+    return TrainingState(step, adapter, first, second, name, rounding)
 
 
 def planned_length(engine: str, folder: Path) -> int:
@@ -100,7 +102,8 @@ def planned_length(engine: str, folder: Path) -> int:
 def _read_orbax(folder: Path, lora: LoraConfig, where: list[Place]) -> tuple[Tensors, Tensors, Tensors]:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        arrays: Mapping[str, Any] = ocp.PyTreeCheckpointer().restore((folder / "state").absolute())
+        with warnings.catch_warnings(action="ignore"):  # that it looks for the shardings in the file
+            arrays: Mapping[str, Any] = ocp.PyTreeCheckpointer().restore((folder / "state").absolute())
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"checkpoints/{folder.name}: cannot be read ({type(error).__name__})") from error
 

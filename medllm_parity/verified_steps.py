@@ -25,7 +25,7 @@ from medllm.model.adapter import Adapter, read_adapter, write_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.run import MERGED
 from medllm.stages.handover import merges
-from medllm.verify.adamw import TrainingState, adamw_step, global_norm, learning_rate
+from medllm.verify.adamw import TrainingState, adamw_step, global_norm, learning_rate, moved
 from medllm.verify.data import TrainingData
 from medllm.verify.files import check_adapter_weights
 from medllm.verify.findings import STEPS, Finding, held, refuted_by
@@ -34,7 +34,7 @@ from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
 from medllm_parity.exact_step import ExactModel, StepNumbers
 from medllm_parity.kept_reference import check_reference
 from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
-from medllm_parity.tolerances import VERIFY, Tolerance
+from medllm_parity.tolerances import UPDATE, VERIFY, StepBounds, Tolerance
 from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
 
 Progress = Callable[[int, int], None]
@@ -98,7 +98,7 @@ def check_steps(
         findings += _same_length(record, len(plan.steps))
     wanted, out_of_reach = _choose(record, known, len(plan.steps), steps, reach, seed)
     if out_of_reach:
-        findings.append(Finding(STEPS, "not checked", said=f"{out_of_reach} steps are not within --reach {reach} of a known state"))
+        findings.append(Finding(STEPS, "not checked", said=f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out"))
     gc.collect()
     gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
     try:
@@ -153,13 +153,17 @@ def _choose(
     """Steps drawn from those within reach, the last of them always; and how many are not within it."""
     lines = [int(line["step"]) for line in record.lines]
     before = dict(zip(lines, [0, *lines], strict=False))
+    left_out = [int(line["step"]) for line in record.lines if line.get("skipped")]
     targets = []
-    logged = {step for step in lines if step <= total}
-    for step in sorted(logged | (known.keys() - {0})):
-        first = before[step] if step in before else step - 1
-        start = max(one for one in known if one <= first)
+    for step in sorted(one for one in {*lines, *known} - {0} if one <= total):
+        start = max(one for one in known if one <= before.get(step, step - 1))
         targets.append(_Target(step, start))
-    near = [target for target in targets if target.step - target.start <= reach]
+    # Which step of a line was left out is not logged, so none is walked past.
+    near = [
+        one
+        for one in targets
+        if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
+    ]
     drawn = random.Random(seed).sample(near, min(steps, len(near)))
     return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), len(targets) - len(near)
 
@@ -179,7 +183,7 @@ class _Walk:
         self.model = ExactModel(self.trained.model, self.trained.frozen, self.trained.reference)
         self.lines = {int(line["step"]): line for line in self.record.lines}
         types = self.trained.model
-        self.allowed = VERIFY["float32" if types.dtype == "float32" and types.quantization == "none" else "bfloat16"]
+        self.type = "float32" if types.dtype == "float32" and types.quantization == "none" else "bfloat16"
         write_adapter(self.folder / "adapter", self.trained.lora, _narrow(self.known[0].adapter), self.trained.model.path)
 
     def take(self, wanted: Sequence[_Target], progress: Progress) -> list[Finding]:
@@ -205,28 +209,32 @@ class _Walk:
         batches = self.plan.batches(step)
         adapter = Adapter(self.trained.lora, state.adapter, str(self.folder / "adapter"))
         self.done[step] = numbers = self.model.step(adapter, batches)
-        moved = adamw_step(state, numbers.gradients, config, learning_rate(config, len(self.plan.steps), step))
-        found = self._against_log(step)
+        rate = learning_rate(config, len(self.plan.steps), step)
+        anew = adamw_step(state, numbers.gradients, config, rate)
+        known = self.known.get(state.step) is state
+        walked = VERIFY[f"{self.type}, walked"]
+        bounds = VERIFY[self.type] if known else walked
+        found = self._against_log(step, bounds if step - 1 in {0, *self.lines} else walked)
         if numbers.reference is not None:
-            found += check_reference(self.record, self.plan, step, batches, numbers.reference, self.allowed["reference"])
+            found += check_reference(self.record, self.plan, step, batches, numbers.reference, bounds.reference)
         if step in self.known:
-            found += self._against_checkpoint(state, moved, self.known[step])
+            found += self._against_checkpoint(state, anew, self.known[step], bounds)
         refuted = [one for one in found if one.status == "refuted"]
         if refuted or not found:
-            return self.known.get(step, moved), refuted
+            return self.known.get(step, anew), refuted
         worst = max((one for one in found if one.tolerance), key=lambda one: (one.error or 0) / (one.tolerance or 1))
         said = f"from {state.source}: {', '.join(one.what for one in found)}; the closest to its bound is {worst.what}"
         whole = Finding(STEPS, "proved", f"step {step}", said, worst.error, worst.tolerance, worst.reason)
-        return self.known.get(step, moved), [whole]
+        return self.known.get(step, anew), [whole]
 
-    def _against_log(self, step: int) -> list[Finding]:
+    def _against_log(self, step: int, bounds: StepBounds) -> list[Finding]:
         """A line of the log, which tells of one step or of the mean of several."""
         line = self.lines.get(step)
         if line is None:
             return []
         before = max((one for one in self.lines if one < step), default=0)
         told = range(before + 1, step + 1)
-        if line.get("skipped") or any(one not in self.done for one in told):
+        if any(one not in self.done for one in told):
             return []
         numbers = [self.done[one] for one in told]
         means = {name: float(np.mean([one.terms[name] for one in numbers])) for name in numbers[0].terms}
@@ -234,8 +242,8 @@ class _Walk:
         norm = norms[-1] if self.record.engine == "torch" else float(np.mean(norms))
         where = f"step {step}" if len(told) == 1 else f"steps {told[0]} to {step}"
         data = self.plan.named(step)
-        found = [self._number("loss", where, line.get("loss"), means["loss"], self.allowed["loss"], data)]
-        found.append(self._number("gradient norm", where, line.get("grad_norm"), norm, self.allowed["grad_norm"], data))
+        found = [self._number("loss", where, line.get("loss"), means["loss"], bounds.loss, data)]
+        found.append(self._number("gradient norm", where, line.get("grad_norm"), norm, bounds.norm, data))
         config = self.record.config.optimizer
         rate = learning_rate(config, len(self.plan.steps), step)
         bound = Tolerance(RATE_TOLERANCE, RATE_REASON, 0.0)
@@ -252,18 +260,23 @@ class _Walk:
         said = "" if ok else f"{logged:.6g} is logged, taken anew it comes to {anew:.6g}" + (f" ({data})" if data else "")
         return Finding(what, "proved" if ok else "refuted", where, said, error, bound.relative, bound.reason)
 
-    def _against_checkpoint(self, before: TrainingState, moved: TrainingState, kept: TrainingState) -> list[Finding]:
+    def _against_checkpoint(
+        self, before: TrainingState, anew: TrainingState, kept: TrainingState, bounds: StepBounds
+    ) -> list[Finding]:
+        """Moments against those of the gradient taken anew; and where the adapter before is known, whether the kept moments
+        move it to the kept one. That needs no gradient, and is as exact as the type the adapter is kept in."""
         where, found = f"step {kept.step}, {kept.source}", []
-        for what, ours, theirs in (("first moment", moved.first, kept.first), ("second moment", moved.second, kept.second)):
-            errors = {name: _apart(ours[name], theirs[name]) for name in theirs}
-            found.append(_worst_of(what, where, errors, self.allowed["moments"]))
-        # Storing a number in fp32 rounds it, and the update may be smaller than that.
-        errors = {}
-        for name, value in kept.adapter.items():
-            rounding = 2.0**-23 * float(np.abs(value).max(initial=0.0)) * (kept.step - before.step)
-            change = _rms(value - before.adapter[name])
-            errors[name] = max(0.0, _rms(value - moved.adapter[name]) - rounding) / max(change, rounding, 1e-30)
-        found.append(_worst_of("update", where, errors, self.allowed["update"]))
+        for what, ours, theirs in (("first moment", anew.first, kept.first), ("second moment", anew.second, kept.second)):
+            if bounds.moments is not None:
+                errors = {name: _apart(ours[name], theirs[name]) for name in theirs}
+                found.append(_worst_of(what, where, errors, bounds.moments))
+        if self.known.get(before.step) is before:
+            config = self.record.config.optimizer
+            rate = learning_rate(config, len(self.plan.steps), kept.step)
+            adapter = moved(before, kept.first, kept.second, config, rate)
+            bound = dataclasses.replace(UPDATE, relative=UPDATE.relative * kept.rounding)
+            errors = {name: _apart(adapter[name], value) for name, value in kept.adapter.items()}
+            found.append(_worst_of("update", where, errors, bound))
         return found
 
 
@@ -277,10 +290,6 @@ def _worst_of(what: str, where: str, errors: Mapping[str, float], bound: Toleran
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
     largest = float(np.abs(theirs).max(initial=0.0))
     return float(np.abs(ours - theirs).max(initial=0.0)) / (largest or 1.0)
-
-
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values * values)))
 
 
 def _narrow(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
