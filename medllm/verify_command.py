@@ -18,7 +18,9 @@ def _arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("run", type=str, help="run folder")
     parser.add_class_arguments(VerifyConfig, as_group=True, skip={"run"})
-    parser.add_argument("--out", type=str | None, default=None, help="folder of certificate.json and certificate.html; the run's")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder of certificate.json and certificate.html; the run's"
+    )
 
 
 def _verify(values: Any) -> dict[str, Any]:

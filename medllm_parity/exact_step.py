@@ -175,8 +175,9 @@ class _Head:
         norm = model.norm()
         with torch.no_grad():
             self._hidden = torch.cat([norm(state[some]) for state, some in zip(states, self._counted, strict=True)])
-        following = [np.roll(batch.rows.tokens, -1, axis=1)[some.numpy()] for batch, some in zip(batches, self._counted, strict=True)]
-        self._targets = torch.from_numpy(np.concatenate(following)).long()
+        following = [np.roll(batch.rows.tokens, -1, axis=1) for batch in batches]
+        targets = [tokens[some.numpy()] for tokens, some in zip(following, self._counted, strict=True)]
+        self._targets = torch.from_numpy(np.concatenate(targets)).long()
         self._sizes = [int(some.sum()) for some in self._counted]
         self._total = torch.full((len(self._hidden),), -torch.inf, dtype=torch.float64)
         picked = torch.zeros(len(self._hidden), dtype=torch.float64)
@@ -224,5 +225,3 @@ def _peft_name(layer: int, name: str) -> str:
     """``mlp.up_proj.lora_A.0`` → PEFT's name of the tensor."""
     module, matrix, _ = name.rsplit(".", 2)
     return tensor_name(f"{layer_path(layer)}.{module}", matrix.removeprefix("lora_"))
-
-

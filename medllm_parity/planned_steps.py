@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from jax_medllm.train.batches import PreferenceData, plan_steps, single_pairs
-from medllm.config import PreferenceRecipe, TrainingConfig
+from medllm.config import PreferenceLoss, PreferenceRecipe, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm_parity.micro_batches import MicroBatch, PairTokens, cpt_step, preference_micro_batch
@@ -21,11 +20,12 @@ Units = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Every step of a run. ``data`` is packed rows, or the pairs of each unit and their problems' names."""
+    """Every step of a run. ``data`` is packed rows, or of each unit its problem and its pairs."""
 
+    engine: str
     steps: Sequence[Units]
-    data: Any
-    recipe: Any
+    data: PackedRows | Sequence[tuple[str, Sequence[PairTokens]]]
+    loss: PreferenceLoss | None = None
 
     def batches(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step number ``step``, from 1."""
@@ -42,20 +42,19 @@ class Plan:
         return f"problems {', '.join(dict.fromkeys(self.data[unit][0] for unit in units))}"
 
     def _pairs(self, micro: Sequence[int], units: Units) -> MicroBatch:
-        pairs = [pair for unit in micro for pair in self.data[unit][1]]
-        return preference_micro_batch(pairs, [self._weight(pairs, units)] * len(pairs), self.recipe.loss)
+        assert self.loss is not None
+        pairs = [pair for unit in micro for pair in self._pairs_of(unit)]
+        return preference_micro_batch(pairs, [self._weight(pairs, units)] * len(pairs), self.loss)
+
+    def _pairs_of(self, unit: int) -> Sequence[PairTokens]:
+        assert not isinstance(self.data, PackedRows)
+        return self.data[unit][1]
 
     def _weight(self, pairs: Sequence[PairTokens], units: Units) -> float:
-        """Every pair of a step counts the same; TRL counts every micro-batch the same, which are of one size but for the last."""
-        if self.recipe.engine == "torch":
+        """Every pair of a step counts the same; to TRL every micro-batch does, and the last of an epoch may be smaller."""
+        if self.engine == "torch":
             return 1.0 / (len(units) * len(pairs))
-        return 1.0 / sum(len(self.data[unit][1]) for micro in units for unit in micro)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    engine: str
-    loss: Any = None
+        return 1.0 / sum(len(self._pairs_of(unit)) for micro in units for unit in micro)
 
 
 def plan_cpt(engine: str, rows: PackedRows, training: TrainingConfig) -> Plan:
@@ -64,7 +63,7 @@ def plan_cpt(engine: str, rows: PackedRows, training: TrainingConfig) -> Plan:
         steps: Sequence[Units] = [step.micro_batches for step in plan_steps(len(rows.tokens), training)]
     else:
         steps = _trainer_steps(len(rows.tokens), training, training.batch_size, training.accumulation)
-    return Plan(steps, rows, _Recipe(engine))
+    return Plan(engine, steps, rows)
 
 
 def plan_preferences(engine: str, preferences: TokenizedPreferences, recipe: PreferenceRecipe) -> Plan:
@@ -76,7 +75,7 @@ def plan_preferences(engine: str, preferences: TokenizedPreferences, recipe: Pre
     else:
         sizes = micro_batches(recipe, pairs_per_problem=len(groups) / len(preferences.groups))
         steps = _trainer_steps(len(groups), recipe.training, *sizes)
-    return Plan(steps, [(group.problem_id, list(group.pair_tokens())) for group in groups], _Recipe(engine, recipe.loss))
+    return Plan(engine, steps, [(group.problem_id, list(group.pair_tokens())) for group in groups], recipe.loss)
 
 
 def _trainer_steps(units: int, training: TrainingConfig, size: int, accumulation: int) -> list[Units]:
@@ -87,5 +86,3 @@ def _trainer_steps(units: int, training: TrainingConfig, size: int, accumulation
         micro = [order[start : start + size] for start in range(0, units, size)]
         steps += [micro[start : start + accumulation] for start in range(0, len(micro), accumulation)]
     return steps
-
-

@@ -171,4 +171,3 @@ def _drawn_by_torch(lora: LoraConfig, where: list[Place], layers: int) -> Tensor
         drawn = torch.empty(place.shape).uniform_(-bound, bound, generator=generator) if place.matrix == "A" else None
         found[place.name] = np.zeros(place.shape) if drawn is None else drawn.numpy()
     return found
-

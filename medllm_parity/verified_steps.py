@@ -98,7 +98,13 @@ def check_steps(
         findings += _same_length(record, len(plan.steps))
     wanted, out_of_reach = _choose(record, known, len(plan.steps), steps, reach, seed)
     if out_of_reach:
-        findings.append(Finding(STEPS, "not checked", said=f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out"))
+        findings.append(
+            Finding(
+                STEPS,
+                "not checked",
+                said=f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out",
+            )
+        )
     gc.collect()
     gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
     try:
@@ -160,9 +166,7 @@ def _choose(
         targets.append(_Target(step, start))
     # Which step of a line was left out is not logged, so none is walked past.
     near = [
-        one
-        for one in targets
-        if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
+        one for one in targets if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
     ]
     drawn = random.Random(seed).sample(near, min(steps, len(near)))
     return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), len(targets) - len(near)

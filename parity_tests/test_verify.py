@@ -73,6 +73,15 @@ def test_every_step_of_an_honest_run_is_proved(honest, stage, engine):
     assert f"from checkpoints/{'' if engine == 'jax' else 'checkpoint-'}5: " in steps[5].said
 
 
+@pytest.mark.parametrize("handover", ["merge", "stack", "continue"])
+def test_every_step_on_top_of_an_earlier_adapter_is_proved(given, honest, tmp_path, handover):
+    model = ModelConfig(str(given / "base"), str(honest("cpt", "torch") / "adapter"), dtype="float32")
+    certificate = verified(train("rpo", "torch", given, tmp_path / "run", model=model, handover=handover))
+    assert certificate.verdict == "proved", certificate.headline()
+    assert len(proved_steps(certificate)) == STEPS
+    assert any(one.what == "what another run left" for one in certificate.of("proved"))
+
+
 def test_a_swapped_batch_is_named_by_its_step(given, tmp_path, monkeypatch):
     plan = jax_medllm.engine.plan_steps
 
@@ -158,7 +167,7 @@ def test_a_doubled_row_is_named(given, tmp_path, monkeypatch):
     monkeypatch.undo()
     said = refuted(verified(run))
     assert any(one.startswith("result.json: the data: rows: 7 were trained on, the files give 6") for one in said), said
-    assert any(one.startswith("step 2: loss: ") or one.startswith("step 1: loss: ") for one in said), said
+    assert any(one.startswith("step 4: loss: ") for one in said), said  # until then the order of seven is that of six
 
 
 def test_a_stale_reference_cache_is_named_by_its_file(given, tmp_path, monkeypatch):

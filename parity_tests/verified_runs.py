@@ -22,7 +22,14 @@ from medllm.verify.verifying import VerifyConfig, verify
 from parity_tests.preference_cases import letters
 
 STEPS = 6
-TEXTS = ("a fever and cold", "rest: it may help", "no cold! but walk", "a long way round", "so it goes! bed a", "bed rest all day")
+TEXTS = (
+    "a fever and cold",
+    "rest: it may help",
+    "no cold! but walk",
+    "a long way round",
+    "so it goes! bed a",
+    "bed rest all day",
+)
 
 
 def inputs(folder: Path, model: Path) -> Path:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from medllm.config import ProblemLayout
 from medllm.corpus.contamination import find_leaks
 from medllm.corpus.documents import Document, load_documents
 from medllm.corpus.packing import PackedRows, pack, tokenize_documents
-from medllm.config import ProblemLayout
 from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import TokenizedPreferences, tokenize_preferences
@@ -93,5 +93,3 @@ def check_leaks(data: TrainingData, exam: Sequence[str]) -> list[Finding]:
     found = [Finding(LEAKS, "refuted", leak.source, words) for leak, words in zip(leaks, said, strict=True)]
     proved = Finding(LEAKS, "proved", said=f"{len(problems)} problems looked for in {len(data.texts)} texts")
     return found or [proved]
-
-

@@ -34,7 +34,7 @@ def _inputs(record: Record) -> Iterator[Finding]:
     for setting in sorted(before.keys() | now.keys()):
         changed = [f"{name} {why}" for name, why in _changes(before.get(setting, {}), now.get(setting, {}))]
         sampled = sum(digest.startswith(_SAMPLED) for digest in before.get(setting, {}).values())
-        said = f"{len(before.get(setting, {}))} files" + (f", {sampled} of them sampled and not read in full" if sampled else "")
+        said = f"{len(before.get(setting, {}))} files" + (f", {sampled} of them sampled, not read in full" if sampled else "")
         yield from held(INPUTS, setting, changed, said)
     for number, session in enumerate(record.sessions[1:], 2):
         inputs = session.get("inputs", {})

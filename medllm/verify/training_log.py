@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from medllm.metrics import METRICS
@@ -25,7 +26,7 @@ def check_log(record: Record, total: int) -> list[Finding]:
 
 def _order(record: Record, total: int) -> list[Finding]:
     steps = [int(line["step"]) for line in record.lines]
-    wrong = [f"step {after} stands behind step {before}" for before, after in zip(steps, steps[1:], strict=False) if after <= before]
+    wrong = [f"step {after} stands behind step {before}" for before, after in pairwise(steps) if after <= before]
     config = record.config.training
     end = min(config.max_steps or total, total)
     wrong += [f"line of step {step}: the run has {total} steps" for step in steps if step > total]

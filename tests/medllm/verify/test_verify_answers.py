@@ -120,7 +120,9 @@ def test_an_answer_edited_is_named_by_its_problem(exam, tmp_path):
     hide_changes(run)
     assert refuted(run) == [f"predictions.jsonl: the answers: problem {problem}: its text is not the one that was given"]
     # The journal too: then it is the score that is no longer what was recorded.
-    edit(run / JOURNAL, lambda row: row["problem_id"] == problem and row.update(text=row["text"].replace("Answer:a", "Answer:c")))
+    edit(
+        run / JOURNAL, lambda row: row["problem_id"] == problem and row.update(text=row["text"].replace("Answer:a", "Answer:c"))
+    )
     hide_changes(run)
     assert any(one.startswith("result.json: the score: ") for one in refuted(run))
 
