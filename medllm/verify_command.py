@@ -19,7 +19,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="run folder")
     parser.add_class_arguments(VerifyConfig, as_group=True, skip={"run"})
     parser.add_argument(
-        "--out", type=str | None, default=None, help="folder of certificate.json and certificate.html; the run's"
+        "--out", type=str | None, default=None, help="folder of certificate.json and certificate.html; the run's own"
     )
 
 

@@ -39,14 +39,14 @@ def check_reference(
     file = _kept(record, plan)
     if file is None:
         return []
-    ends = np.cumsum([len(pairs) for _, pairs in plan.data])
+    ends = np.cumsum([len(pairs) for _, pairs in plan.problems()])
     kept = np.split(load_file(file)["logprobs"].astype(np.float64), ends[:-1])
     for units, batch, values in zip(plan.steps[step - 1], batches, logprobs, strict=True):
         assert isinstance(batch, PreferenceMicroBatch)
         anew, found = batch.sums(values).numpy(), np.concatenate([kept[unit] for unit in units])
         error = float(np.abs(anew - found).max() / np.abs(anew).max())
         if not error <= bound.relative:
-            names = ", ".join(dict.fromkeys(plan.data[unit][0] for unit in units))
+            names = ", ".join(dict.fromkeys(plan.problems()[unit][0] for unit in units))
             said = f"{file.name} is stale: its numbers of problems {names} are another model's"
             return [Finding(WHAT, "refuted", f"step {step}", said, error, bound.relative, bound.reason)]
     return [Finding(WHAT, "proved", f"step {step}", "", error, bound.relative, bound.reason)]
@@ -56,6 +56,6 @@ def _kept(record: Record, plan: Plan) -> Path | None:
     """The file with as many pairs as the run has; of a shared folder it may be another run's, and is left alone."""
     if record.engine != "jax" or record.config.reference_cache is not None:
         return None
-    pairs = sum(len(some) for _, some in plan.data)
+    pairs = sum(len(some) for _, some in plan.problems())
     files = sorted(record.path.glob("reference-*.safetensors"))
     return next((file for file in files if load_file(file)["logprobs"].shape == (pairs, 2)), None)

@@ -46,9 +46,13 @@ class Plan:
         pairs = [pair for unit in micro for pair in self._pairs_of(unit)]
         return preference_micro_batch(pairs, [self._weight(pairs, units)] * len(pairs), self.loss)
 
-    def _pairs_of(self, unit: int) -> Sequence[PairTokens]:
+    def problems(self) -> Sequence[tuple[str, Sequence[PairTokens]]]:
+        """The problem and the pairs of each unit of preference training."""
         assert not isinstance(self.data, PackedRows)
-        return self.data[unit][1]
+        return self.data
+
+    def _pairs_of(self, unit: int) -> Sequence[PairTokens]:
+        return self.problems()[unit][1]
 
     def _weight(self, pairs: Sequence[PairTokens], units: Units) -> float:
         """Every pair of a step counts the same; to TRL every micro-batch does, and the last of an epoch may be smaller."""

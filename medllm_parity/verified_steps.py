@@ -1,8 +1,8 @@
 """Optimizer steps of a run, taken anew in float64 from states that are known, and held against its log and its checkpoints.
 
-Known are the fresh adapter and what the checkpoints hold. From one of them the walk takes every step up to the one that is asked
-for; each is held against its line of the log, and where it comes to a checkpoint, against that: the adapter and both moments.
-From there it goes on with the checkpoint's own.
+Known are the fresh adapter and what the checkpoints hold. From one of them the walk takes every step up to the one that is
+asked for; each is held against its line of the log, and where it comes to a checkpoint, against that: the adapter and both
+moments. From there it goes on with the checkpoint's own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
 from medllm_parity.exact_step import ExactModel, StepNumbers
 from medllm_parity.kept_reference import check_reference
 from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
-from medllm_parity.tolerances import UPDATE, VERIFY, StepBounds, Tolerance
+from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, Tolerance
 from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
 
 Progress = Callable[[int, int], None]
@@ -98,13 +98,8 @@ def check_steps(
         findings += _same_length(record, len(plan.steps))
     wanted, out_of_reach = _choose(record, known, len(plan.steps), steps, reach, seed)
     if out_of_reach:
-        findings.append(
-            Finding(
-                STEPS,
-                "not checked",
-                said=f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out",
-            )
-        )
+        said = f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out"
+        findings.append(Finding(STEPS, "not checked", said=said))
     gc.collect()
     gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
     try:
@@ -278,7 +273,7 @@ class _Walk:
             config = self.record.config.optimizer
             rate = learning_rate(config, len(self.plan.steps), kept.step)
             adapter = moved(before, kept.first, kept.second, config, rate)
-            bound = dataclasses.replace(UPDATE, relative=UPDATE.relative * kept.rounding)
+            bound = dataclasses.replace(ADAMW_ROUNDINGS, relative=ADAMW_ROUNDINGS.relative * kept.rounding)
             errors = {name: _apart(adapter[name], value) for name, value in kept.adapter.items()}
             found.append(_worst_of("update", where, errors, bound))
         return found

@@ -23,6 +23,7 @@ from medllm.corpus.packing import PackedRows
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.stages.cpt import run_cpt
+from medllm_parity.tolerances import step_table
 from parity_tests.verified_runs import (
     STEPS,
     TEXTS,
@@ -238,6 +239,10 @@ def test_an_exam_problem_in_the_documents_is_named(given, tmp_path):
     said = refuted(verified(run, steps=0, exam=(str(tmp_path / "exam.jsonl"),)))
     assert len(said) == 1
     assert "documents.jsonl:2: no exam in the data: problem 112A1 of the exam: 100% of it" in said[0]
+
+
+def test_the_page_has_the_tolerances():
+    assert step_table() in (Path(__file__).parents[1] / "docs" / "verify.md").read_text(encoding="utf-8")
 
 
 def test_a_step_out_of_reach_is_not_said_to_be_proved(honest, tmp_path):

@@ -30,6 +30,7 @@ RUN = {
     r"medllm plan .*--(target|search)": "test_plan_command.py",
     r"medllm (cpt|rpo|convert) .*--(handover|held_text|model\.adapter)": "test_handover.py",
     r"medllm publish": "test_publish.py",
+    r"medllm verify": "test_verify.py",
     r"medllm check-serving": "test_check_serving.py",
     r"medllm rpo --preferences": "test_reproduce_scripts.py",
     r"medllm score .*--predictions": "test_readme.py",

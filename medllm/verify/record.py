@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm.command import Command
 from medllm.errors import UserError
-from medllm.metrics import Metrics
+from medllm.metrics import METRICS, Metrics
 from medllm.provenance import PROVENANCE
 from medllm.run import RESULT
 from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
@@ -66,6 +66,9 @@ def open_record(path: Path) -> Record:
     Raises:
         UserError: it is none, or a file in it cannot be read.
     """
+    for name in ("config.yaml", PROVENANCE, RESULT, METRICS, "adapter", "checkpoints", "answers.journal"):
+        if (path / name).is_symlink():
+            raise UserError(f"{path / name}: is a link, and what it leads to is no part of the run; copy it there")
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path}: holds no config.yaml, so it is no run folder; name the folder that --run named")
     plain = read_yaml(path / "config.yaml")
