@@ -115,13 +115,3 @@ VERIFY = {
 """By the type a run computed in (4-bit weights count as bfloat16: a CPU packs some of them otherwise), right after a state that
 is known, and after more steps since."""
 ADAMW_ROUNDINGS = Tolerance(8.0, "roundings of the type that the adapter is kept in: AdamW rounds a few times on the way", 2.4)
-
-
-def step_table() -> str:
-    """:data:`VERIFY` as a Markdown table, the one in ``docs/verify.md``."""
-    lines = ["| computed in | loss | gradient norm | moments | reference |", "|---|---|---|---|---|"]
-    for name, bounds in VERIFY.items():
-        parts = (bounds.loss, bounds.norm, bounds.moments, bounds.reference)
-        cells = (f"{one.relative:g} ({one.seen:g})" if one else "not compared" for one in parts)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)

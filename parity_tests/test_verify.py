@@ -23,7 +23,6 @@ from medllm.corpus.packing import PackedRows
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.stages.cpt import run_cpt
-from medllm_parity.tolerances import step_table
 from parity_tests.verified_runs import (
     STEPS,
     TEXTS,
@@ -34,6 +33,7 @@ from parity_tests.verified_runs import (
     proved_steps,
     refuted,
     settings,
+    step_table,
     train,
     verified,
     write_documents,

@@ -19,6 +19,7 @@ from medllm.stages.cpt import run_cpt
 from medllm.stages.rpo import run_rpo
 from medllm.verify.findings import Certificate, Finding
 from medllm.verify.verifying import VerifyConfig, verify
+from medllm_parity.tolerances import VERIFY
 from parity_tests.preference_cases import letters
 
 STEPS = 6
@@ -110,3 +111,13 @@ def hide_changes(run: Path) -> None:
         session["inputs"] = input_digests(yaml.safe_load((run / "config.yaml").read_text()))
     made["outputs"] = output_digests(run)
     (run / PROVENANCE).write_text(json.dumps(made))
+
+
+def step_table() -> str:
+    """:data:`medllm_parity.tolerances.VERIFY` as a Markdown table, the one in ``docs/verify.md``."""
+    lines = ["| computed in | loss | gradient norm | moments | reference |", "|---|---|---|---|---|"]
+    for name, bounds in VERIFY.items():
+        parts = (bounds.loss, bounds.norm, bounds.moments, bounds.reference)
+        cells = (f"{one.relative:g} ({one.seen:g})" if one else "not compared" for one in parts)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
