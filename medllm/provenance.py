@@ -22,7 +22,15 @@ from medllm.errors import UserError
 
 PROVENANCE = "provenance.json"
 _SETTINGS = (
-    *("model.path", "model.adapter", "model.tokenizer", "corpus.documents", "corpus.problems", "corpus.layout"),
+    *(
+        "model.path",
+        "model.adapter",
+        "model.tokenizer",
+        "server.tokenizer",
+        "corpus.documents",
+        "corpus.problems",
+        "corpus.layout",
+    ),
     *("problems", "shots", "layout", "preferences"),
 )
 """The settings that name files which a run depends on."""

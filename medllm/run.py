@@ -49,6 +49,7 @@ _WRITTEN = (
     "checkpoints",
     "events",
     "metrics.jsonl",
+    "options.journal",
     "predictions.jsonl",
     "preferences.jsonl",
     RESULT,
