@@ -34,7 +34,7 @@ _SETTINGS = (
     *("problems", "shots", "layout", "preferences"),
 )
 """The settings that name files which a run depends on."""
-_OWN = ("adapter/*", "*.jsonl", "answers.journal", "config.yaml", "reference-*.safetensors")
+_OWN = ("adapter/*", "*.jsonl", "*.journal", "config.yaml", "reference-*.safetensors")
 """What a run leaves that others go on from, in its folder."""
 _IN_FULL = 8 << 30
 _PIECE, _PIECES = 1 << 18, 256

@@ -63,7 +63,10 @@ def check_answers(record: Record) -> list[Finding]:
         UserError: its problems cannot be read.
     """
     if record.stage == "evaluate" and record.config.method != "generate":
-        return _check_options(record)
+        try:
+            return _check_options(record)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            return [Finding(SCORE, "refuted", RESULT, f"is not what such an exam leaves ({type(error).__name__})")]
     problems, shots = _asked(record)
     guard: Callable[..., None] = check_exam if record.stage == "evaluate" else check_problems
     try:
@@ -85,7 +88,9 @@ def _asked(record: Record) -> tuple[Sequence[Problem], Sequence[Problem]]:
     if record.stage == "curate":
         return problems, read_shots(config.shots, config.shot_count, config) if config.shots else ()
     problems = of_subjects(problems, config.subjects)
-    return problems[: config.limit] if config.limit else problems, read_shots(config.shots, config.shot_count, config)
+    problems = problems[: config.limit] if config.limit else problems
+    asks = config.method == "generate"
+    return problems, read_shots(config.shots, config.shot_count, config) if asks else ()
 
 
 def _exam(record: Record, problems: Sequence[Problem], shots: Sequence[Problem]) -> Iterator[Finding]:

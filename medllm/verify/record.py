@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm.command import Command
 from medllm.errors import UserError
+from medllm.journal import JOURNAL
 from medllm.metrics import METRICS, Metrics
 from medllm.provenance import PROVENANCE
 from medllm.run import RESULT
@@ -66,7 +67,7 @@ def open_record(path: Path) -> Record:
     Raises:
         UserError: it is none, or a file in it cannot be read.
     """
-    for name in ("config.yaml", PROVENANCE, RESULT, METRICS, "adapter", "checkpoints", "answers.journal"):
+    for name in ("config.yaml", PROVENANCE, RESULT, METRICS, "adapter", "checkpoints", JOURNAL):
         if (path / name).is_symlink():
             raise UserError(f"{path / name}: is a link, and what it leads to is no part of the run; copy it there")
     if not (path / "config.yaml").is_file():
@@ -88,10 +89,18 @@ def open_record(path: Path) -> Record:
         config=_settings(kind, {name: value for name, value in plain.items() if name != "engine"}, path / "config.yaml"),
         plain=plain,
         result=result,
-        lines=[line for line in Metrics(path).lines() if isinstance(line, dict) and line.get("step", 0) > 0],
+        lines=list(_lines(path)),
         sessions=sessions,
         outputs=outputs,
     )
+
+
+def _lines(path: Path) -> Iterator[dict[str, float]]:
+    """The numbers of the lines that tell of a step."""
+    for line in Metrics(path).lines():
+        numbers = {name: one for name, one in line.items() if type(one) in (int, float)} if isinstance(line, dict) else {}
+        if numbers.get("step", 0) > 0:
+            yield numbers
 
 
 def _settings(kind: type, plain: dict[str, Any], where: Path) -> Any:

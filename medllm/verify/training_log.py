@@ -58,8 +58,14 @@ def _ends(record: Record) -> list[Finding]:
         return [Finding("the result", "not checked", RESULT, "the run has not finished")]
     losses = [line["loss"] for line in record.lines if "loss" in line]
     wrong = []
-    if losses and not math.isclose(float(result.get("loss", math.nan)), losses[-1], rel_tol=1e-9):
+    loss, steps = (_number(result, name) for name in ("loss", "steps"))
+    if losses and not math.isclose(loss, losses[-1], rel_tol=1e-9):
         wrong.append(f"loss is {result.get('loss')}, in the last line of the log {losses[-1]}")
-    if record.lines and result.get("steps", 0) < record.lines[-1]["step"]:
+    if not steps >= record.lines[-1]["step"]:
         wrong.append(f"steps is {result.get('steps')}, the log has step {int(record.lines[-1]['step'])}")
     return held("the result is the log's", RESULT, wrong)
+
+
+def _number(result: Mapping[str, Any], name: str) -> float:
+    value = result.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medllm.cli import main
@@ -15,10 +16,13 @@ from medllm.engine import Generation
 from medllm.exam.loaders import write_problems
 from medllm.journal import JOURNAL
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
+from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from medllm.model.tokenizer import load_tokenizer
 from medllm.preferences import curation
 from medllm.provenance import PROVENANCE, output_digests
 from medllm.stage_config import CurateConfig, EvaluateConfig
+from medllm.stages import evaluate
 from medllm.stages.curate import build_preferences
 from medllm.stages.evaluate import sit_exam
 from medllm.stages.problems import read_problems, read_shots
@@ -134,6 +138,29 @@ def test_a_score_edited_is_named(exam, tmp_path):
     (run / "result.json").write_text(json.dumps(result))
     points = result["score"]["points"]
     assert refuted(run) == [f"result.json: the score: score.points: {points} is recorded, it comes to {points - 1}"]
+
+
+def test_a_choice_by_likelihood_is_made_anew(given, tmp_path, monkeypatch):
+    class Likelihoods:
+        name, tokenizer = "jax", load_tokenizer(str(BASE))
+
+        def logprobs(self, continuations, batch_size=32):
+            return [np.full(len(one.completion), -1.0 - number) for number, one in enumerate(continuations)]
+
+    monkeypatch.setattr(evaluate, "open_scorer", lambda *_: Likelihoods())
+    files = (str(given / "exam.jsonl"),)
+    evaluate.run_evaluate(
+        EvaluateConfig(ModelConfig(str(BASE)), str(tmp_path / "run"), files, method="options", on_bad_row="skip")
+    )
+    certificate = verify(VerifyConfig(str(tmp_path / "run")))
+    assert certificate.verdict == "proved", certificate.headline()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result["results"][0]["prediction"] = "e"
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    problem = result["results"][0]["problem_id"]
+    assert refuted(tmp_path / "run") == [f"result.json: the score: problem {problem}: the likeliest option is a, e is recorded"]
+    (tmp_path / "run" / "result.json").write_text("{}")
+    assert refuted(tmp_path / "run") == ["result.json: the score: is not what such an exam leaves (KeyError)"]
 
 
 def test_a_problem_that_was_changed_since_is_named(given, exam, tmp_path):
