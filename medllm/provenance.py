@@ -2,7 +2,8 @@
 
 ::
 
-    {"sessions": [{"started": "…", "code": "…", "inputs": {"model.path": {"model.safetensors": "blake2b:…"}, …}}],
+    {"sessions": [{"started": "…", "processes": 1, "code": "…",
+                   "inputs": {"model.path": {"model.safetensors": "blake2b:…"}, …}}],
      "outputs": {"adapter/adapter_model.safetensors": "blake2b:…", …}}
 
 A session is one start of the command; a run that went on has several. Paths are those inside a file's own folder: where that is

@@ -21,7 +21,7 @@ import yaml
 
 from medllm.errors import UserError
 from medllm.host.lock import LOCK, FolderLock
-from medllm.host.processes import is_primary_process, tell
+from medllm.host.processes import is_primary_process, process_count, tell
 from medllm.metrics import Metrics
 from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
 from medllm.stage_config import FREE_ON_RESUME
@@ -234,7 +234,7 @@ class Run:
         """A session begins: with what files, and by what code."""
         file = self.path / PROVENANCE
         before = read_json_object(file, "").get("sessions", []) if file.exists() else []
-        session = {"started": started, "code": code_digest(), "inputs": input_digests(plain)}
+        session = {"started": started, "processes": process_count(), "code": code_digest(), "inputs": input_digests(plain)}
         write_json(file, {"sessions": [*before, session]})
 
     def _refuse_other_settings(self, now: dict[str, Any]) -> None:

@@ -96,9 +96,9 @@ def check_steps(
         last = known[max(known)]
         findings += check_adapter_weights(record, last.adapter, last.source) if record.result is not None else []
         findings += _same_length(record, len(plan.steps))
-    wanted, out_of_reach = _choose(record, known, len(plan.steps), steps, reach, seed)
+    wanted, out_of_reach = _choose(record, known, plan, steps, reach, seed)
     if out_of_reach:
-        said = f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out"
+        said = f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out or filled up"
         findings.append(Finding(STEPS, "not checked", said=said))
     gc.collect()
     gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
@@ -149,17 +149,21 @@ class _Target:
 
 
 def _choose(
-    record: Record, known: Mapping[int, Any], total: int, steps: int, reach: int, seed: int
+    record: Record, known: Mapping[int, Any], plan: Plan, steps: int, reach: int, seed: int
 ) -> tuple[list[_Target], int]:
     """Steps drawn from those within reach, the last of them always; and how many are not within it."""
     lines = [int(line["step"]) for line in record.lines]
     before = dict(zip(lines, [0, *lines], strict=False))
-    left_out = [int(line["step"]) for line in record.lines if line.get("skipped")]
+    several = record.engine == "torch" and any(session.get("processes", 1) != 1 for session in record.sessions)
+    sizes = [sum(map(len, units)) for units in plan.steps] if several else []
+    filled = [step for step, size in enumerate(sizes, 1) if size < sizes[0]]
+    left_out = [int(line["step"]) for line in record.lines if line.get("skipped")] + filled
     targets = []
+    total = len(plan.steps)
     for step in sorted(one for one in {*lines, *known} - {0} if one <= total):
         start = max(one for one in known if one <= before.get(step, step - 1))
         targets.append(_Target(step, start))
-    # Which step of a line was left out is not logged, so none is walked past.
+    # Which step of a line was left out is not logged, so none is walked past; nor one that several processes filled up.
     near = [
         one for one in targets if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
     ]
