@@ -165,7 +165,7 @@ def _curate(values: Any) -> dict[str, Any]:
     from medllm.stages.curate import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
-    with progress_bar("curate") as progress:
+    with progress_bar("curate", "problems") as progress:
         result = run_curate(config, values.engine, progress)
     if isinstance(result, Estimate):
         say(result.words())
@@ -190,7 +190,7 @@ def _evaluate(values: Any) -> dict[str, Any]:
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
-    with progress_bar("evaluate") as progress:
+    with progress_bar("evaluate", "problems") as progress:
         result = run_evaluate(config, values.engine, progress)
     if isinstance(result, Estimate):
         say(result.words())

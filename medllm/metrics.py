@@ -1,21 +1,21 @@
-"""``metrics.jsonl`` of a run, a line for each logged step, and the TensorBoard events of the same values."""
+"""``metrics.jsonl`` of a run, a line for each logged step, and the same values in a tracker."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medllm.config import TrackerName
 from medllm.errors import UserError
 from medllm.host.processes import is_primary_process, tell
+from medllm.trackers import Tracker, open_tracker
 
 METRICS = "metrics.jsonl"
-_EVENTS = "events"
 _COMPARED = 20
 
 
@@ -26,12 +26,14 @@ class Metrics:
 
     Args:
         folder: The run's.
+        tracker: What shows them beside.
+        settings: The run's, by dotted names, which it shows too.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tracker: TrackerName = "tensorboard", settings: Mapping[str, Any] | None = None):
         self._file = folder / METRICS
-        self._events_folder = folder / _EVENTS
-        self._events: Any = None
+        self._opened = partial(open_tracker, tracker, folder, settings or {})
+        self._tracker: Tracker | None = None
         self._watch = Watch()
 
     def lines(self) -> list[dict[str, float]]:
@@ -51,17 +53,17 @@ class Metrics:
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line, and tell of what is odd in it."""
         line = {"step": step, **values}
-        if self._events is None and self._file.exists():
+        if self._tracker is None and self._file.exists():
             os.truncate(self._file, sum(map(len, self._whole_lines())))
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        if self._events is None:
-            self._events = _summary_writer(self._events_folder)
-        self._to_events(line)
+        if self._tracker is None:
+            self._tracker = self._opened()
+        self._tracker.log(step, values)
         self._watch(step, values)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines beyond ``step``: those steps are taken anew. The events are written anew from the lines that stay."""
+        """Drop the lines beyond ``step``: those steps are taken anew. The tracker is told anew of the lines that stay."""
         kept = [line for line in self.lines() if line["step"] <= step]
         if not is_primary_process() or not self._file.exists():
             return
@@ -69,25 +71,19 @@ class Metrics:
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(scratch, self._file)
         self.close()
-        shutil.rmtree(self._events_folder, ignore_errors=True)
-        self._events = _summary_writer(self._events_folder)
+        self._tracker = self._opened(anew=True)
         for line in kept:
-            self._to_events(line)
+            self._tracker.log(int(line["step"]), {name: value for name, value in line.items() if name != "step"})
 
     def close(self) -> None:
-        """Close the file of events."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Close the tracker."""
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
 
     def _whole_lines(self) -> list[bytes]:
         texts = self._file.read_bytes().splitlines(keepends=True) if self._file.exists() else []
         return texts if not texts or texts[-1].endswith(b"\n") else texts[:-1]
-
-    def _to_events(self, line: Mapping[str, float]) -> None:
-        for name, value in line.items():
-            if name != "step":
-                self._events.add_scalar(name, value, line["step"])
 
 
 class Watch:
@@ -117,16 +113,3 @@ class Watch:
         if what not in self._told:
             self._told.add(what)
             tell(line)
-
-
-def _summary_writer(folder: Path) -> Any:
-    """tensorboardX's writer. Where torch is installed it imports it for a type's name alone, 190 MB."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, and tensorboardX does without
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter(str(folder))

@@ -24,6 +24,7 @@ from medllm.host.processes import is_primary_process, tell
 from medllm.metrics import Metrics
 from medllm.stage_config import FREE_ON_RESUME
 from medllm.text_files import read_yaml
+from medllm.trackers import FOLDERS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -45,7 +46,7 @@ _WRITTEN = (
     "adapter",
     "answers.journal",
     "checkpoints",
-    "events",
+    *FOLDERS.values(),
     "metrics.jsonl",
     "predictions.jsonl",
     "preferences.jsonl",
@@ -139,7 +140,9 @@ class Run:
         resume: bool | Literal["auto"] = False,
     ):
         self.path = Path(path)
-        self._metrics = Metrics(self.path)
+        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
+        plain = {"engine": engine, **plain} if engine else plain
+        self._metrics = Metrics(self.path, plain.get("tracker", "tensorboard"), dict(_flat(plain)))
         self._begun_before = False
         self._lock: FolderLock | None = None
         self._made_here = not self.path.exists()
@@ -147,8 +150,6 @@ class Run:
             return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a run folder is needed here, but this is a file; give another --run")
-        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
-        plain = {"engine": engine, **plain} if engine else plain
         _make_folder(self.path)
         self._lock = FolderLock(self.path)
         try:
@@ -168,7 +169,7 @@ class Run:
         self._close()
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
+        """Append one line to ``metrics.jsonl`` and show the same values in the run's tracker."""
         if is_primary_process():
             self._metrics.append(step, {name: float(value) for name, value in metrics.items()})
 
@@ -198,7 +199,7 @@ class Run:
             tell(f"{self.path}: {where}")
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write ``result.json``, close the event file and let other processes in."""
+        """Write ``result.json``, close the tracker and let other processes in."""
         if is_primary_process():
             write_json(self.path / RESULT, result)
         self._close()

@@ -50,6 +50,11 @@ def leave_out(said: str, on_nan: Literal["stop", "skip"]) -> None:
     tell(f"{said}; the step is left out")
 
 
+def progress_words(loss: float, rate: float, unit: str) -> str:
+    """How a training goes, beside the steps that are done: its last logged loss, and units (tokens, pairs) a second."""
+    return f"loss {loss:.4f}, {rate:{',.0f' if rate >= 100 else '.3g'}} {unit}/s"
+
+
 class Trains(Protocol):
     """A model that can be trained.
 

@@ -16,6 +16,7 @@ from medllm.model.tokenizer import control_tokens, encode
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_rows
 from medllm.stage_config import CptConfig
+from medllm.trackers import require_tracker
 from medllm.training import TrainSummary
 
 
@@ -57,6 +58,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     Raises:
         UserError: the model, tokenizer, documents or run folder cannot be used.
     """
+    require_tracker(config.tracker)
     model = open_trainer(engine, config.model, config)  # several processes meet here, before each reads the corpus
     corpus = load_documents(config.corpus)
     with progress_bar("tokens") as progress:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.config import ModelConfig
-from medllm.engine import Generates, Scores, account
+from medllm.engine import Generates, Scores, account, place
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
@@ -17,7 +17,7 @@ from medllm.exam.evaluation import OptionScores, check_exam, prompt_of, score_op
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
-from medllm.host.processes import is_primary_process
+from medllm.host.processes import is_primary_process, tell
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
 from medllm.remote import spending
@@ -148,6 +148,11 @@ def _sit(
 ) -> ExamResult:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name, resume="auto") as run:
+        most = config.sampling.max_new_tokens
+        tell(
+            f"{place(model)}: {len(problems):,} problems, answers of up to {most:,} tokens, {config.batch_size} at a time, "
+            f"into {run.path}"
+        )
         journal = Journal(run.path / JOURNAL)
         sat = sit(model, problems, shots, config, progress, journal)
         predictions = [prediction for prediction, _, _ in sat]
@@ -175,6 +180,9 @@ def _choose_options(
 ) -> OptionsResult:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name, resume="auto") as run:
+        tell(
+            f"{place(model)}: the {config.method} of {len(problems):,} problems, {config.batch_size} at a time, into {run.path}"
+        )
         scores = score_options(
             model,
             model.tokenizer,

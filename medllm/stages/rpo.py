@@ -17,6 +17,7 @@ from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_preferences
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import check_handover, merged_weights, merges, opened_as
+from medllm.trackers import require_tracker
 from medllm.training import TrainSummary
 
 
@@ -73,6 +74,7 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
         UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
             train on.
     """
+    require_tracker(config.tracker)
     read = read_preferences(config.preferences)
     check_handover(config)
     model = open_trainer(engine, config.model, config)

@@ -9,12 +9,12 @@ import pytest
 
 import medllm.stages.cpt
 from medllm.cli import main
-from medllm.config import CorpusConfig, ModelConfig
+from medllm.config import ModelConfig
 from medllm.host.child import run_in_child
 from medllm.host.progress import part_of, progress_bar, tracked
 from medllm.mini.study import BASE
 from medllm.model.tokenizer import load_tokenizer
-from medllm.stage_config import CptConfig
+from medllm.stage_config import CorpusConfig, CptConfig
 
 
 @pytest.fixture
