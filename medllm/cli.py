@@ -26,6 +26,7 @@ from medllm.command_words import check_options, check_sections, find_command, ga
 from medllm.convert_command import CONVERT
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import Stopped, UserError
+from medllm.host.faults import explained
 from medllm.host.processes import ended, is_primary_process, tell
 from medllm.host.progress import progress_bar
 from medllm.presets import TABLE_ROWS
@@ -63,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if (known := explained(error)) is not None:
+            print(f"medllm: {known}", file=sys.stderr)
+            return ended(2)
         print(f"medllm: failed: {type(error).__name__}: {first_line(error)} (--debug shows the traceback)", file=sys.stderr)
         return ended(1)
 

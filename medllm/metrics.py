@@ -17,6 +17,10 @@ from medllm.trackers import Tracker, open_tracker
 
 METRICS = "metrics.jsonl"
 _COMPARED = 20
+_NO_MARGIN = 1e-4
+"""Of rewards, below which chosen and rejected count as told apart by nothing: DPO's loss is then within 5e-5 of ln 2."""
+_COLLAPSED = -1.0
+"""Of the chosen reward: at beta 0.1 a response e^10 times less likely than under the reference."""
 
 
 class Metrics:
@@ -87,10 +91,13 @@ class Metrics:
 
 
 class Watch:
-    """Looks at each line of a training, and tells once of each thing that often means it goes wrong."""
+    """Looks at each line of a training, and tells once of each thing that often means it goes wrong, with what to try."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=_COMPARED)
+        self._margins: deque[float] = deque(maxlen=_COMPARED)
+        self._chosen: deque[float] = deque(maxlen=_COMPARED)
+        self._learning_rate = 0.0
         self._told: set[str] = set()
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
@@ -99,15 +106,43 @@ class Watch:
             self._tell(
                 "gradient", f"step {step}: the gradient's norm is exactly 0, so nothing is learned; see the learning rate"
             )
-        loss = values.get("loss")
-        if loss is None:
-            return
+        if "loss" in values:
+            self._spike(step, values["loss"])
+        if "rewards/margins" in values:
+            self._preferences(step, values)
+
+    def _spike(self, step: int, loss: float) -> None:
         if len(self._losses) == _COMPARED:
             low, high = min(self._losses), max(self._losses)
             if loss > high + 3 * (high - low):
-                said = f"between {low:.4g} and {high:.4g}"
-                self._tell("loss", f"step {step}: the loss is {loss:.4g}, and was {said} in the {_COMPARED} lines before")
+                said = f"between {low:.4g} and {high:.4g} in the {_COMPARED} lines before"
+                self._tell(
+                    "loss",
+                    f"step {step}: the loss is {loss:.4g}, and was {said}; if it stays there, go back to a checkpoint before, "
+                    "with a lower --optimizer.learning_rate or --optimizer.clip_norm",
+                )
         self._losses.append(loss)
+
+    def _preferences(self, step: int, values: Mapping[str, float]) -> None:
+        """A margin of nothing is a DPO loss of ln 2. While the learning rate rises, that is as it should be."""
+        rising = values.get("learning_rate", 0.0) > self._learning_rate
+        self._learning_rate = values.get("learning_rate", 0.0)
+        if not rising:
+            self._margins.append(abs(values["rewards/margins"]))
+        if len(self._margins) == _COMPARED and max(self._margins) < _NO_MARGIN:
+            self._tell(
+                "margins",
+                f"step {step}: DPO's loss has been ln 2 for {_COMPARED} lines: chosen and rejected are as likely as before "
+                "training; raise --optimizer.learning_rate, and see that they differ and that --lora.targets is what you meant",
+            )
+        self._chosen.append(values.get("rewards/chosen", 0.0))
+        mean = sum(self._chosen) / len(self._chosen)
+        if len(self._chosen) == _COMPARED and mean < _COLLAPSED:
+            self._tell(
+                "chosen",
+                f"step {step}: chosen responses have become less likely: rewards/chosen is {mean:.3g} on average of "
+                f"{_COMPARED} lines (times 1/--loss.beta: nats); raise --loss.alpha, or lower --optimizer.learning_rate",
+            )
 
     def _tell(self, what: str, line: str) -> None:
         if what not in self._told:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from medllm.errors import UserError
+from medllm.host.faults import explained
 from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process, tell
 from medllm.metrics import Metrics
@@ -163,10 +164,14 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._metrics.close()
+        with suppress(OSError) if kind is not None else nullcontext():  # of a full disk, which has been said
+            self._metrics.close()
         if kind is not None and is_primary_process():
             self._take_away()
         self._close()
+        known = isinstance(error, UserError) or not isinstance(error, Exception)
+        if not known and (told := explained(error, self.path)) is not None:
+            raise told from error
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to ``metrics.jsonl`` and show the same values in the run's tracker."""

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,22 +70,31 @@ def open_tracker(name: TrackerName, run: Path, settings: Mapping[str, Any], *, a
 
 
 class _TensorBoard:
-    """Event files. Where torch is installed tensorboardX imports it for a type's name alone, 190 MB."""
+    """A file of events, each of them written before the next step: a thread of tensorboardX's own would meet a full disk alone.
+
+    Where torch is installed tensorboardX imports it for a type's name, 190 MB.
+    """
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]):
         hidden = "torch" not in sys.modules
         if hidden:
             sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, and tensorboardX does without
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.summary import scalar
         finally:
             if hidden:
                 del sys.modules["torch"]
-        self._writer = SummaryWriter(str(folder))
+        self._event, self._scalar = Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -35,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], keep: int = 2, keep_every: int = 0):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what its threads meet is raised here too
         self._folder = folder
         self._settings = settings
         kept: list[Any] = [policies.LatestN(keep)]
@@ -74,7 +74,12 @@ class Checkpoints:
         if found.newest is None:
             return state, 0
         step = int(found.newest.name)
-        before = self._read(step, position=ocp.args.JsonRestore())["position"]["settings"]
+        position = self._read(step, position=ocp.args.JsonRestore())["position"]
+        if position["step"] != step:
+            raise UserError(
+                f"{self._folder / str(step)}: holds the state after step {position['step']}; put it back under its name"
+            )
+        before = position["settings"]
         for name in sorted(self._settings.keys() | before.keys()):
             then, now = before.get(name), self._settings.get(name)
             if then != now:

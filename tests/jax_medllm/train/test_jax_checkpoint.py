@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,11 @@ import pytest
 from flax import nnx
 
 from jax_medllm.model.decoder import DenseDecoder, LoraParam
+from jax_medllm.train import loop as loop_module
 from jax_medllm.train.batches import CptData, plan_steps
 from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.loop import cpt_loss_fn, train
-from medllm.checkpoints import CHECKSUMS
+from medllm.checkpoints import CHECKSUMS, Saving
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import Stopped, UserError
@@ -54,7 +57,7 @@ def session(run, settings=None, **changes):
 
 
 def logged(run):
-    timed = {"tokens_per_second", "seconds"}
+    timed = {"tokens_per_second", "seconds", "compile_seconds"}
     return [{name: value for name, value in line.items() if name not in timed} for line in run.metrics()]
 
 
@@ -105,11 +108,45 @@ def test_only_the_last_checkpoint_is_kept_unless_more_are_asked_for(tmp_path):
     def kept(run):
         return sorted(int(folder.name) for folder in (run.path / "checkpoints").iterdir() if folder.name.isdigit())
 
-    last, several = Run(tmp_path / "last", TrainingConfig()), Run(tmp_path / "several", TrainingConfig())
+    last, several, some = (Run(tmp_path / name, TrainingConfig()) for name in ("last", "several", "some"))
     session(last)
     session(several, checkpoint_every=2)
+    session(some, checkpoint_every=1, keep=1, keep_every=2)
     assert kept(last) == [6]
     assert kept(several) == [4, 6]
+    assert kept(some) == [2, 4, 6]
+
+
+def test_a_checkpoint_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
+    minutes = iter(range(99))
+
+    def clock():
+        return 60.0 * next(minutes)  # a minute at each look
+
+    monkeypatch.setattr(loop_module, "Saving", partial(Saving, clock=clock))
+    run = Run(tmp_path / "run", TrainingConfig())
+    session(run, checkpoint_minutes=2, keep=9)
+    assert [folder.name for folder in sorted((run.path / "checkpoints").iterdir())] == ["2", "4", "6"]
+
+
+def test_a_step_does_not_wait_for_a_checkpoint_to_be_written(tmp_path, monkeypatch):
+    """The copy on the host is all that is waited for: the writing ends when it is let, after ``save`` has come back."""
+    written, ended = threading.Event(), []
+    sealed = Checkpoints._seal
+
+    def waiting(self):
+        ended.append(written.wait(60))
+        sealed(self)
+
+    monkeypatch.setattr(Checkpoints, "_seal", waiting)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+    checkpoints.save({"a": jnp.arange(3.0)}, 1)
+    assert not ended
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    written.set()
+    checkpoints.close()
+    assert ended == [True]
+    assert (tmp_path / "checkpoints" / "1" / CHECKSUMS).exists()
 
 
 def damaged_files(folder):
@@ -181,9 +218,9 @@ def test_seconds_and_rate_are_of_all_sessions(tmp_path):
     again = train_six(run, max_steps=4)
     assert again.steps == whole.steps == 4
     assert again.seconds >= lines[-1]["seconds"] > 0
-    tokens = 2 * 16
-    spent = sum(tokens / line["tokens_per_second"] for line in lines[1:])
-    assert again.rate == pytest.approx(3 * tokens / spent, rel=1e-3)
+    worked = [line["seconds"] - line["compile_seconds"] for line in lines]
+    assert again.rate == pytest.approx(3 * 2 * 16 / (worked[-1] - worked[0]), rel=1e-6)
+    assert again.compile_seconds >= lines[-1]["compile_seconds"] > 0
     assert again.loss == lines[-1]["loss"]
 
 
