@@ -81,9 +81,9 @@ class Metrics:
 
     def close(self) -> None:
         """Close the tracker."""
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
+        tracker, self._tracker = self._tracker, None  # it is not closed again where this fails
+        if tracker is not None:
+            tracker.close()
 
     def _whole_lines(self) -> list[bytes]:
         texts = self._file.read_bytes().splitlines(keepends=True) if self._file.exists() else []

@@ -155,9 +155,10 @@ class Run:
         self._lock = FolderLock(self.path)
         try:
             self._open(plain, resume)
-        except BaseException:
+        except BaseException as error:
             self._take_away()
             self._lock.release()
+            self._explain(error)
             raise
 
     def __enter__(self) -> Run:
@@ -169,9 +170,7 @@ class Run:
         if kind is not None and is_primary_process():
             self._take_away()
         self._close()
-        known = isinstance(error, UserError) or not isinstance(error, Exception)
-        if not known and (told := explained(error, self.path)) is not None:
-            raise told from error
+        self._explain(error)
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to ``metrics.jsonl`` and show the same values in the run's tracker."""
@@ -239,6 +238,13 @@ class Run:
                     f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
                     "resume with the same settings, or start a new --run"
                 )
+
+    def _explain(self, error: BaseException | None) -> None:
+        """Raise what a user can do about an error of the disk, where it is one."""
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            told = explained(error, self.path)
+            if told is not None:
+                raise told from error
 
     def _take_away(self) -> None:
         """The folder, where it was made here and nothing was done in it, by another process neither."""

@@ -17,6 +17,7 @@ from medllm.preferences.curation import CurationReport, asked_problems, check_pr
 from medllm.preferences.records import write_preferences
 from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
+from medllm.shortage import advising
 from medllm.stage_config import CurateConfig
 from medllm.stages.problems import control_tokens_in, read_problems, read_shots
 
@@ -86,7 +87,7 @@ def _curate(
     left_out: Mapping[str, int],
 ) -> CurateResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config), Run(config.run, config, engine=model.name, resume="auto") as run:
         sampling = config.sampling
         answers = f"{sampling.samples} samples of up to {sampling.max_new_tokens:,} tokens"
         tell(f"{place(model)}: {len(problems):,} problems x {answers}, {config.batch_size} at a time, into {run.path}")

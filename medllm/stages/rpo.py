@@ -15,6 +15,7 @@ from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_preferences
+from medllm.shortage import advising
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import check_handover, merged_weights, merges, opened_as
 from medllm.trackers import require_tracker
@@ -81,7 +82,7 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
     with progress_bar("tokens") as progress:
         preferences = tokenize_preferences(model.tokenizer, read, config.pairs, progress)
     check_preferences(preferences, config.pairs.max_length, model.context, config.preferences)
-    with Run(config.run, config, engine=engine, resume=config.resume) as run:
+    with advising(config), Run(config.run, config, engine=engine, resume=config.resume) as run:
         if merges(config.model, config):
             model = model.with_weights(merged_weights(config, run))
         summary = model.train_preferences(preferences, config, run)

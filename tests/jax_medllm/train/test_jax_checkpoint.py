@@ -25,7 +25,10 @@ from medllm.corpus.packing import PackedRows
 from medllm.errors import Stopped, UserError
 from medllm.host.stopping import SIGNALS
 from medllm.run import Run
+from tests.small_disk import fill
 from tests.small_model import small_config
+
+pytest_plugins = ["tests.small_disk"]
 
 SMALL = small_config()
 
@@ -222,6 +225,37 @@ def test_seconds_and_rate_are_of_all_sessions(tmp_path):
     assert again.rate == pytest.approx(3 * 2 * 16 / (worked[-1] - worked[0]), rel=1e-6)
     assert again.compile_seconds >= lines[-1]["compile_seconds"] > 0
     assert again.loss == lines[-1]["loss"]
+
+
+def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_bit_for_bit(tmp_path, small_disk, capfd):
+    expected, model = session(Run(tmp_path / "whole", TrainingConfig())), small_model()
+
+    class Filling(CptData):
+        def units(self, step):
+            if step == self.steps[2]:
+                fill(small_disk)
+            return super().units(step)
+
+    with pytest.raises(UserError, match="run.*: the disk is full"), Run(small_disk / "run", TrainingConfig()) as run:
+        train_six(run, Filling, checkpoint_every=1)
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert len(said.splitlines()) < 5
+    (small_disk / "filler").unlink()
+    with Run(small_disk / "run", TrainingConfig(), resume="auto") as run:
+        train_six(run, CptData, model)
+    for a, b in zip(expected, adapter(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+    checkpoints.save({"a": jnp.arange(3.0)}, 1)
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "2")
+    with pytest.raises(UserError, match="checkpoints/2: holds the state after step 1; put it back under its name"):
+        Checkpoints(tmp_path / "checkpoints", {}).restore({"a": jnp.zeros(3)})
 
 
 class Poisoned(CptData):
