@@ -10,7 +10,7 @@ from typing import Any
 from medllm.config import MeshConfig, ModelConfig, Recipe
 from medllm.errors import UserError
 from medllm.host.faults import chain
-from medllm.host.memory import physical_bytes, size_words
+from medllm.host.memory import size_words
 from medllm.model.directory import ModelDirectory
 from medllm.stage_config import CptConfig, RpoConfig
 
@@ -28,11 +28,12 @@ _DISK = re.compile(r"writing|No space left", re.IGNORECASE)
 
 
 @contextmanager
-def advising(config: MeshConfig) -> Iterator[None]:
+def advising(config: MeshConfig, engine: str) -> Iterator[None]:
     """Inside, an error for want of memory, of whichever framework, at its compiler or in a step, is one line.
 
     Args:
         config: The stage's.
+        engine: Whose name; the JAX engine has meshes.
 
     Raises:
         UserError: in place of such an error.
@@ -42,7 +43,9 @@ def advising(config: MeshConfig) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or not any(map(_is_shortage, chain(error))):
             raise
-        raise UserError(f"out of memory{needed(error)}{_weights(config)}; lower {', '.join(remedies(config))}") from error
+        raise UserError(
+            f"out of memory{needed(error)}{_weights(config)}; lower {', '.join(remedies(config, engine))}"
+        ) from error
 
 
 def needed(error: BaseException) -> str:
@@ -52,11 +55,11 @@ def needed(error: BaseException) -> str:
             if found := pattern.search(str(one)):
                 asked = found.groupdict()
                 words = size_words(int(asked["bytes"])) if asked.get("bytes") else asked["words"]
-                return f": {words} more were asked for" if "Used" not in pattern.pattern else f": {words} are needed"
+                return f": {words} were asked for" if "Used" not in pattern.pattern else f": {words} are needed"
     return ""
 
 
-def remedies(config: Any) -> Iterator[str]:
+def remedies(config: Any, engine: str) -> Iterator[str]:
     """The settings of a stage that take memory and can be lowered still, each with what it is, what costs least first."""
     if isinstance(config, Recipe):
         training = config.training
@@ -76,8 +79,8 @@ def remedies(config: Any) -> Iterator[str]:
         yield f"--pairs.max_length ({config.pairs.max_length:,})"
     elif hasattr(config, "sampling"):
         yield f"--sampling.max_new_tokens ({config.sampling.max_new_tokens:,})"
-    spread = f"--mesh, now {config.mesh}" if config.mesh else "--mesh"
-    yield f"or spread it over more devices ({spread}); medllm plan says what takes what"
+    if engine == "jax":
+        yield f"or spread it over more devices (--mesh{f', now {config.mesh}' if config.mesh else ''})"
 
 
 def _is_shortage(error: BaseException) -> bool:
@@ -91,5 +94,5 @@ def _weights(config: Any) -> str:
     with suppress(UserError):
         sizes = ModelDirectory(model.path).described
         taken = sizes.weight_bytes(model.quantization, 4 if model.dtype == "float32" else 2)
-        return f" (the weights take {size_words(taken)} in all, and this machine has {size_words(physical_bytes())})"
+        return f" (the weights alone take {size_words(taken)}; medllm plan says what takes the rest)"
     return ""

@@ -44,18 +44,21 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of_disk(error: BaseException, folder: Path | None) -> UserError | None:
-    number = error.errno if isinstance(error, OSError) else None
-    named = (error.filename if isinstance(error, OSError) else None) or folder
+    of_system = error if isinstance(error, OSError) and error.errno is not None else None
+    named = (of_system.filename if of_system else None) or folder
     where = f"{named}: " if named else ""
-    if number in _FULL_NUMBERS or (number is None and _FULL.search(str(error))):
+    if of_system.errno in _FULL_NUMBERS if of_system else _FULL.search(str(error)):
         return UserError(
             f"{where}the disk is full, or a limit on it is reached; what was whole before stays, so make room, and the same "
             "command goes on"
         )
+    if of_system is None:
+        return None
+    number, reason = of_system.errno, of_system.strerror
     if number in _CLOSED_NUMBERS and named:
-        return UserError(f"{where}cannot be opened or written ({error.strerror}); see its rights, or name another path")
-    if number in _GONE_NUMBERS and named:
+        return UserError(f"{where}cannot be opened or written ({reason}); see its rights, or name another path")
+    if number in _GONE_NUMBERS and of_system.filename:
         return UserError(f"{where}is not there, or not any more; put it back, and give the same command")
     if number in _DISK_NUMBERS:
-        return UserError(f"{where}its disk does not answer ({error.strerror}); give the same command when it does")
+        return UserError(f"{where}its disk does not answer ({reason}); give the same command when it does")
     return None

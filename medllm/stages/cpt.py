@@ -71,7 +71,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     rows = pack(ids, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing).with_targets()
     rows = replace(rows, sources=[document.source for document, _ in kept])
     check_rows(rows, model.context)
-    with advising(config), Run(config.run, config, engine=engine, resume=config.resume) as run:
+    with advising(config, engine), Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = CptResult(
             engine=engine,

@@ -87,7 +87,7 @@ def _curate(
     left_out: Mapping[str, int],
 ) -> CurateResult:
     began = time.monotonic()
-    with advising(config), Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
         sampling = config.sampling
         answers = f"{sampling.samples} samples of up to {sampling.max_new_tokens:,} tokens"
         tell(f"{place(model)}: {len(problems):,} problems x {answers}, {config.batch_size} at a time, into {run.path}")

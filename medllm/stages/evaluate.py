@@ -148,7 +148,7 @@ def _sit(
     left_out: Mapping[str, int],
 ) -> ExamResult:
     began = time.monotonic()
-    with advising(config), Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
         most = config.sampling.max_new_tokens
         tell(
             f"{place(model)}: {len(problems):,} problems, answers of up to {most:,} tokens, {config.batch_size} at a time, "
@@ -180,7 +180,7 @@ def _choose_options(
     model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
 ) -> OptionsResult:
     began = time.monotonic()
-    with advising(config), Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
         tell(
             f"{place(model)}: the {config.method} of {len(problems):,} problems, {config.batch_size} at a time, into {run.path}"
         )

@@ -82,7 +82,7 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
     with progress_bar("tokens") as progress:
         preferences = tokenize_preferences(model.tokenizer, read, config.pairs, progress)
     check_preferences(preferences, config.pairs.max_length, model.context, config.preferences)
-    with advising(config), Run(config.run, config, engine=engine, resume=config.resume) as run:
+    with advising(config, engine), Run(config.run, config, engine=engine, resume=config.resume) as run:
         if merges(config.model, config):
             model = model.with_weights(merged_weights(config, run))
         summary = model.train_preferences(preferences, config, run)

@@ -12,7 +12,6 @@ from medllm.checkpoints import CHECKSUMS, Saving
 from medllm.config import OptimizerConfig
 from medllm.errors import Stopped, UserError
 from medllm.run import Run
-from tests.small_disk import fill
 from tests.torch_ref.test_torch_engine import adapter_of, cpt_config, preferences, rows, rpo_config, train
 from torch_ref import run_log
 from torch_ref.engine import TorchEngine
@@ -109,22 +108,22 @@ def test_a_checkpoint_is_due_when_its_minutes_are_over(dense, tmp_path, monkeypa
 
 
 def test_a_disk_that_fills_is_one_line_and_the_run_goes_on(dense, tmp_path, small_disk, monkeypatch):
-    config = cpt_config(dense, small_disk / "run", checkpoint_every=1, max_steps=4)
+    config = cpt_config(dense, small_disk.folder / "run", checkpoint_every=1, max_steps=4)
     _, whole = train(dataclasses.replace(config, run=str(tmp_path / "whole")), rows())
     expected = adapter_of(whole)
     before = RunLog.on_pre_optimizer_step
 
     def filling(log, args, state, control, **others):
         if state.global_step == 2:
-            fill(small_disk)
+            small_disk.fill()
         before(log, args, state, control, **others)
 
     engine = TorchEngine(config.model)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="run.*: the disk is full"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"run.*: the disk is full"):
         patch.setattr(RunLog, "on_pre_optimizer_step", filling)
         with Run(config.run, config) as run:
             engine.train_cpt(rows(), config, run)
-    (small_disk / "filler").unlink()
+    small_disk.make_room()
     run, again = train(going_on(config), rows())
     assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
     for name, value in expected.items():

@@ -25,7 +25,6 @@ from medllm.corpus.packing import PackedRows
 from medllm.errors import Stopped, UserError
 from medllm.host.stopping import SIGNALS
 from medllm.run import Run
-from tests.small_disk import fill
 from tests.small_model import small_config
 
 pytest_plugins = ["tests.small_disk"]
@@ -233,16 +232,16 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_bit_for_bit(tmp_path,
     class Filling(CptData):
         def units(self, step):
             if step == self.steps[2]:
-                fill(small_disk)
+                small_disk.fill()
             return super().units(step)
 
-    with pytest.raises(UserError, match="run.*: the disk is full"), Run(small_disk / "run", TrainingConfig()) as run:
+    with pytest.raises(UserError, match=r"run.*: the disk is full"), Run(small_disk.folder / "run", TrainingConfig()) as run:
         train_six(run, Filling, checkpoint_every=1)
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert len(said.splitlines()) < 5
-    (small_disk / "filler").unlink()
-    with Run(small_disk / "run", TrainingConfig(), resume="auto") as run:
+    small_disk.make_room()
+    with Run(small_disk.folder / "run", TrainingConfig(), resume="auto") as run:
         train_six(run, CptData, model)
     for a, b in zip(expected, adapter(model), strict=True):
         np.testing.assert_array_equal(a, b)

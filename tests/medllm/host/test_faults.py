@@ -14,7 +14,6 @@ from medllm.host.faults import explained
 from medllm.host.lock import FolderLock
 from medllm.metrics import METRICS
 from medllm.run import Run
-from tests.small_disk import fill
 
 pytest_plugins = ["tests.small_disk"]
 
@@ -51,38 +50,38 @@ def test_an_error_of_another_kind_is_none(error):
 
 def test_a_disk_that_fills_while_a_run_is_logged_is_one_line_and_the_run_goes_on(small_disk):
     config = TrainingConfig()
-    with pytest.raises(UserError, match=r"run: the disk is full"), Run(small_disk / "run", config) as run:
+    with pytest.raises(UserError, match=r"run: the disk is full"), Run(small_disk.folder / "run", config) as run:
         run.log(1, loss=2.0)
-        filler = fill(small_disk)
+        small_disk.fill()
         for step in range(2, 2000):
             run.log(step, loss=1.0)
-    filler.unlink()
-    with Run(small_disk / "run", config, resume="auto") as again:
+    small_disk.make_room()
+    with Run(small_disk.folder / "run", config, resume="auto") as again:
         again.go_on(1, 3)
         again.log(2, loss=1.0)
         again.finish({})
     assert [line["step"] for line in again.metrics()] == [1, 2]
-    assert (small_disk / "run" / METRICS).read_bytes().count(b"\n") == 2
+    assert (small_disk.folder / "run" / METRICS).read_bytes().count(b"\n") == 2
 
 
 def test_a_run_on_a_full_disk_is_refused_and_leaves_nothing(small_disk):
-    filler = fill(small_disk)
+    small_disk.fill()
     with pytest.raises(UserError, match="the disk is full"):
-        Run(small_disk / "run", TrainingConfig())
-    assert not (small_disk / "run").exists()
-    filler.unlink()
-    with Run(small_disk / "run", TrainingConfig(), resume="auto") as run:
+        Run(small_disk.folder / "run", TrainingConfig())
+    assert not (small_disk.folder / "run").exists()
+    small_disk.make_room()
+    with Run(small_disk.folder / "run", TrainingConfig(), resume="auto") as run:
         run.finish({})
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(small_disk):
-    (small_disk / "run").mkdir()
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    (small_disk.folder / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk.folder)], check=True)
     for path in ("run", "another"):
         with pytest.raises(UserError, match=r"(cannot be written|cannot be made) \(Read-only file system\)"):
-            Run(small_disk / path, TrainingConfig())
+            Run(small_disk.folder / path, TrainingConfig())
     with pytest.raises(UserError, match="see its rights, or give another --run"):
-        FolderLock(small_disk / "run")
+        FolderLock(small_disk.folder / "run")
 
 
 def test_a_file_that_vanishes_is_one_line_of_the_command(tmp_path, monkeypatch, capsys):
