@@ -7,13 +7,18 @@ from types import SimpleNamespace
 import pytest
 
 from medllm import forecast
-from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, Sampling, TrainingConfig
+from medllm.engine import Generation, place
 from medllm.errors import UserError
+from medllm.exam.problem import Problem
 from medllm.forecast import Devices, Work, adapter_parameters, announce, check_room, checkpoints_kept, training_flops
 from medllm.mini.study import BASE
 from medllm.model.directory import ModelDirectory
+from medllm.model.tokenizer import load_tokenizer
 from medllm.published import PUBLISHED
-from medllm.stage_config import CptConfig
+from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig
+from medllm.stages.curate import build_preferences
+from medllm.stages.evaluate import sit_exam
 
 CPT = CptConfig(ModelConfig(str(BASE)), "run", lora=LoraConfig(rank=4), training=TrainingConfig(checkpoint_every=10))
 WORK = Work("100 rows of 64 tokens", 12_800, 200)
@@ -79,3 +84,25 @@ def test_a_run_that_its_disk_has_no_room_for_is_refused_before_it_starts(tmp_pat
 
 def test_where_the_checkpoints_are_depends_on_the_moments():
     assert forecast.checkpoint_bytes(10, OptimizerConfig().moments) == 10 * 4 * 3
+
+
+class Answers:
+    """A model that answers a."""
+
+    name, place = "jax", "jax on 8 x TPU v4 as fsdp=8: base in bfloat16"
+    tokenizer = load_tokenizer(str(BASE))
+
+    def generate(self, prompts, sampling, batch_size=32, progress=None):
+        return [[Generation(f"x\n Answer: {chr(97 + one)}", (), "stop") for one in range(sampling.samples)] for _ in prompts]
+
+
+def test_curation_and_evaluation_say_on_what_they_run_what_they_ask_and_where_they_write(tmp_path, capsys):
+    problem = Problem("110A1", "?", ("x", "y"), ("a",), explanation="x", year=2016, source="p:1")
+    model, sampling = ModelConfig("base"), Sampling(temperature=1.0, samples=2, max_new_tokens=1000)
+    build_preferences(Answers(), [problem], [], CurateConfig(model, str(tmp_path / "c"), (), shot_count=0, sampling=sampling))
+    sit_exam(Answers(), [problem], [], EvaluateConfig(model, str(tmp_path / "e"), (), shot_count=0))
+    assert capsys.readouterr().err.splitlines() == [
+        f"medllm: {Answers.place}: 1 problems x 2 samples of up to 1,000 tokens, 32 at a time, into {tmp_path / 'c'}",
+        f"medllm: {Answers.place}: 1 problems, answers of up to 512 tokens, 32 at a time, into {tmp_path / 'e'}",
+    ]
+    assert place(SimpleNamespace(name="openai")) == "openai"
