@@ -17,8 +17,8 @@ from medllm.trackers import Tracker, open_tracker
 
 METRICS = "metrics.jsonl"
 _COMPARED = 20
-_NO_MARGIN = 1e-4
-"""Of rewards, below which chosen and rejected count as told apart by nothing: DPO's loss is then within 5e-5 of ln 2."""
+_NO_MARGIN = 1e-3
+"""Of rewards, below which chosen and rejected count as told apart by nothing: DPO's loss is then within 5e-4 of ln 2."""
 _COLLAPSED = -1.0
 """Of the chosen reward: at beta 0.1 a response e^10 times less likely than under the reference."""
 

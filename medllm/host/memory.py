@@ -46,7 +46,7 @@ def watch_device(peak_bytes: Callable[[], int]) -> None:
 def memory_words() -> str:
     """The most memory that was in use so far, in words: a device's, where there is one, else that of the process."""
     device = _device_peak()
-    return f"{size_words(device)} of a device" if device else size_words(peak_resident_bytes())
+    return f"device memory {size_words(device)}" if device else f"memory {size_words(peak_resident_bytes())}"
 
 
 def size_words(size: float) -> str:

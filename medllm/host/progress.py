@@ -89,16 +89,17 @@ def progress_bar(label: str, unit: str = "", clock: Clock = time.monotonic) -> I
     # A step may take minutes: rich's own 30 seconds would hold one mark, and no rate.
     bar = Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=to_screen, speed_estimate_period=3600)
     with bar:
-        task, looked, memory = bar.add_task(label, total=None), -math.inf, ""
+        task, looked, memory, pace = bar.add_task(label, total=None), -math.inf, "", Pace()
 
         def report(done: int, total: int, doing: str = "") -> None:
             nonlocal looked, memory
+            pace.mark(clock(), done)
             if not is_primary_process():  # which is known once the engine is open
                 bar.stop()
                 return
             if clock() - looked > _REDRAWN:
                 looked, memory = clock(), memory_words()
-            said = ", ".join(filter(None, (doing, memory)))
+            said = ", ".join(filter(None, (doing or rate_words(pace.rate, unit), memory)))
             bar.update(task, completed=done, total=total, description=f"{label}: {said}")
 
         yield report
@@ -121,7 +122,13 @@ class _Lines:
         rate = self._pace.rate
         left = f"{duration((total - done) / rate)} left" if rate else ""
         count = f"{done:,} of {total:,} {self._unit}".rstrip()
-        tell(f"{self._label}: {', '.join(filter(None, (count, doing, memory_words(), left)))}")
+        how = doing or rate_words(rate, self._unit)
+        tell(f"{self._label}: {', '.join(filter(None, (count, how, memory_words(), left)))}")
+
+
+def rate_words(rate: float, unit: str) -> str:
+    """So many units a second: ``3,120 tokens/s``; nothing of a rate that is not known."""
+    return f"{rate:{',.0f' if rate >= 100 else '.3g'}} {unit}/s" if rate and unit else ""
 
 
 def duration(seconds: float) -> str:

@@ -88,7 +88,7 @@ def test_a_dpo_loss_that_stays_at_ln_2_is_told_of_once_when_the_warmup_is_over(c
 def test_pairs_that_are_told_apart_are_nothing_to_tell(capsys):
     watch = Watch()
     for step in range(1, 60):
-        watch(step, rewards(1e-3, chosen=-0.9))
+        watch(step, rewards(2e-3, chosen=-0.9))
     assert capsys.readouterr().err == ""
 
 

@@ -54,22 +54,34 @@ def test_a_bar_says_how_it_goes_and_what_memory_it_took(watched, capsys):
     with progress_bar("training", "steps") as progress:
         progress(1, 20, "loss 1.2340, 3,120 tokens/s")
     printed = capsys.readouterr().err
-    assert re.search(r"training: loss 1\.2340, 3,120 tokens/s, [\d.]+ [GM]iB", printed)
+    assert re.search(r"training: loss 1\.2340, 3,120 tokens/s, memory [\d.]+ [GM]iB", printed)
     assert "1/20" in printed
 
 
 def test_where_nobody_watches_there_is_a_line_a_minute_with_the_time_that_is_left(capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setattr(progress_module, "memory_words", lambda: "2.1 GiB")
+    monkeypatch.setattr(progress_module, "memory_words", lambda: "memory 2.1 GiB")
     now = [50.0]
     with progress_bar("training", "steps", clock=lambda: now[0]) as progress:
         for done in range(130):  # a step a second
             progress(1000 + done, 3000, "loss 1.2340")
             now[0] += 1
     assert capsys.readouterr().err.splitlines() == [
-        "medllm: training: 1,060 of 3,000 steps, loss 1.2340, 2.1 GiB, 32 min left",
-        "medllm: training: 1,120 of 3,000 steps, loss 1.2340, 2.1 GiB, 31 min left",
+        "medllm: training: 1,060 of 3,000 steps, loss 1.2340, memory 2.1 GiB, 32 min left",
+        "medllm: training: 1,120 of 3,000 steps, loss 1.2340, memory 2.1 GiB, 31 min left",
     ]
+
+
+def test_what_says_nothing_of_how_it_goes_has_its_rate(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(progress_module, "memory_words", lambda: "memory 2.1 GiB")
+    now = [0.0]
+    with progress_bar("evaluate", "problems", clock=lambda: now[0]) as progress:
+        progress(0, 200)
+        now[0] = 80
+        progress(20, 200)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "medllm: evaluate: 20 of 200 problems, 0.25 problems/s, memory 2.1 GiB, 12 min left"
 
 
 def test_a_work_of_less_than_a_minute_is_silent_in_a_file(capsys, monkeypatch):
