@@ -49,6 +49,7 @@ _WRITTEN = (
     "checkpoints",
     *FOLDERS.values(),
     "metrics.jsonl",
+    "options.journal",
     "predictions.jsonl",
     "preferences.jsonl",
     RESULT,
