@@ -100,8 +100,10 @@ def test_a_rate_is_over_a_minute_and_over_two_marks_at_the_least():
     for second in range(101, 200):
         pace.mark(second, 50 + 10 * (second - 100))
     assert pace.rate == 10  # of the last minute alone
-    pace.mark(199, 1040)  # at the same moment: no rate of a moment
-    assert pace.rate < 20
+    pace.mark(200, 1040)  # a second in which nothing was done
+    assert pace.rate == pytest.approx((1040 - 450) / 60)  # and not nothing
+    pace.mark(200, 1050)
+    assert pace.rate == pytest.approx((1050 - 450) / 60)  # nor the rate of no time
 
 
 @pytest.mark.parametrize(
