@@ -24,8 +24,9 @@ _MADE = ("*/p*.jsonl", "*/adapter/*.safetensors", "*/merged/*.safetensors")
 
 
 def done(study: Path) -> int:
-    """Bytes of what the study has made so far."""
-    return sum(file.stat().st_size for file in study.rglob("*") if file.is_file() and ".part" not in file.name)
+    """Bytes of what the study has logged, kept and finished so far."""
+    files = [file for pattern in ("*/*.jsonl", "*/*.journal", "*/result.json") for file in study.glob(pattern)]
+    return sum(file.stat().st_size for file in files)
 
 
 def kill(folder: Path, kills: int, engine: str = "jax") -> str:
