@@ -87,6 +87,6 @@ def test_generation_is_told_of_its_own_settings():
     ],
 )
 def test_another_error_stays_what_it_is(error):
-    with pytest.raises(type(error)) as raised, advising(CPT, "jax"):
+    with pytest.raises(Exception) as raised, advising(CPT, "jax"):  # noqa: PT011  (which one is what is asked)
         raise error
     assert raised.value is error
