@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from jax_medllm.mesh.processes import everywhere, join
 from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.train.auto_remat import fitting_policy
 from jax_medllm.train.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
+from jax_medllm.train.device_memory import peak_device_bytes
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
 from jax_medllm.train.losses import objective
 from jax_medllm.train.reference_cache import ReferenceFile, compute_reference
@@ -32,6 +34,8 @@ from medllm.config import LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe,
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation, whole_characters
 from medllm.errors import UserError
+from medllm.forecast import Devices, Work, announce, held_words
+from medllm.host.memory import watch_device
 from medllm.host.processes import is_primary_process
 from medllm.model.adapter import Adapter, open_adapters, write_adapter
 from medllm.model.directory import ModelDirectory
@@ -66,6 +70,7 @@ class JaxEngine:
         if mesh is not None and mesh.rules and not mesh.mesh:
             raise UserError(f"--rules {mesh.rules} spreads arrays over a mesh, and there is none; add --mesh")
         join(mesh.mesh if mesh is not None else "")
+        watch_device(peak_device_bytes)
         self._layout = Layout.of(mesh.mesh, mesh.rules) if mesh is not None and mesh.mesh else None
         self._config = model
         directory = ModelDirectory(model.path)
@@ -90,6 +95,11 @@ class JaxEngine:
     def _scorer(self) -> Scorer:
         return Scorer(self.model)
 
+    @property
+    def place(self) -> str:
+        """See :class:`medllm.engine.Placed`."""
+        return f"{self.name} on {self._devices().words()}: {held_words(self._config)}"
+
     def with_weights(self, folder: str) -> JaxEngine:
         """See :class:`medllm.training.Trains`."""
         other = copy.copy(self)
@@ -103,9 +113,11 @@ class JaxEngine:
         Raises:
             UserError: what :func:`jax_medllm.train.loop.train` raises.
         """
+        data = CptData(rows, plan_steps(len(rows.tokens), recipe.training))
+        count, length = rows.tokens.shape
+        self._announce(recipe, recipe.lora, run, data, f"{count:,} rows of {length:,} tokens", rows.tokens.size)
         contents = digest(rows.tokens.tobytes(), rows.segment_ids.tobytes())
         facts = {"rows": len(rows.tokens), "length": rows.tokens.shape[1], "data": contents}
-        data = CptData(rows, plan_steps(len(rows.tokens), recipe.training))
         return self._train(self._trainable(recipe.lora), cpt_loss_fn, data, recipe, run, facts)
 
     def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
@@ -118,7 +130,10 @@ class JaxEngine:
         if (preferences.dropped_pairs or preferences.truncated) and not run.metrics():
             run.log(0, dropped_pairs=preferences.dropped_pairs, truncated_responses=preferences.truncated)
         data = PreferenceData(single_pairs(groups) if recipe.pairs.unit == "pair" else groups, recipe.training)
-        model = self._trainable(continued_adapter(self._config, recipe) or recipe.lora)
+        continued = continued_adapter(self._config, recipe)
+        lora = continued.lora if continued else recipe.lora
+        self._announce(recipe, lora, run, data, preferences.words(), preferences.tokens)
+        model = self._trainable(continued or recipe.lora)
         folder = _reference_folder(recipe, data, run) if objective(recipe.loss).reference else None
         if folder is not None:
             kept = ReferenceFile(folder, self._config, data.groups)
@@ -173,6 +188,19 @@ class JaxEngine:
             model = load_model(opened, lora=lora)
             lay_codes(model)
         return model
+
+    def _devices(self) -> Devices:
+        first = jax.devices()[0]
+        sizes = {} if self._layout is None else self._layout.mesh.shape
+        mesh = ",".join(f"{name}={size}" for name, size in sizes.items())
+        return Devices(math.prod(sizes.values()), first.platform, first.device_kind, mesh)
+
+    def _announce(self, recipe: Recipe, lora: LoraConfig, run: Run, data: TrainingData, what: str, tokens: int) -> None:
+        epochs = data.steps[-1].epoch + 1 if data.steps else 0
+        steps = min(recipe.training.max_steps or len(data.steps), len(data.steps))
+        share = steps / max(1, len(data.steps))
+        work = Work(what, round(tokens * epochs * share), steps)
+        announce(self.name, self._config, recipe, lora, run.path, self._devices(), work)
 
     def _release(self) -> None:
         """Let go of the weights: there is one copy of the base at a time."""

@@ -28,7 +28,7 @@ _HOME = {
     "ModelConfig": "config",
     "Recipe": "config",
     "PreferenceRecipe": "config",
-    "CorpusConfig": "config",
+    "CorpusConfig": "stage_config",
     "LoraConfig": "config",
     "OptimizerConfig": "config",
     "TrainingConfig": "config",

@@ -9,13 +9,55 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from medllm.config import TrainingConfig
 from medllm.errors import UserError
 from medllm.host.processes import tell
+from medllm.host.progress import Clock
+
+
+class Saving:
+    """When a checkpoint is due, but for the last one: by steps, or by minutes since the last.
+
+    Args:
+        training: The loop's settings.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, training: TrainingConfig, clock: Clock = time.monotonic):
+        self._training = training
+        self._clock = clock
+        self._last = clock()
+
+    @property
+    def timed(self) -> bool:
+        """Whether time plays a part."""
+        return self._training.checkpoint_minutes > 0
+
+    def by_steps(self, done: int) -> bool:
+        """Whether one is due after so many steps."""
+        every = self._training.checkpoint_every
+        return bool(every) and done % every == 0
+
+    def by_time(self) -> bool:
+        """Whether one is due now."""
+        return self.timed and self._clock() - self._last >= 60 * self._training.checkpoint_minutes
+
+    def saved(self) -> None:
+        """One was begun."""
+        self._last = self._clock()
+
+
+def surplus(steps: Iterable[int], keep: int, keep_every: int) -> list[int]:
+    """Of checkpoints of these steps those that go: neither among the ``keep`` latest nor multiples of ``keep_every``."""
+    older = sorted(steps)[:-keep]
+    return [step for step in older if not keep_every or step % keep_every]
+
 
 CHECKSUMS = "checksums.json"
 """Of a checkpoint's files, BLAKE2b, by path."""

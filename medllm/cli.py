@@ -26,6 +26,7 @@ from medllm.command_words import check_options, check_sections, find_command, ga
 from medllm.convert_command import CONVERT
 from medllm.engines import EngineName, TrainerName, load, require_engine
 from medllm.errors import Stopped, UserError
+from medllm.host.faults import explained
 from medllm.host.processes import ended, is_primary_process, tell
 from medllm.host.progress import progress_bar
 from medllm.presets import TABLE_ROWS
@@ -64,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if (known := explained(error)) is not None:
+            print(f"medllm: {known}", file=sys.stderr)
+            return ended(2)
         print(f"medllm: failed: {type(error).__name__}: {first_line(error)} (--debug shows the traceback)", file=sys.stderr)
         return ended(1)
 
@@ -166,7 +170,7 @@ def _curate(values: Any) -> dict[str, Any]:
     from medllm.stages.curate import PREFERENCES, run_curate
 
     config = _config(values, CurateConfig)
-    with progress_bar("curate") as progress:
+    with progress_bar("curate", "problems") as progress:
         result = run_curate(config, values.engine, progress)
     if isinstance(result, Estimate):
         say(result.words())
@@ -191,7 +195,7 @@ def _evaluate(values: Any) -> dict[str, Any]:
     from medllm.stages.evaluate import OptionsResult, run_evaluate
 
     config = _config(values, EvaluateConfig)
-    with progress_bar("evaluate") as progress:
+    with progress_bar("evaluate", "problems") as progress:
         result = run_evaluate(config, values.engine, progress)
     if isinstance(result, Estimate):
         say(result.words())

@@ -58,7 +58,9 @@ _SETTINGS_MEANT = {
     **dict.fromkeys(("backend", "framework"), "engine"),
     **dict.fromkeys(("gpus", "devices", "sharding", "parallel"), "mesh target"),
     **dict.fromkeys(("log", "logging_steps"), "log_every"),
-    **dict.fromkeys(("save_steps", "save_every"), "checkpoint_every"),
+    **dict.fromkeys(("save_steps", "save_every"), "checkpoint_every checkpoint_minutes"),
+    **dict.fromkeys(("save_total_limit", "max_to_keep"), "keep"),
+    **dict.fromkeys(("report_to", "wandb", "mlflow", "tensorboard", "trackio"), "tracker"),
     **dict.fromkeys(("preset", "settings"), "config preset"),
 }
 

@@ -33,6 +33,9 @@ ProblemsFormat = Literal["auto", "igakuqa", "jsonl", "jmmlu", "pharmacist"]
 OptionPrompt = Literal["mcqa_minimal", "mcqa_with_options_jp", "mcqa_with_options", "4o_mcqa_instructed_jp", "mcqa", "mcqa_jp"]
 """Prompts that the likelihood of an option is taken after, see :mod:`medllm.exam.option_prompts`."""
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""What can show the lines of a run, see :mod:`medllm.trackers`."""
+
 _NARROW = ("q_proj", "k_proj", "v_proj", "attention", "o_proj")
 REMAT_KEEPS: Mapping[RematPolicy, tuple[str, ...] | None] = {
     "none": None,
@@ -180,30 +183,6 @@ class ProblemLayout:
 
 
 @dataclass(frozen=True)
-class CorpusConfig(ProblemLayout):
-    """What continued pretraining reads.
-
-    Args:
-        documents: Files or folders: JSONL, Parquet, plain text, or whatever ``datasets`` opens.
-        text_column: Column that holds a document's text; a problem file is turned into question, explanation and answer.
-        problems: Problem files whose verified explanations join the corpus (nothing after ``problems_until``).
-        problems_until: Last exam year that may enter training; the evaluation exams begin the year after.
-        length: Tokens in a row.
-        packing: ``packed`` keeps documents apart (segment ids, positions restart); ``wrapped`` cuts one stream anywhere.
-    """
-
-    documents: tuple[str, ...] = ()
-    text_column: str = "text"
-    problems: tuple[str, ...] = ()
-    problems_until: int = 2017
-    length: int = 2048
-    packing: Literal["packed", "wrapped"] = "packed"
-
-    def __post_init__(self) -> None:
-        expect(self.length >= 2, "corpus.length", self.length, "at least 2 tokens in a row")
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """The loop both training stages share.
 
@@ -213,7 +192,10 @@ class TrainingConfig:
         accumulation: Passes added up before one optimizer step.
         seed: Seed of the data order.
         log_every: Optimizer steps between two lines of metrics.
-        checkpoint_every: Optimizer steps between two checkpoints; 0 keeps only the last.
+        checkpoint_every: Optimizer steps between two checkpoints (0: none but the last one).
+        checkpoint_minutes: Minutes between two checkpoints (0: none but the last one); with both, what comes first.
+        keep: Newest checkpoints that are kept. With 1 there is none to go back to where the newest is damaged.
+        keep_every: Checkpoints of steps that are multiples of this are kept too, for good (0: none).
         max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
         on_nan: What a loss or gradient that is no finite number does: ``stop`` ends the run before that step, ``skip`` leaves
             the step out. Either names the step, and the data it was of.
@@ -228,15 +210,18 @@ class TrainingConfig:
     seed: int = 0
     log_every: int = 1
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
+    keep: int = 2
+    keep_every: int = 0
     max_steps: int = 0
     on_nan: Literal["stop", "skip"] = "stop"
     remat: RematPolicy | Literal["auto"] = "layer"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "log_every"):
+        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep"):
             expect(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
-        for name in ("checkpoint_every", "max_steps"):
-            expect(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "0 or more")
+        for name in ("checkpoint_every", "checkpoint_minutes", "keep_every", "max_steps"):
+            expect(0 <= getattr(self, name) < math.inf, f"training.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +272,8 @@ class Recipe(MeshConfig):
         training: The loop.
         resume: ``auto`` goes on from the last whole checkpoint of a run that is in the folder and not finished, and begins one
             where there is none; ``true`` goes on in any case, and refuses a folder without a run; ``false`` refuses one with.
+        tracker: Where the logged lines are shown too: TensorBoard's events, or the tracker of a package of its own. Each writes
+            into the run folder, and nothing leaves this machine, unless its own environment variables say so.
         torch: How the reference engine does its work.
     """
 
@@ -294,6 +281,7 @@ class Recipe(MeshConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     resume: bool | Literal["auto"] = "auto"
+    tracker: TrackerName = "tensorboard"
     torch: TorchConfig = field(default_factory=TorchConfig)
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from medllm.command import Command, say
-from medllm.config import CorpusConfig, OptionPrompt, PairConfig, ProblemLayout
+from medllm.config import OptionPrompt, PairConfig, ProblemLayout
 from medllm.errors import UserError
 from medllm.host.progress import progress_bar
+from medllm.stage_config import CorpusConfig
 
 
 def _export_arguments(parser: ArgumentParser) -> None:

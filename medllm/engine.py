@@ -112,6 +112,18 @@ class AnswersSingly(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A model on this machine; ``place`` says on what it runs and how its weights are held."""
+
+    place: str
+
+
+def place(engine: Any) -> str:
+    """What an engine says of where it runs; its name where it says nothing."""
+    return engine.place if isinstance(engine, Placed) else engine.name
+
+
 def account(engine: Generates | Scores, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What a result records of the requests to a server; None of an engine that asks none."""
     return engine.account(facts) if isinstance(engine, AnswersSingly) else None

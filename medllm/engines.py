@@ -6,14 +6,13 @@ A framework is imported when an engine is opened, and no sooner.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from medllm.config import Recipe, changed
 from medllm.errors import UserError
-from medllm.host.installation import install_command
+from medllm.host.installation import require
 
 if TYPE_CHECKING:
     from medllm.config import MeshConfig, ModelConfig
@@ -149,20 +148,6 @@ def require_engine(name: str, what: str = "") -> None:
         UserError: as for :func:`require`.
     """
     require(what or f"engine '{name}'", HOMES[name].package, HOMES[name].extra)
-
-
-def require(what: str, package: str, extra: str) -> None:
-    """Refuse, with the install command, where ``package`` is not installed.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # what it is a part of is missing
-        found = False
-    if not found:
-        raise UserError(f"{what} needs the package '{package}': {install_command(extra)}")
 
 
 def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any:

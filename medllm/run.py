@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from medllm.errors import UserError
+from medllm.host.faults import explained
 from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process, process_count, tell
 from medllm.metrics import Metrics
 from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
 from medllm.stage_config import FREE_ON_RESUME
 from medllm.text_files import read_json_object, read_yaml
+from medllm.trackers import FOLDERS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -47,7 +49,7 @@ _WRITTEN = (
     "adapter",
     "answers.journal",
     "checkpoints",
-    "events",
+    *FOLDERS.values(),
     "metrics.jsonl",
     "options.journal",
     "predictions.jsonl",
@@ -142,7 +144,9 @@ class Run:
         resume: bool | Literal["auto"] = False,
     ):
         self.path = Path(path)
-        self._metrics = Metrics(self.path)
+        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
+        plain = {"engine": engine, **plain} if engine else plain
+        self._metrics = Metrics(self.path, plain.get("tracker", "tensorboard"), dict(_flat(plain)))
         self._begun_before = False
         self._lock: FolderLock | None = None
         self._made_here = not self.path.exists()
@@ -150,28 +154,29 @@ class Run:
             return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a run folder is needed here, but this is a file; give another --run")
-        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
-        plain = {"engine": engine, **plain} if engine else plain
         _make_folder(self.path)
         self._lock = FolderLock(self.path)
         try:
             self._open(plain, resume)
-        except BaseException:
+        except BaseException as error:
             self._take_away()
             self._lock.release()
+            self._explain(error)
             raise
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._metrics.close()
+        with suppress(OSError) if kind is not None else nullcontext():  # of a full disk, which has been said
+            self._metrics.close()
         if kind is not None and is_primary_process():
             self._take_away()
         self._close()
+        self._explain(error)
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line to ``metrics.jsonl`` and the same values to the TensorBoard events."""
+        """Append one line to ``metrics.jsonl`` and show the same values in the run's tracker."""
         if is_primary_process():
             self._metrics.append(step, {name: float(value) for name, value in metrics.items()})
 
@@ -201,7 +206,7 @@ class Run:
             tell(f"{self.path}: {where}")
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write ``result.json``, close the event file and let other processes in."""
+        """Write ``result.json``, close the tracker and let other processes in."""
         if is_primary_process():
             record = read_json_object(self.path / PROVENANCE, "a run records what it is made from")
             write_json(self.path / PROVENANCE, {**record, "outputs": output_digests(self.path)})
@@ -247,6 +252,13 @@ class Run:
                     f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
                     "resume with the same settings, or start a new --run"
                 )
+
+    def _explain(self, error: BaseException | None) -> None:
+        """Raise what a user can do about an error of the disk, where it is one."""
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            told = explained(error, self.path)
+            if told is not None:
+                raise told from error
 
     def _take_away(self) -> None:
         """The folder, where it was made here and nothing was done in it, by another process neither."""

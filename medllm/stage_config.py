@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from medllm.config import (
-    CorpusConfig,
     MeshConfig,
     ModelConfig,
     OptionPrompt,
@@ -25,6 +24,30 @@ def _require_counts(batch_size: int, shot_count: int, limit: int) -> None:
     expect(batch_size >= 1, "batch_size", batch_size, "at least 1")
     expect(shot_count >= 0, "shot_count", shot_count, "0 (zero-shot) or more")
     expect(limit >= 0, "limit", limit, "0 (all) or more")
+
+
+@dataclass(frozen=True)
+class CorpusConfig(ProblemLayout):
+    """What continued pretraining reads.
+
+    Args:
+        documents: Files or folders: JSONL, Parquet, plain text, or whatever ``datasets`` opens.
+        text_column: Column that holds a document's text; a problem file is turned into question, explanation and answer.
+        problems: Problem files whose verified explanations join the corpus (nothing after ``problems_until``).
+        problems_until: Last exam year that may enter training; the evaluation exams begin the year after.
+        length: Tokens in a row.
+        packing: ``packed`` keeps documents apart (segment ids, positions restart); ``wrapped`` cuts one stream anywhere.
+    """
+
+    documents: tuple[str, ...] = ()
+    text_column: str = "text"
+    problems: tuple[str, ...] = ()
+    problems_until: int = 2017
+    length: int = 2048
+    packing: Literal["packed", "wrapped"] = "packed"
+
+    def __post_init__(self) -> None:
+        expect(self.length >= 2, "corpus.length", self.length, "at least 2 tokens in a row")
 
 
 @dataclass(frozen=True)
@@ -289,8 +312,9 @@ class CheckServingConfig(ProblemLayout):
 
 FREE_ON_RESUME = frozenset(
     {
-        *("run", "resume", "mesh", "rules", "reference_cache"),
-        *(f"training.{name}" for name in ("max_steps", "log_every", "checkpoint_every", "on_nan", "remat")),
+        *("run", "resume", "mesh", "rules", "reference_cache", "tracker"),
+        *(f"training.{name}" for name in ("max_steps", "log_every", "on_nan", "remat")),
+        *(f"training.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
         *(f"server.{one.name}" for one in fields(ServerConfig)),
     }

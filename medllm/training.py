@@ -9,6 +9,7 @@ from medllm.config import PreferenceRecipe, Recipe, RematPolicy
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.host.processes import tell
+from medllm.host.progress import rate_words
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
 
@@ -48,6 +49,11 @@ def leave_out(said: str, on_nan: Literal["stop", "skip"]) -> None:
             f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
         )
     tell(f"{said}; the step is left out")
+
+
+def progress_words(loss: float, rate: float, unit: str) -> str:
+    """How a training goes, beside the steps that are done: its last logged loss, and units (tokens, pairs) a second."""
+    return f"loss {loss:.4f}, {rate_words(rate, unit)}"
 
 
 class Trains(Protocol):

@@ -21,6 +21,7 @@ RUN = {
     r"medllm cpt --mesh data=2": "test_sharded_engine.py",
     r"medllm cpt --mesh fsdp=4,tensor=2": "test_processes.py",
     r"medllm cpt .*--print_config": "test_cli.py",
+    r"medllm cpt .*--tracker": "test_trackers.py",
     r"medllm evaluate --engine openai .*--dry_run": "test_server_faults.py",
     r"medllm evaluate --engine openai .*--method options": "test_served_options.py",
     r"medllm cpt .*world/corpus\.jsonl": "test_mini_study.py",
@@ -52,6 +53,7 @@ RUN = {
 
 NOT_RUN = {
     r"python -m tests\.killed_training": "it kills a training twenty times; test_killed_training.py kills it twice",
+    r"python -m tests\.damaged_checkpoints": "it damages hundreds of checkpoints; both engines' tests damage some",
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"python -m pytest": "it is a test",
     r"python -m tests\.(killed_runs|journal_load)": "it takes minutes; test_killed_runs.py does less of the same",

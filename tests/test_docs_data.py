@@ -11,7 +11,6 @@ import yaml
 from safetensors.numpy import save_file
 
 from medllm.cli import main
-from medllm.config import CorpusConfig
 from medllm.corpus.documents import load_documents
 from medllm.errors import UserError
 from medllm.exam.loaders import load_problems, write_problems
@@ -22,6 +21,7 @@ from medllm.model.adapter import read_adapter
 from medllm.preferences.records import Preference, Sample, read_preferences
 from medllm.report.runs import report_from_runs
 from medllm.rotary import SCALINGS
+from medllm.stage_config import CorpusConfig
 from tests.pages import DATA, documented, inline_commands, names, tables, write_examples
 
 

@@ -77,10 +77,11 @@ def train_cpt(model: ModelConfig, rows: PackedRows, recipe: Recipe, run: Run) ->
     opened = add_adapter(open_model(model, recipe.torch), recipe.lora)
     # A cache would switch off the reading of document boundaries from position_ids.
     opened.config.use_cache = False
-    log = RunLog(run, recipe.training, partial(_documents, rows))
+    tokens = int((rows.segment_ids > 0).sum())
+    log = RunLog(run, recipe.training, partial(_documents, rows), unit="tokens", per_epoch=tokens)
     collator = one_long_row if recipe.torch.attention.startswith("flash") else default_collate
     trainer = Trainer(model=opened, args=arguments, train_dataset=RowFeatures(rows), data_collator=collator)
-    return run_trainer(trainer, log, run, units_per_epoch=int((rows.segment_ids > 0).sum()))
+    return run_trainer(trainer, log, run)
 
 
 def _documents(rows: PackedRows, ids: torch.Tensor) -> str:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
-from medllm.config import MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
+from medllm.config import LoraConfig, MeshConfig, ModelConfig, PreferenceRecipe, Recipe, Sampling
 from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
+from medllm.forecast import Devices, Work, announce, held_words
+from medllm.host.memory import watch_device
 from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
+from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
 from torch_ref.cpt import train_cpt
 from torch_ref.generate import generate, logprobs
 from torch_ref.model import check_model, open_model, open_tokenizer
 from torch_ref.rpo import loss_arguments, train_preferences
 from torch_ref.switches import check_switches
-from torch_ref.trainer import checkpoints_layers
+from torch_ref.trainer import checkpoints_layers, processes
 
 
 class TorchEngine:
@@ -45,6 +50,7 @@ class TorchEngine:
 
     def __init__(self, model: ModelConfig, stage: MeshConfig | None = None):
         self.config = model
+        watch_device(peak_device_bytes)
         if isinstance(stage, Recipe):
             check_switches(stage.torch, model)
             checkpoints_layers(stage.training)
@@ -60,6 +66,11 @@ class TorchEngine:
         """The opened model: frozen, in evaluation mode."""
         return open_model(self.config)
 
+    @property
+    def place(self) -> str:
+        """See :class:`medllm.engine.Placed`."""
+        return f"{self.name} on {self._devices().words()}: {held_words(self.config)}"
+
     def with_weights(self, folder: str) -> TorchEngine:
         """See :class:`medllm.training.Trains`."""
         other = copy.copy(self)
@@ -70,11 +81,17 @@ class TorchEngine:
     def train_cpt(self, rows: PackedRows, recipe: Recipe, run: Run) -> TrainSummary:
         """See :func:`torch_ref.cpt.train_cpt`."""
         self._release()
+        count, length = rows.tokens.shape
+        self._announce(recipe, recipe.lora, run, f"{count:,} rows of {length:,} tokens", count, rows.tokens.size)
         return train_cpt(self.config, rows, recipe, run)
 
     def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
         """See :func:`torch_ref.rpo.train_preferences`."""
         self._release()
+        units = len(preferences.groups) if recipe.pairs.unit == "problem" else preferences.pairs
+        continued = continued_adapter(self.config, recipe)
+        lora = continued.lora if continued else recipe.lora
+        self._announce(recipe, lora, run, preferences.words(), units, preferences.tokens)
         return train_preferences(self.config, self.tokenizer, preferences, recipe, run)
 
     def generate(
@@ -91,5 +108,21 @@ class TorchEngine:
         """See :func:`torch_ref.generate.logprobs`."""
         return logprobs(self.model, self.tokenizer, continuations, batch_size)
 
+    def _devices(self) -> Devices:
+        gpu = torch.cuda.is_available()
+        return Devices(processes(), "cuda" if gpu else "cpu", torch.cuda.get_device_name() if gpu else "cpu")
+
+    def _announce(self, recipe: Recipe, lora: LoraConfig, run: Run, what: str, units: int, tokens: int) -> None:
+        training = recipe.training
+        all_steps = math.ceil(units / (training.batch_size * training.accumulation)) * training.epochs
+        steps = min(training.max_steps or all_steps, all_steps)
+        work = Work(what, round(tokens * training.epochs * steps / max(1, all_steps)), steps)
+        announce(self.name, self.config, recipe, lora, run.path, self._devices(), work)
+
     def _release(self) -> None:
         self.__dict__.pop("model", None)
+
+
+def peak_device_bytes() -> int:
+    """The most that was in use on this process's GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

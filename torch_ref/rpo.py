@@ -56,8 +56,9 @@ def train_preferences(
     trainer = dpo_trainer(model, tokenizer, rows, recipe, run, batch=batch, accumulation=accumulation)
     # Where the batch was counted in problems, the log says how many pairs a step came to.
     counts = {"pairs_per_step": batch * accumulation * processes(), "dropped_pairs": preferences.dropped_pairs}
-    log = RunLog(run, recipe.training, partial(_problems, tokenizer, preferences.texts), **counts)
-    return run_trainer(trainer, log, run, units_per_epoch=len(rows), seconds_ahead=trainer.reference_seconds)
+    named = partial(_problems, tokenizer, preferences.texts)
+    log = RunLog(run, recipe.training, named, unit="pairs", per_epoch=len(rows), **counts)
+    return run_trainer(trainer, log, run, seconds_ahead=trainer.reference_seconds)
 
 
 def _problems(tokenizer: Any, pairs: Sequence[Pair], ids: torch.Tensor) -> str:

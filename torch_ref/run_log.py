@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,19 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medllm.checkpoints import seal
+from medllm.checkpoints import Saving, seal, surplus
 from medllm.config import TrainingConfig
 from medllm.errors import UserError
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import Pace, Progress
 from medllm.host.stopping import StopRequest
 from medllm.run import Run
-from medllm.training import leave_out
+from medllm.training import leave_out, progress_words
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder."""
+    return [int(path.name.rsplit("-", 1)[1]) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
 
 
 class RunLog(TrainerCallback):
@@ -31,14 +38,30 @@ class RunLog(TrainerCallback):
         run: The run folder.
         training: The loop.
         named: What a user knows the data of a micro-batch by, given its ``input_ids``.
+        unit: What the rate counts, ``tokens`` or ``pairs``.
+        per_epoch: So many of them are in a pass over the data.
         constants: Stand in every line.
     """
 
-    def __init__(self, run: Run, training: TrainingConfig, named: Callable[[torch.Tensor], str], **constants: float):
+    def __init__(
+        self,
+        run: Run,
+        training: TrainingConfig,
+        named: Callable[[torch.Tensor], str],
+        *,
+        unit: str,
+        per_epoch: int,
+        **constants: float,
+    ):
         self._run = run
         self._training = training
         self._named = named
+        self._unit = unit
+        self.per_epoch = per_epoch
         self._constants = constants
+        self._pace = Pace()
+        self._saving = Saving(training)
+        self._said = ""
         self._marks: list[tuple[float, float]] = []  # (seconds, epochs) at the start, after the first and after the last step
         self._began = time.monotonic()
         self._seconds_before = 0.0
@@ -46,6 +69,7 @@ class RunLog(TrainerCallback):
         self._skipped = 0
         self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # of the step: finite, loss, input_ids
         self.request = StopRequest()
+        self.progress: Progress = lambda done, total, doing="": None
 
     def end(self, state: TrainerState) -> int:
         """The step that the run ends at."""
@@ -85,6 +109,9 @@ class RunLog(TrainerCallback):
         """Forget lines a stopped session logged beyond the checkpoint it is resumed from: those steps are taken anew."""
         self.go_on(state)
         self._marks = [(time.monotonic(), state.epoch or 0.0)]
+        self._pace.mark(time.monotonic(), (state.epoch or 0.0) * self.per_epoch)
+        self._saving.saved()
+        self.progress(state.global_step, self.end(state))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
@@ -112,23 +139,33 @@ class RunLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
-        """Note the time, and close the run at its last step, or where that is asked for, with a log line and a checkpoint.
+        """Note the time, say how far it is, save where that is due, and close the run at its last step, or where that is asked
+        for, with a log line and a checkpoint.
 
         Raises:
             UserError: the adapter that would be saved is not finite.
         """
         self._marks = [*self._marks[:2], (time.monotonic(), state.epoch or 0.0)]
-        if state.global_step >= self.end(state) or self._asked():
+        self._pace.mark(time.monotonic(), (state.epoch or 0.0) * self.per_epoch)
+        self.progress(state.global_step, self.end(state), self._said)
+        if self._saving.by_steps(state.global_step) or (self._saving.timed and _anywhere(self._saving.by_time())):
+            control.should_save = True
+        if state.global_step >= self.end(state) or _anywhere(self.request.asked):
             control.should_training_stop = control.should_log = control.should_save = True
         if control.should_save and not all(torch.isfinite(one).all() for one in model.parameters() if one.requires_grad):
             raise UserError(f"step {state.global_step}: the adapter is not finite; lower --optimizer.learning_rate")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is written, by all processes: from now on it is one."""
+        """The checkpoint is written, by all processes: from now on it is one, and those that are not kept any more go."""
+        self._saving.saved()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        if is_primary_process():
-            seal(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if not is_primary_process():
+            return
+        folder = Path(str(args.output_dir))
+        seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        for step in surplus(checkpoint_steps(folder), self._training.keep, self._training.keep_every):
+            shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -138,7 +175,9 @@ class RunLog(TrainerCallback):
             numbers = {name: value for name, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
             skipped = {"skipped": float(self._skipped)} if self._skipped else {}
             self._skipped = 0
-            self._run.log(state.global_step, **numbers, **self._constants, **skipped, seconds=self.seconds)
+            rate = {f"{self._unit}_per_second": self._pace.rate}
+            self._run.log(state.global_step, **numbers, **self._constants, **skipped, **rate, seconds=self.seconds)
+            self._said = progress_words(logs["loss"], self._pace.rate, self._unit)
 
     def seconds_per_epoch(self) -> float:
         """By the steps after the first, which pays for allocations and kernel selection; by that step if it is the only one.
@@ -152,10 +191,11 @@ class RunLog(TrainerCallback):
         (began, start), (ended, end) = marks[-2:]
         return (ended - began) / (end - start)
 
-    def _asked(self) -> bool:
-        """Whether a signal reached any of the processes: they stop at the same step."""
-        if not torch.distributed.is_initialized():
-            return self.request.asked
-        flag = torch.tensor(float(self.request.asked), device="cuda" if torch.cuda.is_available() else "cpu")
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+
+def _anywhere(flag: bool) -> bool:
+    """Whether it holds in any of the processes: they decide alike at the same step."""
+    if not torch.distributed.is_initialized():
+        return flag
+    held = torch.tensor(float(flag), device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+    return bool(held)

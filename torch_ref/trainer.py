@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from medllm.checkpoints import newest_whole
 from medllm.config import ModelConfig, OptimizerConfig, TrainingConfig
 from medllm.errors import Stopped, UserError
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import progress_bar
 from medllm.host.stopping import stop_requests
 from medllm.run import Run, atomic_path
 from medllm.training import TrainSummary
-from torch_ref.run_log import RunLog
-
-_FAR_AWAY = 1_000_000_000
+from torch_ref.run_log import RunLog, checkpoint_steps
 
 
 def processes() -> int:
@@ -79,12 +77,10 @@ def trainer_arguments(
         "logging_steps": training.log_every,
         # A NaN is to be seen, not replaced by the average of the steps before it.
         "logging_nan_inf_filter": False,
-        # The last step is saved in any case.
-        "save_steps": training.checkpoint_every or _FAR_AWAY,
-        "save_total_limit": 2,
+        "save_strategy": "no",  # the run's log says when, and what is kept
         "report_to": "none",
         "push_to_hub": False,
-        "disable_tqdm": not (sys.stderr.isatty() and is_primary_process()),
+        "disable_tqdm": True,  # the bar is the one that the JAX engine has
         "use_cpu": not torch.cuda.is_available(),
         # With frozen weights and every adapter in use in each pass, DDP has nothing to search for.
         "ddp_find_unused_parameters": False,
@@ -102,14 +98,13 @@ def checkpoints_layers(training: TrainingConfig) -> bool:
     return training.remat == "layer"
 
 
-def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, units_per_epoch: int, seconds_ahead: float = 0.0) -> TrainSummary:
+def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, seconds_ahead: float = 0.0) -> TrainSummary:
     """Train from the run's last whole checkpoint on, write ``run.path/adapter`` and sum up.
 
     Args:
         trainer: Ready to train, its model a ``PeftModel``.
         log: The callback of this run.
         run: The run folder; a run that had not reached its first checkpoint begins anew.
-        units_per_epoch: Tokens or pairs in one pass over the data, for the rate.
         seconds_ahead: What was spent on all the data before the first step; every epoch bears its share in the rate.
 
     Raises:
@@ -126,7 +121,7 @@ def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, units_per_epoch: int
         trainer._load_from_checkpoint(str(last))
         steps = reached.global_step
     else:
-        with log.watching(trainer), stop_requests() as log.request:
+        with log.watching(trainer), progress_bar("training", "steps") as log.progress, stop_requests() as log.request:
             # The optimizer's state is this run's own file; transformers reads it with torch's restricted loader (weights_only).
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         steps, end = trainer.state.global_step, log.end(trainer.state)
@@ -140,15 +135,15 @@ def run_trainer(trainer: Trainer, log: RunLog, run: Run, *, units_per_epoch: int
         steps=steps,
         loss=losses[-1] if losses else float("nan"),
         seconds=seconds_ahead + log.seconds,
-        rate=units_per_epoch / (log.seconds_per_epoch() + seconds_ahead / trainer.args.num_train_epochs),
+        rate=log.per_epoch / (log.seconds_per_epoch() + seconds_ahead / trainer.args.num_train_epochs),
         adapter=str(run.path / "adapter"),
     )
 
 
 def _last_checkpoint(trainer: Trainer, folder: Path) -> Path | None:
     """The newest whole one; those after it are removed."""
-    numbers = {int(path.name.rsplit("-", 1)[1]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    found = newest_whole(path for _, path in sorted(numbers.items(), reverse=True))
+    steps = sorted(checkpoint_steps(folder), reverse=True)
+    found = newest_whole(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}" for step in steps)
     trainer.accelerator.wait_for_everyone()  # all have looked before the first is taken away
     if is_primary_process():
         for useless in found.useless:

@@ -14,9 +14,9 @@ from jax_medllm.mesh.layout import device_bytes
 from jax_medllm.mesh.processes import everywhere
 from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import LoraParam
+from jax_medllm.train.device_memory import device_memory, program_bytes
 from jax_medllm.train.loop import make_gradients
 from medllm.config import OptimizerConfig, RematPolicy
-from medllm.host.memory import physical_bytes
 
 _USABLE = 0.95
 """Of a device's memory; the rest is what its allocator loses between arrays."""
@@ -52,18 +52,9 @@ def fitting_policy(
 def _needed(gradients: jax.stages.Wrapped, *arguments: Any) -> float:
     """Bytes of a device that a compiled step takes; no end of them where the compiler finds no room."""
     try:
-        memory = gradients.lower(*arguments).compile().memory_analysis()
+        compiled = gradients.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return math.inf
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-
-
-def device_memory() -> float:
-    """Bytes that a device of this process has; devices that a CPU is cut into share the host's."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return physical_bytes() / len(jax.local_devices())
+    return program_bytes(compiled)

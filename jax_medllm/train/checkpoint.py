@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from jax_medllm.mesh.processes import everywhere
 from medllm.checkpoints import newest_whole, seal
@@ -27,16 +28,21 @@ class Checkpoints:
     """The ``checkpoints`` folder of a run.
 
     Args:
-        folder: Where they are kept, one numbered folder each. At most the two latest are kept.
+        folder: Where they are, one numbered folder each.
         settings: What the trajectory depends on. A checkpoint of other settings is refused on restore.
+        keep: So many of the latest are kept.
+        keep_every: Those of steps that are multiples of it are kept too (0: none).
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+    def __init__(self, folder: Path, settings: dict[str, Any], keep: int = 2, keep_every: int = 0):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what its threads meet is raised here too
         self._folder = folder
         self._settings = settings
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             create=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -44,7 +50,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: Any, step: int) -> None:
-        """Write ``state`` after ``step`` optimizer steps; the writing itself goes on in the background."""
+        """Write ``state`` after ``step`` optimizer steps. The caller waits until it is copied to the host, and for a checkpoint
+        that is being written still; the writing itself goes on in the background."""
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)),
             position=ocp.args.JsonSave({"step": step, "settings": self._settings}),
@@ -67,7 +74,12 @@ class Checkpoints:
         if found.newest is None:
             return state, 0
         step = int(found.newest.name)
-        before = self._read(step, position=ocp.args.JsonRestore())["position"]["settings"]
+        position = self._read(step, position=ocp.args.JsonRestore())["position"]
+        if position["step"] != step:
+            raise UserError(
+                f"{self._folder / str(step)}: holds the state after step {position['step']}; put it back under its name"
+            )
+        before = position["settings"]
         for name in sorted(self._settings.keys() | before.keys()):
             then, now = before.get(name), self._settings.get(name)
             if then != now:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from jax_medllm.train.batches import Step, TrainingData
 from jax_medllm.train.compilation import compile_seconds, working_seconds
+from medllm.host.progress import Pace
 from medllm.run import Run
-from medllm.training import leave_out
+from medllm.training import leave_out, progress_words
 
 
 class StepMetrics(NamedTuple):
@@ -31,7 +32,7 @@ class StepMetrics(NamedTuple):
 @dataclass(frozen=True)
 class Trained:
     """How a run went: steps done, last logged loss, seconds in all, units a second after the first step and without
-    compilation, seconds of that. Of a run that went on the seconds and the rate are over all its sessions."""
+    compilation, seconds of that. Of a run that went on they are over all its sessions."""
 
     steps: int
     loss: float
@@ -46,15 +47,12 @@ class _Mark(NamedTuple):
     seconds: float
     units: int
 
-    def rate_since(self, earlier: _Mark) -> float:
-        """Units a second."""
-        return (self.units - earlier.units) / max(self.seconds - earlier.seconds, 1e-9)
-
 
 class TrainingLog:
     """Lines of ``metrics.jsonl``: means over steps, fetched from the device when they are written. And how the run went.
 
-    Time runs from when it is made.
+    A line's rate is over the last minute of work, the lines before it among them, and without compilation: over a step alone
+    it would say when the host looked. Time runs from when the log is made.
     """
 
     def __init__(self, run: Run, data: TrainingData, start: int = 0, on_nan: Literal["stop", "skip"] = "stop"):
@@ -63,9 +61,12 @@ class TrainingLog:
         self._on_nan = on_nan
         self._open: list[tuple[int, StepMetrics, Step]] = []
         self._due: list[tuple[int, StepMetrics, Step]] = []
-        self._before, self._seconds_before, self._loss = self._of_earlier_sessions(start)
+        self._before, self._seconds_before, self._compiled_before, self._loss = self._of_earlier_sessions(start)
         self._began, self._compiled = time.perf_counter(), compile_seconds()
         self._start = self._first = self._written = _Mark(working_seconds(), 0)
+        self._pace = Pace()
+        self._pace.mark(*self._start)
+        self.said = ""
 
     def add(self, step: int, metrics: StepMetrics, planned: Step) -> None:
         """A step that was started. The host waits for the first: it pays for allocations, and rates count from its end."""
@@ -89,15 +90,16 @@ class TrainingLog:
             return
         due, self._due = self._due, []
         steps = [(step, jax.tree.map(float, jax.device_get(metrics))) for step, metrics, _ in due]
-        before = self._written
-        self._written = _Mark(working_seconds(), before.units + sum(self._data.units(planned) for *_, planned in due))
+        self._written = _Mark(working_seconds(), self._written.units + sum(self._data.units(planned) for *_, planned in due))
+        self._pace.mark(*self._written)
         for (step, metrics), (*_, planned) in zip(steps, due, strict=True):
             if not metrics.finite:
                 self._not_finite(step, metrics, planned)
         means = _means([metrics for _, metrics in steps])
         self._loss = means.get("loss", self._loss)
-        rate = {f"{self._data.unit}_per_second": self._written.rate_since(before)}
-        self._run.log(steps[-1][0], **means, **rate, seconds=self._seconds)
+        spent = {f"{self._data.unit}_per_second": self._pace.rate, "seconds": self._seconds, "compile_seconds": self._compiling}
+        self._run.log(steps[-1][0], **means, **spent)
+        self.said = progress_words(self._loss, self._pace.rate, self._data.unit)
 
     @property
     def rate(self) -> float:
@@ -116,27 +118,31 @@ class TrainingLog:
             loss=self._loss,
             seconds=self._seconds,
             rate=self.rate,
-            compile_seconds=compile_seconds() - self._compiled,
+            compile_seconds=self._compiling,
         )
 
     @property
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._began
 
-    def _of_earlier_sessions(self, start: int) -> tuple[_Mark, float, float]:
-        """What the lines up to step ``start`` tell: working seconds and units after the first line, seconds in all, and the
-        last loss."""
-        name = f"{self._data.unit}_per_second"
-        lines = [line for line in self._run.metrics() if 0 < line["step"] <= start and name in line]
-        done, spans = 0, []
-        for line in lines:
-            units = sum(self._data.units(step) for step in self._data.steps[done : int(line["step"])])
-            spans.append(_Mark(units / line[name], units))
-            done = int(line["step"])
-        kept = spans[1:] or spans
-        mark = _Mark(sum(span.seconds for span in kept), sum(span.units for span in kept))
+    @property
+    def _compiling(self) -> float:
+        return self._compiled_before + compile_seconds() - self._compiled
+
+    def _of_earlier_sessions(self, start: int) -> tuple[_Mark, float, float, float]:
+        """What the lines up to step ``start`` tell: working seconds and units after the first line, seconds in all and of
+        compilation, and the last loss."""
+        lines = [line for line in self._run.metrics() if 0 < line["step"] <= start and "seconds" in line]
+        if not lines:
+            return _Mark(0.0, 0), 0.0, 0.0, math.nan
+        first, last = lines[0], lines[-1]
+        begins, seconds = int(first["step"]), _working(last) - _working(first)
+        if first is last:  # the first line pays for allocations, and counts where it is the only one
+            begins, seconds = 0, _working(last)
+        units = sum(self._data.units(step) for step in self._data.steps[begins : int(last["step"])])
         losses = [line["loss"] for line in lines if "loss" in line]
-        return mark, lines[-1].get("seconds", 0.0) if lines else 0.0, losses[-1] if losses else math.nan
+        compiling = last.get("compile_seconds", 0.0)
+        return _Mark(seconds, units), last["seconds"], compiling, losses[-1] if losses else math.nan
 
     def _not_finite(self, step: int, metrics: StepMetrics, planned: Step) -> None:
         """Say of which data a step's numbers were not finite, and end the run where that is asked for.
@@ -149,6 +155,10 @@ class TrainingLog:
         what = f"the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}"
         said = f"step {step}: {what}, {f'by {where}' if where else 'and what it makes of the adapter is not finite'}"
         leave_out(said, self._on_nan)
+
+
+def _working(line: Mapping[str, float]) -> float:
+    return line["seconds"] - line.get("compile_seconds", 0.0)
 
 
 def _means(steps: Sequence[StepMetrics]) -> dict[str, float]:

@@ -32,13 +32,17 @@ from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.model.logprobs import response_logprobs, token_logprobs
 from jax_medllm.train.batches import CptBatch, PreferenceBatch, Step, TrainingData
 from jax_medllm.train.checkpoint import Checkpoints
+from jax_medllm.train.device_memory import device_memory, program_bytes
 from jax_medllm.train.log import StepMetrics, Trained, TrainingLog
 from jax_medllm.train.losses import Pairs, cpt_loss, objective, pair_logprobs
 from jax_medllm.train.optimizer import learning_rate, make_optimizer
+from medllm.checkpoints import Saving
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import target_mask
 from medllm.errors import Stopped, UserError
-from medllm.host.progress import tracked
+from medllm.host.memory import size_words
+from medllm.host.processes import tell
+from medllm.host.progress import progress_bar
 from medllm.host.stopping import StopRequest, stop_requests
 from medllm.run import Run
 
@@ -139,7 +143,13 @@ class TrainingStep:
             jax.block_until_ready(arguments)
             self.programs[program] = part.lower(*arguments).compile()
             release_free_memory()
+            self._say_memory(self.programs[program], first=len(self.programs) == 1)
         return self.programs[program](*arguments)
+
+    def _say_memory(self, compiled: Any, *, first: bool) -> None:
+        """What the first program, the gradients' of a micro-batch, takes of a device."""
+        if first and (needed := program_bytes(compiled)):
+            tell(f"the step takes about {size_words(needed)} of a device's {size_words(device_memory())}, by its compiler")
 
     def trace(
         self, trainable: nnx.State, optimizer_state: Any, index: Any, frozen: Any, batch: Any
@@ -228,7 +238,7 @@ def train(
     graph, trainable, *others = nnx.split(model, LoraParam, ...)
     step = make_step(graph, loss_fn, optimizer, total)
     state = (trainable, on_all_devices(step.init(trainable)))
-    checkpoints = Checkpoints(run.path / "checkpoints", {**settings, "steps": total})
+    checkpoints = Checkpoints(run.path / "checkpoints", {**settings, "steps": total}, config.keep, config.keep_every)
     try:
         state, start = checkpoints.restore(state)
         end = min(config.max_steps or total, total)
@@ -259,33 +269,39 @@ def _take_steps(
     batches = _on_device(data, steps)
     batch = next(batches, ())
     under_way: deque[StepMetrics] = deque()
-    for done, planned in enumerate(tracked(steps, "training", numbers.start), numbers.start + 1):
-        trainable, moments, metrics = step(*state, np.int32(done - 1), frozen, batch)
-        state = (trainable, moments)
-        batch = next(batches, ())
-        log.write()  # the line that is due, with this step under way
-        log.add(done, metrics, planned)
-        ends_line = done % config.log_every == 0
-        stops = _asked(request, ends_line)
-        saves = stops or done == numbers.stop or (config.checkpoint_every and done % config.checkpoint_every == 0)
-        if saves or ends_line:
-            log.end_line()
-        if saves:
-            log.write()
-            checkpoints.save(state, done)
-        if stops and done < numbers.stop:
-            raise Stopped(f"stopped after step {done:,} of {numbers.stop:,}, which is saved")
-        under_way.append(metrics)
-        if len(under_way) > AHEAD:
-            jax.block_until_ready(under_way.popleft())
+    saving = Saving(config)
+    with progress_bar("training", "steps") as progress:
+        for done, planned in enumerate(steps, numbers.start + 1):
+            progress(done - 1, numbers.stop, log.said)
+            trainable, moments, metrics = step(*state, np.int32(done - 1), frozen, batch)
+            state = (trainable, moments)
+            batch = next(batches, ())
+            log.write()  # the line that is due, with this step under way
+            log.add(done, metrics, planned)
+            ends_line = done % config.log_every == 0
+            stops = _anywhere(request.asked, ends_line)
+            saves = stops or done == numbers.stop or saving.by_steps(done)
+            saves = saves or (saving.timed and _anywhere(saving.by_time(), ends_line))
+            if saves or ends_line:
+                log.end_line()
+            if saves:
+                log.write()
+                checkpoints.save(state, done)
+                saving.saved()
+            if stops and done < numbers.stop:
+                raise Stopped(f"stopped after step {done:,} of {numbers.stop:,}, which is saved")
+            under_way.append(metrics)
+            if len(under_way) > AHEAD:
+                jax.block_until_ready(under_way.popleft())
     return state
 
 
-def _asked(request: StopRequest, ends_line: bool) -> bool:
-    """Whether to stop. Several processes have to stop at the same step; they ask one another where a line is logged."""
+def _anywhere(flag: bool, ends_line: bool) -> bool:
+    """Whether it holds in any process. Several have to decide alike at the same step; they ask one another where a line is
+    logged."""
     if jax.process_count() == 1:
-        return request.asked
-    return ends_line and not everywhere(not request.asked)
+        return flag
+    return ends_line and not everywhere(not flag)
 
 
 def _on_device(data: TrainingData, steps: Sequence[Step]) -> Iterator[Sequence[Any]]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medllm.config import CorpusConfig
 from medllm.errors import UserError
 from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt, curation_response
 from medllm.exam.rows import parquet_columns, read_json, read_json_lines, read_parquet
+from medllm.stage_config import CorpusConfig
 from medllm.text_files import first_line, read_text
 
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -21,14 +22,19 @@ class FolderLock:
     On a file system without locks a line on standard error says so, and nothing is held.
 
     Raises:
-        UserError: another process holds it; which one, and on which machine.
+        UserError: another process holds it; which one, and on which machine. Or the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
         self._file = folder / LOCK
         self._held: TextIO | None = None
         while self._held is None:
-            stream = self._file.open("a+", encoding="utf-8")
+            try:
+                stream = self._file.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: cannot be written ({error.strerror}); see its rights, or give another --run"
+                ) from error
             try:
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):  # which of the two depends on the system
@@ -44,15 +50,17 @@ class FolderLock:
                 self._held = stream
             else:  # its holder took it away between our opening and locking it
                 stream.close()
-        self._held.truncate(0)
-        self._held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._held.flush()
+        with suppress(OSError):  # on a full disk the lock is held all the same, by nobody that is named
+            self._held.truncate(0)
+            self._held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._held.flush()
 
     def release(self) -> None:
         """Let others in."""
         if self._held is not None:
             self._file.unlink(missing_ok=True)
-            self._held.close()
+            with suppress(OSError):  # what a full disk kept back
+                self._held.close()
             self._held = None
 
     def _is_current(self, stream: TextIO) -> bool:

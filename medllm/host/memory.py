@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -34,3 +35,30 @@ def _status(field: str) -> int | None:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def watch_device(peak_bytes: Callable[[], int]) -> None:
+    """Say where the most is read that a device of this process had in use; 0 where its memory is the host's."""
+    global _device_peak
+    _device_peak = peak_bytes
+
+
+def memory_words() -> str:
+    """The most memory that was in use so far, in words: a device's, where there is one, else that of the process."""
+    device = _device_peak()
+    return f"device memory {size_words(device)}" if device else f"memory {size_words(peak_resident_bytes())}"
+
+
+def size_words(size: float) -> str:
+    """Bytes in words: ``38.2 GiB``, ``640 MiB``, ``12 KiB``."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 2**10:.0f} KiB"
+
+
+def _no_device() -> int:
+    return 0
+
+
+_device_peak: Callable[[], int] = _no_device

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medllm.config import (
-    CorpusConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -39,7 +38,7 @@ from medllm.model.adapter import merge_adapter
 from medllm.presets import preset_file
 from medllm.quantization import Quantization
 from medllm.run import RESULT, Run, atomic_path
-from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
+from medllm.stage_config import CorpusConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.stages.cpt import run_cpt
 from medllm.stages.curate import PREFERENCES, build_preferences
 from medllm.stages.evaluate import sit_exam

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from medllm.architecture import Architecture
-from medllm.engines import module_of, require
+from medllm.engines import module_of
 from medllm.errors import UserError
 from medllm.host.child import run_in_child
+from medllm.host.installation import require
 from medllm.host.progress import Progress
 from medllm.plan.calibration import Calibration, Work
 from medllm.plan.models import planned_model

@@ -95,6 +95,15 @@ class TokenizedPreferences:
         """Pairs that were dropped, for whatever reason."""
         return sum(self.dropped.values())
 
+    @property
+    def tokens(self) -> int:
+        """Of all groups, each response counted once."""
+        return sum(len(group.prompt) + sum(map(len, group.responses)) for group in self.groups)
+
+    def words(self) -> str:
+        """How many there are."""
+        return f"{self.pairs:,} pairs of {len(self.groups):,} problems"
+
 
 def tokenize_preferences(
     tokenizer: Any,

@@ -15,7 +15,9 @@ from medllm.model.adapter import check_trained
 from medllm.model.tokenizer import control_tokens, encode
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_rows
+from medllm.shortage import advising
 from medllm.stage_config import CptConfig
+from medllm.trackers import require_tracker
 from medllm.training import TrainSummary
 
 
@@ -57,6 +59,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     Raises:
         UserError: the model, tokenizer, documents or run folder cannot be used.
     """
+    require_tracker(config.tracker)
     model = open_trainer(engine, config.model, config)  # several processes meet here, before each reads the corpus
     corpus = load_documents(config.corpus)
     with progress_bar("tokens") as progress:
@@ -68,7 +71,7 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     rows = pack(ids, config.corpus.length, model.tokenizer.pad_token_id, config.corpus.packing).with_targets()
     rows = replace(rows, sources=[document.source for document, _ in kept])
     check_rows(rows, model.context)
-    with Run(config.run, config, engine=engine, resume=config.resume) as run:
+    with advising(config, engine), Run(config.run, config, engine=engine, resume=config.resume) as run:
         summary = model.train_cpt(rows, config, run)
         result = CptResult(
             engine=engine,

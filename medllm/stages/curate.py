@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medllm.engine import Generates, account
+from medllm.engine import Generates, account, place
 from medllm.engines import EngineName, open_engine
 from medllm.exam.problem import Problem
-from medllm.host.processes import is_primary_process
+from medllm.host.processes import is_primary_process, tell
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
 from medllm.preferences.curation import CurationReport, asked_problems, check_problems, curate
 from medllm.preferences.records import write_preferences
 from medllm.remote.spending import Estimate, estimate
 from medllm.run import Run
+from medllm.shortage import advising
 from medllm.stage_config import CurateConfig
 from medllm.stages.problems import control_tokens_in, read_problems, read_shots
 
@@ -86,7 +87,10 @@ def _curate(
     left_out: Mapping[str, int],
 ) -> CurateResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
+        sampling = config.sampling
+        answers = f"{sampling.samples} samples of up to {sampling.max_new_tokens:,} tokens"
+        tell(f"{place(model)}: {len(problems):,} problems x {answers}, {config.batch_size} at a time, into {run.path}")
         journal = Journal(run.path / JOURNAL)
         curation = curate(model, problems, shots, config, progress, journal)
         result = CurateResult(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.config import ModelConfig, Sampling
-from medllm.engine import Generates, Scores, account
+from medllm.engine import Generates, Scores, account, place
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
@@ -19,12 +19,13 @@ from medllm.exam.option_scores import OptionMethod, OptionScores, compared, scor
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
-from medllm.host.processes import is_primary_process
+from medllm.host.processes import is_primary_process, tell
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
 from medllm.remote import spending
 from medllm.report.statistics import Estimate, wilson
 from medllm.run import Run
+from medllm.shortage import advising
 from medllm.stage_config import EvaluateConfig
 from medllm.stages.problems import control_tokens_in, of_subjects, read_problems, read_shots
 
@@ -154,7 +155,12 @@ def _sit(
     left_out: Mapping[str, int],
 ) -> ExamResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
+        most = config.sampling.max_new_tokens
+        tell(
+            f"{place(model)}: {len(problems):,} problems, answers of up to {most:,} tokens, {config.batch_size} at a time, "
+            f"into {run.path}"
+        )
         journal = Journal(run.path / JOURNAL)
         sat = sit(model, problems, shots, config, progress, journal)
         predictions = [prediction for prediction, _, _ in sat]
@@ -186,7 +192,8 @@ def _choose_options(
     progress: Progress | None,
 ) -> OptionsResult:
     began = time.monotonic()
-    with Run(config.run, config, engine=model.name, resume="auto") as run:
+    with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
+        tell(f"{place(model)}: the {method} of {len(problems):,} problems, {config.batch_size} at a time, into {run.path}")
         journal = OptionJournal(run.path / OPTION_JOURNAL)
         scores = score_options(
             model,

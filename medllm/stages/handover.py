@@ -22,18 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medllm.config import CorpusConfig, LoraConfig, ModelConfig, PreferenceRecipe
+from medllm.config import LoraConfig, ModelConfig, PreferenceRecipe
 from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import PackedRows, pack, tokenize_documents
 from medllm.engines import load, require_engine
 from medllm.errors import UserError
+from medllm.forecast import check_room
 from medllm.host.processes import is_primary_process
 from medllm.model.adapter import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
 from medllm.model.directory import ModelDirectory
 from medllm.model.tokenizer import load_tokenizer
 from medllm.quantization import Quantization
 from medllm.run import MERGED, Run
-from medllm.stage_config import RpoConfig
+from medllm.stage_config import CorpusConfig, RpoConfig
 
 _HELD_ROW = 512
 
@@ -81,10 +82,12 @@ def merged_weights(config: RpoConfig, run: Run) -> str:
     One process of several writes them, the others wait for them. A resumed run finds them there.
 
     Raises:
-        UserError: as for :func:`medllm.model.adapter.merge_adapter`.
+        UserError: there is no room for them, or as for :func:`medllm.model.adapter.merge_adapter`.
     """
     folder = run.path / MERGED
     if is_primary_process() and not folder.exists():
+        stored = sum(file.stat().st_size for file in Path(config.model.path).glob("*.safetensors"))
+        check_room(run.path, stored, "the merged weights")
         merge_adapter(config.model.path, config.model.adapters, folder)
     while not folder.exists():  # it appears when it is complete; a launcher ends all processes where the writer fails
         time.sleep(1)

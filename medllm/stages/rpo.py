@@ -15,8 +15,10 @@ from medllm.preferences.records import read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_preferences
+from medllm.shortage import advising
 from medllm.stage_config import RpoConfig
 from medllm.stages.handover import check_handover, merged_weights, merges, opened_as
+from medllm.trackers import require_tracker
 from medllm.training import TrainSummary
 
 
@@ -73,13 +75,14 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
         UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
             train on.
     """
+    require_tracker(config.tracker)
     read = read_preferences(config.preferences)
     check_handover(config)
     model = open_trainer(engine, config.model, config)
     with progress_bar("tokens") as progress:
         preferences = tokenize_preferences(model.tokenizer, read, config.pairs, progress)
     check_preferences(preferences, config.pairs.max_length, model.context, config.preferences)
-    with Run(config.run, config, engine=engine, resume=config.resume) as run:
+    with advising(config, engine), Run(config.run, config, engine=engine, resume=config.resume) as run:
         if merges(config.model, config):
             model = model.with_weights(merged_weights(config, run))
         summary = model.train_preferences(preferences, config, run)

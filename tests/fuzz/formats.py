@@ -15,7 +15,7 @@ import yaml
 
 from medllm.cli import COMMANDS, parse
 from medllm.command import Command
-from medllm.config import CorpusConfig, LoraConfig
+from medllm.config import LoraConfig
 from medllm.corpus.documents import load_documents
 from medllm.exam.loaders import load_problems
 from medllm.exam.predictions import in_letters, read_predictions
@@ -28,6 +28,7 @@ from medllm.model.random import random_tensors
 from medllm.model.tokenizer import Message, check_vocabulary, decode, encode_prompt, encode_texts, load_tokenizer
 from medllm.preferences.records import read_preferences
 from medllm.report.runs import report_from_runs
+from medllm.stage_config import CorpusConfig
 from medllm.text_files import read_json_object
 from tests.fuzz.mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_table
 from tests.small_model import small_config

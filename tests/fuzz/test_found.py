@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from jsonargparse import ArgumentError
 
-from medllm.config import CorpusConfig
 from medllm.corpus.documents import load_documents
 from medllm.errors import UserError
 from medllm.exam.loaders import load_problems
+from medllm.stage_config import CorpusConfig
 from tests.fuzz.formats import FORMATS
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from medllm.config import CorpusConfig, LoraConfig
+from medllm.config import LoraConfig
 from medllm.corpus.documents import load_documents
 from medllm.errors import UserError
 from medllm.exam.letters import Options, read_letters
@@ -18,6 +18,7 @@ from medllm.model.adapter import CONFIG, read_adapter, write_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.tokenizer import Message, encode_prompt, load_tokenizer
 from medllm.patterns import is_quick_pattern
+from medllm.stage_config import CorpusConfig
 from tests.refusal import refused
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

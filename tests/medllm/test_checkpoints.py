@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from medllm.checkpoints import CHECKSUMS, damage, newest_whole, seal
+from medllm.checkpoints import CHECKSUMS, Saving, damage, newest_whole, seal, surplus
+from medllm.config import TrainingConfig
 from medllm.errors import UserError
 
 
@@ -76,3 +77,31 @@ def test_checkpoints_of_before_the_checksums_are_refused_and_stay(tmp_path):
     with pytest.raises(UserError, match=r"2: has no checksums.json, and those before it neither"):
         newest_whole(folders)
     assert all((folder / "state" / "a").exists() for folder in folders)
+
+
+def test_minutes_are_counted_from_the_last_checkpoint_by_a_clock_that_does_not_go_back():
+    now = [1000.0]
+    saving = Saving(TrainingConfig(checkpoint_minutes=10), clock=lambda: now[0])
+    assert [saving.by_time() for now[0] in (1000.0, 1599.0, 1600.0)] == [False, False, True]
+    saving.saved()
+    assert [saving.by_time() for now[0] in (1700.0, 2199.0, 2200.0)] == [False, False, True]
+
+
+def test_without_minutes_no_time_is_due_and_steps_are_multiples():
+    saving = Saving(TrainingConfig(checkpoint_every=3), clock=lambda: 0.0)
+    assert not saving.timed
+    assert not saving.by_time()
+    assert [step for step in range(1, 10) if saving.by_steps(step)] == [3, 6, 9]
+    assert not any(Saving(TrainingConfig()).by_steps(step) for step in range(9))
+
+
+def test_the_latest_are_kept_and_the_multiples():
+    assert surplus([40, 10, 20, 30, 25], keep=2, keep_every=0) == [10, 20, 25]
+    assert surplus([40, 10, 20, 30, 25], keep=2, keep_every=20) == [10, 25]
+    assert surplus([10, 20], keep=2, keep_every=0) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoint_minutes", "keep_every"])
+def test_a_setting_that_is_less_than_nothing_is_refused(name):
+    with pytest.raises(UserError, match=f"training.{name} is -1; expected 0 or more"):
+        TrainingConfig(**{name: -1})

@@ -64,7 +64,42 @@ def test_a_loss_far_outside_of_what_it_was_is_told_of_once(capsys):
     for step in (32, 33):
         watch(step, {"loss": 9.0})
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "medllm: step 32: the loss is 9, and was between 2 and 2.7 in the 20 lines before"
+    assert line.startswith("medllm: step 32: the loss is 9, and was between 2 and 2.7 in the 20 lines before; if it stays")
+
+
+def rewards(margin, chosen=0.0, learning_rate=1e-5):
+    return {"loss": 1.0, "rewards/margins": margin, "rewards/chosen": chosen, "learning_rate": learning_rate}
+
+
+def test_a_dpo_loss_that_stays_at_ln_2_is_told_of_once_when_the_warmup_is_over(capsys):
+    watch = Watch()
+    for step in range(1, 31):
+        watch(step, rewards(0.0, learning_rate=step * 1e-6))
+    for step in range(31, 50):
+        watch(step, rewards(1e-6))
+    assert capsys.readouterr().err == ""  # a rising rate has moved little, and 19 lines are not 20
+    for step in (50, 51):
+        watch(step, rewards(0.0))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("medllm: step 50: DPO's loss has been ln 2 for 20 lines")
+    assert "--optimizer.learning_rate" in line
+
+
+def test_pairs_that_are_told_apart_are_nothing_to_tell(capsys):
+    watch = Watch()
+    for step in range(1, 60):
+        watch(step, rewards(2e-3, chosen=-0.9))
+    assert capsys.readouterr().err == ""
+
+
+def test_chosen_responses_that_become_unlikely_are_told_of_once(capsys):
+    watch = Watch()
+    for step in range(1, 60):
+        watch(step, rewards(2.0, chosen=-0.1 * step))
+    (line,) = capsys.readouterr().err.splitlines()
+    # the mean of 0.1 times the steps s - 19 to s is 0.1 (s - 9.5)
+    assert line.startswith("medllm: step 20: chosen responses have become less likely: rewards/chosen is -1.05")
+    assert "raise --loss.alpha" in line
 
 
 def test_a_gradient_of_exactly_nothing_is_told_of_once(capsys):

@@ -8,13 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medllm.checkpoints import CHECKSUMS
+from medllm.checkpoints import CHECKSUMS, Saving
 from medllm.config import OptimizerConfig
 from medllm.errors import Stopped, UserError
+from medllm.run import Run
 from tests.torch_ref.test_torch_engine import adapter_of, cpt_config, preferences, rows, rpo_config, train
+from torch_ref import run_log
+from torch_ref.engine import TorchEngine
 from torch_ref.run_log import RunLog
 
-pytest_plugins = ["tests.small_torch_model"]
+pytest_plugins = ["tests.small_torch_model", "tests.small_disk"]
 
 
 def going_on(config):
@@ -81,6 +84,49 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(dense, tmp_path, monk
     run, again = train(going_on(config), rows())
     assert [line["step"] for line in run.metrics()] == list(range(1, whole.steps + 1))
     for name, value in adapter_of(whole).items():
+        torch.testing.assert_close(adapter_of(again)[name], value, atol=1e-6, rtol=0)
+
+
+def test_the_latest_checkpoints_are_kept_and_the_multiples(dense, tmp_path):
+    config = cpt_config(dense, tmp_path / "run", checkpoint_every=1, keep=1, keep_every=2, max_steps=3)
+    run, _ = train(config, rows())
+    assert kept(run) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_checkpoint_is_due_when_its_minutes_are_over(dense, tmp_path, monkeypatch):
+    seconds = iter(range(0, 6000, 60))
+
+    def clock():
+        return next(seconds)  # a minute at each look
+
+    monkeypatch.setattr(run_log, "Saving", lambda training: Saving(training, clock))
+    run, summary = train(cpt_config(dense, tmp_path / "run", checkpoint_minutes=2, keep=9, max_steps=4), rows())
+    assert kept(run) == ["checkpoint-2", "checkpoint-4"]
+    tokens = [line["tokens_per_second"] for line in run.metrics()]
+    assert min(tokens) > 0
+    assert summary.steps == 4
+
+
+def test_a_disk_that_fills_is_one_line_and_the_run_goes_on(dense, tmp_path, small_disk, monkeypatch):
+    config = cpt_config(dense, small_disk.folder / "run", checkpoint_every=1, max_steps=4)
+    _, whole = train(dataclasses.replace(config, run=str(tmp_path / "whole")), rows())
+    expected = adapter_of(whole)
+    before = RunLog.on_pre_optimizer_step
+
+    def filling(log, args, state, control, **others):
+        if state.global_step == 2:
+            small_disk.fill()
+        before(log, args, state, control, **others)
+
+    engine = TorchEngine(config.model)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"run.*: the disk is full"):
+        patch.setattr(RunLog, "on_pre_optimizer_step", filling)
+        with Run(config.run, config) as run:
+            engine.train_cpt(rows(), config, run)
+    small_disk.make_room()
+    run, again = train(going_on(config), rows())
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4]
+    for name, value in expected.items():
         torch.testing.assert_close(adapter_of(again)[name], value, atol=1e-6, rtol=0)
 
 

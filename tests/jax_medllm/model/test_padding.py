@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_medllm.train.batches import PreferenceData
-from medllm.config import CorpusConfig, PairConfig, TrainingConfig
+from medllm.config import PairConfig, TrainingConfig
 from medllm.corpus.documents import load_documents
 from medllm.corpus.packing import pack, tokenize_documents
 from medllm.exam.loaders import load_problems
@@ -19,6 +19,7 @@ from medllm.exam.prompts import curation_prompt, curation_response
 from medllm.model.tokenizer import load_tokenizer
 from medllm.preferences.records import Preference, Sample
 from medllm.preferences.tokenization import TokenizedGroup, tokenize_preferences
+from medllm.stage_config import CorpusConfig
 
 GROUP_PADDING = 0.10
 ROW_PADDING = 0.02

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,19 @@ import pytest
 from flax import nnx
 
 from jax_medllm.model.decoder import DenseDecoder, LoraParam
+from jax_medllm.train import loop as loop_module
 from jax_medllm.train.batches import CptData, plan_steps
 from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.loop import cpt_loss_fn, train
-from medllm.checkpoints import CHECKSUMS
+from medllm.checkpoints import CHECKSUMS, Saving
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import Stopped, UserError
 from medllm.host.stopping import SIGNALS
 from medllm.run import Run
 from tests.small_model import small_config
+
+pytest_plugins = ["tests.small_disk"]
 
 SMALL = small_config()
 
@@ -54,7 +59,7 @@ def session(run, settings=None, **changes):
 
 
 def logged(run):
-    timed = {"tokens_per_second", "seconds"}
+    timed = {"tokens_per_second", "seconds", "compile_seconds"}
     return [{name: value for name, value in line.items() if name not in timed} for line in run.metrics()]
 
 
@@ -105,11 +110,45 @@ def test_only_the_last_checkpoint_is_kept_unless_more_are_asked_for(tmp_path):
     def kept(run):
         return sorted(int(folder.name) for folder in (run.path / "checkpoints").iterdir() if folder.name.isdigit())
 
-    last, several = Run(tmp_path / "last", TrainingConfig()), Run(tmp_path / "several", TrainingConfig())
+    last, several, some = (Run(tmp_path / name, TrainingConfig()) for name in ("last", "several", "some"))
     session(last)
     session(several, checkpoint_every=2)
+    session(some, checkpoint_every=1, keep=1, keep_every=2)
     assert kept(last) == [6]
     assert kept(several) == [4, 6]
+    assert kept(some) == [2, 4, 6]
+
+
+def test_a_checkpoint_is_due_when_its_minutes_are_over(tmp_path, monkeypatch):
+    minutes = iter(range(99))
+
+    def clock():
+        return 60.0 * next(minutes)  # a minute at each look
+
+    monkeypatch.setattr(loop_module, "Saving", partial(Saving, clock=clock))
+    run = Run(tmp_path / "run", TrainingConfig())
+    session(run, checkpoint_minutes=2, keep=9)
+    assert [folder.name for folder in sorted((run.path / "checkpoints").iterdir())] == ["2", "4", "6"]
+
+
+def test_a_step_does_not_wait_for_a_checkpoint_to_be_written(tmp_path, monkeypatch):
+    """The copy on the host is all that is waited for: the writing ends when it is let, after ``save`` has come back."""
+    written, ended = threading.Event(), []
+    sealed = Checkpoints._seal
+
+    def waiting(self):
+        ended.append(written.wait(60))
+        sealed(self)
+
+    monkeypatch.setattr(Checkpoints, "_seal", waiting)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+    checkpoints.save({"a": jnp.arange(3.0)}, 1)
+    assert not ended
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    written.set()
+    checkpoints.close()
+    assert ended == [True]
+    assert (tmp_path / "checkpoints" / "1" / CHECKSUMS).exists()
 
 
 def damaged_files(folder):
@@ -181,10 +220,44 @@ def test_seconds_and_rate_are_of_all_sessions(tmp_path):
     again = train_six(run, max_steps=4)
     assert again.steps == whole.steps == 4
     assert again.seconds >= lines[-1]["seconds"] > 0
-    tokens = 2 * 16
-    spent = sum(tokens / line["tokens_per_second"] for line in lines[1:])
-    assert again.rate == pytest.approx(3 * tokens / spent, rel=1e-3)
+    worked = [line["seconds"] - line["compile_seconds"] for line in lines]
+    assert again.rate == pytest.approx(3 * 2 * 16 / (worked[-1] - worked[0]), rel=1e-6)
+    assert again.compile_seconds >= lines[-1]["compile_seconds"] > 0
     assert again.loss == lines[-1]["loss"]
+
+
+def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_bit_for_bit(tmp_path, small_disk, capfd):
+    expected, model = session(Run(tmp_path / "whole", TrainingConfig())), small_model()
+
+    class Filling(CptData):
+        def units(self, step):
+            if step == self.steps[2]:
+                small_disk.fill()
+            return super().units(step)
+
+    with pytest.raises(UserError, match=r"run.*: the disk is full"), Run(small_disk.folder / "run", TrainingConfig()) as run:
+        train_six(run, Filling, checkpoint_every=1)
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert len(said.splitlines()) < 5
+    small_disk.make_room()
+    with Run(small_disk.folder / "run", TrainingConfig(), resume="auto") as run:
+        train_six(run, CptData, model)
+    for a, b in zip(expected, adapter(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", {})
+    checkpoints.save({"a": jnp.arange(3.0)}, 1)
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "2")
+    try:
+        found = str(Checkpoints(tmp_path / "checkpoints", {}).restore({"a": jnp.zeros(3)}))
+    except UserError as refused:
+        found = str(refused)
+    assert found.endswith("checkpoints/2: holds the state after step 1; put it back under its name")
 
 
 class Poisoned(CptData):

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from medllm.config import CorpusConfig
 from medllm.corpus.documents import Document, load_documents
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
+from medllm.stage_config import CorpusConfig
 
 PROBLEM = Problem("110A1", "問", ("一", "二"), ("b",), explanation="解説", year=2016)
 

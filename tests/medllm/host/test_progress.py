@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 
 import medllm.stages.cpt
 from medllm.cli import main
-from medllm.config import CorpusConfig, ModelConfig
+from medllm.config import ModelConfig
+from medllm.host import progress as progress_module
 from medllm.host.child import run_in_child
-from medllm.host.progress import part_of, progress_bar, tracked
+from medllm.host.progress import Pace, duration, part_of, progress_bar, tracked
 from medllm.mini.study import BASE
 from medllm.model.tokenizer import load_tokenizer
-from medllm.stage_config import CptConfig
+from medllm.stage_config import CorpusConfig, CptConfig
 
 
 @pytest.fixture
@@ -48,11 +50,69 @@ def test_what_is_printed_meanwhile_stays_on_standard_output(watched, capsys):
     assert "a line" not in printed.err
 
 
-def test_nobody_watches_a_file(capsys, monkeypatch):
+def test_a_bar_says_how_it_goes_and_what_memory_it_took(watched, capsys):
+    with progress_bar("training", "steps") as progress:
+        progress(1, 20, "loss 1.2340, 3,120 tokens/s")
+    printed = capsys.readouterr().err
+    assert re.search(r"training: loss 1\.2340, 3,120 tokens/s, memory [\d.]+ [GM]iB", printed)
+    assert "1/20" in printed
+
+
+def test_where_nobody_watches_there_is_a_line_a_minute_with_the_time_that_is_left(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(progress_module, "memory_words", lambda: "memory 2.1 GiB")
+    now = [50.0]
+    with progress_bar("training", "steps", clock=lambda: now[0]) as progress:
+        for done in range(130):  # a step a second
+            progress(1000 + done, 3000, "loss 1.2340")
+            now[0] += 1
+    assert capsys.readouterr().err.splitlines() == [
+        "medllm: training: 1,060 of 3,000 steps, loss 1.2340, memory 2.1 GiB, 32 min left",
+        "medllm: training: 1,120 of 3,000 steps, loss 1.2340, memory 2.1 GiB, 31 min left",
+    ]
+
+
+def test_what_says_nothing_of_how_it_goes_has_its_rate(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr(progress_module, "memory_words", lambda: "memory 2.1 GiB")
+    now = [0.0]
+    with progress_bar("evaluate", "problems", clock=lambda: now[0]) as progress:
+        progress(0, 200)
+        now[0] = 80
+        progress(20, 200)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "medllm: evaluate: 20 of 200 problems, 0.25 problems/s, memory 2.1 GiB, 12 min left"
+
+
+def test_a_work_of_less_than_a_minute_is_silent_in_a_file(capsys, monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     with progress_bar("plan") as progress:
         progress(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_rate_is_over_a_minute_and_over_two_marks_at_the_least():
+    pace = Pace(60)
+    pace.mark(0, 0)
+    assert pace.rate == 0
+    pace.mark(100, 50)
+    assert pace.rate == 0.5
+    for second in range(101, 200):
+        pace.mark(second, 50 + 10 * (second - 100))
+    assert pace.rate == 10  # of the last minute alone
+    pace.mark(200, 1040)  # a second in which nothing was done
+    assert pace.rate == pytest.approx((1040 - 450) / 60)  # and not nothing
+    pace.mark(200, 1050)
+    assert pace.rate == pytest.approx((1050 - 450) / 60)  # nor the rate of no time
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (7800, "2 h 10 min"), (47.9 * 3600, "47 h 54 min"),
+     (76 * 3600, "3 d 4 h")],
+)  # fmt: skip
+def test_a_duration_has_two_parts_at_the_most(seconds, words):
+    assert duration(seconds) == words
 
 
 def test_a_part_of_a_work_counts_in_the_whole():
