@@ -33,7 +33,6 @@ TRAINING = ("--lora.rank", "4", "--training.accumulation", "1", "--training.epoc
 HEARTBEAT = 5
 TWO_MINUTES = 120
 """What is promised; on two busy cores it can take most of one (docs/sharding.md)."""
-FOUR = environment(4)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ class Pair:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", *command],
-                env={**FOUR, processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
+                env={**environment(4), processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -236,7 +235,7 @@ def test_a_process_that_ends_early_ends_the_other(sent, launcher, data, tmp_path
 
 def test_a_process_that_stays_alone_says_who_was_to_come():
     code = "from jax_medllm.mesh import processes; processes._MEETING_SECONDS = 1; processes.join('fsdp=-1')"
-    alone = {**FOUR, processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.INDEX: "0"}
+    alone = {**environment(4), processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.INDEX: "0"}
     done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("medllm: ")]
