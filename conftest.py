@@ -3,7 +3,9 @@
 A program that was compiled once is not compiled again in the same session, and files with slow tests come first.
 """
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,11 +28,22 @@ def modules_with_shapes() -> list[str]:
 
 # On matrices this small, torch's threads only wait for each other; here, and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# LLVM's passes take a fifth of the tests' time, and change nothing of what a program is asked to compute. On an accelerator, where
-# the tests look at what the machine really gives, they stay.
+# LLVM's passes take long, and change nothing of what a program is asked to compute. On an accelerator, where the tests look at
+# what the machine really gives, they stay.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("XLA_FLAGS", NOT_OPTIMIZED)
 install_import_hook(modules_with_shapes(), "tests.shape_checks.shapes_checked")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: nobody looks for garbage in it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """Child process of the sharding tests: a training step over forced devices, against the same step on one of them.
 
-``python -m tests.sharded_training`` prints, for each of ``STEPS`` and each of its meshes, the largest difference of the loss and
-of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device sends by them.
+``python -m tests.sharded_training`` prints, for each of ``STEPS`` and each of its meshes, the largest difference of the loss
+and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device sends by
+them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from tests.forced_devices import found_on_eight
 from tests.sharded_traffic import Traffic
 from tests.sharded_training import FEW, MESHES, STEPS
 
+
 class FakeDevice:
     """Stands for a device in a mesh on which nothing runs."""
 
