@@ -112,7 +112,7 @@ class AnswersSingly(Protocol):
         ...
 
 
-def account(engine: Generates, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def account(engine: Generates | Scores, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What a result records of the requests to a server; None of an engine that asks none."""
     return engine.account(facts) if isinstance(engine, AnswersSingly) else None
 
@@ -128,5 +128,27 @@ class Scores(Protocol):
 
         Raises:
             UserError: an empty prompt, or one that does not fit the model's context.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-probabilities of one continuation, by its number. ``facts`` is what is known of the request that they came with."""
+
+    number: int
+    logprobs: np.ndarray
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ScoresSingly(Protocol):
+    """A model whose log-probabilities depend on nothing else that is asked, and come one by one."""
+
+    def scored(self, continuations: Sequence[Continuation]) -> Iterator[list[Likelihood]]:
+        """Those of each continuation, as they come; those together that came together.
+
+        Raises:
+            UserError: as for :meth:`Scores.logprobs`, or the model is gone; what was under way has come by then.
         """
         ...

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 TrainerName = Literal["jax", "torch"]
 """The engines that train."""
-ScorerName = TrainerName
-"""Those that say how likely a given text is: who trains a model has its weights."""
-EngineName = Literal[ScorerName, "openai"]
-"""All engines. Each generates."""
+EngineName = Literal[TrainerName, "openai"]
+"""All engines. Each generates, and says how likely a given text is."""
 
 LAUNCH_TORCH = "torchrun --nproc_per_node N -m -- medllm COMMAND ..."
 """How the reference engine is started on several GPUs. Without ``--`` torchrun takes our ``--run`` for its ``--run-path``."""
@@ -106,10 +104,14 @@ def open_scorer(name: EngineName, model: ModelConfig, stage: MeshConfig | None =
     """:func:`open_engine`, for the likelihood of given text.
 
     Raises:
-        UserError: as there, or the engine is none of them.
+        UserError: as there, or a server's model has no tokenizer here.
     """
-    _refuse_other(name, get_args(ScorerName), "give log-probabilities of a given text")
-    return _open(name, model, stage)
+    opened = _open(name, model, stage)
+    if not hasattr(opened, "tokenizer"):
+        raise UserError(
+            f"engine '{name}' scores tokens that are made here: name the folder of the model's tokenizer (--server.tokenizer)"
+        )
+    return opened
 
 
 def open_trainer(name: TrainerName, model: ModelConfig, stage: MeshConfig | None = None) -> Trains:
@@ -118,7 +120,9 @@ def open_trainer(name: TrainerName, model: ModelConfig, stage: MeshConfig | None
     Raises:
         UserError: as there, the engine is none of them, or the adapter to be trained names no layer of the model.
     """
-    _refuse_other(name, get_args(TrainerName), "train")
+    if name not in get_args(TrainerName):
+        able = " or ".join(f"--engine {one}" for one in get_args(TrainerName))
+        raise UserError(f"engine '{name}' cannot train; use {able}")
     opened = _open(name, model, stage)
     if isinstance(stage, Recipe):
         from medllm.model.adapter import check_lora  # with numpy, which a command line that opens nothing does without
@@ -183,8 +187,3 @@ def _open(name: EngineName, model: ModelConfig, stage: MeshConfig | None) -> Any
     require_engine(name)
     engine = getattr(load(name, "engine"), home.engine)
     return engine(model, stage)
-
-
-def _refuse_other(name: str, able: tuple[str, ...], what: str) -> None:
-    if name not in able:
-        raise UserError(f"engine '{name}' cannot {what}; use {' or '.join(f'--engine {one}' for one in able)}")

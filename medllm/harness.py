@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from medllm.config import MeshConfig, ModelConfig, Sampling
 from medllm.engine import Continuation
-from medllm.engines import EngineName, ScorerName, open_engine, open_scorer
+from medllm.engines import EngineName, TrainerName, open_engine, open_scorer
 from medllm.errors import UserError
 from medllm.model.tokenizer import Message, encode, end_token, written_out
 
@@ -74,7 +74,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         adapters = tuple(adapter.split("+")) if adapter else None
         model = ModelConfig(path, adapters, tokenizer, quantization, dtype)
-        self._scores = engine in get_args(ScorerName)
+        self._scores = engine in get_args(TrainerName)
         opened: Any = open_scorer if self._scores else open_engine
         self._engine = opened(engine, model, MeshConfig(mesh=mesh))
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else 32
@@ -186,7 +186,7 @@ class HarnessModel(TemplateLM):
 
     def _tokenizer(self) -> Any:
         if not self._scores:
-            raise UserError("engine 'openai' gives no likelihoods; use engine=jax or engine=torch, or tasks that generate")
+            raise UserError("engine 'openai' gives no likelihoods here; use engine=jax or engine=torch, or tasks that generate")
         return self._engine.tokenizer
 
     def _unbegun(self, text: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,7 @@ from typing import Any
 
 from medllm.engine import Generation
 from medllm.errors import UserError
-from medllm.host.processes import is_primary_process
+from medllm.kept_lines import append_lines, read_lines
 from medllm.model.tokenizer import Prompt
 
 JOURNAL = "answers.journal"
@@ -59,7 +58,7 @@ class Journal:
         self._counts: Counter[str] = Counter()
         self._prompts: dict[str, str] = {}
         if path is not None and path.exists():
-            self._read(path)
+            read_lines(path, lambda row: self._take(_kept(row)))
 
     def answers(self, problem_id: str, prompt: Prompt) -> Mapping[int, Generation]:
         """Those to a problem, by sample.
@@ -81,15 +80,12 @@ class Journal:
         Raises:
             UserError: the file cannot be written.
         """
-        lines = []
+        rows = []
         for one in answers:
             self._take(one)
-            lines.append(_line(one))
-        if self.path is not None and lines and is_primary_process():
-            try:
-                _append(self.path, "".join(lines).encode())
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then go on") from error
+            rows.append(_row(one))
+        if self.path is not None:
+            append_lines(self.path, rows)
 
     def take(self, problem_id: str, prompt: Prompt) -> Mapping[int, Generation]:
         """:meth:`answers`, for the last time: the memory they take is given back.
@@ -115,24 +111,6 @@ class Journal:
         if one.facts:
             self.facts.append(one.facts)
 
-    def _read(self, path: Path) -> None:
-        whole = 0
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    self._take(_kept(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-                    if lines.read(1):
-                        raise UserError(
-                            f"{path}:{number}: is no line of a journal ({error}); take it out, its answer is asked for again"
-                        ) from error
-                    break
-                whole += len(line)
-        if is_primary_process() and whole < path.stat().st_size:
-            os.truncate(path, whole)
-
 
 def digest(prompt: Prompt) -> str:
     """A short digest of a prompt."""
@@ -140,9 +118,9 @@ def digest(prompt: Prompt) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _line(one: Kept) -> str:
+def _row(one: Kept) -> dict[str, Any]:
     said = one.generation
-    row = {
+    return {
         "problem_id": one.problem_id,
         "sample": one.sample,
         "prompt": one.prompt,
@@ -152,26 +130,8 @@ def _line(one: Kept) -> str:
         "stopped": said.stopped,
         **({"facts": one.facts} if one.facts else {}),
     }
-    return f"{json.dumps(row, ensure_ascii=False)}\n"
 
 
 def _kept(row: Any) -> Kept:
     generation = Generation(row["text"], tuple(row["tokens"]), row["finish"], row["stopped"])
     return Kept(row["problem_id"], row["sample"], row["prompt"], generation, row.get("facts", {}))
-
-
-def _append(path: Path, data: bytes) -> None:
-    is_new = not path.exists()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        while data:
-            data = data[os.write(file, data) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-    if is_new:  # its name is on the disk only with its folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -47,6 +47,7 @@ _WRITTEN = (
     "checkpoints",
     "events",
     "metrics.jsonl",
+    "options.journal",
     "predictions.jsonl",
     "preferences.jsonl",
     RESULT,

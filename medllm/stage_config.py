@@ -58,6 +58,7 @@ class ServerConfig:
         retries: Times that a request without an answer is sent again, and that a server which answers none is tried.
         input_price: Of a million prompt tokens, in whatever money.
         output_price: Of a million tokens of answers.
+        tokenizer: Folder of the served model's tokenizer: options are scored as its tokens (``--method options``, ``letters``).
     """
 
     concurrency: int = 32
@@ -67,6 +68,7 @@ class ServerConfig:
     retries: int = 5
     input_price: float | None = None
     output_price: float | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         expect(self.concurrency >= 1, "server.concurrency", self.concurrency, "at least 1")
@@ -180,8 +182,6 @@ class EvaluateConfig(MeshConfig, ProblemLayout):
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
-        asks = self.method == "generate" or not self.dry_run
-        expect(asks, "dry_run", self.dry_run, "false with --method options, which asks for no text")
 
 
 @dataclass(frozen=True)

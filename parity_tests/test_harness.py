@@ -11,8 +11,8 @@ import pytest
 from medllm.cli import main
 from medllm.config import ModelConfig
 from medllm.engines import open_scorer
-from medllm.exam.evaluation import score_options
 from medllm.exam.loaders import write_problems
+from medllm.exam.option_scores import score_options
 from medllm.exam.problem import Problem
 from medllm.mini.problems import exam_problems
 from medllm.mini.study import BASE

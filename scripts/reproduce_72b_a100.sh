@@ -6,7 +6,7 @@
 #
 # Without arguments all stages run, one after the other; each is one command and leaves one folder under OUT.
 #
-# Curation and evaluation take one GPU, which holds 72B in NF4, and leave the others idle. A server that spreads the model over all four
+# In curation and evaluation each GPU holds 72B in NF4 and answers its share of the batches. A server that spreads the model over all four
 # and batches by itself is the better choice where one is installed; its weights are then bf16. With vLLM, by its documentation (not tried):
 #
 #   vllm serve $OUT/cpt/merged --served-model-name cpt --tensor-parallel-size 4

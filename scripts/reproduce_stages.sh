@@ -13,12 +13,20 @@ stage_cpt() {
     --corpus.documents "$CORPUS" --corpus.problems "$PROBLEMS" ${CPT_ARGS:-}
 }
 
+# A server is asked by one process, whatever launches the engine's own.
+answer() {
+  case " $* " in
+    *" --engine openai "*) medllm "$@" ;;
+    *) launch cpt_4xa100 "$@" ;;
+  esac
+}
+
 stage_merge() {
   medllm convert --model "$MODEL" --adapter "$OUT/cpt/adapter" --out "$OUT/cpt/merged"
 }
 
 stage_curate() {
-  medllm curate --config paper_curate_72b --engine "$ENGINE" --model.path "$OUT/cpt/merged" --run "$OUT/curate" \
+  answer curate --config paper_curate_72b --engine "$ENGINE" --model.path "$OUT/cpt/merged" --run "$OUT/curate" \
     --problems "$PROBLEMS" --shots "$SHOTS" ${CURATE_ARGS:-}
 }
 
@@ -30,7 +38,7 @@ stage_rpo() {
 stage_evaluate() {
   local explanation
   for explanation in false true; do
-    medllm evaluate --config paper_evaluate_72b --engine "$ENGINE" --model.path "$OUT/cpt/merged" \
+    answer evaluate --config paper_evaluate_72b --engine "$ENGINE" --model.path "$OUT/cpt/merged" \
       --model.adapter "$OUT/rpo/adapter" --run "$OUT/evaluate-explanation-$explanation" \
       --problems "$EXAM" --shots "$SHOTS" --explanation "$explanation" ${EVALUATE_ARGS:-}
   done

@@ -22,6 +22,7 @@ RUN = {
     r"medllm cpt --mesh fsdp=4,tensor=2": "test_processes.py",
     r"medllm cpt .*--print_config": "test_cli.py",
     r"medllm evaluate --engine openai .*--dry_run": "test_server_faults.py",
+    r"medllm evaluate --engine openai .*--method options": "test_served_options.py",
     r"medllm cpt .*world/corpus\.jsonl": "test_mini_study.py",
     r"medllm data export-trl": "test_docs_data.py",
     r"medllm mini --(out|engine)": "test_isolation.py",

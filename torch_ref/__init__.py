@@ -6,6 +6,7 @@ It is what the JAX engine is measured against, and what someone with A100s runs.
     cpt.py       continued pretraining with transformers' Trainer
     rpo.py       RPO and DPO with TRL's DPOTrainer
     generate.py  continuations and their log-probabilities
+    shares.py    batches shared out among the processes of a launch
     switches.py  which of the engine's own settings can be had on this machine
     trainer.py   what the two training recipes share: arguments, the log, the summary
     console.py   what the libraries may print

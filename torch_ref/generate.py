@@ -21,6 +21,7 @@ from medllm.engine import Continuation, Generation, whole_characters
 from medllm.errors import PromptError, UserError
 from medllm.model.endings import Endings
 from medllm.model.tokenizer import Prompt, decode, encode_prompt
+from torch_ref.shares import made_of
 
 
 def generate(
@@ -32,7 +33,7 @@ def generate(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Generation]]:
-    """``sampling.samples`` continuations for each prompt, in the order of the prompts.
+    """``sampling.samples`` continuations for each prompt, in the order of the prompts; processes of a launch share the batches.
 
     Args:
         model: A causal language model or a ``PeftModel`` around one, in evaluation mode.
@@ -41,7 +42,7 @@ def generate(
         sampling: Length, temperature, filters, seed and stop strings.
         endings: What the model's own folder ends a continuation with.
         batch_size: Continuations generated at a time.
-        progress: Called with (continuations done, continuations in all).
+        progress: Called with (continuations done, continuations in all), as far as this process can tell.
 
     Raises:
         UserError: a prompt and its continuation do not fit the model's context, or a stop string no text can show.
@@ -54,15 +55,19 @@ def generate(
         ((number, sample) for number in range(len(encoded)) for sample in range(sampling.samples)),
         key=lambda job: (-len(encoded[job[0]]), job),
     )
-    results: dict[tuple[int, int], Generation] = {}
-    for batch in _batches(jobs, batch_size):
+    batches = list(_batches(jobs, batch_size))
+
+    def continued(batch: Sequence[tuple[int, int]]) -> list[Generation]:
         given, samples = [encoded[number] for number, _ in batch], [sample for _, sample in batch]
-        tokens = _continue(model, tokenizer, given, samples, sampling, endings)
-        results |= {
-            job: _generation(tokenizer, row, sampling.max_new_tokens, endings) for job, row in zip(batch, tokens, strict=True)
-        }
+        rows = _continue(model, tokenizer, given, samples, sampling, endings)
+        return [_generation(tokenizer, row, sampling.max_new_tokens, endings) for row in rows]
+
+    def told(done: int) -> None:
         if progress:
-            progress(len(results), len(jobs))
+            progress(min(len(jobs), done * batch_size), len(jobs))
+
+    made = made_of(batches, continued, told)
+    results = dict(zip(jobs, (one for batch in made for one in batch), strict=True))
     return [[results[number, sample] for sample in range(sampling.samples)] for number in range(len(encoded))]
 
 
@@ -78,17 +83,23 @@ def logprobs(model: Any, tokenizer: Any, continuations: Sequence[Continuation], 
     sequences = [[*one.prompt, *one.completion] for one in continuations]
     _check_context(model, sequences, 0)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-    for batch in _batches(sorted(range(len(sequences)), key=lambda i: -len(sequences[i])), batch_size):
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+
+    def scored(batch: Sequence[int]) -> list[np.ndarray]:
         tokens, mask = _pad([sequences[i] for i in batch], tokenizer.pad_token_id, "right", model.device)
         hidden = causal.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        found = []
         for row, i in enumerate(batch):
             start, end = len(continuations[i].prompt), len(sequences[i])
             # The head runs over one completion at a time: the logits of a whole batch would be gigabytes.
             logits = causal.lm_head(hidden[row, start - 1 : end - 1]).float()
             targets = tokens[row, start:end, None]
-            results[i] = logits.log_softmax(-1).gather(-1, targets)[:, 0].cpu().numpy()
-    return results
+            found.append(logits.log_softmax(-1).gather(-1, targets)[:, 0].cpu().numpy())
+        return found
+
+    made = made_of(list(_batches(order, batch_size)), scored)
+    results = dict(zip(order, (one for batch in made for one in batch), strict=True))
+    return [results[i] for i in range(len(sequences))]
 
 
 class _SeededGumbel(LogitsProcessor):

@@ -1,28 +1,24 @@
-"""An exam sat by a model: problems → prompts → generated text → predictions; and the zero-shot choice by likelihood."""
+"""An exam sat by a model: problems → prompts → generated text → predictions."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
 
-from medllm.config import OptionPrompt
-from medllm.engine import Continuation, Generates, Generation, Scores
+from medllm.engine import Generates, Generation
 from medllm.errors import UserError
 from medllm.exam.answering import answered
 from medllm.exam.answers import Reading, extract_answer
 from medllm.exam.endings import Ending, ending
-from medllm.exam.option_prompts import option_prompt
 from medllm.exam.predictions import Prediction, write_predictions
-from medllm.exam.problem import LETTERS, Problem, check_ids
+from medllm.exam.problem import Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, stop_strings
 from medllm.journal import Journal
-from medllm.model.tokenizer import Prompt, encode_continuation
+from medllm.model.tokenizer import Prompt
 from medllm.stage_config import CheckServingConfig, EvaluateConfig
 
-__all__ = ["OptionResult", "OptionScores", "Prediction", "evaluate", "score_options", "write_predictions"]
+__all__ = ["Prediction", "evaluate", "write_predictions"]
 
 # An engine sorts what it is given by length.
 _BATCHES_AT_A_TIME = 4
@@ -129,121 +125,3 @@ def _read(generation: Generation, problem: Problem, explanation: bool) -> Readin
     if generation.finish == "filtered":  # what a server let through of it is not what the model says
         return Reading(reason="filtered")
     return extract_answer(generation.text, problem, explanation=explanation, cut_off=generation.finish == "length")
-
-
-@dataclass(frozen=True)
-class OptionResult:
-    """The likelihood of each option of one problem.
-
-    Attributes:
-        problem_id: The problem.
-        accepted: Letters that are right.
-        nll: Summed negative log-likelihood (nats) of each option's text, or letter.
-        tokens: Number of tokens of each.
-        category: The problem's subject, where known.
-    """
-
-    problem_id: str
-    accepted: tuple[str, ...]
-    nll: tuple[float, ...]
-    tokens: tuple[int, ...]
-    category: str | None = None
-
-    @property
-    def correct(self) -> bool:
-        """Whether the likeliest option is right."""
-        return self.chosen in self.accepted
-
-    @property
-    def chosen(self) -> str:
-        """The letter of the least summed negative log-likelihood; the first of equals."""
-        return LETTERS[min(range(len(self.nll)), key=self.nll.__getitem__)]
-
-    @property
-    def chosen_per_token(self) -> str:
-        """The letter of the least negative log-likelihood per token; the first of equals."""
-        return LETTERS[min(range(len(self.nll)), key=lambda option: self.nll[option] / self.tokens[option])]
-
-
-@dataclass(frozen=True)
-class OptionScores:
-    """Zero-shot accuracy by likelihood.
-
-    Attributes:
-        accuracy: Share of problems whose likeliest option is right.
-        normalized_accuracy: The same with likelihoods per token.
-        results: Problem by problem.
-        left_out: Problems that cannot be scored this way, counted by reason.
-    """
-
-    accuracy: float
-    normalized_accuracy: float
-    results: tuple[OptionResult, ...]
-    left_out: Mapping[str, int]
-
-
-def score_options(
-    engine: Scores,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    prompt: OptionPrompt = EvaluateConfig.option_prompt,
-    method: Literal["options", "letters"] = "options",
-    batch_size: int = EvaluateConfig.batch_size,
-) -> OptionScores:
-    """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
-
-    Nothing is generated. Prompt and option are tokenized together (:func:`medllm.model.tokenizer.encode_continuation`).
-
-    Args:
-        engine: The model.
-        tokenizer: The model's tokenizer.
-        problems: Problems with one right option; numeric ones and those with several are left out and counted.
-        prompt: One of :data:`medllm.exam.option_prompts.OPTION_PROMPTS`.
-        method: What is compared: the ``options``' own texts, or their ``letters``, in upper case as the prompt lists them.
-        batch_size: Options at a time.
-
-    Raises:
-        UserError: an unknown prompt, or no problem that can be scored this way.
-    """
-    left_out: Counter[str] = Counter()
-    scored: list[Problem] = []
-    for problem in problems:
-        if problem.is_numeric:
-            left_out["numeric problem"] += 1
-        elif problem.answer_count > 1:
-            left_out["several right options"] += 1
-        else:
-            scored.append(problem)
-    if not scored:
-        raise UserError("no problem has exactly one right option; likelihood scoring needs such problems")
-    options = [option for problem in scored for option in _options(tokenizer, problem, prompt, method)]
-    logprobs = iter(engine.logprobs(options, batch_size))
-    lengths = iter(options)
-    results = tuple(
-        OptionResult(
-            problem.problem_id,
-            tuple(letter for (letter,) in problem.accepted),
-            tuple(-float(next(logprobs).sum()) for _ in problem.choices),
-            tuple(len(next(lengths).completion) for _ in problem.choices),
-            problem.category,
-        )
-        for problem in scored
-    )
-    return OptionScores(
-        accuracy=sum(result.correct for result in results) / len(results),
-        normalized_accuracy=sum(result.chosen_per_token in result.accepted for result in results) / len(results),
-        results=results,
-        left_out=dict(left_out),
-    )
-
-
-def _options(
-    tokenizer: Any, problem: Problem, prompt: OptionPrompt, method: Literal["options", "letters"]
-) -> list[Continuation]:
-    if not all(choice.strip() for choice in problem.choices):
-        raise UserError(f"{problem.source}: problem {problem.problem_id} has an empty option, which has no likelihood")
-    answers = problem.choices if method == "options" else tuple(LETTERS[: len(problem.choices)].upper())
-    asked = option_prompt(problem, prompt, lettered=method == "letters")
-    pieces = (encode_continuation(tokenizer, asked, answer, answers) for answer in answers)
-    return [Continuation(tuple(before), tuple(completion)) for before, completion in pieces]

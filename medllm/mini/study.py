@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from medllm.config import (
     CorpusConfig,
@@ -38,12 +38,13 @@ from medllm.mini.world import make_world
 from medllm.model.adapter import merge_adapter
 from medllm.presets import preset_file
 from medllm.quantization import Quantization
-from medllm.run import atomic_path
+from medllm.run import RESULT, Run, atomic_path
 from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.stages.cpt import run_cpt
 from medllm.stages.curate import PREFERENCES, build_preferences
 from medllm.stages.evaluate import sit_exam
 from medllm.stages.rpo import run_rpo
+from medllm.text_files import read_json_object
 from medllm.training import TrainSummary
 
 BASE = Path(__file__).parent / "data" / "base"
@@ -160,22 +161,26 @@ def load_preset(preset: str) -> StudyConfig:
 
 
 def run_study(engine_name: TrainerName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
-    """Run all stages into folders below ``out_dir``.
+    """Run all stages into folders below ``out_dir``; of a study that was begun there, those that are not finished.
 
     Args:
         engine_name: ``jax`` or ``torch``.
-        out_dir: A folder that is not there yet, or is empty.
+        out_dir: A folder that is not there yet, is empty, or holds an unfinished study with these settings.
         preset: Name of a preset, a YAML file, or the settings themselves.
         progress: Told one line as each stage begins and ends.
 
     Raises:
-        UserError: the folder is in use, or the preset or an engine's input cannot be used.
+        UserError: the folder is in use, its study is finished or was begun with other settings, or the preset or an engine's
+            input cannot be used.
     """
     config = load_preset(preset) if isinstance(preset, str) else preset
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if (out / RESULT).exists():
+        raise UserError(f"{out}: holds a finished study; give another folder (--out), or remove it")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.yaml").exists())):
         raise UserError(f"{out}: is in use; give another folder for the study (--out), or remove it")
-    return _Study(engine_name, out, config, progress).run()
+    with Run(out, config, engine=engine_name, resume="auto"):
+        return _Study(engine_name, out, config, progress).run()
 
 
 class _Study:
@@ -216,8 +221,7 @@ class _Study:
         return StudyResult(sittings, tuple(self.runs), self.training, tuple(self.exam), time.monotonic() - began)
 
     def _write_world(self) -> None:
-        world = self.out / "world"
-        world.mkdir(parents=True)
+        (self.out / "world").mkdir(exist_ok=True)
         write_problems(self._shots_file, self.shots)
         write_problems(self._train_file, self.train)
         write_problems(self._exam_file, self.exam)
@@ -242,6 +246,8 @@ class _Study:
 
     def _cpt(self, base: ModelConfig) -> ModelConfig:
         folder, stage = self.out / "cpt", self.config.cpt
+        if summary := _summary(folder):
+            return self._trained("CPT", base, folder, summary)
         self.say(f"CPT: {len(self.corpus)} documents")
         corpus = CorpusConfig(documents=(str(self._corpus_file),), length=self.config.row_length)
         config = CptConfig(base, str(folder), corpus, lora=stage.lora, optimizer=stage.optimizer, training=stage.training)
@@ -249,6 +255,8 @@ class _Study:
 
     def _preference(self, label: str, name: str, start: ModelConfig, preferences: Path, alpha: float) -> ModelConfig:
         folder, stage = self.out / name, self.config.preference
+        if summary := _summary(folder):
+            return self._trained(label, start, folder, summary)
         self.say(f"{label}: preference training, alpha {alpha:g}")
         loss = dataclasses.replace(self.config.loss, alpha=alpha)
         config = RpoConfig(
@@ -268,7 +276,8 @@ class _Study:
         self.training[label] = summary
         self.runs.append(folder)
         self.say(f"{label}: {summary.steps} steps in {summary.seconds:.0f} s, loss {summary.loss:.3f}")
-        merge_adapter(start.path, folder / "adapter", folder / "merged")
+        if not (folder / "merged").exists():  # it is there whole, or not at all
+            merge_adapter(start.path, folder / "adapter", folder / "merged")
         return dataclasses.replace(start, path=str(folder / "merged"))
 
     def _measure(self, label: str, model: ModelConfig, curate_as: str | None = None) -> Path:
@@ -293,11 +302,11 @@ class _Study:
             batch_size=self.config.batch_size,
             label=label,
         )
-        result = sit_exam(engine, self.exam, self.shots, config)
+        result = _finished(folder) or sit_exam(engine, self.exam, self.shots, config).to_json()
         self.runs.append(folder)
-        points, possible = result.score.points, result.score.possible
-        self.say(f"{label}, {result.setting}: {points} of {possible} points ({points / possible:.3f})")
-        return Sitting(label, result.setting, points, possible, folder)
+        setting, points, possible = result["setting"], result["score"]["points"], result["score"]["possible"]
+        self.say(f"{label}, {setting}: {points} of {possible} points ({points / possible:.3f})")
+        return Sitting(label, setting, points, possible, folder)
 
     def _curate(self, engine: Generates, model: ModelConfig, name: str) -> Path:
         folder = self.out / name
@@ -311,7 +320,20 @@ class _Study:
             answer_as=ANSWER_AS,
             batch_size=self.config.batch_size,
         )
-        self.say(f"{name}: {len(self.train)} problems, {self.config.sampling.samples} samples each")
-        build_preferences(engine, self.train, self.shots, config)
+        if not _finished(folder):
+            self.say(f"{name}: {len(self.train)} problems, {self.config.sampling.samples} samples each")
+            build_preferences(engine, self.train, self.shots, config)
         self.runs.append(folder)
         return folder / PREFERENCES
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """What a stage that is finished says; None of one that is not."""
+    return read_json_object(folder / RESULT, "a stage of the study") if (folder / RESULT).exists() else None
+
+
+def _summary(folder: Path) -> TrainSummary | None:
+    """That of a training that is finished; None of one that is not."""
+    if (result := _finished(folder)) is None:
+        return None
+    return TrainSummary(**{item.name: result[item.name] for item in dataclasses.fields(TrainSummary)})

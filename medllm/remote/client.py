@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from time import time
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import openai
@@ -48,14 +49,29 @@ class Reply:
 
 @dataclass(frozen=True)
 class Response:
-    """What came of one request: its texts, and what is recorded of it (:func:`medllm.remote.spending.account`)."""
+    """What came of one request: its texts, and what is recorded of it (:func:`medllm.remote.spending.account`).
+
+    No text: the server does not take several (``n``).
+    """
 
     replies: tuple[Reply, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SeveralRefused(Exception):
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities (natural) of the tokens that a server was given; None for the first, which follows nothing."""
+
+    logprobs: tuple[float | None, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _SeveralRefused(Exception):
     """A server does not take ``n``."""
+
+
+class _Filtered(Exception):
+    """Its content filter refused a request."""
 
 
 class _Lost(Exception):
@@ -64,6 +80,20 @@ class _Lost(Exception):
     def __init__(self, why: str, advice: str, wait: float | None = None, busy: bool = False):
         super().__init__(why)
         self.why, self.advice, self.wait, self.busy = why, advice, wait, busy
+
+
+_Answer = TypeVar("_Answer", Response, Scored)
+
+
+@dataclass(frozen=True)
+class _Request(Generic[_Answer]):
+    """A call of the client that lacks the model's name, and what its reply is read as. ``number`` is the prompt's."""
+
+    number: int
+    create: Callable[..., Any]
+    read: Callable[[Any], _Answer]
+    is_text: bool
+    several: int = 1
 
 
 class Client:
@@ -103,15 +133,67 @@ class Client:
             settings: Other fields of the request; ``n`` among them.
 
         Raises:
-            SeveralRefused: ``n`` is more than 1, and the request is refused.
             UserError: the request is refused, or the server gives no answer.
         """
-        tokens = estimated_tokens(prompt) + limit * settings.get("n", 1)
+        several, is_text = settings.get("n", 1), isinstance(prompt, str)
+        if isinstance(prompt, str):
+            create: Any = partial(self._client.completions.create, prompt=prompt, max_tokens=limit)
+        else:
+            turns: Any = [message.to_json() for message in prompt]
+            limits: dict[str, Any] = {self.chat_limit: limit}
+            create = partial(self._client.chat.completions.create, messages=turns, **limits)
+        request = _Request(number, partial(create, **settings), partial(_response, is_text=is_text), is_text, several)
+        try:
+            return self._answered(pace, estimated_tokens(prompt) + limit * several, request)
+        except _Filtered:
+            return Response((Reply("", "content_filter", filtered=True),) * several, {"filtered": True})
+        except _SeveralRefused:
+            return Response(())
+
+    def score(self, pace: Pace, number: int, tokens: Sequence[int], says: str) -> Scored | None:
+        """How likely the server finds given tokens, each after those before it. None once ``pace`` is closed.
+
+        It is asked to give them back (``echo``) and to write one more, as vLLM does not take fewer.
+
+        Args:
+            pace: As for :meth:`ask`.
+            number: Of the text, for errors.
+            tokens: Its token ids.
+            says: What the last of them say: a server that makes another text of them has another tokenizer.
+
+        Raises:
+            UserError: as for :meth:`ask`, or the server gives no log-probabilities of what it is given, or of other tokens.
+        """
+        settings: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
+        create: Any = partial(self._client.completions.create, prompt=list(tokens), **settings)
+        request = _Request(number, create, partial(self._scored, tokens=tokens, says=says), is_text=True)
+        try:
+            return self._answered(pace, len(tokens) + 1, request)
+        except _Filtered:
+            raise PromptError(number, f"{self._where}: its content filter refuses it") from None
+
+    def _scored(self, reply: Any, tokens: Sequence[int], says: str) -> Scored:
+        (choice,) = reply.choices
+        found = getattr(choice.logprobs, "token_logprobs", None) or ()
+        if len(found) not in (len(tokens), len(tokens) + 1) or None in found[1 : len(tokens)]:
+            raise UserError(
+                f"{self._where}: gives {len(found)} log-probabilities for {len(tokens)} tokens: it does not score what it is "
+                "given (vLLM does, OpenAI and llama.cpp do not), or --server.tokenizer is another model's"
+            )
+        if _squeezed(says) not in _squeezed(choice.text):
+            raise UserError(
+                f"{self._where}: reads other words in the tokens of '{self._plain(says)}'; --server.tokenizer must be "
+                "the served model's own"
+            )
+        return Scored(tuple(found[: len(tokens)]), _facts(reply))
+
+    def _answered(self, pace: Pace, tokens: float, request: _Request[_Answer]) -> _Answer | None:
+        """The answer to a request, with the number of times that it was sent again among its facts."""
         tries = faults = 0
         while (began := pace.begin(tokens)) is not None:
             tries += 1
             try:
-                response = self._send(number, prompt, limit, settings)
+                answer = self._send(request)
             except _Lost as lost:
                 faults += not lost.busy  # one that is too busy for this request answers others, or none
                 again = pace.failed(began, lost.wait)
@@ -121,58 +203,53 @@ class Client:
             except UserError:
                 pace.close()
                 raise
-            except SeveralRefused:
+            except (_SeveralRefused, _Filtered):
                 pace.answered()
                 raise
             else:
                 pace.answered()
-                return Response(response.replies, {**response.facts, **({"retries": tries - 1} if tries > 1 else {})})
+                return replace(answer, facts={**answer.facts, **({"retries": tries - 1} if tries > 1 else {})})
         return None
 
-    def _send(self, number: int, prompt: Prompt, limit: int, settings: Mapping[str, Any]) -> Response:
+    def _send(self, request: _Request[_Answer]) -> _Answer:
         # No cause is chained: a traceback of the client may show the request, and the key with it.
         try:
-            reply: Any
-            if isinstance(prompt, str):
-                reply = self._client.completions.create(model=self._model, prompt=prompt, max_tokens=limit, **settings)
-            else:
-                turns: Any = [message.to_json() for message in prompt]
-                limits: dict[str, Any] = {self.chat_limit: limit}
-                reply = self._client.chat.completions.create(model=self._model, messages=turns, **limits, **settings)
+            reply = request.create(model=self._model)
         except openai.APIConnectionError as error:
             advice = "check OPENAI_BASE_URL and that the server runs"
             raise _Lost(f"no answer ({type(error).__name__})", advice) from None
         except openai.APIStatusError as error:
-            return self._refused(error, number, prompt, settings.get("n", 1))
+            raise self._refused(error, request) from None
         except (openai.APIError, ValueError) as error:
             raise _Lost(f"a reply that is broken ({type(error).__name__})", "is this an OpenAI-compatible server?") from None
         try:
-            return _response(reply, isinstance(prompt, str))
-        except (AttributeError, TypeError):
+            return request.read(reply)
+        except (AttributeError, TypeError, ValueError):
             said = self._plain(reply if isinstance(reply, str) else json.dumps(reply, default=_fields))
             raise _Lost(f"the reply holds no text: {said}", "is this an OpenAI-compatible server?") from None
 
-    def _refused(self, error: openai.APIStatusError, number: int, prompt: Prompt, several: int) -> Response:
+    def _refused(self, error: openai.APIStatusError, request: _Request[Any]) -> Exception:
+        """What a refusal comes to."""
         status, codes = error.status_code, _codes(error.body)
         said = f"({status}: {self._plain(error.message)})"
         if codes & _FILTERED:
-            return Response((Reply("", "content_filter", filtered=True),) * several, {"filtered": True})
+            return _Filtered()
         if codes & _USED_UP:
-            raise UserError(f"{self._where}: the quota is used up {said}; top it up, then go on") from None
+            return UserError(f"{self._where}: the quota is used up {said}; top it up, then go on")
         if status == 429:
             advice = "lower --server.concurrency, --server.requests_per_minute or --server.tokens_per_minute"
-            raise _Lost(f"too many requests {said}", advice, _asked_wait(error.response.headers), busy=True) from None
+            return _Lost(f"too many requests {said}", advice, _asked_wait(error.response.headers), busy=True)
         if status in _SENT_AGAIN or status >= 500:
-            raise _Lost(f"failed {said}", "see the server's log", _asked_wait(error.response.headers)) from None
-        if status in (400, 413, 422) and several > 1:
-            raise SeveralRefused from None
+            return _Lost(f"failed {said}", "see the server's log", _asked_wait(error.response.headers))
+        if status in (400, 413, 422) and request.several > 1:
+            return _SeveralRefused()
         if status in (400, 413, 422):
             advice = "the model may not take this prompt's length or one of the --sampling settings"
-            raise PromptError(number, f"{self._where}: refused {said}; {advice}") from None
+            return PromptError(request.number, f"{self._where}: refused {said}; {advice}")
         advice = "check OPENAI_BASE_URL, OPENAI_API_KEY and --model.path"
-        if status == 404 and isinstance(prompt, str):
+        if status == 404 and request.is_text:
             advice = "a server without /completions needs --format chat; otherwise check the model's name (--model.path)"
-        raise UserError(f"{self._where}: refused {said}; {advice}") from None
+        return UserError(f"{self._where}: refused {said}; {advice}")
 
     def _plain(self, text: str) -> str:
         for secret in filter(None, (self._key, self._password)):
@@ -182,8 +259,7 @@ class Client:
 
 def _response(reply: Any, is_text: bool) -> Response:
     """A reply of the client, read. An attribute or type error where it is none."""
-    usage = reply.usage
-    used = usage.prompt_tokens if usage else None
+    used = reply.usage.prompt_tokens if reply.usage else None
     replies = []
     for choice in reply.choices:
         text = choice.text if is_text else choice.message.content
@@ -194,18 +270,29 @@ def _response(reply: Any, is_text: bool) -> Response:
         replies.append(Reply(_whole(text or ""), choice.finish_reason, used, thought or "", filtered))
     if not replies:
         raise TypeError("no choices")
+    return Response(tuple(replies), _facts(reply))
+
+
+def _facts(reply: Any) -> dict[str, Any]:
+    """What is recorded of a request."""
+    usage = reply.usage
     facts = {
         "model": reply.model,
         "system_fingerprint": getattr(reply, "system_fingerprint", None),
-        "prompt_tokens": used,
+        "prompt_tokens": usage.prompt_tokens if usage else None,
         "completion_tokens": usage.completion_tokens if usage else None,
     }
-    return Response(tuple(replies), {name: value for name, value in facts.items() if value is not None})
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _whole(text: str) -> str:
     """A text without halves of characters, which JSON can hold (a reply cut in an emoji) and no file can."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _squeezed(text: str) -> str:
+    """A text without spaces and halves of characters, of which servers make different ones."""
+    return "".join(text.replace("\N{REPLACEMENT CHARACTER}", "").split())
 
 
 def _fields(model: Any) -> Any:

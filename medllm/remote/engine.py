@@ -1,4 +1,4 @@
-"""Models behind an OpenAI-compatible server (``--engine openai``): they answer exams, they are not trained here.
+"""Models behind an OpenAI-compatible server (``--engine openai``): they answer and score, and are not trained here.
 
 ``model.path`` is the model's name on the server. The server is ``OPENAI_BASE_URL`` (OpenAI's own when unset), the key
 ``OPENAI_API_KEY``; servers that need no key (vLLM, llama.cpp) take any word.
@@ -10,17 +10,20 @@ says so.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import numpy as np
+
 from medllm.config import MeshConfig, ModelConfig, Sampling
-from medllm.engine import Answer, Generation, Wanted
+from medllm.engine import Answer, Continuation, Generation, Likelihood, Wanted
 from medllm.errors import UserError
-from medllm.model.tokenizer import Prompt
-from medllm.remote.client import Client, Reply, Response, SeveralRefused
+from medllm.model.tokenizer import Prompt, decode, load_tokenizer
+from medllm.remote.client import Client, Reply, Response
 from medllm.remote.pace import Pace
+from medllm.remote.pool import as_they_come
 from medllm.remote.spending import account
 from medllm.stage_config import ServerConfig
 
@@ -37,7 +40,7 @@ class OpenAIEngine:
         url: The server, in place of ``OPENAI_BASE_URL``; one without keys needs none then.
 
     Raises:
-        UserError: no key in the environment, or a setting that only a local model can have.
+        UserError: no key in the environment, several processes, or a setting that only a local model can have.
     """
 
     name = "openai"
@@ -45,9 +48,15 @@ class OpenAIEngine:
     def __init__(self, model: ModelConfig, stage: MeshConfig | None = None, url: str | None = None):
         if model.adapter is not None:
             raise UserError("engine 'openai' cannot apply --model.adapter; serve the merged model, named by --model.path")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                "engine 'openai' asks from one process: start it without torchrun or accelerate (--server.concurrency)"
+            )
         self._settings: ServerConfig = getattr(stage, "server", ServerConfig())
         self._client = Client(model.path, url, self._settings)
         self._takes_several = True
+        if self._settings.tokenizer is not None:
+            self.tokenizer = load_tokenizer(self._settings.tokenizer)
 
     def generate(
         self,
@@ -102,42 +111,53 @@ class OpenAIEngine:
                 for first, (sample, reply) in enumerate(zip(asked.samples, response.replies, strict=True))
             ]
 
+    def logprobs(self, continuations: Sequence[Continuation], batch_size: int = 32) -> list[np.ndarray]:
+        """Per-token log-probabilities (natural) of each completion given its prompt; ``batch_size`` is an engine's here.
+
+        Raises:
+            UserError: as for :meth:`scored`.
+        """
+        found = {one.number: one.logprobs for came in self.scored(continuations) for one in came}
+        return [found[number] for number in range(len(continuations))]
+
+    def scored(self, continuations: Sequence[Continuation]) -> Iterator[list[Likelihood]]:
+        """See :class:`medllm.engine.ScoresSingly`. Each is a request.
+
+        Raises:
+            UserError: a prompt is empty, its tokens are not the server's, or the server gives no log-probabilities of
+                what it is given, cannot be reached, or refuses.
+        """
+        if not all(one.prompt for one in continuations):
+            raise UserError("a prompt is empty: its first token follows nothing")
+        pace, numbered = Pace(self._settings), iter(enumerate(continuations))
+
+        def ask(one: tuple[int, Continuation]) -> Likelihood | None:
+            number, asked = one
+            text = decode(self.tokenizer, asked.completion)
+            said = self._client.score(pace, number, (*asked.prompt, *asked.completion), text)
+            if said is None:
+                return None
+            return Likelihood(number, np.asarray(said.logprobs[len(asked.prompt) :], np.float32), said.facts)
+
+        for came in as_they_come(lambda: next(numbered, None), ask, self._settings.concurrency, pace):
+            yield [said for _, said in came]
+
     def account(self, facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """See :func:`medllm.remote.spending.account`."""
         return account(self._client.url, facts, self._settings)
 
     def _ask_all(self, wanted: Iterable[Wanted], sampling: Sampling, at_most: int) -> Iterator[list[tuple[Wanted, Response]]]:
         """What was asked and the responses, as they come; those samples that came of it, where it is not all."""
-        at_most = max(1, min(at_most, self._settings.concurrency))
         source, again = iter(wanted), deque[Wanted]()
-        pending: dict[Future[Response | None], Wanted] = {}
-        failed: BaseException | None = None
         pace = Pace(self._settings)
-        with ThreadPoolExecutor(at_most) as pool:
-            try:
-                while True:
-                    while failed is None and len(pending) < at_most and (one := self._next(source, again)):
-                        pending[pool.submit(self._ask, pace, one, sampling)] = one
-                    if not pending:
-                        break
-                    came: list[tuple[Wanted, Response]] = []
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        asked = pending.pop(future)
-                        try:
-                            response = future.result()
-                        except SeveralRefused:
-                            self._takes_several = False
-                            again.append(asked)
-                        except UserError as error:
-                            failed = failed or error
-                        else:
-                            came += self._received(asked, response, again)
-                    if came:
-                        yield came
-            finally:
-                pace.close()
-        if failed:
-            raise failed
+        asking = as_they_come(
+            lambda: self._next(source, again),
+            lambda one: self._ask(pace, one, sampling),
+            max(1, min(at_most, self._settings.concurrency)),
+            pace,
+        )
+        for came in asking:
+            yield [self._received(asked, response, again) for asked, response in came]
 
     def _next(self, source: Iterator[Wanted], again: deque[Wanted]) -> Wanted | None:
         """The next request: of one sample, where the server does not take several."""
@@ -147,15 +167,13 @@ class OpenAIEngine:
         again.extendleft(Wanted(one.number, one.prompt, (sample,)) for sample in reversed(one.samples[1:]))
         return Wanted(one.number, one.prompt, one.samples[:1])
 
-    def _received(self, asked: Wanted, response: Response | None, again: deque[Wanted]) -> Iterator[tuple[Wanted, Response]]:
+    def _received(self, asked: Wanted, response: Response, again: deque[Wanted]) -> tuple[Wanted, Response]:
         """What came; samples that did not come with it are asked for again, one by one."""
-        if response is None:  # the client was closed before it went
-            return
         count = min(len(asked.samples), len(response.replies))
         if count < len(asked.samples):
             self._takes_several = False
             again.append(Wanted(asked.number, asked.prompt, asked.samples[count:]))
-        yield Wanted(asked.number, asked.prompt, asked.samples[:count]), Response(response.replies[:count], response.facts)
+        return Wanted(asked.number, asked.prompt, asked.samples[:count]), Response(response.replies[:count], response.facts)
 
     def _ask(self, pace: Pace, asked: Wanted, sampling: Sampling) -> Response | None:
         settings: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medllm.config import ModelConfig
+from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generates, Scores, account
 from medllm.engines import EngineName, open_engine, open_scorer
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
-from medllm.exam.evaluation import OptionScores, check_exam, prompt_of, score_options, sit, write_predictions
-from medllm.exam.problem import Problem, check_ids
+from medllm.exam.evaluation import check_exam, prompt_of, sit, write_predictions
+from medllm.exam.option_journal import OPTION_JOURNAL, OptionJournal
+from medllm.exam.option_scores import OptionMethod, OptionScores, compared, scorable, score_options
+from medllm.exam.problem import Problem
 from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
 from medllm.host.processes import is_primary_process
@@ -75,6 +77,7 @@ class OptionsResult:
     control_tokens: Mapping[str, int]
     scores: OptionScores
     problem_set: str
+    server: Mapping[str, Any] | None = None
 
     @property
     def share(self) -> Estimate:
@@ -116,8 +119,12 @@ def run_evaluate(
     problems = of_subjects(problems, config.subjects)
     problems = problems[: config.limit] if config.limit else problems
     if config.method != "generate":
-        check_ids(problems)
-        return _choose_options(open_scorer(engine, config.model, config), problems, config, skipped)
+        scored, method = scorable(problems)[0], config.method
+        if config.dry_run:
+            asked = (compared(problem, config.option_prompt, method) for problem in scored)
+            texts = (f"{before}{answer}" for before, answers in asked for answer in answers)
+            return spending.estimate("evaluate", engine, texts, Sampling(max_new_tokens=1), config.server)
+        return _choose_options(open_scorer(engine, config.model, config), problems, config, method, skipped, progress)
     shots = read_shots(config.shots, config.shot_count, config)
     check_exam(problems, shots, config)
     if config.dry_run:
@@ -171,26 +178,35 @@ def _sit(
 
 
 def _choose_options(
-    model: Scores, problems: Sequence[Problem], config: EvaluateConfig, left_out: Mapping[str, int]
+    model: Scores,
+    problems: Sequence[Problem],
+    config: EvaluateConfig,
+    method: OptionMethod,
+    left_out: Mapping[str, int],
+    progress: Progress | None,
 ) -> OptionsResult:
     began = time.monotonic()
     with Run(config.run, config, engine=model.name, resume="auto") as run:
+        journal = OptionJournal(run.path / OPTION_JOURNAL)
         scores = score_options(
             model,
             model.tokenizer,
             problems,
             prompt=config.option_prompt,
-            method="letters" if config.method == "letters" else "options",
+            method=method,
             batch_size=config.batch_size,
+            journal=journal,
+            progress=progress,
         )
         result = OptionsResult(
             engine=model.name,
             model=config.label or model_label(config.model),
-            setting=f"zero-shot {config.method}",
+            setting=f"zero-shot {method}",
             seconds=time.monotonic() - began,
             control_tokens=control_tokens_in(model, problems),
             scores=replace(scores, left_out={**left_out, **scores.left_out}),
             problem_set=config.problem_set or ", ".join(Path(path).stem for path in config.problems),
+            server=account(model, journal.facts),
         )
         run.finish(result.to_json())
     return result

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from medllm.config import ModelConfig, Sampling
 from medllm.engine import Generation
 from medllm.errors import UserError
-from medllm.exam.evaluation import check_exam, evaluate, score_options, write_predictions
+from medllm.exam.evaluation import check_exam, evaluate, write_predictions
 from medllm.exam.option_prompts import OPTION_PROMPTS, option_prompt
+from medllm.exam.option_scores import score_options
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score

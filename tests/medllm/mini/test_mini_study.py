@@ -1,5 +1,6 @@
 """The embedded study from end to end, in a size where every stage runs and nothing is learned."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,6 +42,35 @@ def test_every_stage_leaves_a_finished_run(study):
     for name in ("cpt", *stages["rpo"]):
         assert (out / name / "adapter" / "adapter_model.safetensors").exists()
         assert (out / name / "merged" / "tokenizer.json").exists()
+
+
+class Killed(BaseException):
+    """No error that anybody catches."""
+
+
+def test_a_study_that_ended_early_goes_on_with_the_stages_that_are_left(study, tmp_path):
+    whole, figures, _ = study
+    out, told = tmp_path / "study", []
+
+    def until_dpo(line):
+        told.append(line)
+        if line.startswith("CPT+DPO: preference training"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_and_report("jax", out, "mini_smoke", until_dpo)
+    finished = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}
+    assert len(finished) == 7
+    with pytest.raises(UserError, match=r"was begun with .* = .*, now it is"):
+        run_study("jax", out, dataclasses.replace(load_preset("mini_smoke"), row_length=96), told.append)
+    again = run_and_report("jax", out, "mini_smoke", told.append)
+    assert sum(line.startswith("CPT: ") and line.endswith(" documents") for line in told) == 1
+    assert finished == {file: file.stat().st_mtime_ns for file in finished}
+    assert again["scores"] == figures["scores"]
+    for file in (*whole.glob("*/p*.jsonl"), *whole.glob("*/adapter/*.safetensors")):
+        assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes(), file
+    with pytest.raises(UserError, match="holds a finished study"):
+        run_study("jax", out, "mini_smoke", print)
 
 
 def test_dpo_is_rpo_without_the_likelihood_term(study):

@@ -15,7 +15,7 @@ from medllm.config import PairConfig
 from medllm.corpus.documents import Document
 from medllm.corpus.packing import tokenize_documents
 from medllm.errors import UserError
-from medllm.exam.evaluation import score_options
+from medllm.exam.option_scores import score_options
 from medllm.exam.problem import Problem
 from medllm.model.tokenizer import Message, encode, encode_continuation, encode_prompt, encode_texts, load_tokenizer
 from medllm.preferences.records import Preference, Sample

@@ -10,7 +10,7 @@ import pytest
 
 from medllm.cli import main
 from medllm.errors import UserError
-from medllm.exam.evaluation import OptionResult, OptionScores
+from medllm.exam.option_scores import OptionResult, OptionScores
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.scoring import score
 from medllm.report.page import render

@@ -163,12 +163,17 @@ def test_openais_own_server_gets_its_own_name_for_the_limit(server, monkeypatch)
 
 
 def test_what_an_api_cannot_do_is_refused(server, monkeypatch):
-    for opened in (open_trainer, open_scorer):
-        with pytest.raises(UserError, match=r"engine 'openai' cannot .*; use --engine jax or --engine torch"):
-            opened("openai", ModelConfig("tiny-model"))
-    assert not {"train_cpt", "train_preferences", "logprobs"} & set(dir(engine()))
+    with pytest.raises(UserError, match=r"engine 'openai' cannot train; use --engine jax or --engine torch"):
+        open_trainer("openai", ModelConfig("tiny-model"))
+    with pytest.raises(UserError, match=r"name the folder of the model's tokenizer \(--server\.tokenizer\)"):
+        open_scorer("openai", ModelConfig("tiny-model"))
+    assert not {"train_cpt", "train_preferences"} & set(dir(engine()))
     with pytest.raises(UserError, match=r"cannot apply --model\.adapter"):
         open_engine("openai", ModelConfig("tiny-model", adapter="adapter"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="asks from one process: start it without torchrun"):
+        engine()
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="needs OPENAI_API_KEY"):
         engine()

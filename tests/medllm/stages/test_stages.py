@@ -8,9 +8,9 @@ import pytest
 
 from medllm.cli import main
 from medllm.config import ModelConfig, OptionPrompt, Sampling
-from medllm.exam import evaluation
 from medllm.exam.loaders import write_problems
 from medllm.exam.option_prompts import OPTION_PROMPTS
+from medllm.exam.option_scores import OptionResult, OptionScores
 from medllm.mini.problems import exam_problems, shot_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
@@ -53,7 +53,7 @@ def test_the_exam_is_the_same_on_both_engines(exam, tmp_path):
     assert answers["jax"].count("\n") == 6
 
 
-NONE_RIGHT = evaluation.OptionScores(0, 0, (evaluation.OptionResult("x", ("a",), (2.0, 1.0), (1, 1)),), {})
+NONE_RIGHT = OptionScores(0, 0, (OptionResult("x", ("a",), (2.0, 1.0), (1, 1)),), {})
 
 
 def test_the_prompt_of_an_option_is_a_setting(exam, tmp_path, monkeypatch):
