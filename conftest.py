@@ -3,7 +3,9 @@
 A program that was compiled once is not compiled again in the same session, and files with slow tests come first.
 """
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 import tests.shape_checks  # noqa: F401  (found by its name)
+from tests.forced_devices import NOT_OPTIMIZED
 
 PACKAGES = ("jax_medllm", "torch_ref", "medllm_parity", "medllm")
 ROOT = Path(__file__).parent
@@ -25,7 +28,22 @@ def modules_with_shapes() -> list[str]:
 
 # On matrices this small, torch's threads only wait for each other; here, and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# LLVM's passes take long, and change nothing of what a program is asked to compute. On an accelerator, where the tests look at
+# what the machine really gives, they stay.
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    os.environ.setdefault("XLA_FLAGS", NOT_OPTIMIZED)
 install_import_hook(modules_with_shapes(), "tests.shape_checks.shapes_checked")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: nobody looks for garbage in it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +59,6 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         mine = tmp_path_factory.getbasetemp()
         programs = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "programs"
-        for name, value in {"compilation_cache_dir": str(programs), "persistent_cache_min_compile_time_secs": 0.05}.items():
+        for name, value in {"compilation_cache_dir": str(programs), "persistent_cache_min_compile_time_secs": 0.0}.items():
             jax.config.update(f"jax_{name}", value)
             os.environ[f"JAX_{name.upper()}"] = str(value)

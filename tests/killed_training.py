@@ -86,53 +86,58 @@ def same_end(run: Path, whole: Path) -> float:
     return apart(run, whole)
 
 
+def whole(engine: str, stage: str, folder: Path) -> None:
+    """A run that is left alone, in ``folder / "whole"``."""
+    finish(command(engine, stage, inputs(stage, folder), folder / "whole"))
+
+
 def kill(engine: str, stage: str, folder: Path, kills: int) -> str:
-    """Kill a run so often. What was seen, in a line."""
-    options, draw = inputs(stage, folder), random.Random(1)
-    finish(command(engine, stage, options, folder / "whole"))
-    words, seen = command(engine, stage, options, folder / "run"), []
+    """Kill a run so often, and hold its end against that of :func:`whole`. What was seen, in a line."""
+    run, draw = folder / "killed", random.Random(1)
+    words, seen = command(engine, stage, inputs(stage, folder), run), []
     for number in range(kills):
         process = start(words)
         least = number * STEPS // kills
-        until(lambda least=least: max(steps(folder / "run"), default=0) >= least and (folder / "run").exists(), process)
+        until(lambda least=least: max(steps(run), default=0) >= least and run.exists(), process)
         time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        seen.append(max(steps(folder / "run"), default=0))
-    if not (folder / "run" / "result.json").exists():
+        seen.append(max(steps(run), default=0))
+    if not (run / "result.json").exists():
         said = finish(words)
         assert "going on at step" in said or "no checkpoint yet" in said, said
-    return f"{engine}, {stage}: killed after steps {seen}; adapters apart by {same_end(folder / 'run', folder / 'whole'):.1e}"
+    return f"{engine}, {stage}: killed after steps {seen}; adapters apart by {same_end(run, folder / 'whole'):.1e}"
 
 
 def stop(engine: str, stage: str, folder: Path, number: signal.Signals = signal.SIGTERM) -> str:
-    """Ask a run to stop in its middle, and go on as it says. What was seen, in a line."""
-    options = inputs(stage, folder)
-    finish(command(engine, stage, options, folder / "whole"))
-    words = command(engine, stage, options, folder / "run")
+    """Ask a run to stop in its middle, go on as it says, and hold its end against that of :func:`whole`. What was seen, in a
+    line."""
+    run = folder / "stopped"
+    words = command(engine, stage, inputs(stage, folder), run)
     process = start(words)
-    until(lambda: max(steps(folder / "run"), default=0) >= 3, process)
+    until(lambda: max(steps(run), default=0) >= 3, process)
     asked = time.monotonic()
     process.send_signal(number)
     _, said = process.communicate(timeout=240)
     took = time.monotonic() - asked
     assert process.returncode == 0, said
-    assert not (folder / "run" / "result.json").exists()
+    assert not (run / "result.json").exists()
     first, last = said.strip().splitlines()[-2:]
     assert first == f"medllm: {number.name}: saving after this step; a second one ends at once"
-    done = steps(folder / "run")[-1]
+    done = steps(run)[-1]
     assert last.startswith(f"medllm: stopped after step {done} of {STEPS}, which is saved; go on with: medllm {stage} --engine")
     assert f"going on at step {done} of {STEPS}" in finish(words)
-    distance = same_end(folder / "run", folder / "whole")
+    distance = same_end(run, folder / "whole")
     return f"{engine}, {stage}: stopped after step {done} in {took:.1f} s; adapters apart by {distance:.1e}"
 
 
 def main(engine: str, stage: str, kills: str) -> None:
     """The command of the module's docstring."""
-    with tempfile.TemporaryDirectory() as folder:
-        print(kill(engine, stage, Path(folder), int(kills)), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        print(stop(engine, stage, Path(folder)), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole(engine, stage, folder)
+        print(kill(engine, stage, folder, int(kills)), flush=True)
+        print(stop(engine, stage, folder), flush=True)
 
 
 if __name__ == "__main__":

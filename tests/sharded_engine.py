@@ -1,13 +1,12 @@
 """Child process of the mesh tests: what the engine does on a mesh of forced devices, against the same on one of them.
 
-``python -m tests.sharded_engine none|nf4 MESH`` prints how far apart is what comes out.
+``python -m tests.sharded_engine`` prints, for each of ``CASES``, how far apart is what comes out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from medllm.model.adapter import read_adapter
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from medllm.stage_config import CptConfig, RpoConfig
+
+CASES = {"nf4": "data=2,tensor=2,fsdp=2", "none": "sequence=2,fsdp=4"}
+"""A mesh for each quantization."""
 
 SHAPE = ModelShape(layers=2, width=128, mlp=192, heads=8, kv_heads=4, vocabulary=64, rank=4)
 TRAINING = TrainingConfig(epochs=1, batch_size=6, accumulation=1)
@@ -94,11 +96,13 @@ def compared(folder: Path, model: ModelConfig, mesh: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compare."""
-    quantization, mesh = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as scratch:
-        model = dataclasses.replace(SHAPE.write(Path(scratch)), quantization=quantization)
-        print(json.dumps(compared(Path(scratch), model, mesh)))
+    """Compare in each case."""
+    found = {}
+    for quantization, mesh in CASES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            model = dataclasses.replace(SHAPE.write(Path(scratch)), quantization=quantization)
+            found[quantization] = compared(Path(scratch), model, mesh)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

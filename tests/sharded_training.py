@@ -1,15 +1,14 @@
 """Child process of the sharding tests: a training step over forced devices, against the same step on one of them.
 
-``python -m tests.sharded_training cpt|rpo QUANTIZATION|tied|qwen3|llama MESH …`` prints, for each mesh, the largest difference
-of the loss and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device
-sends by them.
+``python -m tests.sharded_training`` prints, for each of ``STEPS`` and each of its meshes, the largest difference of the loss
+and of the gradients, relative to the largest gradient, every collective of the compiled program, and what a device sends by
+them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -42,6 +41,28 @@ CONFIG = small_config(
 )
 
 
+MESHES = (
+    "fsdp=8",
+    "fsdp=8@reversed",
+    "data=8",
+    "data=2,fsdp=4",
+    "data=2,fsdp=2,tensor=2",
+    "tensor=4,fsdp=2",
+    "sequence=8",
+    "sequence=2,fsdp=4",
+    "tensor=2,sequence=2,fsdp=2",
+)
+FEW = ("fsdp=8", "data=2,fsdp=2,tensor=2", "sequence=2,fsdp=4")
+STEPS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("cpt", "nf4"): MESHES,
+    ("cpt", "llama"): FEW,
+    ("cpt", "tied"): FEW,
+    ("cpt", "nf4-single"): FEW,
+    ("rpo", "nf4"): FEW,
+    ("rpo", "qwen3"): FEW,
+}
+"""Meshes by stage and kind: a quantization, or one of ``OTHERS``."""
+
 OTHERS: Mapping[str, Architecture] = {
     "tied": replace(CONFIG, tie_embeddings=True),
     "qwen3": replace(CONFIG, family="qwen3", head_dim=32, biased=()),
@@ -50,12 +71,17 @@ OTHERS: Mapping[str, Architecture] = {
 """Dense models of other kinds: head norms; biases everywhere and a window shorter than a row."""
 
 
+@partial(jax.jit, static_argnames="scale")
+def waves(state: Any, scale: float) -> Any:
+    """``state`` and a little that differs from number to number."""
+    return jax.tree.map(lambda leaf: leaf + scale * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), state)
+
+
 def build(kind: str) -> DenseDecoder:
     config, quantization = (OTHERS[kind], "none") if kind in OTHERS else (CONFIG, kind)
     model = DenseDecoder(config, lora=LoraConfig(rank=4, alpha=8), quantization=quantization, rngs=nnx.Rngs(0))
     if kind in OTHERS:  # biases start at zero and norms at one
-        weights = nnx.state(model, nnx.Param)
-        nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.01 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), weights))
+        nnx.update(model, waves(nnx.state(model, nnx.Param), 0.01))
     return model
 
 
@@ -101,8 +127,7 @@ def gradients_of(stage: str, model: DenseDecoder, devices: Any = None) -> tuple[
     """Loss, gradients and the compiled program of one step, under the layout in use."""
     loss_fn, make = LOSSES[stage]
     graph, trainable, frozen = nnx.split(model, LoraParam, ...)
-    # B starts at zero, and with it most gradients.
-    trainable = jax.tree.map(lambda leaf: leaf + 0.05 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), trainable)
+    trainable = waves(trainable, 0.05)  # B starts at zero, and with it most gradients
 
     def run(trainable: Any, frozen: Any, batch: Any) -> Any:
         loss, gradients = jax.value_and_grad(lambda lora: loss_fn(nnx.merge(graph, lora, frozen), batch)[0])(trainable)
@@ -116,9 +141,8 @@ def gradients_of(stage: str, model: DenseDecoder, devices: Any = None) -> tuple[
     return loss, gradients, compiled.as_text()
 
 
-def main() -> None:
-    """Compare over each mesh."""
-    stage, kind, *meshes = sys.argv[1:]
+def compared(stage: str, kind: str, meshes: tuple[str, ...]) -> dict[str, Any]:
+    """One step over each mesh against the same on one device."""
     model = build(kind)
     loss, gradients, _ = gradients_of(stage, model)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients))
@@ -135,7 +159,12 @@ def main() -> None:
             "collectives": sorted(set(collectives(text))),
             "sent": sorted((one.kind, one.dtype, one.devices, one.bytes) for one in Program(text).collectives()),
         }
-    print(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    """Compare every step."""
+    print(json.dumps({" ".join(step): compared(*step, meshes) for step, meshes in STEPS.items()}))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ TRAINING = ("--lora.rank", "4", "--training.accumulation", "1", "--training.epoc
 HEARTBEAT = 5
 TWO_MINUTES = 120
 """What is promised; on two busy cores it can take most of one (docs/sharding.md)."""
-FOUR = environment(4)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ class Pair:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", *command],
-                env={**FOUR, processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
+                env={**environment(4), processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -142,7 +141,8 @@ class Pair:
 def work(data, tmp_path_factory):
     """The folder of all runs, and how the two processes ended.
 
-    Continued pretraining is run three times: in one process, begun in two and ended in one, and begun in one and ended in two.
+    Continued pretraining is run three times: in one process, begun in two and ended in one, and begun in one and ended in two;
+    and once with what fits the devices, of which the second process has small ones.
     """
     folder = tmp_path_factory.mktemp("work")
     one, two = folder / "one", folder / "two"
@@ -155,10 +155,11 @@ def work(data, tmp_path_factory):
         [*to_two, "--resume", "true", *OTHER_MESH],
         *stages(data, two, folder / "whole" / "adapter", *MESH),
     ]
+    commands.append([*cpt(data, folder / "auto", "--training.max_steps", "1", *MESH), "--training.remat", "auto"])
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
-    command = ["tests.process_engine", str(folder / "commands.json")]
-    with Pair(command, command) as pair:
-        ends = [pair.ended(index, 300) for index in range(2)]
+    large, small = (["tests.process_engine", str(folder / "commands.json"), available] for available in ("1e15", "1"))
+    with Pair(large, small) as pair:
+        ends = [pair.ended(index, 900) for index in range(2)]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert main([*to_one, "--resume", "true"]) == 0
     return folder, ends
@@ -198,19 +199,15 @@ def test_two_processes_write_what_one_writes(work):
     assert np.allclose([row["nll"] for row in two], [row["nll"] for row in one], rtol=1e-5, atol=0)
 
 
-def test_what_is_kept_for_the_backward_pass_is_what_fits_the_smallest_device_of_all_processes(data, tmp_path):
-    command = cpt(data, tmp_path / "run", "--training.remat", "auto", "--training.max_steps", "1", *MESH)
-    small, large = (["tests.process_of_memory", available, *command] for available in ("1", "1e15"))
-    with Pair(large, small) as pair:
-        ends = [pair.ended(index, 300) for index in range(2)]
-    assert [code for code, _, _ in ends] == [0, 0], ends
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["remat"] == "layer"
+def test_what_is_kept_for_the_backward_pass_is_what_fits_the_smallest_device_of_all_processes(work):
+    folder, _ = work
+    assert json.loads((folder / "auto" / "result.json").read_text())["remat"] == "layer"
 
 
 def test_only_the_first_process_prints(work):
     _, ((_, first, _), (_, second, _)) = work
     said = [re.findall("^(cpt|curate|rpo|evaluate):", out, re.MULTILINE) for out in (first, second)]  # Gloo prints too
-    assert said == [["cpt", "cpt", "curate", "rpo", "evaluate", "evaluate"], []]
+    assert said == [["cpt", "cpt", "curate", "rpo", "evaluate", "evaluate", "cpt"], []]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +233,7 @@ def test_a_process_that_ends_early_ends_the_other(sent, launcher, data, tmp_path
 
 def test_a_process_that_stays_alone_says_who_was_to_come():
     code = "from jax_medllm.mesh import processes; processes._MEETING_SECONDS = 1; processes.join('fsdp=-1')"
-    alone = {**FOUR, processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.INDEX: "0"}
+    alone = {**environment(4), processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.INDEX: "0"}
     done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("medllm: ")]

@@ -9,12 +9,20 @@ from medllm.config import MeshConfig, ModelConfig
 from medllm.engines import open_engine
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
+from tests.sharded_engine import CASES
 
 
-@pytest.mark.parametrize(("quantization", "mesh"), [("nf4", "data=2,tensor=2,fsdp=2"), ("none", "sequence=2,fsdp=4")])
-def test_what_the_engine_does_on_a_mesh_is_what_it_does_on_one_device(quantization, mesh):
+@pytest.fixture(scope="module")
+def worked():
+    """What :mod:`tests.sharded_engine` found on eight devices."""
+    return found_on_eight("tests.sharded_engine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", CASES)
+def test_what_the_engine_does_on_a_mesh_is_what_it_does_on_one_device(worked, quantization):
     """Adapters after a few steps differ by more than one step's rounding: Adam divides small gradients by themselves."""
-    found = found_on_eight("tests.sharded_engine", quantization, mesh)
+    found = worked[quantization]
     assert found["same texts"]
     assert found["logprobs"] < 1e-5
     assert max(found["cpt"], found["resumed on one device"], found["rpo"]) < 1e-3, found

@@ -13,18 +13,7 @@ from medllm.axes import MESH_AXES, RULES, Axis
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
 from tests.sharded_traffic import Traffic
-
-MESHES = (
-    "fsdp=8",
-    "fsdp=8@reversed",
-    "data=8",
-    "data=2,fsdp=4",
-    "data=2,fsdp=2,tensor=2",
-    "tensor=4,fsdp=2",
-    "sequence=8",
-    "sequence=2,fsdp=4",
-    "tensor=2,sequence=2,fsdp=2",
-)
+from tests.sharded_training import FEW, MESHES, STEPS
 
 
 class FakeDevice:
@@ -62,14 +51,16 @@ def test_chips_of_a_tpu_are_neighbours_along_the_innermost_axis(mesh):
         assert (np.abs(np.diff(places, axis=0)).sum(1) == 1).all()
 
 
-def trained(stage: str, quantization: str, *meshes: str) -> dict[str, dict]:
-    return found_on_eight("tests.sharded_training", stage, quantization, *meshes)
+@pytest.fixture(scope="module")
+def trained():
+    """Every step over its meshes, in one process of eight devices."""
+    return found_on_eight("tests.sharded_training")
 
 
 @pytest.fixture(scope="module")
-def packed():
+def packed(trained):
     """A CPT step on NF4 weights over every mesh."""
-    return trained("cpt", "nf4", *MESHES)
+    return trained["cpt nf4"]
 
 
 @pytest.mark.slow
@@ -80,13 +71,13 @@ def test_a_cpt_step_on_packed_weights_equals_one_device(packed, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "kind"), [("cpt", "llama"), ("cpt", "tied"), ("cpt", "nf4-single"), ("rpo", "nf4"), ("rpo", "qwen3")]
-)
-def test_other_steps_equal_one_device(stage, kind):
-    for mesh, found in trained(stage, kind, "fsdp=8", "data=2,fsdp=2,tensor=2", "sequence=2,fsdp=4").items():
-        assert found["loss"] < 1e-5, mesh
-        assert found["gradient"] < 1e-5, mesh
+@pytest.mark.parametrize(("stage", "kind"), [step for step in STEPS if step != ("cpt", "nf4")])
+def test_other_steps_equal_one_device(trained, stage, kind):
+    found = trained[f"{stage} {kind}"]
+    assert set(found) == set(FEW)
+    for mesh in FEW:
+        assert found[mesh]["loss"] < 1e-5, mesh
+        assert found[mesh]["gradient"] < 1e-5, mesh
 
 
 WEIGHTS = {(128, 128), (64, 128), (192, 128), (128, 192)}

@@ -54,6 +54,7 @@ def test_every_policy_gives_the_loss_and_gradients_of_keeping_everything(results
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_every_policy_keeps_less_than_the_one_before():
     """In Qwen2.5's proportions: the MLP three and a half times as wide as the model, fewer key/value heads than heads."""
     tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
