@@ -34,6 +34,7 @@ from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.text_files import first_line, read_yaml
+from medllm.verify_mesh_command import VERIFY_MESH
 
 if TYPE_CHECKING:
     from medllm.training import TrainSummary
@@ -330,6 +331,7 @@ COMMANDS: dict[str, Command | Group] = {
         _plan,
         ("--model", "--stage", "--target", "--mesh", "--rows", "--length", "--quantization", "--remat", "--search", "--html"),
     ),
+    "verify-mesh": VERIFY_MESH,
     "bench": Group("what training, evaluation and opening a checkpoint cost on this machine", _bench_actions),
     "data": Group("export preferences, find leaks, make a random model", _data_actions),
 }

@@ -8,20 +8,23 @@ import subprocess
 import sys
 from typing import Any
 
+NOT_OPTIMIZED = "--xla_backend_optimization_level=0"
+"""Of ``XLA_FLAGS``: without LLVM's passes, which are most of the time to compile for a processor."""
+
 _CHECKED = "import conftest, runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 """As ``python -m``, with annotations checked as they are in the tests' own process."""
 
 
 def environment(devices: int) -> dict[str, str]:
-    """The variables of a process with so many devices. LLVM's passes, most of the time to compile, are left out."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    """The variables of a process with so many devices."""
+    flags = f"--xla_force_host_platform_device_count={devices} {NOT_OPTIMIZED}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def found_on_eight(module: str, *arguments: str) -> Any:
     """What ``python -m module arguments`` prints in its last line, as JSON, where it has eight devices."""
     command = [sys.executable, "-c", _CHECKED, module, *arguments]
-    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Involuntary full rematerialization" not in done.stderr, "XLA gathers a whole array to lay it out anew"
     return json.loads(done.stdout.splitlines()[-1])
