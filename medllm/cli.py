@@ -34,6 +34,7 @@ from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.text_files import first_line, read_yaml
+from medllm.verify_command import VERIFY
 from medllm.verify_mesh_command import VERIFY_MESH
 
 if TYPE_CHECKING:
@@ -324,6 +325,8 @@ COMMANDS: dict[str, Command | Group] = {
     "convert": CONVERT,
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,
+    "verify": VERIFY,
+    "verify-mesh": VERIFY_MESH,
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
     "plan": Command(
         "what a stage takes on devices you do not have: memory, communication, time",
@@ -331,7 +334,6 @@ COMMANDS: dict[str, Command | Group] = {
         _plan,
         ("--model", "--stage", "--target", "--mesh", "--rows", "--length", "--quantization", "--remat", "--search", "--html"),
     ),
-    "verify-mesh": VERIFY_MESH,
     "bench": Group("what training, evaluation and opening a checkpoint cost on this machine", _bench_actions),
     "data": Group("export preferences, find leaks, make a random model", _data_actions),
 }

@@ -83,7 +83,9 @@ HOMES = {
         engine="OpenAIEngine",
         settings=("server",),
     ),
-    "parity": Home(modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page"}),
+    "parity": Home(
+        modules={"audit": "medllm_parity.audit", "page": "medllm_parity.page", "steps": "medllm_parity.verified_steps"}
+    ),
 }
 
 

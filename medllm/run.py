@@ -1,4 +1,5 @@
-"""A run is a folder: configuration, environment, metrics, checkpoints, adapter and result. Nothing outside it is written."""
+"""A run is a folder: configuration, environment, provenance, metrics, checkpoints, adapter and result. Nothing outside it is
+written."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ import yaml
 
 from medllm.errors import UserError
 from medllm.host.lock import LOCK, FolderLock
-from medllm.host.processes import is_primary_process, tell
+from medllm.host.processes import is_primary_process, process_count, tell
 from medllm.metrics import Metrics
+from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
 from medllm.stage_config import FREE_ON_RESUME
-from medllm.text_files import read_yaml
+from medllm.text_files import read_json_object, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,7 +57,7 @@ _WRITTEN = (
 )
 """What stages write into a run folder, some of it in place of what is there."""
 
-_OPENING_FILES = {"config.yaml", "environment.json", LOCK}
+_OPENING_FILES = {"config.yaml", "environment.json", PROVENANCE, LOCK}
 
 
 @contextmanager
@@ -201,6 +203,8 @@ class Run:
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, close the event file and let other processes in."""
         if is_primary_process():
+            record = read_json_object(self.path / PROVENANCE, "a run records what it is made from")
+            write_json(self.path / PROVENANCE, {**record, "outputs": output_digests(self.path)})
             write_json(self.path / RESULT, result)
         self._close()
 
@@ -222,7 +226,16 @@ class Run:
             raise UserError(f"{self.path}: holds {own[0]}, and no run that it is of; give another --run, or move it away")
         with atomic_path(written) as scratch:
             scratch.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        write_json(self.path / "environment.json", environment())
+        made_on = environment()
+        write_json(self.path / "environment.json", made_on)
+        self._record_inputs(plain, made_on["started"])
+
+    def _record_inputs(self, plain: dict[str, Any], started: str) -> None:
+        """A session begins: with what files, and by what code."""
+        file = self.path / PROVENANCE
+        before = read_json_object(file, "").get("sessions", []) if file.exists() else []
+        session = {"started": started, "processes": process_count(), "code": code_digest(), "inputs": input_digests(plain)}
+        write_json(file, {"sessions": [*before, session]})
 
     def _refuse_other_settings(self, now: dict[str, Any]) -> None:
         """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""

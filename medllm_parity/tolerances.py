@@ -67,3 +67,51 @@ NF4_SCALE_CODES = Tolerance(
     "share of differing bytes: on a CPU bitsandbytes takes scales from a table and misses the nearest in some of them",
     0.008,
 )
+
+
+@dataclass(frozen=True)
+class StepBounds:
+    """What a step taken anew in float64 may differ by from one that a run took.
+
+    ``loss`` and ``norm`` (the gradient's) bound a number relative to itself, the others the largest difference in a matrix over
+    the largest number in it; none for ``moments``: they are not compared.
+    """
+
+    loss: Tolerance
+    norm: Tolerance
+    moments: Tolerance | None
+    reference: Tolerance
+
+
+_NORM, _MOMENTS = "the gradient's error, over all matrices", "running means of the gradient and of its square"
+_LOGPROBS = "log-probabilities summed over a response"
+_WALKED = "as many steps since a known adapter: AdamW's first are close to sign(gradient) · rate, which magnifies rounding"
+VERIFY = {
+    "float32": StepBounds(
+        Tolerance(2e-5, "fp32 against float64", 1.7e-7),
+        Tolerance(5e-5, _NORM, 2.5e-7),
+        Tolerance(2e-4, _MOMENTS, 1.4e-6),
+        Tolerance(2e-5, _LOGPROBS, 1.7e-7),
+    ),
+    "float32, walked": StepBounds(
+        Tolerance(2e-5, _WALKED, 7.9e-7),
+        Tolerance(1e-4, _WALKED, 8.9e-6),
+        Tolerance(1e-3, _WALKED, 1.1e-4),
+        Tolerance(2e-5, _LOGPROBS, 1.7e-7),
+    ),
+    "bfloat16": StepBounds(
+        Tolerance(5e-3, "a product is rounded at 2^-9, in other places than those where the truth is", 1.2e-3),
+        Tolerance(2e-2, _NORM, 4.4e-3),
+        Tolerance(1e-1, _MOMENTS, 3.0e-2),
+        Tolerance(1e-2, _LOGPROBS, 2.2e-3),
+    ),
+    "bfloat16, walked": StepBounds(
+        Tolerance(1e-1, _WALKED, 2.6e-2),
+        Tolerance(5e-1, _WALKED, 2.2e-1),
+        None,
+        Tolerance(1e-2, _LOGPROBS, 2.2e-3),
+    ),
+}
+"""By the type a run computed in (4-bit weights count as bfloat16: a CPU packs some of them otherwise), right after a state that
+is known, and after more steps since."""
+ADAMW_ROUNDINGS = Tolerance(8.0, "roundings of the type that the adapter is kept in: AdamW rounds a few times on the way", 2.4)

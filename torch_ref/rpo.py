@@ -52,7 +52,7 @@ def train_preferences(
         UserError: the batch does not divide over the processes, or the model cannot be opened.
     """
     rows = [pair.trl_row() for pair in preferences.texts]
-    batch, accumulation = _micro_batches(recipe, pairs_per_problem=len(rows) / len(preferences.groups))
+    batch, accumulation = micro_batches(recipe, pairs_per_problem=len(rows) / len(preferences.groups))
     trainer = dpo_trainer(model, tokenizer, rows, recipe, run, batch=batch, accumulation=accumulation)
     # Where the batch was counted in problems, the log says how many pairs a step came to.
     counts = {"pairs_per_step": batch * accumulation * processes(), "dropped_pairs": preferences.dropped_pairs}
@@ -147,7 +147,7 @@ def _round_reference(model: peft.PeftModel) -> None:
             parameter.data = parameter.data.to(model.get_parameter(name.replace(".ref.", ".default.")).dtype)
 
 
-def _micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float) -> tuple[int, int]:
+def micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float) -> tuple[int, int]:
     """(pairs of one forward pass of one process, accumulation).
 
     TRL trains on single pairs: a batch counted in problems becomes their average number of pairs. And its SFT term is a mean

@@ -38,6 +38,11 @@ def is_primary_process() -> bool:
     return (int(os.environ.get("RANK", "0")) if _place is None else _place.index) == 0
 
 
+def process_count() -> int:
+    """How many processes this launch has."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if _place is None else _place.count
+
+
 def tell(line: str) -> None:
     """A line on standard error, of one process of several."""
     if is_primary_process():

@@ -132,7 +132,7 @@ def test_every_page_lets_nothing_in(template):
 
 
 def test_there_are_as_many_kinds_of_pages_as_are_looked_at():
-    assert {file.stem for file in PAGES} == {"report.html", "plan.html", "audit.html"}
+    assert {file.stem for file in PAGES} == {"report.html", "plan.html", "audit.html", "certificate.html"}
 
 
 def test_every_promise_names_a_test_that_is_there():

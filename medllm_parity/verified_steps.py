@@ -1,0 +1,299 @@
+"""Optimizer steps of a run, taken anew in float64 from states that are known, and held against its log and its checkpoints.
+
+Known are the fresh adapter and what the checkpoints hold. From one of them the walk takes every step up to the one that is
+asked for; each is held against its line of the log, and where it comes to a checkpoint, against that: the adapter and both
+moments. From there it goes on with the checkpoint's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medllm.config import LoraConfig, ModelConfig
+from medllm.errors import UserError
+from medllm.metrics import METRICS
+from medllm.model.adapter import Adapter, read_adapter, write_adapter
+from medllm.model.directory import ModelDirectory
+from medllm.run import MERGED
+from medllm.stages.handover import merges
+from medllm.verify.adamw import TrainingState, adamw_step, global_norm, learning_rate, moved
+from medllm.verify.data import TrainingData
+from medllm.verify.files import check_adapter_weights
+from medllm.verify.findings import STEPS, Finding, held, refuted_by
+from medllm.verify.record import Record
+from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
+from medllm_parity.exact_step import ExactModel, StepNumbers
+from medllm_parity.kept_reference import check_reference
+from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
+from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, Tolerance
+from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run trained: weights, the adapters under the trained one, those of the reference, and what the trained one was."""
+
+    model: ModelConfig
+    frozen: Sequence[Adapter]
+    reference: Sequence[Adapter] | None
+    lora: LoraConfig
+    start: Adapter | None
+
+
+def trained_by(record: Record) -> Trained:
+    """What the settings of a run say it trained (:mod:`medllm.stages.handover`).
+
+    Raises:
+        UserError: an adapter, or the merged weights, are not there.
+    """
+    config = record.config
+    if record.stage == "cpt":
+        return Trained(config.model, [read_adapter(path) for path in config.model.adapters], None, config.lora, None)
+    if merges(config.model, config):
+        merged = record.path / MERGED
+        if not merged.is_dir():
+            raise UserError(f"{merged}: the merged weights that the run was trained on are gone")
+        return Trained(dataclasses.replace(config.model, path=str(merged), adapter=None), [], [], config.lora, None)
+    adapters = [read_adapter(path) for path in config.model.adapters]
+    if adapters and config.handover == "continue":
+        return Trained(config.model, adapters[:-1], adapters, adapters[-1].lora, adapters[-1])
+    return Trained(config.model, adapters, adapters, config.lora, None)
+
+
+def check_steps(
+    record: Record, data: TrainingData, steps: int, reach: int, seed: int, progress: Progress = lambda done, total: None
+) -> list[Finding]:
+    """Take steps of a run anew.
+
+    Args:
+        record: The run.
+        data: What it trains on, made anew.
+        steps: How many are drawn.
+        reach: How many may be taken from one known state to get to one.
+        seed: Of the draw.
+        progress: Called with (steps done, steps in all).
+    """
+    try:
+        trained = trained_by(record)
+    except UserError as error:
+        return [refuted_by(STEPS, error)]
+    plan = _plan(record, data)
+    findings = check_log(record, len(plan.steps))
+    known, flaws = _known_states(record, trained)
+    findings += flaws
+    if any(known):
+        last = known[max(known)]
+        findings += check_adapter_weights(record, last.adapter, last.source) if record.result is not None else []
+        findings += _same_length(record, len(plan.steps))
+    wanted, out_of_reach = _choose(record, known, plan, steps, reach, seed)
+    if out_of_reach:
+        said = f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out or filled up"
+        findings.append(Finding(STEPS, "not checked", said=said))
+    gc.collect()
+    gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return findings + _Walk(record, trained, plan, known, Path(folder)).take(wanted, progress)
+    finally:
+        gc.unfreeze()
+
+
+def _plan(record: Record, data: TrainingData) -> Plan:
+    if data.rows is not None:
+        return plan_cpt(record.engine, data.rows, record.config.training)
+    assert data.preferences is not None
+    return plan_preferences(record.engine, data.preferences, record.config)
+
+
+def _known_states(record: Record, trained: Trained) -> tuple[dict[int, TrainingState], list[Finding]]:
+    directory = ModelDirectory(trained.model.path)
+    where = places(trained.lora, directory)
+    if trained.start is not None:
+        first = state_of(0, trained.start.tensors, "the adapter it went on from")
+    else:
+        first = fresh_state(record.engine, trained.lora, where, directory.architecture.num_layers)
+    known, flaws = {0: first}, []
+    for step, folder in checkpoints(record.engine, record.path).items():
+        try:
+            known[step] = read_checkpoint(record.engine, folder, step, trained.lora, where)
+        except UserError as error:
+            flaws.append(refuted_by("a checkpoint", error))
+    return known, flaws
+
+
+def _same_length(record: Record, total: int) -> list[Finding]:
+    step, folder = max(checkpoints(record.engine, record.path).items())
+    found = planned_length(record.engine, folder)
+    differences = [] if found == total else [f"the schedule spans {found} steps, data and settings give {total}"]
+    del step
+    return held("the number of steps", f"checkpoints/{folder.name}", differences, f"{total} steps")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A step that can be held against something, and the known state that the walk to it begins at."""
+
+    step: int
+    start: int
+
+
+def _choose(
+    record: Record, known: Mapping[int, Any], plan: Plan, steps: int, reach: int, seed: int
+) -> tuple[list[_Target], int]:
+    """Steps drawn from those within reach, the last of them always; and how many are not within it."""
+    lines = [int(line["step"]) for line in record.lines]
+    before = dict(zip(lines, [0, *lines], strict=False))
+    several = record.engine == "torch" and any(session.get("processes", 1) != 1 for session in record.sessions)
+    sizes = [sum(map(len, units)) for units in plan.steps] if several else []
+    filled = [step for step, size in enumerate(sizes, 1) if size < sizes[0]]
+    left_out = [int(line["step"]) for line in record.lines if line.get("skipped")] + filled
+    targets = []
+    total = len(plan.steps)
+    for step in sorted(one for one in {*lines, *known} - {0} if one <= total):
+        start = max(one for one in known if one <= before.get(step, step - 1))
+        targets.append(_Target(step, start))
+    # Which step of a line was left out is not logged, so none is walked past; nor one that several processes filled up.
+    near = [
+        one for one in targets if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
+    ]
+    drawn = random.Random(seed).sample(near, min(steps, len(near)))
+    return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), len(targets) - len(near)
+
+
+@dataclass
+class _Walk:
+    """Steps taken one after the other."""
+
+    record: Record
+    trained: Trained
+    plan: Plan
+    known: Mapping[int, TrainingState]
+    folder: Path
+    done: dict[int, StepNumbers] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = ExactModel(self.trained.model, self.trained.frozen, self.trained.reference)
+        self.lines = {int(line["step"]): line for line in self.record.lines}
+        types = self.trained.model
+        self.type = "float32" if types.dtype == "float32" and types.quantization == "none" else "bfloat16"
+        write_adapter(self.folder / "adapter", self.trained.lora, _narrow(self.known[0].adapter), self.trained.model.path)
+
+    def take(self, wanted: Sequence[_Target], progress: Progress) -> list[Finding]:
+        """The findings on every step on the way to those that are wanted."""
+        ends: dict[int, int] = {}
+        for target in wanted:
+            ends[target.start] = max(ends.get(target.start, 0), target.step)
+        total, findings = sum(end - start for start, end in ends.items()), []
+        for start, end in sorted(ends.items()):
+            state = self.known[start]
+            for step in range(start + 1, end + 1):
+                progress(len(self.done), total)
+                if step in self.done:
+                    state = self.known.get(step, state)
+                    continue
+                state, found = self._step(state, step)
+                findings += found
+        progress(total, total)
+        return findings
+
+    def _step(self, state: TrainingState, step: int) -> tuple[TrainingState, list[Finding]]:
+        config = self.record.config.optimizer
+        batches = self.plan.batches(step)
+        adapter = Adapter(self.trained.lora, state.adapter, str(self.folder / "adapter"))
+        self.done[step] = numbers = self.model.step(adapter, batches)
+        rate = learning_rate(config, len(self.plan.steps), step)
+        anew = adamw_step(state, numbers.gradients, config, rate)
+        known = self.known.get(state.step) is state
+        walked = VERIFY[f"{self.type}, walked"]
+        bounds = VERIFY[self.type] if known else walked
+        found = self._against_log(step, bounds if step - 1 in {0, *self.lines} else walked)
+        if numbers.reference is not None:
+            found += check_reference(self.record, self.plan, step, batches, numbers.reference, bounds.reference)
+        if step in self.known:
+            found += self._against_checkpoint(state, anew, self.known[step], bounds)
+        refuted = [one for one in found if one.status == "refuted"]
+        if refuted or not found:
+            return self.known.get(step, anew), refuted
+        worst = max((one for one in found if one.tolerance), key=lambda one: (one.error or 0) / (one.tolerance or 1))
+        said = f"from {state.source}: {', '.join(one.what for one in found)}; the closest to its bound is {worst.what}"
+        whole = Finding(STEPS, "proved", f"step {step}", said, worst.error, worst.tolerance, worst.reason)
+        return self.known.get(step, anew), [whole]
+
+    def _against_log(self, step: int, bounds: StepBounds) -> list[Finding]:
+        """A line of the log, which tells of one step or of the mean of several."""
+        line = self.lines.get(step)
+        if line is None:
+            return []
+        before = max((one for one in self.lines if one < step), default=0)
+        told = range(before + 1, step + 1)
+        if any(one not in self.done for one in told):
+            return []
+        numbers = [self.done[one] for one in told]
+        means = {name: float(np.mean([one.terms[name] for one in numbers])) for name in numbers[0].terms}
+        norms = [global_norm(one.gradients) for one in numbers]
+        norm = norms[-1] if self.record.engine == "torch" else float(np.mean(norms))
+        where = f"step {step}" if len(told) == 1 else f"steps {told[0]} to {step}"
+        data = self.plan.named(step)
+        found = [self._number("loss", where, line.get("loss"), means["loss"], bounds.loss, data)]
+        found.append(self._number("gradient norm", where, line.get("grad_norm"), norm, bounds.norm, data))
+        config = self.record.config.optimizer
+        rate = learning_rate(config, len(self.plan.steps), step)
+        bound = Tolerance(RATE_TOLERANCE, RATE_REASON, 0.0)
+        found.append(self._number("learning rate", where, line.get("learning_rate"), rate, bound, "", config.learning_rate))
+        return found
+
+    def _number(
+        self, what: str, where: str, logged: float | None, anew: float, bound: Tolerance, data: str, scale: float | None = None
+    ) -> Finding:
+        if logged is None:
+            return Finding(what, "refuted", where, f"{METRICS} has none; it comes to {anew:.6g}")
+        error = abs(logged - anew) / (scale or max(abs(anew), 1e-9))
+        ok = error <= bound.relative
+        said = "" if ok else f"{logged:.6g} is logged, taken anew it comes to {anew:.6g}" + (f" ({data})" if data else "")
+        return Finding(what, "proved" if ok else "refuted", where, said, error, bound.relative, bound.reason)
+
+    def _against_checkpoint(
+        self, before: TrainingState, anew: TrainingState, kept: TrainingState, bounds: StepBounds
+    ) -> list[Finding]:
+        """Moments against those of the gradient taken anew; and where the adapter before is known, whether the kept moments
+        move it to the kept one. That needs no gradient, and is as exact as the type the adapter is kept in."""
+        where, found = f"step {kept.step}, {kept.source}", []
+        for what, ours, theirs in (("first moment", anew.first, kept.first), ("second moment", anew.second, kept.second)):
+            if bounds.moments is not None:
+                errors = {name: _apart(ours[name], theirs[name]) for name in theirs}
+                found.append(_worst_of(what, where, errors, bounds.moments))
+        if self.known.get(before.step) is before:
+            config = self.record.config.optimizer
+            rate = learning_rate(config, len(self.plan.steps), kept.step)
+            adapter = moved(before, kept.first, kept.second, config, rate)
+            bound = dataclasses.replace(ADAMW_ROUNDINGS, relative=ADAMW_ROUNDINGS.relative * kept.rounding)
+            errors = {name: _apart(adapter[name], value) for name, value in kept.adapter.items()}
+            found.append(_worst_of("update", where, errors, bound))
+        return found
+
+
+def _worst_of(what: str, where: str, errors: Mapping[str, float], bound: Tolerance) -> Finding:
+    name = max(errors, key=lambda one: errors[one] if errors[one] == errors[one] else np.inf)
+    ok = errors[name] <= bound.relative
+    said = "" if ok else f"{name} is not what the step makes of it"
+    return Finding(what, "proved" if ok else "refuted", where, said, errors[name], bound.relative, bound.reason)
+
+
+def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    largest = float(np.abs(theirs).max(initial=0.0))
+    return float(np.abs(ours - theirs).max(initial=0.0)) / (largest or 1.0)
+
+
+def _narrow(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
