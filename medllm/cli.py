@@ -36,6 +36,7 @@ from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.text_files import first_line, read_yaml
 from medllm.verify_command import VERIFY
+from medllm.verify_mesh_command import VERIFY_MESH
 
 if TYPE_CHECKING:
     from medllm.training import TrainSummary
@@ -329,6 +330,7 @@ COMMANDS: dict[str, Command | Group] = {
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,
     "verify": VERIFY,
+    "verify-mesh": VERIFY_MESH,
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),
     "plan": Command(
         "what a stage takes on devices you do not have: memory, communication, time",

@@ -28,6 +28,7 @@ RUN = {
     r"medllm data export-trl": "test_docs_data.py",
     r"medllm mini --(out|engine)": "test_isolation.py",
     r"medllm parity .*--model\.path": "test_audit.py",
+    r"medllm verify-mesh": "test_verify_mesh.py",
     r"medllm plan .*--calibrat": "test_plan_calibration.py",
     r"medllm plan .*--(target|search)": "test_plan_command.py",
     r"medllm (cpt|rpo|convert) .*--(handover|held_text|model\.adapter)": "test_handover.py",
@@ -56,7 +57,7 @@ NOT_RUN = {
     r"python -m tests\.damaged_checkpoints": "it damages hundreds of checkpoints; both engines' tests damage some",
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"python -m pytest": "it is a test",
-    r"python -m tests\.(killed_runs|journal_load)": "it takes minutes; test_killed_runs.py does less of the same",
+    r"python -m tests\.(killed_runs|journal_load|mesh_faults)": "it takes minutes; test_killed_runs.py does less of the same",
     r"python scripts/mutate\.py --jobs": "it plants all faults, which takes hours; test_mutations.py plants one",
     r"medllm .*\$(D|OUT)/": "it needs real exams and documents, which are not part of the project",
 }

@@ -1,6 +1,6 @@
 """The child process of :mod:`medllm.plan`: ``python -m jax_medllm.plan compile SETTINGS`` prints one line of JSON.
 
-``probe`` in place of ``compile`` runs a few layers on the device that is here.
+``probe`` in place of ``compile`` runs a few layers on the device that is here, ``check_mesh`` a narrow step over a mesh.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from jax_medllm.mesh.layout import Layout
 from jax_medllm.plan.compiled import measure
+from jax_medllm.plan.mesh_check import check_mesh
 from jax_medllm.plan.probe import probe
 from jax_medllm.plan.programs import trace
 from jax_medllm.plan.targets import devices_of
@@ -30,4 +31,4 @@ def _compiler(kind: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(serve({"compile": compile_stage, "probe": probe}, sys.argv[1:]))
+    sys.exit(serve({"check_mesh": check_mesh, "compile": compile_stage, "probe": probe}, sys.argv[1:]))

@@ -109,7 +109,7 @@ def planned(stage: str, settings: dict[str, Any], layout: Layout) -> dict[str, A
 def _at_depth(stage: str, settings: dict[str, Any], layers: int, layout: Layout, seconds: float) -> dict[str, Any]:
     model = replace(Architecture.from_hf(settings["model"]), num_layers=layers)
     settings = {**settings, "model": model.to_hf(), "accumulation": 1}
-    loss_fn, batches = _step(stage, settings)
+    loss_fn, batches = random_step(stage, settings)
     quantization, dtype = held_as(settings["quantization"])
     weights = random_model(
         model,
@@ -121,7 +121,7 @@ def _at_depth(stage: str, settings: dict[str, Any], layers: int, layout: Layout,
     return {**planned(stage, settings, layout), **{name: ran[name] for name in ("step_s", "steps_s", "compile_s")}}
 
 
-def _step(stage: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+def random_step(stage: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The loss and the micro-batches of a step of random tokens."""
     config = TrainingConfig(epochs=1, batch_size=settings["rows"], accumulation=1)
     rng = np.random.default_rng(0)

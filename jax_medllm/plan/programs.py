@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -24,9 +25,10 @@ from jax_medllm.weights.code_layout import laid_codes
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
 from medllm.plan.request import held_as
+from medllm.quantization import Quantization
 
 _ROWS = ("batch",)
-_STEPS = 1000
+STEPS = 1000
 """Of a run, for its schedule; of no influence on the program."""
 
 
@@ -79,13 +81,13 @@ def trace(stage: str, settings: Mapping[str, Any], layout: Layout) -> Stage:
 
 
 def _attention(settings: Mapping[str, Any], layout: Layout) -> Backend | None:
-    """The attention backend of the device that is planned for; None where the layout in use says it.
+    """The attention backend that the settings name, or that of the device planned for; None where the layout in use says it.
 
     A layout of one device is not in use, and attention would be that of the machine which plans.
     """
-    if layout.mesh.size > 1:
-        return None
-    dtype = jnp.dtype(held_as(settings["quantization"])[1])
+    if layout.mesh.size > 1 or "attention" in settings:
+        return settings.get("attention")
+    dtype = jnp.dtype(_types(settings)[1])
     with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):
         return backend_for(jax.ShapeDtypeStruct((1, 1, 1, Architecture.from_hf(settings["model"]).head_dim), dtype))
 
@@ -112,6 +114,14 @@ def _rpo(settings: Mapping[str, Any], layout: Layout) -> Stage:
     return _training(settings, layout, loss_fn, batch, (rows, length), responses * settings["response"])
 
 
+def trace_step(settings: Mapping[str, Any], layout: Layout, loss_fn: Callable[..., Any], batch: Any) -> Stage:
+    """The programs of an optimizer step over this very ``batch``, whose rows the layout divides."""
+    shapes = jax.tree.map(lambda leaf: _laid(leaf, _ROWS if np.ndim(leaf) else (), layout), batch)
+    shape = max((np.shape(leaf) for leaf in jax.tree.leaves(batch)), key=len)[:2]
+    with layout.in_use(), using(_attention(settings, layout)):
+        return _training(settings, layout, loss_fn, shapes, shape, shape[1])
+
+
 def _training(
     settings: Mapping[str, Any],
     layout: Layout,
@@ -128,7 +138,7 @@ def _training(
     graph, *states = nnx.split(model, LoraParam, ...)
     trainable, frozen = (_placed(state, layout) for state in states)
     frozen = laid_codes(frozen, lambda codes, form: jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=form))
-    step = make_step(graph, loss_fn, OptimizerConfig(), _STEPS)
+    step = make_step(graph, loss_fn, OptimizerConfig(), STEPS)
     # A moment lies where its parameter does.
     moments = jax.tree.map(
         lambda part: _placed(part, layout) if isinstance(part, nnx.State) else _laid(part, (), layout),
@@ -171,7 +181,7 @@ _STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt,
 
 def _model(settings: Mapping[str, Any]) -> DenseDecoder:
     config = Architecture.from_hf(settings["model"])
-    quantization, dtype = held_as(settings["quantization"])
+    quantization, dtype = _types(settings)
     build = partial(
         DenseDecoder,
         config,
@@ -180,6 +190,12 @@ def _model(settings: Mapping[str, Any]) -> DenseDecoder:
         dtype=dtype,
     )
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+
+
+def _types(settings: Mapping[str, Any]) -> tuple[Quantization, Literal["float32", "bfloat16"]]:
+    """How the linear layers are held, and the type of everything else, which ``dtype`` may name by itself."""
+    quantization, dtype = held_as(settings["quantization"])
+    return quantization, settings.get("dtype", dtype)
 
 
 def _placed(state: nnx.State, layout: Layout) -> nnx.State:

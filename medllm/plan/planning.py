@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from medllm.architecture import Architecture
@@ -66,7 +67,7 @@ def _compiled(request: Request, target: Target, model: Architecture, progress: P
             "stage": request.stage,
             "settings": {**request.settings(), "model": model.to_hf()},
         },
-        environment=_environment(target),
+        environment=compiling_environment(target),
         progress=told,
     )
 
@@ -116,17 +117,25 @@ def check_installed(target: Target) -> None:
         require(f"medllm plan --target {target.name}", package, "plan")
 
 
-def _environment(target: Target) -> dict[str, str]:
-    """Of the compiling process. It runs nothing on a device, so it must not look for one."""
+def compiling_environment(target: Target, partitioned: Path | None = None) -> dict[str, str]:
+    """Of the compiling process. It runs nothing on a device, so it must not look for one.
+
+    With ``partitioned``, partitioned programs are written to that folder, and the process has as many CPU devices as the
+    target.
+    """
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    kind = target.device.kind
+    kind, flags = target.device.kind, []
     if kind == "tpu":
         variables |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if kind == "cuda":
         spec = importlib.util.find_spec("nvidia.cuda_nvcc")
         assert spec is not None  # as check_installed found
         folder = next(iter(spec.submodule_search_locations or ()))
-        variables |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={folder}"}
-    if kind == "cpu":
-        variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.count}"
-    return variables
+        variables["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        flags.append(f"--xla_gpu_cuda_data_dir={folder}")
+    if kind == "cpu" or partitioned is not None:
+        flags.append(f"--xla_force_host_platform_device_count={target.count}")
+    if partitioned is not None:
+        dumped = {"to": partitioned, "hlo_pass_re": ".*spmd-partitioning", "hlo_as_text": "true", "large_constants": "true"}
+        flags += [f"--xla_dump_{name}={value}" for name, value in dumped.items()]
+    return variables | ({"XLA_FLAGS": " ".join(flags)} if flags else {})
