@@ -1,8 +1,12 @@
-"""Each engine's study runs where the other's framework is not installed."""
+"""Each engine's study runs where the other's framework is not installed, from the wheel that is handed out."""
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
+import venv
+from pathlib import Path
 
 import pytest
 
@@ -22,9 +26,48 @@ sys.exit(code)
 """
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def built(folder: Path) -> Path:
+    """The wheel."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The programs of an environment that has the wheel, and beside it what this one has, but not this project's folder."""
+    made = tmp_path_factory.mktemp("installed")
+    venv.create(made / "venv", with_pip=False)
+    programs = made / "venv" / "bin"
+    pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(built(made / "dist"))], check=True)
+    (packages,) = (made / "venv" / "lib").glob("python*/site-packages")
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib"))
+    return programs
+
+
+def run_installed(programs: Path, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """A program of that environment, from another folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    head = [str(programs / command[0]), *command[1:]]
+    return subprocess.run(head, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 def run_without(packages: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", _WITHOUT, packages, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_wheel_is_the_same_to_the_byte_and_brings_its_command(installed, tmp_path):
+    first, second = built(tmp_path / "one"), built(tmp_path / "two")
+    assert first.read_bytes() == second.read_bytes()
+    where = run_installed(installed, tmp_path, "python", "-c", "import medllm, jax_medllm; print(medllm.__file__)")
+    assert where.stdout.startswith(str(installed.parent)), where
+    assert run_installed(installed, tmp_path, "medllm", "--version").stdout.startswith("medllm ")
 
 
 @pytest.mark.slow
@@ -32,11 +75,10 @@ def run_without(packages: str, *arguments: str) -> subprocess.CompletedProcess:
     ("engine", "absent"),
     [("jax", "torch,peft,trl,accelerate,bitsandbytes"), ("torch", "jax,jaxlib,flax,optax,orbax")],
 )
-def test_the_study_runs_without_the_other_framework(engine, absent, tmp_path):
+def test_the_study_runs_from_the_wheel_without_the_other_framework(engine, absent, installed, tmp_path):
     out = tmp_path / "study"
-    done = run_without(
-        absent, "mini", "--engine", engine, "--preset", "mini_smoke", "--out", str(out), "--json", str(tmp_path / "r.json")
-    )
+    words = ["mini", "--engine", engine, "--preset", "mini_smoke", "--out", str(out), "--json", str(tmp_path / "r.json")]
+    done = run_installed(installed, tmp_path, "python", "-c", _WITHOUT, absent, *words)
     assert done.returncode == 0, done.stderr
     assert (out / "report.html").exists()
     assert json.loads((tmp_path / "r.json").read_text())["engine"] == engine

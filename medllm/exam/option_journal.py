@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ class OptionJournal:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __iter__(self) -> Iterator[KeptOption]:
+        return iter(self._kept.values())
 
     def get(self, problem_id: str, option: int, asked: str) -> KeptOption | None:
         """What is kept of an option.

@@ -20,6 +20,7 @@ from medllm.errors import UserError
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
 from medllm.exam.evaluation import check_exam, sit
+from medllm.exam.option_journal import OPTION_JOURNAL, OptionJournal
 from medllm.exam.predictions import Prediction, read_predictions
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.scoring import score
@@ -37,6 +38,7 @@ from medllm.verify.record import Record
 GUARD = "nothing that must not be in it"
 ANSWERS = "the answers"
 SCORE = "the score"
+LIKELIHOODS = "the likelihoods"
 
 
 class _Silent:
@@ -128,7 +130,7 @@ def _curation(record: Record, problems: Sequence[Problem], shots: Sequence[Probl
 
 
 def _check_options(record: Record) -> list[Finding]:
-    """An exam by likelihood: no text was kept, and the log-probabilities are the result's own."""
+    """An exam by likelihood: the choices follow from the log-probabilities, and these are those that were kept as they came."""
     if record.result is None:
         return [Finding(SCORE, "not checked", RESULT, "the run has not finished")]
     problems = {problem.problem_id: problem for problem in _asked(record)[0]}
@@ -146,14 +148,35 @@ def _check_options(record: Record) -> list[Finding]:
     accuracy = sum(row["correct"] for row in rows) / max(1, len(rows))
     if abs(accuracy - record.result["accuracy"]) > 1e-12:
         differences.append(f"accuracy is {record.result['accuracy']}, its rows give {accuracy}")
-    return held(SCORE, RESULT, differences, f"{len(rows)} choices made anew; their likelihoods are not checked")
+    return [*held(SCORE, RESULT, differences, f"{len(rows)} choices made anew"), *_likelihoods(record, rows)]
+
+
+def _likelihoods(record: Record, rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    if not (record.path / OPTION_JOURNAL).exists():
+        return [Finding(LIKELIHOODS, "not checked", OPTION_JOURNAL, "is not there: they are the result's own")]
+    with _copied(record, OPTION_JOURNAL) as file:
+        kept = {(one.problem_id, one.option): one.nll for one in OptionJournal(file)}
+    differences = [
+        f"problem {row['problem_id']}: the likelihood of option {option + 1} is not the one that was given"
+        for row in rows
+        for option, nll in enumerate(row["nll"])
+        if kept.get((row["problem_id"], option)) != nll
+    ]
+    return held(LIKELIHOODS, OPTION_JOURNAL, differences, f"{len(kept)} options")
 
 
 @contextmanager
 def _journal(record: Record) -> Iterator[Journal]:
-    """The run's, from a copy: a journal mends its own torn end. What reading it says to a user who goes on is not said."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        yield Journal(Path(shutil.copyfile(record.path / JOURNAL, Path(folder) / JOURNAL)))
+    """The run's. What reading it says to a user who goes on is not said."""
+    with _copied(record, JOURNAL) as file, redirect_stderr(io.StringIO()):
+        yield Journal(file)
+
+
+@contextmanager
+def _copied(record: Record, name: str) -> Iterator[Path]:
+    """A copy of a journal: it mends its own torn end."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copyfile(record.path / name, Path(folder) / name))
 
 
 def _other_predictions(record: Record, expected: Sequence[Prediction]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -155,6 +157,11 @@ def test_a_choice_by_likelihood_is_made_anew(given, tmp_path, monkeypatch):
     certificate = verify(VerifyConfig(str(tmp_path / "run")))
     assert certificate.verdict == "proved", certificate.headline()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
+    edited = copy.deepcopy(result)
+    edited["results"][0]["nll"][-1] += 0.5  # which changes no choice
+    (tmp_path / "run" / "result.json").write_text(json.dumps(edited))
+    (said,) = refuted(tmp_path / "run")
+    assert re.fullmatch(r"options\.journal: the likelihoods: problem \S+: the likelihood of option \d is not .* given", said)
     result["results"][0]["prediction"] = "e"
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
     problem = result["results"][0]["problem_id"]
