@@ -84,12 +84,19 @@ def announce(
     """
     if not is_primary_process():
         return
-    base, training = ModelDirectory(model.path).described, recipe.training
+    training, batch = recipe.training, f"{recipe.training.accumulation} x {recipe.training.batch_size}"
+    on = f"{engine} on {devices.words()}: {held_words(model)}, remat {training.remat}"
+    try:
+        base = ModelDirectory(model.path).described
+    except UserError:  # of a family that only the reference engine knows: it says itself what it takes
+        tell(on)
+        tell(f"{work.what}: {work.steps:,} steps of {batch}")
+        tell(f"writing to {run}")
+        return
     adapter = adapter_parameters(base, lora)
-    batch = f"{training.accumulation} x {training.batch_size}"
     least = devices.least_seconds(training_flops(base, work.tokens, training.remat == "layer"))
     time = f"; at least {duration(least)}, by the devices' peak rate" if least is not None else ""
-    tell(f"{engine} on {devices.words()}: {held_words(model)}, remat {training.remat}, adapter of {adapter:,} parameters")
+    tell(f"{on}, adapter of {adapter:,} parameters")
     tell(f"{work.what}: {work.steps:,} steps of {batch}{time}")
     needed = checkpoint_bytes(adapter, recipe.optimizer.moments) * checkpoints_kept(training, work.steps) + adapter * _FP32
     check_room(run, needed)

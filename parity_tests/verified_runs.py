@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from medllm.config import CorpusConfig, LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, TrainingConfig
+from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PairConfig, PreferenceLoss, TrainingConfig
 from medllm.preferences.records import Preference, Sample, write_preferences
 from medllm.provenance import PROVENANCE, input_digests, output_digests
-from medllm.stage_config import CptConfig, RpoConfig
+from medllm.stage_config import CorpusConfig, CptConfig, RpoConfig
 from medllm.stages.cpt import run_cpt
 from medllm.stages.rpo import run_rpo
 from medllm.verify.findings import Certificate, Finding

@@ -32,24 +32,6 @@ def off(results):
     return [one["name"] for one in results if max(one["error"], one["apart"]) > TOLERANCE]
 
 
-@pytest.mark.slow
-def test_every_gradient_moment_and_parameter_over_a_mesh_is_that_of_one_device(planted):
-    honest = planted["found"][0]["results"]
-    assert off(honest) == []
-    names = {(one["program"], one["name"].split(".")[-4]) for one in honest if ".lora." in one["name"]}
-    assert len(names) == 2 * 7, "of both programs, every projection"
-    assert max(one["error"] for one in honest) < TOLERANCE / 20
-
-
-@pytest.mark.slow
-def test_a_reduction_left_out_or_made_twice_is_named(planted):
-    assert planted["reductions"] > 20
-    kinds = [one["planted"].partition(":")[0] for one in planted["found"]]
-    assert kinds == ["nothing", "without", "twice", "without", "twice"]
-    for one in planted["found"][1:]:
-        assert off(one["results"]), one["planted"]
-
-
 def test_groups_are_written_out_in_their_order():
     mesh = "replica_groups=mesh['a'=2,'b'=4] "
     assert for_replicas(mesh + "{'b'}") == "replica_groups={{0,1,2,3},{4,5,6,7}}"
@@ -67,6 +49,24 @@ def test_a_program_of_partitions_becomes_one_of_replicas():
     line = f"  %a = f32[2,3]{{1,0:T(8,128)}} all-reduce(%b), channel_id=3, {groups}, use_global_device_ids=true, to_apply=%add"
     assert for_replicas(line) == f"  %a = f32[2,3] all-reduce(%b), {groups}, to_apply=%add"
     assert for_replicas("%p = u32[] partition-id(), sharding={devices=[2,1]<=[2]}") == "%p = u32[] replica-id()"
+
+
+@pytest.mark.slow
+def test_every_gradient_moment_and_parameter_over_a_mesh_is_that_of_one_device(planted):
+    honest = planted["found"][0]["results"]
+    assert off(honest) == []
+    names = {(one["program"], one["name"].split(".")[-4]) for one in honest if ".lora." in one["name"]}
+    assert len(names) == 2 * 7, "of both programs, every projection"
+    assert max(one["error"] for one in honest) < TOLERANCE / 20
+
+
+@pytest.mark.slow
+def test_a_reduction_left_out_or_made_twice_is_named(planted):
+    assert planted["reductions"] > 20
+    kinds = [one["planted"].partition(":")[0] for one in planted["found"]]
+    assert kinds == ["nothing", "without", "twice", "without", "twice"]
+    for one in planted["found"][1:]:
+        assert off(one["results"]), one["planted"]
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -16,6 +16,7 @@ from medllm.cli import main
 from medllm.mini.study import BASE
 from medllm.model.directory import ModelDirectory, write_model
 from medllm.model.files import INDEX, WEIGHTS
+from tests.refusal import refused
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
@@ -40,17 +41,12 @@ def folder(tmp_path, monkeypatch) -> Path:
 def refusal(folder, capsys) -> Callable[..., str]:
     """Train on ``model``, hold the refusal to one line and exit code 2, and to leaving the folder as it was."""
 
-    def refused(*settings: str) -> str:
-        before = sorted(folder.rglob("*"))
+    def refused_training(*settings: str) -> str:
         given = ["--model.path", "model", "--model.dtype", "float32", "--run", "run", "--corpus.documents", "text.jsonl"]
         given += ["--corpus.length", "64"]
-        assert main(["cpt", *given, *settings]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        assert sorted(folder.rglob("*")) == before
-        return lines[0]
+        return refused(folder, capsys, "cpt", *given, *settings)
 
-    return refused
+    return refused_training
 
 
 def sharded(folder: Path) -> tuple[Path, dict]:

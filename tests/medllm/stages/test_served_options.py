@@ -158,7 +158,7 @@ def test_a_tokenizer_is_asked_for_before_anything_else(server, capsys):
 
 def test_a_content_filter_refuses_by_the_name_of_the_problem(server, capsys):
     server.respond = lambda path, body: (400, {"error": {"message": "filtered", "code": "content_filter"}})
-    assert score() == 2
+    assert score("--server.concurrency", "1") == 2
     assert "problem p0: model 'm' at" in capsys.readouterr().err
 
 

@@ -111,7 +111,7 @@ def test_a_fault_that_stays_ends_the_run_by_few_requests_and_the_run_goes_on(ser
     wrong, said = STAYING[fault]
     server.respond = sometimes(wrong, range(3, 1000))
     assert curate("--server.concurrency", "2") == 2
-    line = capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines(keepends=True)[-1]
     assert line.startswith(f"medllm: model 'm' at {server.url}/: ")
     assert line.count("\n") == 1
     assert said in line
