@@ -58,7 +58,8 @@ NOT_RUN = {
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"bash scripts/release\.sh": "it asks PyPI; test_isolation.py builds the wheel",
     r"python -m pytest": "it is a test",
-    r"python -m tests\.(killed_runs|killed_study|journal_load|mesh_faults)": "it takes minutes; test_killed_runs.py does less of the same",
+    r"python -m tests\.(killed_runs|journal_load|mesh_faults)": "it takes minutes; a test does less of the same",
+    r"python -m tests\.killed_study": "it takes minutes; test_mini_study.py ends a study once",
     r"python scripts/mutate\.py --jobs": "it plants all faults, which takes hours; test_mutations.py plants one",
     r"medllm .*\$(D|OUT)/": "it needs real exams and documents, which are not part of the project",
 }
