@@ -14,7 +14,7 @@ from medllm.architecture import Architecture
 from medllm.config import LoraConfig, ModelConfig, Recipe, TrainingConfig
 from medllm.errors import UserError
 from medllm.host.memory import size_words
-from medllm.host.processes import is_primary_process, tell
+from medllm.host.processes import is_primary_process, preface
 from medllm.host.progress import duration
 from medllm.model.adapter import module_name
 from medllm.model.directory import ModelDirectory
@@ -89,18 +89,18 @@ def announce(
     try:
         base = ModelDirectory(model.path).described
     except UserError:  # of a family that only the reference engine knows: it says itself what it takes
-        tell(on)
-        tell(f"{work.what}: {work.steps:,} steps of {batch}")
-        tell(f"writing to {run}")
+        preface(on)
+        preface(f"{work.what}: {work.steps:,} steps of {batch}")
+        preface(f"writing to {run}")
         return
     adapter = adapter_parameters(base, lora)
     least = devices.least_seconds(training_flops(base, work.tokens, training.remat == "layer"))
     time = f"; at least {duration(least)}, by the devices' peak rate" if least is not None else ""
-    tell(f"{on}, adapter of {adapter:,} parameters")
-    tell(f"{work.what}: {work.steps:,} steps of {batch}{time}")
+    preface(f"{on}, adapter of {adapter:,} parameters")
+    preface(f"{work.what}: {work.steps:,} steps of {batch}{time}")
     needed = checkpoint_bytes(adapter, recipe.optimizer.moments) * checkpoints_kept(training, work.steps) + adapter * _FP32
     check_room(run, needed)
-    tell(f"writing to {run}: about {size_words(needed)} with its checkpoints, of {size_words(_free(run))} that are free")
+    preface(f"writing to {run}: about {size_words(needed)} with its checkpoints, of {size_words(_free(run))} that are free")
 
 
 def held_words(model: ModelConfig) -> str:

@@ -96,9 +96,10 @@ def check_steps(
         last = known[max(known)]
         findings += check_adapter_weights(record, last.adapter, last.source) if record.result is not None else []
         findings += _same_length(record, len(plan.steps))
-    wanted, out_of_reach = _choose(record, known, plan, steps, reach, seed)
-    if out_of_reach:
-        said = f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out or filled up"
+    wanted, far = _choose(record, known, plan, steps, reach, seed)
+    if far:
+        more = f"; --reach {min(one.step - one.start for one in far)} takes the first" if steps and not wanted else ""
+        said = f"{len(far)} steps are not within --reach {reach} of a known state, or behind one left out or filled up{more}"
         findings.append(Finding(STEPS, "not checked", said=said))
     gc.collect()
     gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
@@ -150,8 +151,8 @@ class _Target:
 
 def _choose(
     record: Record, known: Mapping[int, Any], plan: Plan, steps: int, reach: int, seed: int
-) -> tuple[list[_Target], int]:
-    """Steps drawn from those within reach, the last of them always; and how many are not within it."""
+) -> tuple[list[_Target], list[_Target]]:
+    """Steps drawn from those within reach, the last of them always; and those that are not within it."""
     lines = [int(line["step"]) for line in record.lines]
     before = dict(zip(lines, [0, *lines], strict=False))
     several = record.engine == "torch" and any(session.get("processes", 1) != 1 for session in record.sessions)
@@ -168,7 +169,8 @@ def _choose(
         one for one in targets if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
     ]
     drawn = random.Random(seed).sample(near, min(steps, len(near)))
-    return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), len(targets) - len(near)
+    far = [one for one in targets if one not in near]
+    return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), far
 
 
 @dataclass

@@ -41,7 +41,7 @@ from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, Training
 from medllm.corpus.packing import target_mask
 from medllm.errors import Stopped, UserError
 from medllm.host.memory import size_words
-from medllm.host.processes import tell
+from medllm.host.processes import preface
 from medllm.host.progress import progress_bar
 from medllm.host.stopping import StopRequest, stop_requests
 from medllm.run import Run
@@ -149,7 +149,7 @@ class TrainingStep:
     def _say_memory(self, compiled: Any, *, first: bool) -> None:
         """What the first program, the gradients' of a micro-batch, takes of a device."""
         if first and (needed := program_bytes(compiled)):
-            tell(f"the step takes about {size_words(needed)} of a device's {size_words(device_memory())}, by its compiler")
+            preface(f"the step takes about {size_words(needed)} of a device's {size_words(device_memory())}, by its compiler")
 
     def trace(
         self, trainable: nnx.State, optimizer_state: Any, index: Any, frozen: Any, batch: Any

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -17,6 +20,7 @@ class Place:
 
 
 _place: Place | None = None
+_announces = ContextVar("announces", default=True)
 
 
 def take_place(place: Place) -> None:
@@ -47,6 +51,22 @@ def tell(line: str) -> None:
     """A line on standard error, of one process of several."""
     if is_primary_process():
         print(f"medllm: {line}", file=sys.stderr, flush=True)
+
+
+def preface(line: str) -> None:
+    """:func:`tell`, of what a stage is about to do; not within :func:`unannounced`."""
+    if _announces.get():
+        tell(line)
+
+
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Inside, stages do not say what they are about to do: whoever runs several of them does."""
+    before = _announces.set(False)
+    try:
+        yield
+    finally:
+        _announces.reset(before)
 
 
 def ended(code: int) -> int:

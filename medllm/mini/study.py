@@ -31,6 +31,7 @@ from medllm.engines import TrainerName, open_engine
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
+from medllm.host.processes import unannounced
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
@@ -178,7 +179,7 @@ def run_study(engine_name: TrainerName, out_dir: str | Path, preset: str | Study
         raise UserError(f"{out}: holds a finished study; give another folder (--out), or remove it")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.yaml").exists())):
         raise UserError(f"{out}: is in use; give another folder for the study (--out), or remove it")
-    with Run(out, config, engine=engine_name, resume="auto"):
+    with unannounced(), Run(out, config, engine=engine_name, resume="auto"):
         return _Study(engine_name, out, config, progress).run()
 
 

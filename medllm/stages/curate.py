@@ -10,7 +10,7 @@ from typing import Any
 from medllm.engine import Generates, account, place
 from medllm.engines import EngineName, open_engine
 from medllm.exam.problem import Problem
-from medllm.host.processes import is_primary_process, tell
+from medllm.host.processes import is_primary_process, preface
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
 from medllm.preferences.curation import CurationReport, asked_problems, check_problems, curate
@@ -90,7 +90,7 @@ def _curate(
     with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
         sampling = config.sampling
         answers = f"{sampling.samples} samples of up to {sampling.max_new_tokens:,} tokens"
-        tell(f"{place(model)}: {len(problems):,} problems x {answers}, {config.batch_size} at a time, into {run.path}")
+        preface(f"{place(model)}: {len(problems):,} problems x {answers}, {config.batch_size} at a time, into {run.path}")
         journal = Journal(run.path / JOURNAL)
         curation = curate(model, problems, shots, config, progress, journal)
         result = CurateResult(

@@ -19,7 +19,7 @@ from medllm.exam.option_scores import OptionMethod, OptionScores, compared, scor
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import NO_GROUP, ScoreSheet, score
 from medllm.exam.setting import setting_name
-from medllm.host.processes import is_primary_process, tell
+from medllm.host.processes import is_primary_process, preface
 from medllm.host.progress import Progress
 from medllm.journal import JOURNAL, Journal
 from medllm.remote import spending
@@ -157,7 +157,7 @@ def _sit(
     began = time.monotonic()
     with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
         most = config.sampling.max_new_tokens
-        tell(
+        preface(
             f"{place(model)}: {len(problems):,} problems, answers of up to {most:,} tokens, {config.batch_size} at a time, "
             f"into {run.path}"
         )
@@ -193,7 +193,7 @@ def _choose_options(
 ) -> OptionsResult:
     began = time.monotonic()
     with advising(config, model.name), Run(config.run, config, engine=model.name, resume="auto") as run:
-        tell(f"{place(model)}: the {method} of {len(problems):,} problems, {config.batch_size} at a time, into {run.path}")
+        preface(f"{place(model)}: the {method} of {len(problems):,} problems, {config.batch_size} at a time, into {run.path}")
         journal = OptionJournal(run.path / OPTION_JOURNAL)
         scores = score_options(
             model,

@@ -104,3 +104,16 @@ def test_an_unknown_preset_or_setting_is_refused(tmp_path):
     bad.write_text("train_per_year: many\n")
     with pytest.raises(UserError, match="train_per_year"):
         load_preset(str(bad))
+
+
+def test_a_study_says_itself_what_its_stages_do(tmp_path, capsys):
+    class Enough(BaseException):
+        pass
+
+    def until_curation(line):
+        if line.startswith("curate-base"):
+            raise Enough
+
+    with pytest.raises(Enough):
+        run_study("jax", tmp_path / "study", "mini_smoke", until_curation)
+    assert "problems, answers of up to" not in capsys.readouterr().err
