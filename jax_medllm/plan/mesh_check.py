@@ -51,17 +51,22 @@ class CutProgram:
 
     def compared(self, text: str | None = None) -> list[dict[str, Any]]:
         """Run it, or a changed ``text`` of it: of each result its ``name``, ``error``, the largest difference from one device
-        as a share of its largest value, and ``apart``, that between devices which hold the same piece of it."""
+        as a share of its largest value, and ``apart``, that between devices which hold the same piece of it.
+
+        Rewards are differences of likelihoods that are nearly the same: their scale is the loss's.
+        """
         results = HostProgram(text or self.text, len(self.pieces[0]))(self.given)
         compared = []
+        largest = {name: float(np.abs(whole.astype(np.float64)).max(initial=0.0)) or 1.0 for name, whole in self.wanted}
+        loss = max((size for name, size in largest.items() if name.endswith(".loss")), default=0.0)
         for (name, whole), places, parts in zip(self.wanted, self.pieces, results, strict=True):
             first: dict[str, np.ndarray] = {}
             error = max(_difference(part, whole[place]) for place, part in zip(places, parts, strict=True))
             apart = max(
                 _difference(part, first.setdefault(str(place), part)) for place, part in zip(places, parts, strict=True)
             )
-            largest = float(np.abs(whole.astype(np.float64)).max(initial=0.0)) or 1.0
-            compared.append({"program": self.name, "name": name, "error": error / largest, "apart": apart / largest})
+            scale = max(largest[name], loss) if ".rewards." in name else largest[name]
+            compared.append({"program": self.name, "name": name, "error": error / scale, "apart": apart / scale})
         return compared
 
 
