@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch_ref.console  # noqa: F401  (keeps the libraries of the torch stack 
 from medllm.architecture import layer_path
 from medllm.config import ModelConfig
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.model.adapter import check_adapter, read_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.tokenizer import encode, load_tokenizer
@@ -45,10 +45,8 @@ from torch_ref.model import DTYPES
 _SAMPLE = "発熱と咳嗽を主訴に来院した72歳の男性。 BP 130/80 mmHg, SpO₂ 96 % (room air).\n\n\t次に行うべき検査はどれか？"
 """Both tokenizers read this where no text is given: scripts, digits, runs of blanks, a character of several bytes."""
 
-Progress = Callable[[int, int], None]
 
-
-def run_audit(config: AuditConfig, progress: Progress = lambda done, total: None) -> Audit:
+def run_audit(config: AuditConfig, progress: Progress = lambda done, total, doing="": None) -> Audit:
     """Audit a model.
 
     Raises:

@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.metrics import METRICS
 from medllm.model.adapter import Adapter, read_adapter, write_adapter
 from medllm.model.directory import ModelDirectory
@@ -36,8 +37,6 @@ from medllm_parity.kept_reference import check_reference
 from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
 from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, Tolerance
 from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,12 @@ def trained_by(record: Record) -> Trained:
 
 
 def check_steps(
-    record: Record, data: TrainingData, steps: int, reach: int, seed: int, progress: Progress = lambda done, total: None
+    record: Record,
+    data: TrainingData,
+    steps: int,
+    reach: int,
+    seed: int,
+    progress: Progress = lambda done, total, doing="": None,
 ) -> list[Finding]:
     """Take steps of a run anew.
 

@@ -18,6 +18,7 @@ from medllm.corpus.packing import PackedRows
 from medllm.engine import Continuation, Generation
 from medllm.forecast import Devices, Work, announce, held_words
 from medllm.host.memory import watch_device
+from medllm.host.processes import process_count
 from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
@@ -29,7 +30,7 @@ from torch_ref.generate import generate, logprobs
 from torch_ref.model import check_model, open_model, open_tokenizer
 from torch_ref.rpo import loss_arguments, train_preferences
 from torch_ref.switches import check_switches
-from torch_ref.trainer import checkpoints_layers, processes
+from torch_ref.trainer import checkpoints_layers
 
 
 class TorchEngine:
@@ -110,7 +111,7 @@ class TorchEngine:
 
     def _devices(self) -> Devices:
         gpu = torch.cuda.is_available()
-        return Devices(processes(), "cuda" if gpu else "cpu", torch.cuda.get_device_name() if gpu else "cpu")
+        return Devices(process_count(), "cuda" if gpu else "cpu", torch.cuda.get_device_name() if gpu else "cpu")
 
     def _announce(self, recipe: Recipe, lora: LoraConfig, run: Run, what: str, units: int, tokens: int) -> None:
         training = recipe.training

@@ -23,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 from medllm.config import ModelConfig, PreferenceLoss, PreferenceRecipe
 from medllm.errors import UserError
+from medllm.host.processes import process_count
 from medllm.preferences.pairs import Pair
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
@@ -30,7 +31,7 @@ from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
 from torch_ref.model import initialize_adapter, open_continued, open_model, peft_config, trainable_base
 from torch_ref.run_log import RunLog
-from torch_ref.trainer import per_process, processes, run_trainer, trainer_arguments
+from torch_ref.trainer import per_process, run_trainer, trainer_arguments
 
 # TRL reports every trainer it constructs to the Hub; training here contacts nobody.
 constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -55,7 +56,7 @@ def train_preferences(
     batch, accumulation = micro_batches(recipe, pairs_per_problem=len(rows) / len(preferences.groups))
     trainer = dpo_trainer(model, tokenizer, rows, recipe, run, batch=batch, accumulation=accumulation)
     # Where the batch was counted in problems, the log says how many pairs a step came to.
-    counts = {"pairs_per_step": batch * accumulation * processes(), "dropped_pairs": preferences.dropped_pairs}
+    counts = {"pairs_per_step": batch * accumulation * process_count(), "dropped_pairs": preferences.dropped_pairs}
     named = partial(_problems, tokenizer, preferences.texts)
     log = RunLog(run, recipe.training, named, unit="pairs", per_epoch=len(rows), **counts)
     return run_trainer(trainer, log, run, seconds_ahead=trainer.reference_seconds)
@@ -156,7 +157,7 @@ def micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float) -> tuple[i
     that is the mean over the response's own tokens, and the mean over micro-batches is Pang et al.'s: so ``sequence`` puts
     the batch into accumulation.
     """
-    training, share = recipe.training, processes()
+    training, share = recipe.training, process_count()
     pairs = training.batch_size
     if recipe.pairs.unit == "problem":
         pairs = share * max(1, round(pairs * pairs_per_problem / share))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
@@ -10,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+
+from medllm.host.processes import process_count, process_index
 
 Batch = TypeVar("Batch")
 Made = TypeVar("Made")
@@ -31,7 +32,7 @@ def made_of(
         make: Runs the model.
         done: Told how many batches are done in all, as far as this process can tell.
     """
-    count, rank = (int(os.environ.get(name, alone)) for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    count, rank = process_count(), process_index()
     mine: dict[int, Made] = {}
     for number in range(rank, len(batches), count):
         mine[number] = make(batches[number])

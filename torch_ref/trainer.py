@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from medllm.checkpoints import newest_whole
 from medllm.config import ModelConfig, OptimizerConfig, TrainingConfig
 from medllm.errors import Stopped, UserError
-from medllm.host.processes import is_primary_process
+from medllm.host.processes import is_primary_process, process_count
 from medllm.host.progress import progress_bar
 from medllm.host.stopping import stop_requests
 from medllm.run import Run, atomic_path
 from medllm.training import TrainSummary
 from torch_ref.run_log import RunLog, checkpoint_steps
-
-
-def processes() -> int:
-    """Data-parallel processes of this launch (``accelerate launch`` and ``torchrun`` set WORLD_SIZE)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def per_process(units: int, setting: str) -> int:
@@ -34,9 +28,11 @@ def per_process(units: int, setting: str) -> int:
     Raises:
         UserError: they do not divide evenly.
     """
-    share, rest = divmod(units, processes())
+    share, rest = divmod(units, process_count())
     if rest or not share:
-        raise UserError(f"{setting} is {units}: it counts over all devices and must be a multiple of {processes()} processes")
+        raise UserError(
+            f"{setting} is {units}: it counts over all devices and must be a multiple of {process_count()} processes"
+        )
     return share
 
 

@@ -13,17 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jax_medllm.plan.replica_groups import replica_groups
 from medllm.hlo import ArrayType, Line, arrays, read_computations
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
-_GROUPS = re.compile(
-    r"replica_groups=(?:\{\{(?P<listed>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|mesh\[(?P<mesh>[^\]]*)\]"
-    r"(?:, *device_ids=\(\[[\d,]*\](?:T\([\d,]*\))?\))? *\{(?P<axes>[^}]*)\})"
-)
-_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\(\d+\)(\d+))?")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _INTEGER = re.compile(r"-?\d+")
 _INDEX = re.compile(r"index=(\d+)")
@@ -80,7 +76,7 @@ class Program:
                 kind = line.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                devices = 2 if kind == "collective-permute" else _group(line.attributes)
+                devices = 2 if kind == "collective-permute" else replica_groups(line.attributes).shape[1]
                 if devices == 1:
                     continue
                 sent_arrays = [array for name in line.operands for array in arrays(types[name])]
@@ -244,19 +240,6 @@ def _bytes(text: str, anywhere: bool = False) -> int:
 def _kept(array: ArrayType) -> int:
     """Bytes of an array in the main memory."""
     return 0 if "S(" in array.layout else _size(array)
-
-
-def _group(attributes: str) -> int:
-    """Devices in a group of a collective: groups are listed, or counted, or some axes of a mesh, or parts of axes."""
-    groups = _GROUPS.search(attributes)
-    if groups is None:
-        raise ValueError(f"a collective of no known groups: {attributes[:200]}")
-    if groups["listed"] is not None:
-        return len(groups["listed"].split(","))
-    if groups["size"] is not None:
-        return int(groups["size"])
-    sizes = {name: size for name, size, _ in _MESH_AXIS.findall(groups["mesh"])}
-    return math.prod(int(part or sizes[name]) for name, _, part in _MESH_AXIS.findall(groups["axes"]))
 
 
 def _share(kind: str, devices: int) -> float:

@@ -8,7 +8,6 @@ the target's, the arithmetic the CPU's.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ from jax._src.lib import xla_client
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib import _hlo
 
+from jax_medllm.plan.replica_groups import groups_written_out
+
 _PARTITIONED = "*.after_*spmd-partitioning.before_*.txt"
 
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, *device_ids=\(\[([\d,]*)\](?:T\(([\d,]*)\))?\))? *\{([^}]*)\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?")
-_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\((\d+)\)(\d+))?")
 _OF_PARTITIONS = (
     # Of a program for replicas its collectives are among these, and its place is its replica's.
     (re.compile(r", channel_id=\d+|channel_id=\d+, *"), ""),
@@ -84,45 +82,7 @@ class HostProgram:
 
 def for_replicas(text: str) -> str:
     """A program of partitions as one of replicas, which is compiled as it stands; a partitioned one would be cut again."""
-    text = _IOTA.sub(_counted_groups, _MESH.sub(_mesh_groups, text))
+    text = groups_written_out(text)
     for pattern, instead in _OF_PARTITIONS:
         text = pattern.sub(instead, text)
     return text
-
-
-def _mesh_groups(found: re.Match[str]) -> str:
-    """Groups along some axes of a mesh, in the order in which they are named, or along parts of axes (``'a':(2)4``: of its
-    sizes 2, 4, … the second)."""
-    sizes = {name: int(size) for name, size, _, _ in _AXIS.findall(found[1])}
-    along = [(name, int(before or 1), int(part or sizes[name])) for name, _, before, part in _AXIS.findall(found[4])]
-    shape: list[int] = []
-    place: dict[tuple[str, int, int], int] = {}
-    for name, size in sizes.items():
-        reached = 1
-        for axis, before, part in sorted(one for one in along if one[0] == name):
-            place[axis, before, part] = len(shape) + 1
-            shape += [before // reached, part]
-            reached = before * part
-        shape.append(size // reached)
-    within = [place[one] for one in along]
-    apart = [number for number in range(len(shape)) if number not in within]
-    numbers = _numbers(found[2] or str(math.prod(sizes.values())), found[3]).reshape(shape)
-    return _listed(numbers.transpose(apart + within).reshape(-1, math.prod(shape[number] for number in within)))
-
-
-def _counted_groups(found: re.Match[str]) -> str:
-    return _listed(_numbers(found[2], found[3]).reshape(_integers(found[1])))
-
-
-def _numbers(shape: str, order: str | None) -> np.ndarray:
-    """Devices counted through in this shape, its axes then put into an order."""
-    numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
-    return numbers.transpose(_integers(order)) if order else numbers
-
-
-def _listed(groups: np.ndarray) -> str:
-    return f"replica_groups={{{','.join('{' + ','.join(map(str, group)) + '}' for group in groups.tolist())}}}"
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]

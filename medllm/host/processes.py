@@ -39,7 +39,12 @@ def take_place(place: Place) -> None:
 
 def is_primary_process() -> bool:
     """True in the one process of a launch (torchrun, accelerate, several processes of JAX) that writes files and prints."""
-    return (int(os.environ.get("RANK", "0")) if _place is None else _place.index) == 0
+    return process_index() == 0
+
+
+def process_index() -> int:
+    """The number of this process in its launch, from 0."""
+    return int(os.environ.get("RANK", "0")) if _place is None else _place.index
 
 
 def process_count() -> int:

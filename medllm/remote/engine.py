@@ -10,7 +10,6 @@ says so.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from medllm.config import MeshConfig, ModelConfig, Sampling
 from medllm.engine import Answer, Continuation, Generation, Likelihood, Wanted
 from medllm.errors import UserError
+from medllm.host.processes import process_count
 from medllm.model.tokenizer import Prompt, decode, load_tokenizer
 from medllm.remote.client import Client, Reply, Response
 from medllm.remote.pace import Pace
@@ -48,7 +48,7 @@ class OpenAIEngine:
     def __init__(self, model: ModelConfig, stage: MeshConfig | None = None, url: str | None = None):
         if model.adapter is not None:
             raise UserError("engine 'openai' cannot apply --model.adapter; serve the merged model, named by --model.path")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if process_count() > 1:
             raise UserError(
                 "engine 'openai' asks from one process: start it without torchrun or accelerate (--server.concurrency)"
             )

@@ -21,8 +21,9 @@ from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
 from medllm.exam.evaluation import check_exam, sit
 from medllm.exam.option_journal import OPTION_JOURNAL, OptionJournal
+from medllm.exam.option_scores import OptionResult
 from medllm.exam.predictions import Prediction, read_predictions
-from medllm.exam.problem import LETTERS, Problem, check_ids
+from medllm.exam.problem import Problem, check_ids
 from medllm.exam.scoring import score
 from medllm.journal import JOURNAL, Journal
 from medllm.model.tokenizer import load_tokenizer
@@ -140,10 +141,10 @@ def _check_options(record: Record) -> list[Finding]:
         problem = problems.get(row["problem_id"])
         if problem is None or [letter for (letter,) in problem.accepted] != row["accepted"]:
             differences.append(f"problem {row['problem_id']}: the right options are not those of the problem file")
-        chosen = LETTERS[min(range(len(row["nll"])), key=row["nll"].__getitem__)]
-        if (chosen, chosen in row["accepted"]) != (row["prediction"], row["correct"]):
+        anew = OptionResult(row["problem_id"], tuple(row["accepted"]), tuple(row["nll"]), tuple(row["tokens"]))
+        if (anew.chosen, anew.correct) != (row["prediction"], row["correct"]):
             differences.append(
-                f"problem {row['problem_id']}: the likeliest option is {chosen}, {row['prediction']} is recorded"
+                f"problem {row['problem_id']}: the likeliest option is {anew.chosen}, {row['prediction']} is recorded"
             )
     accuracy = sum(row["correct"] for row in rows) / max(1, len(rows))
     if abs(accuracy - record.result["accuracy"]) > 1e-12:

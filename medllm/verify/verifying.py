@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from medllm import __version__
 from medllm.config import expect
 from medllm.engines import load, require_engine
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.verify.answers import ANSWERS, SCORE, check_answers
 from medllm.verify.data import DATA, check_data, check_leaks, training_data
 from medllm.verify.files import check_adapter_settings, check_files
@@ -48,10 +48,7 @@ class VerifyConfig:
         expect(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
-Progress = Callable[[int, int], None]
-
-
-def verify(config: VerifyConfig, progress: Progress = lambda done, total: None) -> Certificate:
+def verify(config: VerifyConfig, progress: Progress = lambda done, total, doing="": None) -> Certificate:
     """Verify a run; nothing in its folder is changed.
 
     Raises:

@@ -1,5 +1,6 @@
 """Trackers, by stand-ins for their packages: what each is told, offline, once a step; and by the packages where they are."""
 
+import importlib.metadata
 import importlib.util
 import os
 import sqlite3
@@ -14,7 +15,7 @@ from medllm.errors import UserError
 from medllm.metrics import Metrics
 from medllm.run import Run
 from medllm.stage_config import CptConfig
-from medllm.trackers import FOLDERS, open_tracker, require_tracker
+from medllm.trackers import FOLDERS, PACKAGES, open_tracker, require_tracker
 
 SETTINGS = {"lora.rank": 4}
 
@@ -123,8 +124,14 @@ def test_a_package_that_is_missing_is_one_line_before_anything_is_opened(name, t
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_is_there_without_more():
+def test_tensorboard_is_there_without_more(tmp_path):
+    always = [one for one in importlib.metadata.requires("medllm") if "extra ==" not in one]
+    assert any(one.lower().startswith(PACKAGES["tensorboard"].lower()) for one in always)
     require_tracker("tensorboard")
+    tracker = open_tracker("tensorboard", tmp_path, SETTINGS)
+    tracker.log(1, {"loss": 0.5})
+    tracker.close()
+    assert [*(tmp_path / FOLDERS["tensorboard"]).iterdir()]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
