@@ -100,10 +100,12 @@ def check_steps(
         last = known[max(known)]
         findings += check_adapter_weights(record, last.adapter, last.source) if record.result is not None else []
         findings += _same_length(record, len(plan.steps))
-    wanted, far = _choose(record, known, plan, steps, reach, seed)
-    if far:
-        more = f"; --reach {min(one.step - one.start for one in far)} takes the first" if steps and not wanted else ""
-        said = f"{len(far)} steps are not within --reach {reach} of a known state, or behind one left out or filled up{more}"
+    wanted, out_of_reach, least = _choose(record, known, plan, steps, reach, seed)
+    if out_of_reach:
+        more = f"; --reach {least} takes the first" if steps and not wanted and least else ""
+        said = (
+            f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out or filled up{more}"
+        )
         findings.append(Finding(STEPS, "not checked", said=said))
     gc.collect()
     gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
@@ -138,10 +140,9 @@ def _known_states(record: Record, trained: Trained) -> tuple[dict[int, TrainingS
 
 
 def _same_length(record: Record, total: int) -> list[Finding]:
-    step, folder = max(checkpoints(record.engine, record.path).items())
+    _, folder = max(checkpoints(record.engine, record.path).items())
     found = planned_length(record.engine, folder)
     differences = [] if found == total else [f"the schedule spans {found} steps, data and settings give {total}"]
-    del step
     return held("the number of steps", f"checkpoints/{folder.name}", differences, f"{total} steps")
 
 
@@ -155,8 +156,9 @@ class _Target:
 
 def _choose(
     record: Record, known: Mapping[int, Any], plan: Plan, steps: int, reach: int, seed: int
-) -> tuple[list[_Target], list[_Target]]:
-    """Steps drawn from those within reach, the last of them always; and those that are not within it."""
+) -> tuple[list[_Target], int, int]:
+    """Steps drawn from those within reach, the last of them always; how many are not within it; and the least reach that takes
+    one, 0 where none does."""
     lines = [int(line["step"]) for line in record.lines]
     before = dict(zip(lines, [0, *lines], strict=False))
     several = record.engine == "torch" and any(session.get("processes", 1) != 1 for session in record.sessions)
@@ -169,12 +171,11 @@ def _choose(
         start = max(one for one in known if one <= before.get(step, step - 1))
         targets.append(_Target(step, start))
     # Which step of a line was left out is not logged, so none is walked past; nor one that several processes filled up.
-    near = [
-        one for one in targets if one.step - one.start <= reach and not any(one.start < step <= one.step for step in left_out)
-    ]
+    takable = [one for one in targets if not any(one.start < step <= one.step for step in left_out)]
+    near = [one for one in takable if one.step - one.start <= reach]
     drawn = random.Random(seed).sample(near, min(steps, len(near)))
-    far = [one for one in targets if one not in near]
-    return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), far
+    least = min((one.step - one.start for one in takable), default=0)
+    return sorted({*drawn, *near[-1:]} if steps else [], key=lambda one: one.step), len(targets) - len(near), least
 
 
 @dataclass

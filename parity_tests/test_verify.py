@@ -255,6 +255,16 @@ def test_a_step_out_of_reach_is_not_said_to_be_proved(honest, tmp_path):
     assert (certificate.verdict, certificate.missing) == ("nothing proved", ["optimizer steps taken anew"])
 
 
+def test_where_no_step_is_within_reach_the_one_that_would_do_is_said(honest, tmp_path):
+    run = copy_of(honest("cpt", "jax"), tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] % 3 == 0))
+    certificate = verified(run, reach=2)
+    assert any(one.said.endswith("; --reach 3 takes the first") for one in certificate.of("not checked"))
+    assert not proved_steps(certificate)
+
+
 def test_the_command_writes_a_certificate_without_folders_of_this_machine(honest, tmp_path, capsys):
     run, out = copy_of(honest("cpt", "jax"), tmp_path), tmp_path / "out"
     assert main(["verify", str(run), "--steps", "1", "--out", str(out)]) == 0
