@@ -1,7 +1,7 @@
 """What an explanation by itself concludes: the options its concluding sentence names as what is asked for.
 
-An answer can contradict the explanation in front of it: ``… よってdが正しい。``, then ``答え:b``. Whether it does is asked here,
-by a rule that rather says nothing than something wrong. From the text everything that announces an answer is taken out
+An answer can contradict the explanation in front of it: ``… よってdが正しい。``, then ``答え:b``. Whether it does is asked
+here, by a rule that rather says nothing than something wrong. From the text everything that announces an answer is taken out
 first (:mod:`medllm.exam.answers` reads that); then:
 
 1. The concluding sentence is the last one that begins with a word of conclusion (``したがって``, ``therefore``) or says what
