@@ -119,7 +119,7 @@ def _named(sentence: str, problem: Problem, options: Options) -> tuple[str, ...]
 
 
 def _mentioned(sentence: str, options: Options) -> tuple[str, ...]:
-    """The options whose texts a sentence has, the longest first; none where two options share one, or anything else is in doubt."""
+    """The options whose texts a sentence has, the longest first; none where anything is in doubt."""
     found: set[str] = set()
     rest = THUS.sub("", sentence)
     for text in sorted(set(options.texts.values()), key=lambda text: (-len(text), text)):
