@@ -190,25 +190,33 @@ def design_of(settings: Mapping[str, Any], where: str) -> Design:
     Raises:
         UserError: they are none; with ``where`` they stand.
     """
+    written = settings.get("rows")
+    if not isinstance(written, Mapping):
+        raise UserError(f"{where}: rows: expected the rows of the table by name, found {written!r}")
+    rows = {}
+    for name, row in written.items():
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where}: rows.{name}: expected how the row comes about ({{}} of a model as it is), found {row!r}")
+        rows[str(name)] = configured(RowDesign, row, f"{where}: rows.{name}")
     try:
-        return configured(Design, settings, where)
+        return configured(Design, {name: value for name, value in settings.items() if name != "rows"}, where, rows=rows)
     except UserError as error:
         raise error if where in str(error) else UserError(f"{where}: {error}") from error
 
 
-def configured(kind: type[Config], settings: Mapping[str, Any], where: str) -> Config:
-    """Settings as a file has them, as their class.
+def configured(kind: type[Config], settings: Mapping[str, Any], where: str, **made: Any) -> Config:
+    """Settings as a file has them, as their class; those that are ``made`` already are taken as they are.
 
     Raises:
         UserError: a setting that there is not, or one that does not fit; with ``where`` it stands.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(kind, skip=set(made))
     try:
         values = parser.instantiate(parser.parse_object(dict(settings)))
     except ArgumentError as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
-    return kind(**{one.name: values[one.name] for one in fields(kind)})
+    return kind(**{one.name: values[one.name] for one in fields(kind) if one.name not in made}, **made)
 
 
 def combined(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> Settings:
