@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, get_loader
 
 from medllm.command import Command, say
@@ -24,6 +25,9 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--set", type=str, nargs="+", default=[], help="settings of the design in place of its own: cpt.corpus.length=4096"
     )
+    parser.add_argument(
+        "--print_config", nargs="?", default=None, help="print the settings of the study and stop"
+    )  # "" if given
     parser.add_argument("--join", action="store_true", help="work along with a study that was begun with the same command")
 
 
@@ -32,6 +36,7 @@ def _ablate(values: Any) -> dict[str, Any] | None:
     from medllm.ablation.evidence import gather
     from medllm.ablation.report import conclude
     from medllm.ablation.study import run_design
+    from medllm.mini.report import NOTES
     from medllm.mini.study import StudyConfig, study_of
     from medllm.presets import preset_file
 
@@ -42,16 +47,21 @@ def _ablate(values: Any) -> dict[str, Any] | None:
     settings = combined(read_yaml(file), _given(values.set))
     settings = settings | ({} if values.seeds is None else {"seeds": values.seeds})
     out = Path(values.out)
+    notes: tuple[str, ...] = ()
+    if values.print_config is not None:
+        say(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
+        return None
     if "rows" in settings:
         design = design_of(settings, str(file))
         plan = run_design(design, values.engine, out, say, join=values.join)
     else:
         study = configured(StudyConfig, settings, str(file))
         design, plan = study_of(study, values.engine, out, say, join=values.join)
+        notes = NOTES
     if values.join:
         say(f"ablate: nothing is left to do in {out}; the table is written by the process that began the study")
         return None
-    return conclude(design, plan, gather(design, plan), values.engine, out, say)
+    return conclude(design, plan, gather(design, plan), values.engine, out, say, notes)
 
 
 def _given(words: list[str]) -> dict[str, Any]:

@@ -21,8 +21,13 @@ from medllm.report.tables import interval, number, p_value, terminal_text
 from medllm.run import RESULT, write_json
 
 
-def conclude(design: Design, plan: Plan, rows: Sequence[EvidenceRow], engine: str, out: Path, say: Say) -> dict[str, Any]:
-    """Write ``result.json`` and the pages of a finished study, say its tables, and return what the file holds."""
+def conclude(
+    design: Design, plan: Plan, rows: Sequence[EvidenceRow], engine: str, out: Path, say: Say, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write ``result.json`` and the pages of a finished study, say its tables, and return what the file holds.
+
+    ``notes`` are paragraphs that stand at the top of each page.
+    """
     pages = {exam: out / ("report.html" if exam == ONLY_EXAM else f"report-{slug(exam)}.html") for exam in design.exams}
     figures = {
         "stage": "ablate",
@@ -37,7 +42,7 @@ def conclude(design: Design, plan: Plan, rows: Sequence[EvidenceRow], engine: st
         mine = [row for row in rows if row.exam == exam]
         report = report_from_runs(plan.first_runs(exam), previous=design.previous)
         if is_primary_process():
-            write_report(page, dataclasses.replace(report, summary=(*report.summary, *summary(mine, design.margin))))
+            write_report(page, dataclasses.replace(report, summary=(*notes, *summary(mine, design.margin))))
         say(terminal_text(evidence_table(mine)))
         for line in summary(mine, design.margin):
             say(line)

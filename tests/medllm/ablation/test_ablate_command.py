@@ -9,7 +9,7 @@ import yaml
 from medllm.ablate_command import ABLATE
 from medllm.ablation.design import design_of
 from medllm.ablation.jobs import plan
-from medllm.cli import parse
+from medllm.cli import main, parse
 from tests.pages import ROOT, blocks
 from tests.refusal import refused
 
@@ -47,6 +47,13 @@ def test_the_page_of_ablation_shows_a_design_that_can_be(tmp_path):
 def test_a_preset_of_the_embedded_study_has_its_own_settings():
     study = settings("--preset", "mini_smoke", "--seeds", "3", "--set", "cpt.lora.rank=2")
     assert (study.seeds, study.cpt.lora.rank, study.cpt.lora.alpha) == (3, 2, 8.0)
+
+
+def test_a_design_is_printed_as_it_would_be_carried_out(capsys):
+    assert main(["ablate", "--preset", "paper_ablate_72b", "--seeds", "3", "--set", "margin=0.05", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seeds"], printed["margin"], list(printed["rows"])[1]) == (3, 0.05, "CPT")
+    assert design_of(printed, "here").presets["rpo"] == "paper_rpo_72b"
 
 
 @pytest.mark.parametrize(
