@@ -25,9 +25,8 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--set", type=str, nargs="+", default=[], help="settings of the design in place of its own: cpt.corpus.length=4096"
     )
-    parser.add_argument(
-        "--print_config", nargs="?", default=None, help="print the settings of the study and stop"
-    )  # "" if given
+    parser._print_config = None  # the design is printed by this command, not by the parser, which knows its file's name alone
+    parser.add_argument("--print_config", action="store_true", help="print the settings of the study and stop")
     parser.add_argument("--join", action="store_true", help="work along with a study that was begun with the same command")
 
 
@@ -48,7 +47,7 @@ def _ablate(values: Any) -> dict[str, Any] | None:
     settings = settings | ({} if values.seeds is None else {"seeds": values.seeds})
     out = Path(values.out)
     notes: tuple[str, ...] = ()
-    if values.print_config is not None:
+    if values.print_config:
         say(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
         return None
     if "rows" in settings:
