@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
 from medllm.errors import UserError
@@ -41,7 +41,8 @@ Over = Literal["problems", "trainings", "both"]
 
 _BATCH = 4_000_000  # problems drawn at a time
 
-Values = Float[np.ndarray, "trainings n"]
+Values = Shaped[np.ndarray, "trainings n"]
+Years = Sequence[str] | Shaped[np.ndarray, "n"] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Spread:
 def nested_estimate(
     values: Values,
     points: Float[np.ndarray, "n"],
-    years: Sequence[str] | None = None,
+    years: Years = None,
     *,
     over: Over,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -101,9 +102,9 @@ def nested_estimate(
 
 def nested_comparison(
     first: Values,
-    second: Float[np.ndarray, "others n"],
+    second: Shaped[np.ndarray, "others n"],
     points: Float[np.ndarray, "n"],
-    years: Sequence[str] | None = None,
+    years: Years = None,
     *,
     over: Over,
     paired_trainings: bool = False,
@@ -141,7 +142,7 @@ def nested_comparison(
 def equivalence(
     values: Values,
     points: Float[np.ndarray, "n"],
-    years: Sequence[str] | None = None,
+    years: Years = None,
     *,
     over: Over,
     margin: float,
@@ -205,10 +206,10 @@ class _Sample:
 
 
 def _sample(
-    sides: Sequence[Values],
+    sides: Sequence[np.ndarray],
     signs: Sequence[float],
     points: np.ndarray,
-    years: Sequence[str] | None,
+    years: Years,
     over: Over,
     bounds: tuple[float, float],
     draw: Bootstrap,
@@ -247,7 +248,7 @@ def _sample(
     return _Sample(value, draws if variance else None, skew, weights, bounds)
 
 
-def training_spread(sides: Sequence[Values], points: Float[np.ndarray, "n"], *, within: bool) -> Spread:
+def training_spread(sides: Sequence[np.ndarray], points: Float[np.ndarray, "n"], *, within: bool) -> Spread:
     """The variance of a mean score, or of the difference of two models', that comes of the trainings.
 
     Args:
@@ -258,9 +259,9 @@ def training_spread(sides: Sequence[Values], points: Float[np.ndarray, "n"], *, 
     shares = points / points.sum()
     variances, chance = [], 0.0
     for values in sides:
-        scores, trainings = values @ shares, len(values)
+        scores, trainings = np.asarray(values, float) @ shares, len(values)
         variances.append(float(scores.var(ddof=1)) / trainings)
-        rest = values - values.mean(0) - (scores - scores.mean())[:, None]
+        rest = np.asarray(values, float) - np.mean(values, 0) - (scores - scores.mean())[:, None]
         chance += float((shares**2 * (rest**2).sum(0)).sum()) / (trainings * (trainings - 1))
     total = sum(variances)
     squares = sum(one**2 / (len(values) - 1) for one, values in zip(variances, sides, strict=True))
