@@ -87,6 +87,10 @@ WRONG: Mapping[Cause, list[_Form]] = {
         "所見に合う。したがって、答えは{other_text}です。\n答え: {answer}",
         "The findings fit. Therefore, the correct answer is {other}.\nAnswer: {answer}",
         "答え: {answer}\n解説: 所見に合う。以上より、正解は{other}である。",
+        "所見に合う。答えとして最も適切なのは{other}である。\n答え:{answer}",
+        "所見に合う。\nしたがって、本問では{other_text}を選ぶ。\n【回答】{answer}",
+        "The findings fit. Hence {other} is the correct choice.\nAnswer: ({answer})",
+        "### 結論\n答えは {other}: {other_text} です。\n\n### 回答\n{answer}",
     ),
     "reasoning": _ended(
         "所見に合う。よって正解は{answer}である。\n答え:{answer}",
@@ -95,6 +99,11 @@ WRONG: Mapping[Cause, list[_Form]] = {
         "The findings fit. Therefore, the answer is {answer}.\nAnswer: {answer}",
         "所見に合う。よって正解は{answer}である。\n答え:{answer}\n問題: 次の症例はどれか。\n答え:{right}",
         "答え: {answer}\n解説: 呼吸音は正常であり、次に",
+        "所見に合う。{other_text}に見えるが、答えは{answer_text}である。\n\n{answer}",
+        "a: 合わない。\nb: 合わない。\nc: 合わない。\nd: 合わない。\ne: 合わない。\n答え: {answer}",
+        "{other} may fit, but the answer is {answer}.\nAnswer: {answer}",
+        "所見は{other_text}にも合うが、次の所見から{answer}とする。\n答え:{answer}",
+        "### 結論\n答えは {answer}: {answer_text} です。\n\n### 回答\n{answer}",
     ),
 }
 

@@ -14,11 +14,12 @@ come out too narrow where trainings differ and too wide where they do not (docs/
 drawn from Student's t with S − 1 degrees of freedom around what was seen. Its scale is a variance component: with yₛ the score
 of training s, and e what neither the problem nor the training explains alone,
 
-    D = max(0, Var(yₛ)/S − Var(e)/(nS)),
+    D = Var(yₛ)/S − (ν − 2)/ν · Var(e)/(nS)  where the first term is the larger, else 0,
 
-for the second term is in the draw of problems already (two-way random effects; Searle, Casella & McCulloch 1992, ch. 4). Of
-two models that were trained apart the terms add up, with Welch's degrees of freedom. The sum of a bootstrap and a t is a
-generalized distribution (Weerahandi 1993).
+for the second term is in the draw of problems already (two-way random effects; Searle, Casella & McCulloch 1992, ch. 4). ν are
+the degrees of freedom, S − 1 and no less than 2: a ratio of estimated variances is unbiased with that factor, for 1/χ² has
+the mean 1/(ν − 2); of three trainings all is kept. Of two models that were trained apart the terms add up, with Welch's degrees
+of freedom. The sum of a bootstrap and a t is a generalized distribution (Weerahandi 1993).
 
 **Small years.** A bootstrap within a year of m problems shows (m − 1)/m of their variance; each year's draws are stretched by
 √(m/(m − 1)) (Rao & Wu 1988). Years of one problem are pooled.
@@ -266,7 +267,15 @@ def training_spread(sides: Sequence[np.ndarray], points: Float[np.ndarray, "n"],
     total = sum(variances)
     squares = sum(one**2 / (len(values) - 1) for one, values in zip(variances, sides, strict=True))
     freedom = total**2 / squares if squares else 1.0
-    return Spread(max(0.0, total - chance) if within else total, freedom)
+    return Spread(float(beyond_chance(total, chance, freedom)) if within else total, freedom)
+
+
+def beyond_chance(
+    variance: float | np.ndarray, chance: float | np.ndarray, freedom: float | np.ndarray
+) -> Float[np.ndarray, "..."]:
+    """D at the top: what of a variance over trainings is not chance in single answers."""
+    taken = np.maximum(0.0, (freedom - 2) / freedom) * chance
+    return np.where(variance > chance, variance - taken, 0.0)
 
 
 def _strata(years: np.ndarray | None, problems: int) -> Int[np.ndarray, "n"]:

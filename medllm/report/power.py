@@ -20,6 +20,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from medllm.errors import UserError
+from medllm.report.nested import beyond_chance
 
 MOST_PROBLEMS = 1_000_000
 """More than these are none that an exam could have."""
@@ -98,7 +99,7 @@ def power(design: Design) -> float:
     share = stats.chi2.ppf((np.arange(_SEEN) + 0.5) / _SEEN, trainings - 1) / (trainings - 1) / 2
     first, second = (pair.ravel() for pair in np.meshgrid(share, share))
     freedom = (trainings - 1) * (first + second) ** 2 / (first**2 + second**2)
-    seen = np.maximum(0.0, (first + second) * (of_trainings + by_chance) - by_chance)
+    seen = beyond_chance((first + second) * (of_trainings + by_chance), by_chance, freedom)
     critical = _critical(over_problems, seen, freedom, design.alpha)
     return _found(design.difference, critical, over_problems + of_trainings)
 

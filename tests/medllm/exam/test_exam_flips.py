@@ -37,6 +37,7 @@ NAMED = [
     (ONE, "### 結論:\n胸痛が突然なので、肺塞栓症が最も適切な診断である。\n【回答】a", "d"),
     (TWO, "よってb、dが正しい。\n答え:a,d", "bd"),
     (TWO, "所見は肺炎、肺塞栓症である。よって肺炎、肺塞栓症が正しい。\n答え:a,b", "ad"),
+    (WRONG, "aからcは正しい。よってdを選ぶ。\n答え:a", "d"),
     (WRONG, "aからcは正しい。したがって正解はdである。\n答え:a", "d"),
     (ENGLISH, "The pain is sudden. Therefore, the correct answer is D.\nAnswer: a", "d"),
     (ENGLISH, "The pain is sudden. The diagnosis is pulmonary embolism.\nAnswer: a", "d"),
@@ -60,6 +61,7 @@ UNNAMED = [
     (ONE, "よってb、dが正しい。\n答え:a"),  # more than are wanted
     (TWO, "よってdが正しい。\n答え:a"),  # fewer
     (ONE, "a: 誤り。\nb: 誤り。\nd: 正しい。\ne: 誤り。\n答え:a"),
+    (ONE, "a: 合わない。\nb: 合わない。\nd: 合わない。\ne: よく合う。\n答え:a"),
     (WRONG, "よってdが正しい。\n答え:a"),  # true of d, and so no answer
     (ENGLISH, "Pulmonary embolism must be ruled out.\nAnswer: a"),
     (ENGLISH, "Therefore it is not pulmonary embolism.\nAnswer: a"),
