@@ -40,6 +40,9 @@ from medllm.report.statistics import BOOTSTRAP, Bootstrap, Estimate, bootstrap_p
 
 Over = Literal["problems", "trainings", "both"]
 
+MARGIN = 0.02
+"""A stability of less is none: of the five years' 2,000 problems, 40."""
+
 _BATCH = 4_000_000  # problems drawn at a time
 
 Values = Shaped[np.ndarray, "trainings n"]
@@ -146,7 +149,7 @@ def equivalence(
     years: Years = None,
     *,
     over: Over,
-    margin: float,
+    margin: float = MARGIN,
     bounds: tuple[float, float] = (-1.0, 1.0),
     draw: Bootstrap = BOOTSTRAP,
 ) -> Equivalence:
