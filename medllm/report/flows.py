@@ -140,7 +140,15 @@ def draw(gap: Gap) -> Flows:
     labels = spread(centres, _LINE)
     down = max(0.0, _TOP + _LINE / 2 - min(labels, default=_TOP))
     bands = [
-        Band(fate.kind, _ribbon(*place, fate.count * tall), f"{fate.label} {fate.count}", label + down, centre, fate.words, fate.link)
+        Band(
+            fate.kind,
+            _ribbon(*place, fate.count * tall),
+            f"{fate.label} {fate.count}",
+            label + down,
+            centre,
+            fate.words,
+            fate.link,
+        )
         for fate, place, label, centre in zip(fates, zip(starts, ends, strict=True), labels, centres, strict=True)
     ]
     wrong = sum(fate.count for fate in fates) - right

@@ -155,7 +155,12 @@ def _is_there(section: str, study: ReportInput, table: StudyTable | None) -> boo
 def _why(study: ReportInput) -> dict[str, Any]:
     """The flips of every model: counted, and drawn."""
     found = gaps(study.cells, study.questions.flips, study.draw.confidence) if study.questions else ()
-    return {"gaps": found, "flows": [flows.draw(gap) for gap in found], "causes": flows.SHORT.values(), "cause_words": _causes()}
+    return {
+        "gaps": found,
+        "flows": [flows.draw(gap) for gap in found],
+        "causes": list(flows.SHORT.values()),
+        "cause_words": _causes(),
+    }
 
 
 def _causes() -> dict[str, str]:

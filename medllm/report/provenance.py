@@ -56,8 +56,6 @@ def environment_lines(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-
-
 def _command(words: Sequence[Any]) -> str:
     """As it is typed: the program by its name alone."""
     program, *rest = map(str, words)

@@ -82,7 +82,9 @@ class Questions:
                 flipped.setdefault(flip.problem_id, {})[models.index(model)] = (int(flip.lost), flip.cause)
         plain = {
             "models": models,
-            "cells": [[models.index(model), setting, form] for (model, setting), form in zip(self.cells, self.form_of, strict=True)],
+            "cells": [
+                [models.index(model), setting, form] for (model, setting), form in zip(self.cells, self.form_of, strict=True)
+            ],
             "forms": self.forms,
             "words": {"read": READ_BY, "unread": UNREAD, "causes": dict(CAUSES)},
             "questions": [_plain(one, flipped.get(one.problem_id, {})) for one in self.every],

@@ -71,7 +71,9 @@ def report_from_runs(
     short = short_names([cell.model for cell in sat])
     cells = [dataclasses.replace(cell, model=short[cell.model]) for cell in sat if not cell.problem_set]
     sittings = [
-        read_sitting(found[0], found[1].config, found[2], problems) if (found := answers.get((cell.model, cell.setting))) else None
+        read_sitting(found[0], found[1].config, found[2], problems)
+        if (found := answers.get((cell.model, cell.setting)))
+        else None
         for cell in sat
         if not cell.problem_set
     ]

@@ -42,7 +42,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Said:
-    """A text, and the rule that read its answer or the reason why none was read; ``""`` where the text reads otherwise today."""
+    """A text, and the rule that read its answer or the reason why none was read; ``""`` where it reads otherwise today."""
 
     text: str
     read: str

@@ -40,8 +40,8 @@ def verdict(table: StudyTable) -> str:
     said = f"{best.model} {_kept(best)}"
     if len(rows) == 1:
         return f"{said}."
-    ranked = "does best of all" if len(rows) > 2 else "does better of the two"
-    return f"{said}; with an explanation it {ranked} ({number(best.scores[explained].score.value)}), while {_contrast(rows, best)}."
+    ranked = f"does {'best of all' if len(rows) > 2 else 'better of the two'} ({number(best.scores[explained].score.value)})"
+    return f"{said}; with an explanation it {ranked}, while {_contrast(rows, best)}."
 
 
 def _kept(row: Row) -> str:
