@@ -54,7 +54,7 @@ class Opened:
         self.page.on("request", lambda request: self._ask(request.url, file))
         self.page.goto(f"{file.as_uri()}{hash}")
         if script:
-            self.page.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
+            self.until("document.documentElement.dataset.ready", seconds=30)
 
     def _ask(self, url: str, file: Path) -> None:
         if not url.startswith(("data:", "blob:", file.as_uri())):
@@ -75,7 +75,7 @@ class Opened:
         """Wait until an expression holds. Playwright's own way to wait evaluates text in the page, which the policy refuses."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(holds, about):
-            assert time.monotonic() < end, f"{holds} does not hold"
+            assert time.monotonic() < end, f"{holds} does not hold; the browser says {self.said}"
             time.sleep(0.02)
 
     @property

@@ -17,8 +17,8 @@ from medllm.report.labels import spread
 from medllm.report.results import Cell
 from medllm.report.statistics import Estimate, wilson
 
-WIDTH, BAR = 360, 12
-_LEFT, _RIGHT, _TOP, _BODY, _LINE, _APART = 74, 190, 8, 170, 17, 5
+WIDTH, BAR, LEFT, RIGHT = 360, 12, 74, 190
+_TOP, _BODY, _LINE, _APART = 8, 170, 17, 5
 SHORT: Mapping[Cause, str] = {
     "ran_on": "ran on",
     "cut_off": "cut off",
@@ -188,7 +188,7 @@ def _fates(gap: Gap) -> list[_Fate]:
 
 def _ribbon(start: float, end: float, thick: float) -> str:
     """A band from the left bar at ``start`` to the right one at ``end``, as high at both."""
-    left, right, middle = _LEFT + BAR, _RIGHT, (_LEFT + BAR + _RIGHT) / 2
+    left, right, middle = LEFT + BAR, RIGHT, (LEFT + BAR + RIGHT) / 2
     return (
         f"M{left} {start:.1f}C{middle} {start:.1f} {middle} {end:.1f} {right} {end:.1f}"
         f"V{end + thick:.1f}C{middle} {end + thick:.1f} {middle} {start + thick:.1f} {left} {start + thick:.1f}Z"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-_LONG = 24  # characters beside an axis
+_LONG = 28  # characters beside an axis
 _PARTS = " + "
 _OF_EVERY_RUN = ("merged", "adapter")
 """Folders that every training leaves: they tell no model from another."""

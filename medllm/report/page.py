@@ -156,15 +156,12 @@ def _why(study: ReportInput) -> dict[str, Any]:
     """The flips of every model: counted, and drawn."""
     found = gaps(study.cells, study.questions.flips, study.draw.confidence) if study.questions else ()
     return {
+        "drawing": flows,
         "gaps": found,
         "flows": [flows.draw(gap) for gap in found],
         "causes": list(flows.SHORT.values()),
-        "cause_words": _causes(),
+        "cause_words": {flows.SHORT[cause]: words for cause, words in CAUSES.items()},
     }
-
-
-def _causes() -> dict[str, str]:
-    return {flows.SHORT[cause]: words for cause, words in CAUSES.items()}
 
 
 def _hash(script: str) -> str:

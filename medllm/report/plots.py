@@ -117,10 +117,10 @@ def slopes(table: StudyTable) -> Figure | None:
         values = [score.value for end in ends for score in end]
         low, high = min(values), max(values)
         room = max(0.12 * (high - low), 0.02)
-        axes.set_ylim(low - room, high + room)
         apart = (high - low + 2 * room) / 13
         left = spread([start.value for start, _ in ends], apart)
         right = spread([end.value for _, end in ends], apart)
+        axes.set_ylim(min(low - room, *left, *right) - apart / 2, max(high + room, *left, *right) + apart / 2)
         for index, (row, (start, end)) in enumerate(zip(rows, ends, strict=True)):
             colour = _colour(index)
             axes.plot([0, 1], [start.value, end.value], color=colour, marker=_MARKERS[index % len(_MARKERS)], linewidth=2.2)

@@ -1,4 +1,4 @@
-"""The report in a browser: Chromium opens the page from disk, filters, searches, steps and follows links, without a complaint."""
+"""The report in a browser: Chromium opens the page from disk, filters, searches, steps and follows its links."""
 
 from __future__ import annotations
 

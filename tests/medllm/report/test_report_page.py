@@ -306,7 +306,7 @@ def test_a_model_called_by_its_path_keeps_both_ends_in_a_drawing():
     assert labels.shortened(path).endswith("training/adapter")
     assert len(labels.shortened(path)) < 40
     assert labels.shortened("CPT + RPO") == labels.wrapped("CPT + RPO") == "CPT + RPO"
-    assert max(map(len, labels.wrapped(path).splitlines())) <= 24
+    assert max(map(len, labels.wrapped(path).splitlines())) <= 28
 
 
 def test_dollar_signs_and_underscores_in_a_name_are_drawn_as_they_are(folders):
