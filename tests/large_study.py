@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 
 from medllm.exam.flips import Flip
 from medllm.exam.problem import Problem
@@ -17,6 +18,7 @@ from medllm.report.results import Cell
 from medllm.report.sittings import Form, Said, Sitting
 from medllm.report.statistics import Bootstrap
 from medllm.report.study import ReportInput
+from tests.chromium import DESKTOP, PHONE, Opened, chromium
 
 QUESTIONS, MODELS = 2000, 10
 SETTINGS = ("3-shot", "3-shot with explanation")
@@ -64,6 +66,34 @@ def _text(draw: random.Random, words: int) -> str:
     return "".join(draw.choices(_WORDS, k=words))
 
 
+def measure(page: Path, times: int = 5) -> None:
+    """Print the size of a page, and the least and the most milliseconds that opening, filtering and searching it take."""
+    print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+    with chromium() as browser:
+        for name, size in (("desktop", DESKTOP), ("phone", PHONE)):
+            taken: dict[str, list[float]] = {"open": [], "filter": [], "search": [], "search again": []}
+            for _ in range(times):
+                with Opened(browser, page, size=size) as opened:
+                    taken["open"].append(opened.milliseconds)
+                    for what, begin in (("filter", _CHOOSE), ("search", _SEARCH), ("search again", _SEARCH_AGAIN)):
+                        taken[what].append(opened.page.evaluate(f"({_TIMED})", begin))
+            print(name, "; ".join(f"{what} {min(ms):.0f} to {max(ms):.0f} ms" for what, ms in taken.items()))
+
+
+_CHOOSE, _SEARCH, _SEARCH_AGAIN = (("flip", "lost"), ("text", "炎症"), ("text", "血圧"))
+# From the event until the list has been drawn anew; the page itself waits 150 ms for more letters of a search.
+_TIMED = """async ([name, value]) => {
+  const field = document.querySelector(`#filters [name=${name}]`), begun = performance.now();
+  const list = document.getElementById("found");
+  const drawn = new Promise((resolve) => new MutationObserver(resolve).observe(list, {childList: true}));
+  field.value = value;
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+  await drawn;
+  return performance.now() - begun;
+}"""
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1], "w", encoding="utf-8") as page:
-        page.write(render(large_study()))
+    file = Path(sys.argv[1])
+    file.write_text(render(large_study()), encoding="utf-8")
+    measure(file)

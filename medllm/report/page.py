@@ -105,7 +105,7 @@ def render(study: ReportInput, table: StudyTable | None = None) -> str:
         sets=study.sets_table(),
         years=sorted({year for cell in study.cells for year in cell.by_year}),
         **_why(study),
-        packed=study.questions.packed() if study.questions and study.questions.every else "",
+        packed=study.questions.packed() if study.questions and study.questions.every else None,
         script_hash=_hash(templates.get_template("questions.js").render()),
         sections=[(id, heading) for id, heading in _SECTIONS.items() if _is_there(id, study, table)],
         curation=[plots.preferences(one, name) for name, one in study.preferences.items()],

@@ -1,8 +1,8 @@
 """Every question of the exam with everybody's answer to it, as the page's browser of questions reads them.
 
-A page of thousands of questions by tens of models opens at once only if a browser does not have to draw them: the questions
-travel as one compressed JSON, and :mod:`templates/questions.js` draws those that are looked at. What is the same for all
-questions (the examples before them) is there once.
+A page of thousands of questions by tens of models opens at once only if a browser neither draws nor reads them all: what is
+filtered by travels as one compressed JSON, the texts in blocks of questions, each opened when one of them is looked at (or all,
+for a search). What is the same for all questions (the examples before them) is there once. ``templates/questions.js`` reads it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from medllm.exam.problem import Problem
 from medllm.report.results import Cell
 from medllm.report.sittings import Sitting
 from medllm.report.wording import READ_BY, UNREAD
+
+BLOCK = 50
+"""Questions whose texts are opened together."""
+_BEGIN = 60  # characters of a question in the list
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,33 @@ class Questions:
     every: tuple[Question, ...]
     flips: Mapping[str, tuple[Flip, ...]] = field(default_factory=dict)
 
-    def packed(self) -> str:
-        """The questions for the page: JSON, compressed with gzip, in base64. The same questions give the same text."""
+    def packed(self) -> Packed:
+        """The questions for the page. The same questions give the same text."""
         models = list(dict.fromkeys(model for model, _ in self.cells))
         flipped: dict[str, dict[int, tuple[int, str]]] = {}
         for model, flips in self.flips.items():
             for flip in flips:
                 flipped.setdefault(flip.problem_id, {})[models.index(model)] = (int(flip.lost), flip.cause)
-        plain = {
+        index = {
             "models": models,
             "cells": [
                 [models.index(model), setting, form] for (model, setting), form in zip(self.cells, self.form_of, strict=True)
             ],
             "forms": self.forms,
             "words": {"read": READ_BY, "unread": UNREAD, "causes": dict(CAUSES)},
-            "questions": [_plain(one, flipped.get(one.problem_id, {})) for one in self.every],
+            "block": BLOCK,
+            "questions": [_facts(one, flipped.get(one.problem_id, {})) for one in self.every],
         }
-        raw = json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()
-        return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode("ascii")
+        blocks = [self.every[start : start + BLOCK] for start in range(0, len(self.every), BLOCK)]
+        return Packed(_compressed(index), tuple(_compressed([_texts(one) for one in block]) for block in blocks))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions as they travel: JSON, compressed with gzip, in base64; what is filtered by, and blocks of texts."""
+
+    index: str
+    blocks: tuple[str, ...]
 
 
 def gather(
@@ -129,20 +142,38 @@ def gather(
     )
 
 
-def _plain(question: Question, flips: Mapping[int, tuple[int, str]]) -> dict[str, Any]:
-    answers = [[one.prediction, int(one.correct), one.read, one.text] for one in question.answers]
-    plain: dict[str, Any] = {"id": question.problem_id, "answers": answers, "asked": question.asked, "flips": flips}
+def _facts(question: Question, flips: Mapping[int, tuple[int, str]]) -> dict[str, Any]:
+    """What the list shows and filters by; ``right`` has a digit a cell."""
+    facts = {"id": question.problem_id, "right": "".join(str(int(one.correct)) for one in question.answers), "flips": flips}
     problem = question.problem
-    if problem is not None:
-        plain |= {
-            "text": problem.text,
-            "context": problem.context or "",
-            "choices": problem.choices,
-            "gold": problem.accepted,
-            "points": problem.points,
-            "year": problem.year,
-            "section": problem.section,
-            "category": problem.category,
-            "image": not problem.text_only,
-        }
-    return plain
+    if problem is None:
+        return facts
+    return facts | {
+        "begin": problem.text[:_BEGIN],
+        "points": problem.points,
+        "year": problem.year,
+        "section": problem.section,
+        "category": problem.category,
+        "image": not problem.text_only,
+    }
+
+
+def _texts(question: Question) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "answers": [[one.prediction, one.read, one.text] for one in question.answers],
+        "asked": question.asked,
+    }
+    problem = question.problem
+    if problem is None:
+        return plain
+    return plain | {
+        "text": problem.text,
+        "context": problem.context or "",
+        "choices": problem.choices,
+        "gold": problem.accepted,
+    }
+
+
+def _compressed(plain: Any) -> str:
+    raw = json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()
+    return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode("ascii")

@@ -4,7 +4,7 @@
   const STEP = 200; // rows of the list that are drawn at a time
   const $ = (id) => document.getElementById(id);
   const form = $("filters"), list = $("found"), said = $("count"), view = $("question"), more = $("more");
-  let book, found = [], drawn = 0, open = null, state = {};
+  let book, found = [], drawn = 0, shown = null, allOpen = false, state = {};
 
   // --- elements -----------------------------------------------------------------------------------------------------------
   function make(tag, attributes = {}, ...children) {
@@ -23,11 +23,22 @@
     return JSON.parse(await new Response(stream).text());
   }
 
+  // The texts of a question travel in a block with its neighbours', and are there once that is opened.
+  const blocks = [...document.querySelectorAll("script.texts")];
+  const opened = [];
+  function open(at) {
+    opened[at] ??= unpack(blocks[at].textContent).then((texts) => {
+      texts.forEach((text, nth) => Object.assign(book.questions[at * book.block + nth], text));
+    });
+    return opened[at];
+  }
+  const blockOf = (one) => Math.floor(book.questions.indexOf(one) / book.block);
+
   const plain = (text) => text.normalize("NFKC").toLowerCase();
 
   function haystack(one) {
     one.hay ??= plain([one.id, one.text, one.context, ...(one.choices ?? []), one.category,
-      ...one.answers.flatMap((answer) => [answer[0], answer[3]])].filter(Boolean).join("\n"));
+      ...one.answers.flatMap((answer) => [answer[0], answer[2]])].filter(Boolean).join("\n"));
     return one.hay;
   }
 
@@ -46,7 +57,7 @@
   function fate(one, model) {
     const pair = book.pairs[model];
     if (!pair) return "";
-    const before = one.answers[pair[0]][1], after = one.answers[pair[1]][1];
+    const [before, after] = pair.map((at) => one.right[at] === "1");
     return before ? (after ? "kept" : "lost") : after ? "gained" : "missed";
   }
 
@@ -91,7 +102,7 @@
     if (state.answer) {
       const [setting, right] = state.answer.split("|");
       const fits = book.cells.some((cell, at) => cell[1] === setting && (model < 0 || cell[0] === model)
-        && one.answers[at][1] === Number(right));
+        && one.right[at] === right);
       if (!fits) return false;
     }
     return words.every((word) => haystack(one).includes(word));
@@ -99,6 +110,11 @@
 
   function search() {
     const words = plain(state.text).split(/\s+/).filter(Boolean);
+    if (words.length && !allOpen) {
+      said.textContent = "searching";
+      Promise.all(blocks.map((_, at) => open(at))).then(() => { allOpen = true; search(); });
+      return;
+    }
     const model = book.models.indexOf(state.model);
     found = book.questions.filter((one) => matches(one, words, model));
     said.textContent = `${found.length} of ${book.questions.length} questions`;
@@ -113,10 +129,10 @@
   function drawRows(count) {
     const model = book.models.indexOf(state.model);
     const rows = found.slice(drawn, drawn + count).map((one) => {
-      const cells = [...one.answers.keys()].filter((at) => model < 0 || book.cells[at][0] === model);
-      const right = cells.filter((at) => one.answers[at][1]).length;
+      const cells = [...book.cells.keys()].filter((at) => model < 0 || book.cells[at][0] === model);
+      const right = cells.filter((at) => one.right[at] === "1").length;
       const link = make("a", { href: address({ q: one.id }), "data-id": one.id },
-        make("b", {}, one.id), " ", make("span", { class: "begin" }, (one.text ?? "").slice(0, 60)),
+        make("b", {}, one.id), " ", make("span", { class: "begin" }, one.begin ?? ""),
         make("span", { class: "share", title: `${right} of ${cells.length} answers are right` }, `${right}/${cells.length}`,
           make("span", { class: "hidden" }, " answers right")));
       return make("li", {}, link);
@@ -153,8 +169,12 @@
     const one = found.find((other) => other.id === state.q);
     mark();
     remember();
-    if (one === open?.one && state.model === open.model) return;
-    open = one && { one, model: state.model };
+    if (one && !one.answers) {
+      open(blockOf(one)).then(show);
+      return;
+    }
+    if (one && one === shown?.one && state.model === shown.model && found.length === shown.of) return;
+    shown = one && { one, model: state.model, of: found.length };
     view.replaceChildren(...(one ? parts(one) : [make("p", {}, "No question is as the filters want it.")]));
   }
 
@@ -216,7 +236,7 @@
   }
 
   function answer(one, at) {
-    const [prediction, right, read, text] = one.answers[at];
+    const [prediction, read, text] = one.answers[at], right = one.right[at] === "1";
     const options = prediction && one.choices?.length
       ? letters(prediction).map((letter) => one.choices[letter.charCodeAt(0) - 97]).filter(Boolean).join(", ") : "";
     const how = book.words.read[read] ? `read by ${read}: ${book.words.read[read]}`
@@ -305,6 +325,7 @@
     $("loading").hidden = true;
     const wanted = fromAddress();
     go(wanted ?? {});
+    if (found.length) await open(blockOf(found.find((one) => one.id === state.q)));
     if (wanted) $("questions").scrollIntoView();
     document.documentElement.dataset.ready = Math.round(performance.now());
   }

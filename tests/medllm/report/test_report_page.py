@@ -103,10 +103,11 @@ def test_the_page_asks_nothing_of_the_network(page):
 
 
 def test_the_page_runs_one_script_known_by_its_hash_which_makes_no_markup(page):
-    assert parse(page).tags.count("script") == 2
-    data, script = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.S)
-    assert data[0] == ' type="application/octet-stream" id="data"'
-    assert re.fullmatch("[A-Za-z0-9+/]+=*", data[1])
+    *data, script = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.S)
+    assert parse(page).tags.count("script") == len(data) + 1 == 3
+    for words, text in data:
+        assert words.startswith(' type="application/octet-stream"')
+        assert re.fullmatch("[A-Za-z0-9+/]+=*", text)
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
     (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', page)
     assert f"script-src 'sha256-{digest}';" in policy
@@ -116,7 +117,12 @@ def test_the_page_runs_one_script_known_by_its_hash_which_makes_no_markup(page):
 
 
 def unpacked(study) -> dict:
-    return json.loads(gzip.decompress(base64.b64decode(study.questions.packed())))
+    """What the page's script reads, with the texts put beside their questions."""
+    packed = study.questions.packed()
+    index, *blocks = (json.loads(gzip.decompress(base64.b64decode(one))) for one in (packed.index, *packed.blocks))
+    assert [len(block) for block in blocks[:-1]] == [index["block"]] * (len(blocks) - 1)
+    texts = [text for block in blocks for text in block]
+    return index | {"questions": [facts | text for facts, text in zip(index["questions"], texts, strict=True)]}
 
 
 def test_every_question_and_every_answer_travel_with_the_page_and_the_examples_once(folders):
@@ -130,7 +136,7 @@ def test_every_question_and_every_answer_travel_with_the_page_and_the_examples_o
     assert [one["id"] for one in packed["questions"]] == [problem.problem_id for problem in exam]
     for place, folder in enumerate(folders[3:]):
         lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-        said = [(one["answers"][place][0], one["answers"][place][3]) for one in packed["questions"]]
+        said = [(one["answers"][place][0], one["answers"][place][2]) for one in packed["questions"]]
         assert said == [(line["prediction"], line["explanation"]) for line in lines]
     config = EvaluateConfig(MODEL, "run", (), template="igakuqa", explanation=True)
     for form, explanation in ((0, False), (1, True)):
@@ -225,7 +231,7 @@ def test_what_a_model_wrote_is_shown_as_text_and_never_as_markup(folders, tmp_pa
     parser = parse(page)
     assert "".join(parser.text).count(ATTACK) >= 4  # title, heading, table, settings
     assert html.escape(ATTACK) in page.replace("&#39;", "&#x27;")
-    assert parser.tags.count("script") == 2
+    assert parser.tags.count("script") == 3
     assert not parser.handlers
     assert all(address.startswith(("data:", "#")) for address in parser.addresses)
 
