@@ -316,6 +316,11 @@
     event.preventDefault();
   });
 
+  // Whoever reads will search: while nothing else is to do, the blocks are opened one after the other.
+  function openAhead(at) {
+    if (at < blocks.length) (window.requestIdleCallback ?? setTimeout)(() => open(at).then(() => openAhead(at + 1)));
+  }
+
   async function start() {
     $("loading").hidden = false;
     book = await unpack($("data").textContent);
@@ -327,6 +332,7 @@
     go(wanted ?? {});
     if (found.length) await open(blockOf(found.find((one) => one.id === state.q)));
     if (wanted) $("questions").scrollIntoView();
+    openAhead(0);
     document.documentElement.dataset.ready = Math.round(performance.now());
   }
   start().catch((error) => { $("loading").textContent = `The questions cannot be shown: ${error.message}`; });
