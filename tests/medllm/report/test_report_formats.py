@@ -40,6 +40,11 @@ def table(cells):
     return build_table(cells, draw=DRAW)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    return [str(folder) for folder in write_study(tmp_path_factory.mktemp("study"))[3:5]]
+
+
 def rows_of(text: str) -> list[list[str]]:
     return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| ")]
 
@@ -77,11 +82,10 @@ def test_csv_has_every_figure_unrounded_and_nothing_that_a_spreadsheet_would_run
 
 
 @pytest.mark.parametrize(("format", "ending"), [("markdown", "md"), ("latex", "tex"), ("csv", "csv")])
-def test_the_command_writes_the_tables_alone(tmp_path, monkeypatch, format, ending):
-    folders = write_study(tmp_path / "study")[3:5]
+def test_the_command_writes_the_tables_alone(folders, tmp_path, monkeypatch, format, ending):
     monkeypatch.chdir(tmp_path)
-    assert main(["report", *map(str, folders), "--format", format]) == 0
-    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [f"report.{ending}"]
+    assert main(["report", *folders, "--format", format]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [f"report.{ending}"]
     assert "0.802" in (tmp_path / f"report.{ending}").read_text(encoding="utf-8")
 
 
