@@ -19,7 +19,7 @@ from tests.large_study import MODELS, QUESTIONS, large_study
 from tests.written_study import ATTACK, CHANCES, DRAW, SETTINGS, problems, write_study
 
 SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-OPEN_WITHIN = 2000  # milliseconds
+OPEN_WITHIN = 2.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +251,17 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 @SIZES
 def test_two_thousand_questions_of_ten_models_open_in_two_seconds(browser, large, size):
     page, asked = large
-    taken = []
-    while not taken or (min(taken) > OPEN_WITHIN and len(taken) < 4):  # a machine may be at something else
-        with Opened(browser, page, size=size) as opened:
-            taken.append(opened.milliseconds)
-            assert opened.page.text_content("#count") == f"{QUESTIONS} of {QUESTIONS} questions"
-            assert opened.page.locator("#question .model").count() == MODELS
-            assert len(opened.ids) == 200
-            opened.page.click("#more")
-            assert len(opened.ids) == 400
-            last = opened.ids[-1]  # of another block of texts than the first
-            opened.page.click(f"#found a[data-id='{last}']")
-            opened.until("last => document.querySelector('#question h3').textContent === last", last)
-            assert asked[last] in opened.page.inner_text("#question")
-            assert not opened.overflows
-            assert opened.said == []
-    assert min(taken) <= OPEN_WITHIN
+    with Opened(browser, page, size=size) as opened:
+        # Of a processor: the clock on the wall has what else the machine is at. The other second is for a slower one.
+        assert opened.processor_seconds < OPEN_WITHIN / 2
+        assert opened.page.text_content("#count") == f"{QUESTIONS} of {QUESTIONS} questions"
+        assert opened.page.locator("#question .model").count() == MODELS
+        assert len(opened.ids) == 200
+        opened.page.click("#more")
+        assert len(opened.ids) == 400
+        last = opened.ids[-1]  # of another block of texts than the first
+        opened.page.click(f"#found a[data-id='{last}']")
+        opened.until("last => document.querySelector('#question h3').textContent === last", last)
+        assert asked[last] in opened.page.inner_text("#question")
+        assert not opened.overflows
+        assert (opened.said, opened.asked) == ([], [])
