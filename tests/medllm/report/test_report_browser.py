@@ -62,11 +62,13 @@ def lost(right, model: str) -> list[str]:
     return [name for name in plain if plain[name] and not explained[name]]
 
 
-def test_every_question_is_there_and_the_first_is_open(opened):
-    exam = problems()
-    assert opened.ids == [problem.problem_id for problem in exam]
-    assert opened.page.text_content("#count") == "40 of 40 questions"
-    assert opened.shown == exam[0].problem_id
+def test_every_question_is_there_and_the_first_is_open(browser, file):
+    with Opened(browser, file) as opened:
+        exam = problems()
+        assert opened.ids == [problem.problem_id for problem in exam]
+        assert opened.page.text_content("#count") == "40 of 40 questions"
+        assert opened.shown == exam[0].problem_id
+        assert (opened.said, opened.asked) == ([], [])
 
 
 @pytest.mark.parametrize("section", ["A", "B"])
