@@ -2,9 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from medllm.exam.answers import Reason, Rule
 from medllm.report.results import Row, StudyTable
 from medllm.report.statistics import Comparison, Estimate
 from medllm.report.tables import interval, number, p_value
+
+READ_BY: Mapping[Rule, str] = {
+    "json": "the value of a key that announces an answer",
+    "label": "what stands behind the last label (Answer:, 答え:)",
+    "only": "the whole text, which is nothing but an answer",
+    "sentence": "a sentence that says what the answer is",
+    "first_line": "the first line",
+    "conclusion": "what the last line concludes",
+}
+"""Every rule of :mod:`medllm.exam.answers`, for somebody who looks at an answer."""
+UNREAD: Mapping[Reason, str] = {
+    "empty": "the text is empty",
+    "filtered": "a server held it back",
+    "cut_off": "it was cut off before it answered",
+    "no_label": "nothing in it says which answer is meant",
+    "ambiguous": "it names several answers, or words that could be several",
+    "refused": "it says that it cannot answer",
+    "too_many": "it names more options than are wanted",
+}
+"""Every reason why no answer is read."""
+
+
+def verdict(table: StudyTable) -> str:
+    """The study's answer in one sentence: did the model that does best with an explanation keep its score when it gave one?"""
+    rows = [row for row in table.rows if row.stability is not None]
+    if not rows or table.stability_settings is None:
+        return ""
+    explained = table.stability_settings[1]
+    best = max(rows, key=lambda row: row.scores[explained].score.value)
+    said = f"{best.model} {_kept(best)}"
+    if len(rows) == 1:
+        return f"{said}."
+    ranked = f"does {'best of all' if len(rows) > 2 else 'better of the two'} ({number(best.scores[explained].score.value)})"
+    return f"{said}; with an explanation it {ranked}, while {_contrast(rows, best)}."
+
+
+def _kept(row: Row) -> str:
+    """What explaining first did to a model's score, and how sure that is."""
+    estimate = row.stability
+    assert estimate is not None
+    by = f"{number(estimate.value, True)} {interval(estimate, True)}"
+    if not _spans_zero(estimate):
+        return f"{'lost' if estimate.value < 0 else 'gained'} score when it explained itself: {by}, beyond chance"
+    doubt = f", though a loss of up to {number(-estimate.low)} is not excluded" if estimate.low < 0 else ""
+    return f"was not seen to lose score when it explained itself: {by}{doubt}"
+
+
+def _contrast(rows: Sequence[Row], best: Row) -> str:
+    """The model that explaining cost most, beside the best."""
+    other = min((row for row in rows if row is not best), key=lambda row: row.stability.value if row.stability else 0.0)
+    assert other.stability is not None
+    word = "lost" if other.stability.value < 0 else "gained"
+    return f"{other.model} {word} {number(abs(other.stability.value))} {interval(other.stability, True)}"
 
 
 def findings(table: StudyTable) -> list[str]:
