@@ -71,9 +71,10 @@ def measure(page: Path, times: int = 5) -> None:
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
     with chromium() as browser:
         for name, size in (("desktop", DESKTOP), ("phone", PHONE)):
-            taken: dict[str, list[float]] = {"open": [], "filter": [], "search": [], "search again": []}
+            taken: dict[str, list[float]] = {"open": [], "of a processor": [], "filter": [], "search": [], "search again": []}
             for _ in range(times):
                 with Opened(browser, page, size=size) as opened:
+                    taken["of a processor"].append(1000 * opened.processor_seconds)
                     taken["open"].append(opened.milliseconds)
                     for what, begin in (("filter", _CHOOSE), ("search", _SEARCH), ("search again", _SEARCH_AGAIN)):
                         taken[what].append(opened.page.evaluate(f"({_TIMED})", begin))

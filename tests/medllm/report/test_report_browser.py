@@ -19,7 +19,7 @@ from tests.large_study import MODELS, QUESTIONS, large_study
 from tests.written_study import ATTACK, CHANCES, DRAW, SETTINGS, problems, write_study
 
 SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-OPEN_WITHIN = 2000  # milliseconds
+OPEN_WITHIN = 2.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,13 @@ def lost(right, model: str) -> list[str]:
     return [name for name in plain if plain[name] and not explained[name]]
 
 
-def test_every_question_is_there_and_the_first_is_open(opened):
-    exam = problems()
-    assert opened.ids == [problem.problem_id for problem in exam]
-    assert opened.page.text_content("#count") == "40 of 40 questions"
-    assert opened.shown == exam[0].problem_id
+def test_every_question_is_there_and_the_first_is_open(browser, file):
+    with Opened(browser, file) as opened:
+        exam = problems()
+        assert opened.ids == [problem.problem_id for problem in exam]
+        assert opened.page.text_content("#count") == "40 of 40 questions"
+        assert opened.shown == exam[0].problem_id
+        assert (opened.said, opened.asked) == ([], [])
 
 
 @pytest.mark.parametrize("section", ["A", "B"])
@@ -112,7 +114,7 @@ def test_every_flow_and_every_count_of_a_cause_opens_as_many_questions_as_it_say
 
 def test_the_search_reads_questions_answers_and_ids_in_any_width_of_letters(opened):
     opened.search("患者 ７")
-    assert opened.ids == ["118B7"] or all("7" in name for name in opened.ids)
+    assert opened.ids == [problem.problem_id for problem in problems() if "7" in problem.problem_id] != []
     opened.search("because 118C11")
     assert opened.ids == ["118C11"]
     opened.search("no such words")
@@ -251,19 +253,17 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 @SIZES
 def test_two_thousand_questions_of_ten_models_open_in_two_seconds(browser, large, size):
     page, asked = large
-    taken = []
-    while not taken or (min(taken) > OPEN_WITHIN and len(taken) < 4):  # a machine may be at something else
-        with Opened(browser, page, size=size) as opened:
-            taken.append(opened.milliseconds)
-            assert opened.page.text_content("#count") == f"{QUESTIONS} of {QUESTIONS} questions"
-            assert opened.page.locator("#question .model").count() == MODELS
-            assert len(opened.ids) == 200
-            opened.page.click("#more")
-            assert len(opened.ids) == 400
-            last = opened.ids[-1]  # of another block of texts than the first
-            opened.page.click(f"#found a[data-id='{last}']")
-            opened.until("last => document.querySelector('#question h3').textContent === last", last)
-            assert asked[last] in opened.page.inner_text("#question")
-            assert not opened.overflows
-            assert opened.said == []
-    assert min(taken) <= OPEN_WITHIN
+    with Opened(browser, page, size=size) as opened:
+        # Of a processor: the clock on the wall has what else the machine is at. The other second is for a slower one.
+        assert opened.processor_seconds < OPEN_WITHIN / 2
+        assert opened.page.text_content("#count") == f"{QUESTIONS} of {QUESTIONS} questions"
+        assert opened.page.locator("#question .model").count() == MODELS
+        assert len(opened.ids) == 200
+        opened.page.click("#more")
+        assert len(opened.ids) == 400
+        last = opened.ids[-1]  # of another block of texts than the first
+        opened.page.click(f"#found a[data-id='{last}']")
+        opened.until("last => document.querySelector('#question h3').textContent === last", last)
+        assert asked[last] in opened.page.inner_text("#question")
+        assert not opened.overflows
+        assert (opened.said, opened.asked) == ([], [])
