@@ -91,7 +91,7 @@ def render(study: ReportInput, table: StudyTable | None = None) -> str:
     return templates.get_template("report.html.j2").render(
         study=study,
         table=table,
-        verdict=wording.verdict(table) if table else "",
+        verdict=wording.verdict(table, study.equivalences()) if table else "",
         origin=provenance.origin(study.environment),
         environment=provenance.environment_lines(study.environment),
         names=study.names,

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from medllm.exam.setting import explained
 from medllm.preferences.records import Preference
+from medllm.report.nested import Equivalence, equivalence
 from medllm.report.questions import Questions
 from medllm.report.results import Cell, StudyTable, build_table
 from medllm.report.sets import SetsTable, build_sets
@@ -115,6 +119,20 @@ class ReportInput:
             UserError: the cells cannot stand in one table.
         """
         return build_sets(self.sets, self.draw.confidence)
+
+    def equivalences(self) -> dict[str, Equivalence]:
+        """Of each model that was asked in both ways, whether its score stayed within the margin, over exams like this one."""
+        years = {one.problem_id: one.problem.year for one in self.questions.every if one.problem} if self.questions else {}
+        results = {(cell.model, cell.setting): cell.results for cell in self.cells}
+        found = {}
+        for (model, setting), plain in results.items():
+            right = {one.problem_id: bool(one.correct) for one in results.get((model, explained(setting)), ())}
+            if right:
+                values = np.array([[right[one.problem_id] - bool(one.correct) for one in plain]], dtype=float)
+                points = np.array([one.points for one in plain], dtype=float)
+                groups = [str(years.get(one.problem_id)) for one in plain]
+                found[model] = equivalence(values, points, groups, over="problems", draw=self.draw)
+        return found
 
 
 def composition(preferences: Sequence[Preference]) -> Composition:

@@ -11,9 +11,10 @@ import pytest
 
 from medllm.cli import main
 from medllm.exam.scoring import ProblemResult
-from medllm.report import formats, wording
+from medllm.report import formats, tables, wording
 from medllm.report.results import Cell, build_table
 from medllm.report.statistics import Bootstrap
+from medllm.report.study import ReportInput
 from tests.written_study import write_study
 
 PLAIN, EXPLAINED = "3-shot", "3-shot with explanation"
@@ -92,16 +93,37 @@ def test_the_command_writes_the_tables_alone(folders, tmp_path, monkeypatch, for
 @pytest.mark.parametrize(
     ("models", "begins", "says"),
     [
-        ({"base": (24, 10), "CPT": (32, 32)}, "CPT was not seen to lose score", "while base lost 0.350"),
+        ({"base": (24, 10), "CPT": (32, 31)}, "CPT was not seen to lose score", "while base lost 0.350"),
         ({"base": (30, 10), "CPT": (32, 20)}, "CPT lost score when it explained itself: −0.300", "better of the two (0.500)"),
         ({"base": (10, 24), "CPT": (20, 38), "RPO": (9, 9)}, "CPT gained score", "best of all (0.950)"),
     ],
 )
 def test_the_answer_is_of_the_model_that_does_best_with_an_explanation(models, begins, says):
-    sentence = wording.verdict(build_table(study(**models), draw=DRAW))
+    made = ReportInput("", "", {}, tuple(study(**models)), draw=DRAW)
+    sentence = wording.verdict(made.table(), made.equivalences())
     assert sentence.startswith(begins)
     assert says in sentence
 
 
+def test_a_score_is_kept_where_its_interval_lies_within_the_margin():
+    cells = [cell("base", PLAIN, 300, 500), cell("base", EXPLAINED, 300, 500)]
+    made = ReportInput("", "", {}, tuple(cells), draw=DRAW)
+    found = made.equivalences()["base"]
+    assert (found.margin, found.holds) == (0.02, True)
+    assert wording.verdict(made.table(), {"base": found}).startswith(
+        "base kept its score within 0.020 when it explained itself: 0.000"
+    )
+    few = ReportInput("", "", {}, tuple(study(base=(30, 30))), draw=DRAW)
+    assert not few.equivalences()["base"].holds
+    assert "a loss of up to" in wording.verdict(few.table(), few.equivalences())
+
+
+def test_every_change_has_its_p_alone_and_among_all_of_the_table(table):
+    for row in table.rows[1:]:
+        for comparison in (*row.against_previous.values(), row.stability_change):
+            assert comparison.adjusted_p >= comparison.p_value
+            assert tables.change(comparison).endswith(f"Holm\u00a0{tables.p_value(comparison.adjusted_p)}")
+
+
 def test_without_two_settings_there_is_no_answer():
-    assert wording.verdict(build_table([cell("base", PLAIN, 3)], draw=DRAW)) == ""
+    assert wording.verdict(build_table([cell("base", PLAIN, 3)], draw=DRAW), {}) == ""
