@@ -37,6 +37,7 @@ from medllm.errors import UserError
 from medllm.forecast import Devices, Work, announce, held_words
 from medllm.host.memory import watch_device
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import Progress
 from medllm.model.adapter import Adapter, open_adapters, write_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.endings import read_endings
@@ -154,7 +155,7 @@ class JaxEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         batch_size: int = 32,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See :class:`medllm.engine.Generates`.
 

@@ -5,13 +5,14 @@ Training is :mod:`medllm.training`'s, where the engines are :mod:`medllm.engines
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from medllm.config import Sampling
+from medllm.host.progress import Progress
 from medllm.model.tokenizer import Prompt, decode, tokens_of
 
 
@@ -64,7 +65,7 @@ class Generates(Protocol):
         prompts: Sequence[Prompt],
         sampling: Sampling,
         batch_size: int = 32,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """``sampling.samples`` continuations for each prompt, in the order of the prompts.
 

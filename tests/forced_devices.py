@@ -8,8 +8,14 @@ import subprocess
 import sys
 from typing import Any
 
-NOT_OPTIMIZED = "--xla_backend_optimization_level=0"
-"""Of ``XLA_FLAGS``: without LLVM's passes, which are most of the time to compile for a processor."""
+NOT_OPTIMIZED = " ".join(
+    (
+        "--xla_backend_optimization_level=0",  # without LLVM's passes
+        "--xla_cpu_use_fusion_emitters=false",  # nor MLIR's some hundred for each fusion
+        "--xla_cpu_parallel_codegen_split_count=1",  # each core has another test's work
+    )
+)
+"""Of ``XLA_FLAGS``: without what is most of the time to compile for a processor."""
 
 _CHECKED = "import conftest, runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 """As ``python -m``, with annotations checked as they are in the tests' own process."""

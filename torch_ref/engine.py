@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from medllm.engine import Continuation, Generation
 from medllm.forecast import Devices, Work, announce, held_words
 from medllm.host.memory import watch_device
 from medllm.host.processes import process_count
+from medllm.host.progress import Progress
 from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
@@ -100,7 +101,7 @@ class TorchEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         batch_size: int = 32,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """See :func:`torch_ref.generate.generate`."""
         return generate(self.model, self.tokenizer, prompts, sampling, self._endings, batch_size, progress)

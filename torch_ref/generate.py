@@ -7,7 +7,7 @@ number). ``argmax(log p + Gumbel noise)`` is an exact draw from p, so transforme
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from medllm.config import Sampling
 from medllm.engine import Continuation, Generation, whole_characters
 from medllm.errors import PromptError, UserError
+from medllm.host.progress import Progress
 from medllm.model.endings import Endings
 from medllm.model.tokenizer import Prompt, decode, encode_prompt
 from torch_ref.shares import made_of
@@ -31,7 +32,7 @@ def generate(
     sampling: Sampling,
     endings: Endings,
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """``sampling.samples`` continuations for each prompt, in the order of the prompts; processes of a launch share the batches.
 

@@ -30,6 +30,7 @@ from jax_medllm.model.rows import MULTIPLE, buckets, round_up
 from medllm.config import Sampling
 from medllm.engine import Generation
 from medllm.errors import PromptError
+from medllm.host.progress import Progress
 
 _PREFILL_SIZES = 4
 """Padded lengths of prompts that are read into the slots of one queue; each is compiled."""
@@ -50,7 +51,7 @@ def generate(
     sampling: Sampling,
     text_of: Callable[[Sequence[int]], str],
     batch_size: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     stop_ids: Collection[int] = (),
 ) -> list[list[Generation]]:

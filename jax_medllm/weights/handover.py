@@ -12,7 +12,7 @@ by :math:`\mathrm{KL}(p_\text{exact} \Vert p_\text{handed over})`, in nats, aver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.weights.read import model_tensors, read_model
 from medllm.corpus.packing import PackedRows
+from medllm.host.progress import Progress
 from medllm.model.adapter import Adapter
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
@@ -58,7 +59,7 @@ def handover_errors(
     merged: ModelDirectory,
     rows: PackedRows,
     quantization: Quantization,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total, doing="": None,
 ) -> list[dict[str, Any]]:
     """Errors of the three hand-overs (the fields of :class:`HandoverError`). All arithmetic is fp32.
 

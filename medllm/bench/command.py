@@ -92,11 +92,13 @@ def _compile(values: Any) -> dict[str, Any]:
 
 def _compare(action: str, values: Any) -> dict[str, Any]:
     from medllm.bench.compare import compare, table
+    from medllm.bench.profile import read_tables
+    from medllm.bench.share import share_lines, shares
 
     kind = _SHAPES[action]
     shape = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
     settings = {name: values[name] for name in ("remat", "nll_reduction") if name in values}
-    result = compare(
+    found = compare(
         action,
         shape,
         engines=tuple(values.engines),
@@ -106,18 +108,17 @@ def _compare(action: str, values: Any) -> dict[str, Any]:
         say=say,
         **settings,
     )
-    for line in [*table(action, result), *_where_the_time_goes(action, shape, values.profile, result)]:
+    said = table(found)
+    if not isinstance(shape, GenerateShape):
+        found = dataclasses.replace(found, shares=shares(shape, found.figures))
+        said += share_lines(found.shares)
+    if values.profile:
+        tables, more = read_tables(Path(values.profile), shape, found.figures)
+        found = dataclasses.replace(found, profile=tables)
+        said += more
+    for line in said:
         say(line)
-    return result
-
-
-def _where_the_time_goes(action: str, shape: Any, profile: str | None, result: dict[str, Any]) -> list[str]:
-    """Lines about it, and what they say into ``result``."""
-    from medllm.bench.profile import add_tables
-    from medllm.bench.share import add_shares
-
-    said = [] if action == "generate" else add_shares(shape, result)
-    return said + (add_tables(Path(profile), shape, result) if profile else [])
+    return found.to_json()
 
 
 ACTIONS = {

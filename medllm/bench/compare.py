@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medllm.bench.comparison import UNITS, Comparison, Figures
 from medllm.bench.engines import measure
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
 from medllm.bench.variants import Choice, choose, variant_lines
+from medllm.config import RematPolicy
 from medllm.errors import UserError
 from medllm.run import environment
-
-UNITS = {"cpt": "tokens/s", "rpo": "problems/s", "generate": "problems/s"}
 
 
 def compare(
@@ -31,11 +31,10 @@ def compare(
     profile: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Comparison:
     """Measure ``name`` (``cpt``, ``rpo`` or ``generate``) on each engine ``runs`` times, alternating.
 
-    Each measurement is a process of its own, which opens the model from disk; its peak is the largest resident memory of that
-    process, libraries and compiler included.
+    Each measurement is a process of its own, which opens the model from disk.
 
     Args:
         name: What is measured.
@@ -46,12 +45,6 @@ def compare(
         profile: Folder for a trace of each engine, taken in a run beside the measured ones.
         say: Told what was measured, as it comes.
         settings: More arguments of the measurement.
-
-    Returns:
-        ``ratio`` of the rates (None with one engine) and ``memory_ratio``, for each engine the medians ``rate``,
-        ``peak_rss_gib`` and ``compile_s`` with the fp32 matrix rate of its framework here and what it kept for the backward
-        pass, every run, the shape, the machine. ``torch_variant`` is the name of what was measured of the reference,
-        ``torch_variants`` the trials.
 
     Raises:
         UserError: an engine is not installed, comes twice, or there is not at least one run.
@@ -66,21 +59,8 @@ def compare(
         if profile:
             _trace(name, arguments, Path(profile), say)
         matrix = {engine: measure(engine, "matmul", **_matrix(shape))["gflops"] for engine in engines}
-    medians: dict[str, dict[str, Any]] = {
-        engine: _medians(ones) | {"matmul_gflops": matrix[engine], "remat": arguments[engine].get("remat")}
-        for engine, ones in found.items()
-    }
-    return {
-        "ratio": _ratio(medians, engines, "rate"),
-        "memory_ratio": _ratio(medians, engines, "peak_rss_gib"),
-        "unit": UNITS[name],
-        **medians,
-        **choice.to_json(),
-        "shape": dataclasses.asdict(shape),
-        "settings": settings,
-        "runs": found,
-        "environment": environment(),
-    }
+    figures = {engine: _medians(ones, matrix[engine], arguments[engine].get("remat")) for engine, ones in found.items()}
+    return Comparison(name, shape, settings, figures, found, choice, environment())
 
 
 def _trace(name: str, arguments: Mapping[str, dict[str, Any]], folder: Path, say: Callable[[str], None]) -> None:
@@ -109,21 +89,19 @@ def _alternating(
     return found
 
 
-def table(name: str, result: dict[str, Any]) -> list[str]:
+def table(found: Comparison) -> list[str]:
     """The result as lines of text."""
-    lines = []
-    for engine in result["runs"]:
-        one = result[engine]
+    lines = [
+        f"{engine:>6}  {one.rate:>10.4g} {found.unit}   peak {one.peak_rss_gib:.2f} GiB   "
+        f"compile {one.compile_s:.1f} s   matrix rate {one.matmul_gflops:.0f} GFLOP/s"
+        for engine, one in found.figures.items()
+    ]
+    lines += variant_lines(found.choice)
+    if found.ratio is not None:
+        first, second = found.figures
         lines.append(
-            f"{engine:>6}  {one['rate']:>10.4g} {result['unit']}   peak {one['peak_rss_gib']:.2f} GiB   "
-            f"compile {one['compile_s']:.1f} s   matrix rate {one['matmul_gflops']:.0f} GFLOP/s"
-        )
-    lines += variant_lines(name, result)
-    if result["ratio"] is not None:
-        first, second = result["runs"]
-        lines.append(
-            f"bench {name}: {first} is {result['ratio']:.2f} times as fast as {second}, "
-            f"with {result['memory_ratio']:.2f} times its memory"
+            f"bench {found.action}: {first} is {found.ratio:.2f} times as fast as {second}, "
+            f"with {found.memory_ratio:.2f} times its memory"
         )
     return lines
 
@@ -133,15 +111,8 @@ def _matrix(shape: CptShape | RpoShape | GenerateShape) -> dict[str, int]:
     return {"rows": 2048, "inner": shape.model.width, "columns": shape.model.mlp}
 
 
-def _medians(ones: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _medians(ones: Sequence[dict[str, Any]], matmul_gflops: float, remat: RematPolicy | None) -> Figures:
     def median(name: str) -> float:
         return statistics.median(one[name] for one in ones)
 
-    return {"rate": median("rate"), "peak_rss_gib": median("peak_rss_bytes") / 2**30, "compile_s": median("compile_s")}
-
-
-def _ratio(medians: dict[str, dict[str, Any]], engines: Sequence[str], figure: str) -> float | None:
-    if len(engines) != 2:
-        return None
-    first, second = engines
-    return medians[first][figure] / medians[second][figure]
+    return Figures(median("rate"), median("peak_rss_bytes") / 2**30, median("compile_s"), matmul_gflops, remat)

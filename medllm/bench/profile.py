@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from medllm.bench.comparison import Figures
 from medllm.bench.compiled_text import read_compiled
 from medllm.bench.profile_table import Row, lines, longest, operator_rows, profile, read_events, rows, tab_separated
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
@@ -22,27 +22,28 @@ _MOST_EVENTS = 1_000_000
 """Of a trace; XLA drops those that come later."""
 
 
-def add_tables(folder: Path, shape: CptShape | RpoShape | GenerateShape, result: dict[str, Any]) -> list[str]:
-    """Read the traces that ``folder`` got into ``result["profile"]``; the lines that say what is in them.
+def read_tables(
+    folder: Path, shape: CptShape | RpoShape | GenerateShape, figures: Mapping[str, Figures]
+) -> tuple[dict[str, list[Row]], list[str]]:
+    """The tables of the traces that ``folder`` got, by engine, and the lines that say what is in them.
 
     Args:
         folder: What ``--profile`` names.
         shape: What was profiled.
-        result: As :func:`medllm.bench.compare.compare` gives it.
+        figures: Of each engine that was.
     """
     steps, unit = (1, "pass") if isinstance(shape, GenerateShape) else (shape.steps, "step")
-    tables: dict[str, list[dict[str, Any]]] = {}
+    tables: dict[str, list[Row]] = {}
     said: list[str] = []
-    for engine in result["runs"]:
+    for engine, one in figures.items():
         if engine == "jax":
             table, remarks = _compiled(folder / engine, shape, steps)
         else:
             table, remarks = _operators(folder / engine, steps), []
         said += ["", f"profile of {engine}, {'a whole pass' if unit == 'pass' else f'mean of {steps} steps'}:"]
-        said += [*(lines(table, result[engine]["matmul_gflops"], unit) if table else []), *remarks]
-        tables[engine] = [asdict(row) for row in table]
-    result["profile"] = tables
-    return said
+        said += [*(lines(table, one.matmul_gflops, unit) if table else []), *remarks]
+        tables[engine] = table
+    return tables, said
 
 
 def _compiled(folder: Path, shape: CptShape | RpoShape | GenerateShape, steps: int) -> tuple[list[Row], list[str]]:

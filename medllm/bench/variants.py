@@ -165,18 +165,20 @@ def choose(
     return Choice(max(ran, key=lambda trial: trial.rate or 0.0).variant, tuple(trials))
 
 
-def variant_lines(action: str, result: Mapping[str, Any]) -> list[str]:
+def variant_lines(choice: Choice) -> list[str]:
     """What the table of a comparison says about the variants: the trials, the measured one and the leanest marked."""
-    if "torch_variant" not in result:
+    chosen = choice.variant
+    if chosen is None:
         return []
-    chosen, trials = result["torch_variant"], result["torch_variants"]
-    if not trials:
-        (what,) = (variant.what for variant in VARIANTS[action] if variant.name == chosen)
-        return [f"        torch ran as '{chosen}': {what}"]
-    leanest = min((one for one in trials if "peak_rss_gib" in one), key=lambda one: one["peak_rss_gib"])["name"]
+    if not choice.trials:
+        return [f"        torch ran as '{chosen.name}': {chosen.what}"]
+    leanest = min(
+        (trial for trial in choice.trials if trial.peak_rss_bytes), key=lambda trial: trial.peak_rss_bytes or 0
+    ).variant
     lines = ["        torch ran as the fastest of these, one short run each:"]
-    for one in trials:
-        marks = [mark for mark, name in (("fastest", chosen), ("leanest", leanest)) if name == one["name"]]
+    for trial in choice.trials:
+        one = trial.to_json()
+        marks = [mark for mark, marked in (("fastest", chosen), ("leanest", leanest)) if marked.name == trial.variant.name]
         figures = (
             f"{one['rate']:>10.4g}   peak {one['peak_rss_gib']:.2f} GiB" if "rate" in one else f"not run: {one['not_run']}"
         )

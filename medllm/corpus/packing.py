@@ -13,7 +13,7 @@ pieces, each a segment of its own. ``wrapped`` writes all documents into one str
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int, Int32
 from numpy import ndarray
 
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.model.tokenizer import encode_texts, end_token
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class PackedRows:
 
 
 def tokenize_documents(
-    tokenizer: Any, documents: Sequence[Document], progress: Callable[[int, int], None] | None = None
+    tokenizer: Any, documents: Sequence[Document], progress: Progress | None = None
 ) -> list[Int32[ndarray, "_"]]:
     """Token ids of each document, its end-of-text token appended.
 

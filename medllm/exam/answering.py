@@ -13,7 +13,7 @@ from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import naming_problems
 from medllm.host.processes import is_primary_process
-from medllm.host.progress import part_of
+from medllm.host.progress import Progress, part_of
 from medllm.journal import Journal, Kept, digest
 from medllm.model.tokenizer import Prompt
 
@@ -30,7 +30,7 @@ def answered(
     batch_size: int,
     at_a_time: int,
     journal: Journal,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Problem, AskedAs, list[Generation]]]:
     """Every problem with its prompt and its answers, in order; those in ``journal`` are not asked for again.
 
@@ -80,7 +80,7 @@ def _complete(
     prompt_of: Callable[[Problem], Prompt],
     sampling: Sampling,
     journal: Journal,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Ask for the answers that are missing; each goes into the journal as it comes."""
     digests: dict[int, str] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from medllm.exam.endings import Ending, ending
 from medllm.exam.predictions import Prediction, write_predictions
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.prompts import evaluation_prompt, stop_strings
+from medllm.host.progress import Progress
 from medllm.journal import Journal
 from medllm.model.tokenizer import Prompt
 from medllm.stage_config import CheckServingConfig, EvaluateConfig
@@ -56,7 +57,7 @@ def evaluate(
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: EvaluateConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Prediction]:
     """One prediction for each problem, in order; empty where the model gave no answer.
 
@@ -90,7 +91,7 @@ def sit(
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: EvaluateConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> list[tuple[Prediction, Ending, Reading]]:
     """:func:`evaluate`, how each text ended, and how its answer was read. What ``journal`` holds is not asked for again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from medllm.exam.option_prompts import option_prompt
 from medllm.exam.problem import LETTERS, Problem, check_ids
 from medllm.exam.prompts import naming_problems
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import Progress
 from medllm.journal import digest
 from medllm.model.tokenizer import encode_continuation
 from medllm.stage_config import EvaluateConfig
@@ -97,7 +98,7 @@ def score_options(
     method: OptionMethod = "options",
     batch_size: int = EvaluateConfig.batch_size,
     journal: OptionJournal | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> OptionScores:
     """Choose by the likelihood of each option's text after a zero-shot prompt, as JMedBench (arXiv 2409.13317) does.
 
@@ -190,7 +191,7 @@ def _complete(
     asked: Sequence[_Asked],
     batch_size: int,
     journal: OptionJournal,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Have the options scored that are missing; they are kept as they come.
 

@@ -150,10 +150,12 @@ def tracked(items: Sequence[T], label: str, before: int = 0) -> Iterator[T]:
             yield item
 
 
-def part_of(
-    progress: Callable[[int, int], None] | None, before: int, count: int, total: int
-) -> Callable[[int, int], None] | None:
-    """Progress within a part of a work: of ``total`` units ``before`` are done, and ``count`` are worked on."""
+def part_of(progress: Progress | None, before: int, count: int, whole: int) -> Progress | None:
+    """Progress within a part of a work: of the ``whole``'s units ``before`` are done, and ``count`` are worked on."""
     if progress is None:
         return None
-    return lambda done, of: progress(before + done * count // of, total)
+
+    def within(done: int, total: int, doing: str = "") -> None:
+        progress(before + done * count // total, whole, doing)
+
+    return within

@@ -20,6 +20,7 @@ from medllm.exam.answering import answered
 from medllm.exam.answers import extract_answer
 from medllm.exam.problem import Problem, check_ids
 from medllm.exam.prompts import curation_prompt, curation_response, stop_strings
+from medllm.host.progress import Progress
 from medllm.journal import Journal
 from medllm.model.tokenizer import encode
 from medllm.preferences.pairs import Rank, select_pairs
@@ -72,7 +73,7 @@ def curate(
     problems: Sequence[Problem],
     shots: Sequence[Problem],
     config: CurateConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> Curation:
     """Sample, grade and rank the model's responses to every problem with a verified explanation.

@@ -23,12 +23,13 @@ preferred response has to leave them out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medllm.config import PairConfig
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.model.tokenizer import common_prefix, control_tokens, encode, encode_texts
 from medllm.preferences.pairs import Pair, PairedResponses, Rank, select_pairs, text_of
 from medllm.preferences.records import Preference
@@ -109,7 +110,7 @@ def tokenize_preferences(
     tokenizer: Any,
     preferences: Sequence[Preference],
     config: PairConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TokenizedPreferences:
     """Tokenize every problem's group and count what had to go; ``progress`` gets (problems done, problems in all)."""
     groups: list[TokenizedGroup] = []

@@ -11,7 +11,7 @@ says so.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from medllm.config import MeshConfig, ModelConfig, Sampling
 from medllm.engine import Answer, Continuation, Generation, Likelihood, Wanted
 from medllm.errors import UserError
 from medllm.host.processes import process_count
+from medllm.host.progress import Progress
 from medllm.model.tokenizer import Prompt, decode, load_tokenizer
 from medllm.remote.client import Client, Reply, Response
 from medllm.remote.pace import Pace
@@ -63,7 +64,7 @@ class OpenAIEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         batch_size: int = 32,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Generation]]:
         """``sampling.samples`` continuations for each prompt, in the order of the prompts.
 
@@ -82,7 +83,7 @@ class OpenAIEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         batch_size: int = 32,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Reply]]:
         """What :meth:`generate` is made of: the server's own words.
 

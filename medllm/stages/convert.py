@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from medllm.engines import load, require_engine
 from medllm.errors import UserError
+from medllm.host.progress import Progress
 from medllm.model.adapter import merge_adapter
 from medllm.quantization import PACKINGS, Quantization
 from medllm.run import write_json
@@ -38,7 +39,7 @@ def convert_model(
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     held_text: str | None = None,
     text_column: str = "text",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total, doing="": None,
 ) -> ConvertResult:
     """Write ``out`` and return its path, with what each hand-over costs where that was measured.
 

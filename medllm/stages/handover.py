@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from medllm.engines import load, require_engine
 from medllm.errors import UserError
 from medllm.forecast import check_room
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import Progress
 from medllm.model.adapter import Adapter, merge_adapter, open_adapters, read_adapter, refuse_packed
 from medllm.model.directory import ModelDirectory
 from medllm.model.tokenizer import load_tokenizer
@@ -136,7 +137,7 @@ def measure_handovers(
     merged: str | Path,
     rows: PackedRows,
     quantization: Quantization,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total, doing="": None,
 ) -> HandoverCosts:
     """What each hand-over of ``adapters`` costs: relative weight error, and KL on a text held out of training.
 

@@ -12,8 +12,9 @@ import pytest
 
 from jax_medllm.bench import operations
 from medllm.bench import arithmetic, floor
+from medllm.bench.comparison import Figures
 from medllm.bench.compiled_text import read_compiled
-from medllm.bench.profile import add_tables
+from medllm.bench.profile import read_tables
 from medllm.bench.profile_table import (
     BETWEEN,
     Event,
@@ -26,7 +27,7 @@ from medllm.bench.profile_table import (
     tab_separated,
 )
 from medllm.bench.shapes import CptShape, ModelShape, RpoShape
-from medllm.bench.share import add_shares
+from medllm.bench.share import share_lines, shares
 from medllm.cli import main
 
 ENGINES = ("jax", "torch")
@@ -246,22 +247,22 @@ def test_preferences_pair_by_pair_are_more_work_than_problem_by_problem():
     assert apart.tokens == 2 * 3 * 2 * (12 + 6)
 
 
+def figures_of(rate: float, matmul_gflops: float, remat: str | None) -> Figures:
+    return Figures(rate, peak_rss_gib=1.0, compile_s=0.0, matmul_gflops=matmul_gflops, remat=remat)
+
+
 def test_the_share_of_the_matrix_rate_counts_what_each_engine_recomputes():
     shape = CptShape(TINY, rows=3, length=16, steps=2)
-    shares = {}
+    found = {}
     for ours, theirs in (("none", "none"), ("attention", "layer"), ("layer", "none")):
-        figures = {
-            engine: {"rate": 96.0, "matmul_gflops": 1e-2, "remat": kept}
-            for engine, kept in zip(ENGINES, (ours, theirs), strict=True)
-        }
-        result = {"runs": {"jax": [], "torch": []}, **figures}
-        said = add_shares(shape, result)
-        shares[ours], shares["torch " + theirs] = (result[engine]["matrix_share"] for engine in ENGINES)
+        figures = {engine: figures_of(96.0, 1e-2, kept) for engine, kept in zip(ENGINES, (ours, theirs), strict=True)}
+        reached = shares(shape, figures)
+        found[ours], found["torch " + theirs] = (reached[engine].matrix_share for engine in ENGINES)
         flops = arithmetic.training_flops(TINY, arithmetic.work_of(shape), ours)
-        assert result["jax"]["step_gflops"] == pytest.approx(2 * flops / 1e9)  # two steps a second
-        assert f"{shares[ours]:.0%} of its matrix rate" in said[0]
-    assert shares["none"] < shares["attention"] < shares["layer"]
-    assert (shares["none"], shares["layer"]) == (shares["torch none"], shares["torch layer"])
+        assert reached["jax"].step_gflops == pytest.approx(2 * flops / 1e9)  # two steps a second
+        assert f"{found[ours]:.0%} of its matrix rate" in share_lines(reached)[0]
+    assert found["none"] < found["attention"] < found["layer"]
+    assert (found["none"], found["layer"]) == (found["torch none"], found["torch layer"])
 
 
 def test_a_profile_of_training_shows_the_products_of_a_step_on_paper(tmp_path, capsys):
@@ -286,18 +287,17 @@ def test_a_trace_of_the_reference_comes_with_what_each_operator_took(tmp_path):
     with importlib.import_module("torch_ref.bench").profiler(str(tmp_path / "torch")):
         torch.nn.functional.linear(torch.ones(8, 64), torch.ones(32, 64), torch.ones(32))
     shape = CptShape(TINY, rows=2, length=16, steps=2)
-    result = {"runs": {"torch": []}, "torch": {"matmul_gflops": 1.0}}
-    said = add_tables(tmp_path, shape, result)
-    products = result["profile"]["torch"][0]
-    assert products["flops"] == 2 * 8 * 64 * 32 / 2
-    assert products["seconds"] > 0
+    tables, said = read_tables(tmp_path, shape, {"torch": figures_of(1.0, 1.0, None)})
+    products = tables["torch"][0]
+    assert products.flops == 2 * 8 * 64 * 32 / 2
+    assert products.seconds > 0
     assert "mean of 2 steps" in said[1]
 
 
 def test_where_no_operation_was_recorded_the_table_says_so(tmp_path):
-    result = {"runs": {"jax": []}, "jax": {"matmul_gflops": 1.0}}
-    assert "no operation was recorded" in add_tables(tmp_path, CptShape(TINY), result)[-1]
-    assert result["profile"] == {"jax": []}
+    tables, said = read_tables(tmp_path, CptShape(TINY), {"jax": figures_of(1.0, 1.0, None)})
+    assert "no operation was recorded" in said[-1]
+    assert tables == {"jax": []}
 
 
 @pytest.mark.parametrize("flag", ["--xla_cpu_enable_xprof_traceme=true", "--xla_that_nobody_knows=true"])

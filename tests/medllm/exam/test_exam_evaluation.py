@@ -92,7 +92,7 @@ def test_a_completion_stops_at_the_next_question_and_a_chat_at_its_end():
 
 def test_progress_is_the_engines_own_and_reaches_the_number_of_problems():
     engine, seen = ScriptedEngine(lambda prompt: "a"), []
-    evaluate(engine, PROBLEMS, (), config(batch_size=2), lambda done, total: seen.append((done, total)))
+    evaluate(engine, PROBLEMS, (), config(batch_size=2), lambda done, total, doing="": seen.append((done, total)))
     assert seen == [(1, 11), (8, 11), (9, 11), (11, 11)]
     assert [call[2] for call in engine.calls] == [2, 2]
 

@@ -117,10 +117,10 @@ def test_a_duration_has_two_parts_at_the_most(seconds, words):
 
 def test_a_part_of_a_work_counts_in_the_whole():
     seen = []
-    within = part_of(lambda *done: seen.append(done), before=8, count=4, total=12)
+    within = part_of(lambda *done: seen.append(done), before=8, count=4, whole=12)
     for done in (2, 4, 8):
-        within(done, 8)
-    assert seen == [(9, 12), (10, 12), (12, 12)]
+        within(done, 8, "some")
+    assert seen == [(9, 12, "some"), (10, 12, "some"), (12, 12, "some")]
     assert part_of(None, 0, 1, 1) is None
 
 

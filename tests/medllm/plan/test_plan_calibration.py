@@ -15,6 +15,7 @@ from medllm.plan import calibrating, planning
 from medllm.plan.calibration import Calibration, Probe, Work
 from medllm.plan.targets import DEVICES
 from medllm.run import this_machine
+from tests.forced_devices import NOT_OPTIMIZED
 from tests.medllm.plan.test_plan_command import TINY
 from tests.medllm.test_cli import fails
 
@@ -208,8 +209,16 @@ def test_devices_are_known_by_what_they_call_themselves():
     assert set(calibrating._TPUS.values()) == {name for name, device in DEVICES.items() if device.kind == "tpu"}
 
 
-def test_a_real_probe_writes_a_file_that_a_real_plan_predicts_with(folder, capsys):
+def test_a_real_probe_writes_a_file_that_a_real_plan_predicts_with(folder, capsys, monkeypatch):
     """Its own deeper program must come out at what was measured: the plan compiles the same one again."""
+    variables = planning.compiling_environment
+
+    def as_the_probe(*given: Any) -> dict[str, str]:
+        found = variables(*given)
+        return found | {"XLA_FLAGS": f"{found['XLA_FLAGS']} {NOT_OPTIMIZED}"}
+
+    monkeypatch.setenv("XLA_FLAGS", NOT_OPTIMIZED)
+    monkeypatch.setattr(planning, "compiling_environment", as_the_probe)
     file, out = folder / "cal.json", folder / "plan.json"
     (folder / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 4}))
     given = ["--model", str(folder), "--target", "cpu:1", "--quantization", "fp32", "--length", "64"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,6 +12,7 @@ from medllm.engine import Generation
 from medllm.errors import UserError
 from medllm.exam.problem import Problem
 from medllm.exam.prompts import curation_prompt
+from medllm.host.progress import Progress
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.curation import check_problems, curate
 from medllm.preferences.records import Sample
@@ -32,7 +33,7 @@ class ScriptedEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         batch_size: int = 32,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Generation]]:
         self.prompts += prompts
         if progress:
@@ -204,7 +205,7 @@ def test_batches_keep_the_order_of_the_problems_and_report_progress():
     problems = [problem(number) for number in range(1, 6)]
     engine = ScriptedEngine({one.text: [one.problem_id] for one in problems})
     seen = []
-    curation = curate(engine, problems, [], config(batch_size=2), lambda *done: seen.append(done))
+    curation = curate(engine, problems, [], config(batch_size=2), lambda done, total, doing="": seen.append((done, total)))
     assert [one.rejected[0].text for one in curation.preferences] == [one.problem_id for one in problems]
     assert seen == [(2, 5), (4, 5), (5, 5)]
     assert len(engine.samplings) == 3
