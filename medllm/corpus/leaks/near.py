@@ -23,7 +23,10 @@ from numpy import ndarray
 from medllm.corpus.documents import Document
 from medllm.corpus.leaks.pieces import BETWEEN, fold, pieces
 from medllm.exam.problem import Problem
+from medllm.stage_config import HeldOutConfig
 
+THRESHOLD = HeldOutConfig.near
+"""Chosen on one half of planted copies and reported on the other: docs/evidence.md."""
 DOUBT = 60.0
 """Weight of some eight rare pieces."""
 MOST_SHARED = 0.01
