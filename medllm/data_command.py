@@ -94,8 +94,11 @@ def _leaks(values: Any) -> dict[str, Any]:
         say(one.words())
     for leak in found:
         word_for_word = leak.kind == "word for word"
-        say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}" if word_for_word else
-            f"{leak.problem_id}: its {leak.kind}, changed ({leak.overlap:.2f}), in {leak.source}")
+        say(
+            f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}"
+            if word_for_word
+            else f"{leak.problem_id}: its {leak.kind}, changed ({leak.overlap:.2f}), in {leak.source}"
+        )
     sets = f"; {len(made_from)} files of sets made from this exam" if made_from else ""
     say(f"data: {len(found)} leaks{sets}" + _left_out(loaded.skipped))
     return {

@@ -21,7 +21,9 @@ def score_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--explanation", type=bool, default=False, help="the predictions' texts explain before they answer")
     parser.add_argument("--shot_count", type=int, default=3, help="examples that were shown: the setting's name in tables")
     parser.add_argument("--label", type=str | None, default=None, help="what the model is called in tables; else --predictions")
-    parser.add_argument("--leaks", type=str | None, default=None, help="what `medllm data leaks --json` wrote: the score without them too")
+    parser.add_argument(
+        "--leaks", type=str | None, default=None, help="what `medllm data leaks --json` wrote: the score without them too"
+    )
 
 
 def score_predictions(values: Any) -> dict[str, Any]:

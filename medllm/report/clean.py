@@ -61,9 +61,11 @@ def clean_score(results: Sequence[ProblemResult], leaked: Collection[str], draw:
     points = np.array([one.points for one in results], float)
     clean = np.array([one.problem_id not in leaked for one in results], bool)
     if not points[clean].sum():
-        raise UserError(f"all {len(results)} problems that are worth points were found in the training text: there is no clean score")
+        raise UserError(
+            f"all {len(results)} problems that are worth points were found in the training text: there is no clean score"
+        )
     whole, part = score_interval(correct, points, draw), score_interval(correct[clean], points[clean], draw)
-    difference = _difference(correct, points, clean, draw)
+    difference = clean_difference(correct, points, clean, draw)
     return CleanScore(int((~clean).sum()), int(clean.sum()), whole, part, difference)
 
 
@@ -75,15 +77,26 @@ def leaked_ids(file: str | Path) -> frozenset[str]:
     """
     found = parse_json(read_text(Path(file)), str(file), "expected what `medllm data leaks --json` writes")
     leaks = found.get("leaks") if isinstance(found, dict) else None
-    if not isinstance(leaks, list) or not all(isinstance(one, dict) and isinstance(one.get("problem_id"), str) for one in leaks):
-        raise UserError(f"{file}: no list of leaks with their problem_id in it; expected what `medllm data leaks --json` writes")
+    if not isinstance(leaks, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("problem_id"), str) for one in leaks
+    ):
+        raise UserError(
+            f"{file}: no list of leaks with their problem_id in it; expected what `medllm data leaks --json` writes"
+        )
     return frozenset(one["problem_id"] for one in leaks)
 
 
-def _difference(
+def clean_difference(
     correct: Bool[np.ndarray, "n"], points: Float[np.ndarray, "n"], clean: Bool[np.ndarray, "n"], draw: Bootstrap
 ) -> Estimate:
-    """Score on the clean problems minus score on all; a draw without a clean problem counts for nothing."""
+    """Score on the clean problems minus score on all, both of the same draws of problems (percentiles).
+
+    Args:
+        correct: Whether each problem earned its points.
+        points: What it is worth.
+        clean: Whether it was not found in the training text. A draw without such a problem counts for nothing.
+        draw: How many draws, and what share of them the interval holds.
+    """
     value = points[clean & correct].sum() / points[clean].sum() - points[correct].sum() / points.sum()
     chance = np.random.default_rng(draw.seed)
     drawn = []
@@ -92,7 +105,7 @@ def _difference(
         worth, right, kept = points[rows], correct[rows], clean[rows]
         possible = np.stack([(worth * kept).sum(1), worth.sum(1)])
         earned = np.stack([(worth * kept * right).sum(1), (worth * right).sum(1)])
-        shares = (earned / np.where(possible > 0, possible, np.nan))
+        shares = earned / np.where(possible > 0, possible, np.nan)
         drawn.append(shares[0] - shares[1])
     tail = (1 - draw.confidence) / 2
     low, high = np.nanquantile(np.concatenate(drawn), [tail, 1 - tail])

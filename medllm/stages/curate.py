@@ -56,7 +56,7 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
 
     Raises:
-        UserError: a problem is from a held-out year or is like one that is held out, or the model, problems or shots cannot be used.
+        UserError: a problem is from a held-out year or is one that is held out, or the model, problems or shots cannot be used.
     """
     problems, skipped = read_problems(config.problems, config)
     shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()

@@ -1,7 +1,7 @@
 """Copies of problems, changed to a degree: what the search for near copies is measured on.
 
-A change takes a problem, a level from 0 (untouched) to 1 and a source of chance, and gives the problem as somebody might have it.
-``as_text`` writes one into a running text, in one of the ways in which options are numbered.
+A change takes a problem, a level from 0 (untouched) to 1 and a source of chance, and gives the problem as somebody might
+have it. ``as_text`` writes one into a running text, in one of the ways in which options are numbered.
 """
 
 from __future__ import annotations
@@ -16,10 +16,31 @@ from medllm.exam.problem import Problem
 
 Change = Callable[[Problem, float, random.Random], Problem]
 
-_WORDS = re.compile(r"[\u4e00-\u9fff々]+|[\u30a1-\u30ffー]+|[\u3041-\u309f]+|[A-Za-z]+|[0-9０-９]+(?:[.．][0-9０-９]+)?|.", re.DOTALL)
+_WORDS = re.compile(
+    r"[\u4e00-\u9fff々]+|[\u30a1-\u30ffー]+|[\u3041-\u309f]+|[A-Za-z]+|[0-9０-９]+(?:[.．][0-9０-９]+)?|.", re.DOTALL
+)
 _CLAUSES = re.compile(r"[^、。,.;]*[、。,.;]?\s*")
 _NUMBERING = ("abcde", "12345", "①②③④⑤", "ABCDE", "アイウエオ", "ａｂｃｄｅ")
-_LOOK_ALIKES = ["ロ口", "ニ二", "カ力", "エ工", "タ夕", "ハ八", "ト卜", "ー一", "O0", "l1", "I1", "S5", "B8", "ベべ", "リり", "へヘ", "つっ", "やゃ"]
+_LOOK_ALIKES = [
+    "ロ口",
+    "ニ二",
+    "カ力",
+    "エ工",
+    "タ夕",
+    "ハ八",
+    "ト卜",
+    "ー一",
+    "O0",
+    "l1",
+    "I1",
+    "S5",
+    "B8",
+    "ベべ",
+    "リり",
+    "へヘ",
+    "つっ",
+    "やゃ",
+]
 _SYNONYMS = {
     "患者": "症例",
     "男性": "男",
@@ -60,7 +81,9 @@ _SYNONYMS = {
     "diagnosis": "condition",
     "following": "options",
 }
-_KANJI = "本人時間場所方法経過状態変動部位程度要点結果内容性質水準比較傾向範囲形式過程単位構造系統段階条件関係影響効果機能成分割合"
+_KANJI = (
+    "本人時間場所方法経過状態変動部位程度要点結果内容性質水準比較傾向範囲形式過程単位構造系統段階条件関係影響効果機能成分割合"
+)
 _KANA = "のにはをがでとれるすしたてもなりらまさかこ"
 _LATIN = "etaoinshrdlucmf"
 
@@ -71,7 +94,7 @@ def retypeset(problem: Problem, level: float, chance: random.Random) -> Problem:
 
 
 def scanned(problem: Problem, level: float, chance: random.Random) -> Problem:
-    """A share ``level`` of the characters read wrongly: as one that looks alike where there is one, as another, twice, or not at all."""
+    """A share ``level`` of the characters read wrongly: as one that looks alike, or as another, twice, or not at all."""
     return _everywhere(problem, lambda text: _each(text, level, chance, _misread))
 
 
@@ -109,7 +132,9 @@ def options_translated(problem: Problem, level: float, chance: random.Random) ->
 
     def other(option: str) -> str:
         words = _WORDS.findall(option)
-        return " ".join(word if re.match(r"[A-Za-z0-9０-９]", word) else _word(_LATIN, chance, 7) for word in words if word.strip())
+        return " ".join(
+            word if re.match(r"[A-Za-z0-9０-９]", word) else _word(_LATIN, chance, 7) for word in words if word.strip()
+        )
 
     return replace(problem, choices=tuple(other(one) if chance.random() < level else one for one in problem.choices))
 
@@ -120,7 +145,7 @@ def options_dropped(problem: Problem, level: float, chance: random.Random) -> Pr
 
 
 def all_at_once(problem: Problem, level: float, chance: random.Random) -> Problem:
-    """Typeset anew, options shuffled and some of them dropped, a third of ``level`` of the words changed and of the characters misread."""
+    """Typeset anew, options shuffled and some dropped, a third of ``level`` of the words changed and of the characters misread."""
     problem = reworded(options_dropped(options_shuffled(problem, 1.0, chance), level / 2, chance), level / 3, chance)
     return retypeset(scanned(problem, level / 3, chance), level, chance)
 

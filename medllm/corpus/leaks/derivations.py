@@ -1,4 +1,4 @@
-"""Sets made from exams, which must not train a model that is tested on those: ``derivations.yaml``, and what it says of a file."""
+"""Sets made from exams, which must not train what is tested on those: ``derivations.yaml``, and what it says of a file."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def refuse_leaks(documents: Iterable[Document], files: Sequence[str], held_out: 
     problems = [problem for path in held_out.problems for problem in problems_at(path, held_out).problems]
     texts, allowed = list(documents), frozenset(held_out.allow)
     made_from = derived(files, problems)
-    _check_allowed(allowed, problems, {name for text in texts for name in _names(text.source)} | {one.file for one in made_from})
+    _check_allowed(
+        allowed, problems, {name for text in texts for name in _names(text.source)} | {one.file for one in made_from}
+    )
     for one in made_from:
         if one.file not in allowed:
             raise UserError(f"{one.words()}: take it out, or name the file in --held_out.allow")
@@ -52,7 +54,10 @@ def problem_texts(problems: Iterable[Problem]) -> list[Document]:
 def preference_texts(preferences: Iterable[Preference], file: str) -> list[Document]:
     """Preferences as texts to be searched, each with all of its responses, of which the ground truth stands first."""
     return [
-        Document("\n".join([one.prompt, *(sample.text for sample in (one.ground_truth, *one.chosen, *one.rejected))]), f"{file}:{line}")
+        Document(
+            "\n".join([one.prompt, *(sample.text for sample in (one.ground_truth, *one.chosen, *one.rejected))]),
+            f"{file}:{line}",
+        )
         for line, one in enumerate(preferences, start=1)
     ]
 
@@ -73,7 +78,11 @@ def _check_allowed(allowed: frozenset[str], problems: Iterable[Problem], sources
 
 def _refusal(found: Sequence[Leak], problems: dict[str, Problem]) -> str:
     first = found[0]
-    how = f"{first.overlap:.0%} of it word for word" if first.kind == "word for word" else f"its {first.kind}, {first.overlap:.2f} alike"
+    how = (
+        f"{first.overlap:.0%} of it word for word"
+        if first.kind == "word for word"
+        else f"its {first.kind}, {first.overlap:.2f} alike"
+    )
     more = f", and {len(found) - 1} other held-out problems are in what is read" if len(found) > 1 else ""
     return (
         f"{first.source}: holds problem {first.problem_id} of {problems[first.problem_id].source} ({how}), which is held out "

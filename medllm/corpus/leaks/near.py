@@ -5,8 +5,8 @@ together. What a window of a document holds of them is added up, each piece by h
 
     found = Σ weight of the problem's pieces in the window / (Σ weight of all its pieces + DOUBT),
 
-over question and options, and over the question alone; the larger counts. A piece that many problems have, or that stands in a stock phrase
-of exams, says nothing about which problem it is and is left out. ``DOUBT`` is what a problem has to bring with it: one whose
+over question and options, and over the question alone; the larger counts. A piece that many problems have, or that stands
+in a stock phrase of exams, says nothing about which problem it is and is left out. ``DOUBT`` is what a problem has to bring with it: one whose
 question and options are all stock never reaches the threshold, whatever is found; it is told by exact containment alone.
 """
 

@@ -1,10 +1,11 @@
 """A text folded to what survives typesetting and scanning, and its pieces.
 
-Folding is NFKC, lower case, letters and digits alone; readings printed beside kanji (ruby) go, and characters that a scanner or a
-typist takes for one another become one: katakana and hiragana, small and large kana, voiced and unvoiced, カ and 力, ー and 一, O and 0.
+Folding is NFKC, lower case, letters and digits alone; readings printed beside kanji (ruby) go, and characters that a scanner
+or a typist takes for one another become one: katakana and hiragana, small and large kana, voiced and unvoiced, カ and 力, ー
+and 一, O and 0.
 
-A piece begins at every character and ends where it says about as much as two kanji, three kana or six Latin letters or digits: so
-one measure serves Japanese, English and what mixes them, and a wrong character spoils few pieces.
+A piece begins at every character and ends where it says about as much as two kanji, three kana or six Latin letters or
+digits: so one measure serves Japanese, English and what mixes them, and a wrong character spoils few pieces.
 """
 
 from __future__ import annotations
