@@ -32,7 +32,7 @@ class HeldOutConfig(ProblemLayout):
 
     Args:
         problems: Problem files or folders that are held out. What is read is searched for them, and refused by file and line.
-        allow: What may be there all the same, by name: a problem's id, or a file that is read (``file:line``: a document of it).
+        allow: What may be there all the same, by name: a problem's id, or a file that is read (``FILE:LINE``: a document).
         exact: Share of a problem that one document holds word for word, from which on it is refused.
         near: The same of what is like it, 0 to 1 (:mod:`medllm.corpus.leaks.near`).
     """
@@ -40,7 +40,7 @@ class HeldOutConfig(ProblemLayout):
     problems: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     exact: float = 0.8
-    near: float = 0.5
+    near: float = 0.4
 
     def __post_init__(self) -> None:
         for name in ("exact", "near"):

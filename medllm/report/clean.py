@@ -38,9 +38,10 @@ class CleanScore:
     def words(self) -> str:
         """For a line."""
         shift = self.difference
+        everything = f"{self.all_problems.value:.3f} on all {self.leaked + self.clean}"
         return (
-            f"{self.clean_problems.value:.3f} on the {self.clean} problems that were not found in the training text, "
-            f"{shift.value:+.3f} ({shift.low:+.3f} to {shift.high:+.3f}) beside all {self.leaked + self.clean}"
+            f"{self.clean_problems.value:.3f} on the {self.clean} problems not found in the training text, "
+            f"{shift.value:+.3f} ({shift.low:+.3f} to {shift.high:+.3f}) beside {everything}"
         )
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medllm.config import ModelConfig
-from medllm.corpus.leaks.guard import preference_texts, refuse_leaks
+from medllm.corpus.leaks.guard import refuse_leaks
 from medllm.engines import TrainerName, open_trainer
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.model.adapter import check_trained
-from medllm.preferences.records import read_preferences
+from medllm.preferences.records import preference_texts, read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_preferences

@@ -145,7 +145,7 @@ def options_dropped(problem: Problem, level: float, chance: random.Random) -> Pr
 
 
 def all_at_once(problem: Problem, level: float, chance: random.Random) -> Problem:
-    """Typeset anew, options shuffled and some dropped, a third of ``level`` of the words changed and of the characters misread."""
+    """Typeset anew, options shuffled and some dropped, a third of ``level`` of words changed and of characters misread."""
     problem = reworded(options_dropped(options_shuffled(problem, 1.0, chance), level / 2, chance), level / 3, chance)
     return retypeset(scanned(problem, level / 3, chance), level, chance)
 

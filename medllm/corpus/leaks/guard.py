@@ -11,7 +11,6 @@ from medllm.corpus.leaks.search import search
 from medllm.errors import UserError
 from medllm.exam.loaders import problems_at
 from medllm.exam.problem import Problem
-from medllm.preferences.records import Preference
 from medllm.stage_config import HeldOutConfig
 
 
@@ -48,17 +47,6 @@ def problem_texts(problems: Iterable[Problem]) -> list[Document]:
     return [
         Document("\n".join([one.question, *one.choices, one.explanation or ""]), one.source or f"problem {one.problem_id}")
         for one in problems
-    ]
-
-
-def preference_texts(preferences: Iterable[Preference], file: str) -> list[Document]:
-    """Preferences as texts to be searched, each with all of its responses, of which the ground truth stands first."""
-    return [
-        Document(
-            "\n".join([one.prompt, *(sample.text for sample in (one.ground_truth, *one.chosen, *one.rejected))]),
-            f"{file}:{line}",
-        )
-        for line, one in enumerate(preferences, start=1)
     ]
 
 

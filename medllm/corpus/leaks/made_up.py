@@ -47,9 +47,9 @@ _ENGLISH = (
     "is treated with {y}. Temperature is {t} C, pulse {p}/min and blood pressure {s}/{d} mm Hg. Examination shows {sign}. "
     "Leukocyte count is {w}/mm3 and serum {z} is {v} mg/dL. Which of the following is the most appropriate next step?"
 )
-_TROUBLES = "fatigue,night sweats,joint pain,blurred vision,loss of appetite,dry cough,back pain,palpitations,swelling of the legs,a rash".split(
-    ","
-)
+_TROUBLES = (
+    "fatigue,night sweats,joint pain,blurred vision,loss of appetite,dry cough,back pain,palpitations,swollen legs,a rash"
+).split(",")
 _FOUND = (
     "tender nodes in the neck,a firm spleen tip,crackles at both bases,a weak left arm,a grade 2 murmur,pale eyelids".split(",")
 )

@@ -6,12 +6,14 @@ together. What a window of a document holds of them is added up, each piece by h
     found = Σ weight of the problem's pieces in the window / (Σ weight of all its pieces + DOUBT),
 
 over question and options, and over the question alone; the larger counts. A piece that many problems have, or that stands
-in a stock phrase of exams, says nothing about which problem it is and is left out. ``DOUBT`` is what a problem has to bring with it: one whose
-question and options are all stock never reaches the threshold, whatever is found; it is told by exact containment alone.
+in a stock phrase of exams, says nothing about which problem it is and is left out. ``DOUBT`` is what a problem has to bring
+with it: one whose question and options are all stock never reaches the threshold, whatever is found; it is told by exact
+containment alone.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,7 +119,7 @@ class NearSearch:
         blocks = int(block.max(initial=0)) + _BLOCKS
         window = document * blocks + block
         windows = len(sources) * blocks
-        keys = np.unique(np.concatenate([pair * windows + window + shift for shift in range(_BLOCKS)]))
+        keys = _distinct(np.concatenate([pair * windows + window + shift for shift in range(_BLOCKS)]))
         pair, window = keys // windows, keys % windows
         groups, group = np.unique(self._owner[pair] * windows + window, return_inverse=True)
         owner = groups // windows
@@ -152,9 +154,16 @@ def _weights(known: ndarray, shared: ndarray, problems: int) -> ndarray:
     return weights
 
 
+@functools.cache
 def _stock_pieces() -> ndarray:
     phrases = resources.files("medllm.corpus.leaks").joinpath("stock_phrases.txt").read_text(encoding="utf-8").splitlines()
     return np.unique(pieces(BETWEEN.join(fold(phrase) for phrase in phrases if not phrase.startswith("#"))))
+
+
+def _distinct(keys: ndarray) -> ndarray:
+    """Sorted and each once. numpy's own ``unique`` hashes, and keys as regular as these fall into few of its places."""
+    keys = np.sort(keys)
+    return keys[np.concatenate([np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]])]
 
 
 def _ranges(begin: ndarray, end: ndarray) -> ndarray:

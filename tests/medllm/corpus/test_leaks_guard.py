@@ -156,7 +156,7 @@ def test_a_model_that_recites_the_exam_is_refused_by_its_response(exam):
         rpo(held_out())
 
 
-# --- sets made from an exam -----------------------------------------------------------------------------------------------------
+# --- sets made from an exam ------------------------------------------------------------------------------------------------
 
 
 def of_years(*years):

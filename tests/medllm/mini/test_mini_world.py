@@ -6,7 +6,7 @@ import pytest
 
 from medllm.corpus.contamination import find_leaks
 from medllm.corpus.documents import Document
-from medllm.corpus.leaks.guard import preference_texts, problem_texts, refuse_leaks
+from medllm.corpus.leaks.guard import problem_texts, refuse_leaks
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.loaders import write_problems
@@ -15,7 +15,7 @@ from medllm.mini.diet import base_diet, cpt_documents, explained_problems
 from medllm.mini.problems import EXAM_YEARS, OPTIONS, TRAIN_YEARS, exam_problems, shot_problems, train_problems
 from medllm.mini.study import LEAKED
 from medllm.mini.world import KINDS, RELATION, RELATIONS, WorldConfig, make_world
-from medllm.preferences.records import Preference, Sample
+from medllm.preferences.records import Preference, Sample, preference_texts
 from medllm.stage_config import HeldOutConfig
 
 
