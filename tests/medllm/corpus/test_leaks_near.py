@@ -96,6 +96,7 @@ def test_of_question_and_options_the_larger_share_counts_and_is_named(problems):
     whole = near_leaks([Document(as_text(problem, chance), "a:1")], problems, THRESHOLD)
     asked = near_leaks([Document(as_text(options_dropped(problem, 1.0, chance), chance), "a:1")], problems, THRESHOLD)
     assert (whole[0].kind, asked[0].kind) == ("question and options", "question")
+    assert asked[0].found > 0.7  # of question and options together it is 0.6
 
 
 def test_a_stock_question_with_stock_options_is_never_near():
@@ -103,6 +104,11 @@ def test_a_stock_question_with_stock_options_is_never_near():
     text = Document("誤っているのはどれか。2つ選べ。a 発熱 b 腹痛 c 頭痛", "a:1")
     assert near_leaks([text], [stock, *made_up_problems(20)], THRESHOLD) == []
     assert [leak.kind for leak in search([text], [stock])] == ["word for word"]
+
+
+def test_one_name_of_its_own_does_not_make_a_problem_known():
+    named = Problem("1", "ゾネ病で誤っているのはどれか。2つ選べ。", ("発熱", "腹痛", "頭痛"), ("a",))
+    assert near_leaks([Document("ゾネ病で誤っていることは珍しい。", "a:1")], [named, *made_up_problems(20)], THRESHOLD) == []
 
 
 def test_what_most_problems_share_says_nothing(problems):
