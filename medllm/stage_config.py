@@ -40,7 +40,7 @@ class HeldOutConfig(ProblemLayout):
     problems: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     exact: float = 0.8
-    near: float = 0.4
+    near: float = 0.37
 
     def __post_init__(self) -> None:
         for name in ("exact", "near"):

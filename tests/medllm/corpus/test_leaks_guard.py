@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 
@@ -74,6 +75,17 @@ def held_out(*allow):
     return HeldOutConfig(problems=("exam.jsonl",), allow=allow)
 
 
+def said(stage, *given, **settings):
+    """Why a stage refuses; nothing where it goes on to its model."""
+    try:
+        stage(*given, **settings)
+    except UserError as refusal:
+        return str(refusal)
+    except Opened:
+        return ""
+    raise AssertionError("the stage ended before its model")
+
+
 CORPUS = CorpusConfig(documents=("corpus.jsonl",))
 
 
@@ -91,8 +103,7 @@ def rpo(config):
 
 @pytest.mark.parametrize("stage", [cpt, curate, rpo])
 def test_what_holds_nothing_of_the_exam_passes(stage):
-    with pytest.raises(Opened):
-        stage(held_out())
+    assert said(stage, held_out()) == ""
 
 
 def leaked(stage, copy):
@@ -112,48 +123,41 @@ def leaked(stage, copy):
 @pytest.mark.parametrize("change", [lambda problem: problem, changed], ids=["word for word", "changed"])
 def test_a_copy_is_refused_by_place_problem_and_kind_and_allowed_by_name_alone(stage, change, exam):
     place = leaked(stage, change(exam[6]))
-    with pytest.raises(UserError) as refused:
-        stage(held_out())
-    said = str(refused.value)
-    kind = "alike" if change is changed else "word for word"
-    assert said.startswith(f"{place}: holds problem 112A7 of exam.jsonl:7 (")
-    assert kind in said.split(")")[0]
-    assert "\n" not in said
+    refusal = said(stage, held_out())
+    assert refusal.startswith(f"{place}: holds problem 112A7 of exam.jsonl:7 (")
+    assert ("alike" if change is changed else "word for word") in refusal.split(")")[0]
+    assert "\n" not in refusal
     for allowed in ("112A7", place, place.split(":")[0]):
-        with pytest.raises(Opened):
-            stage(held_out(allowed))
-    with pytest.raises(UserError, match="112A7"):
-        stage(held_out("112A8"))
+        assert said(stage, held_out(allowed)) == ""
+    assert "112A7" in said(stage, held_out("112A8"))
 
 
 def test_what_is_allowed_at_one_place_is_refused_at_another(exam):
     write_documents([as_text(exam[0], random.Random(0)), as_text(exam[0], random.Random(0))])
-    with pytest.raises(UserError, match=r"corpus\.jsonl:2: holds problem 112A1"):
-        cpt(held_out("corpus.jsonl:1"))
+    assert re.search(r"corpus\.jsonl:2: holds problem 112A1", said(cpt, held_out("corpus.jsonl:1")))
 
 
 def test_a_name_that_allows_nothing_is_refused():
-    with pytest.raises(UserError, match="'112Z1'"):
-        cpt(held_out("112Z1"))
+    assert re.search("'112Z1'", said(cpt, held_out("112Z1")))
 
 
 def test_a_held_out_problem_among_explained_problems_of_a_corpus_is_refused(exam):
     write_problems("train.jsonl", [explained(exam[2], "100A1")])
-    with pytest.raises(UserError, match=r"train\.jsonl:1: holds problem 112A3"):
-        cpt(held_out(), CorpusConfig(("corpus.jsonl",), problems=("train.jsonl",)))
+    assert re.search(
+        r"train\.jsonl:1: holds problem 112A3",
+        said(cpt, held_out(), CorpusConfig(("corpus.jsonl",), problems=("train.jsonl",))),
+    )
 
 
 def test_a_held_out_shot_is_refused(exam):
     write_problems("shots.jsonl", [explained(exam[4], "100A1")])
-    with pytest.raises(UserError, match=r"shots\.jsonl:1: holds problem 112A5"):
-        curate(held_out(), shots="shots.jsonl")
+    assert re.search(r"shots\.jsonl:1: holds problem 112A5", said(curate, held_out(), shots="shots.jsonl"))
 
 
 def test_a_model_that_recites_the_exam_is_refused_by_its_response(exam):
     own = made_up_problems(4, seed=1)
     write_preferences("preferences.jsonl", [preference(own[0], as_text(exam[9], random.Random(0)))])
-    with pytest.raises(UserError, match=r"preferences\.jsonl:1: holds problem 112A10"):
-        rpo(held_out())
+    assert re.search(r"preferences\.jsonl:1: holds problem 112A10", said(rpo, held_out()))
 
 
 # --- sets made from an exam ------------------------------------------------------------------------------------------------
@@ -166,10 +170,10 @@ def of_years(*years):
 def test_a_set_made_from_the_exam_is_refused_by_its_name_with_the_reason(exam):
     write_documents(made_up_texts(2), "medrect-train.jsonl")
     corpus = CorpusConfig(documents=("medrect-train.jsonl",))
-    with pytest.raises(UserError, match=r"medrect-train\.jsonl: is MedRECT, training set .* 2018-2023; .* 2018 is held out"):
-        cpt(held_out(), corpus)
-    with pytest.raises(Opened):
-        cpt(held_out("medrect-train.jsonl"), corpus)
+    assert re.search(
+        r"medrect-train\.jsonl: is MedRECT, training set .* 2018-2023; .* 2018 is held out", said(cpt, held_out(), corpus)
+    )
+    assert said(cpt, held_out("medrect-train.jsonl"), corpus) == ""
 
 
 def test_a_set_is_known_by_its_fields_where_its_name_was_changed(tmp_path):
