@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,30 +58,56 @@ def _model(values: Any) -> dict[str, Any]:
 
 def _leaks_arguments(parser: ArgumentParser) -> None:
     from medllm.corpus.contamination import THRESHOLD
+    from medllm.corpus.leaks.near import THRESHOLD as NEAR
 
     parser.add_argument("--documents", type=list[str], required=True, help="training files or folders")
     parser.add_argument("--problems", type=str, required=True, help="problem file or folder")
     parser.add_class_arguments(ProblemLayout)
     parser.add_argument("--text_column", type=str, default="text", help="column that holds a document's text")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of a question's 13-character pieces")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share of a problem, word for word")
+    parser.add_argument("--near", type=float, default=NEAR, help="how like a problem a text is that counts as a copy (1: none)")
 
 
 def _leaks(values: Any) -> dict[str, Any]:
-    from medllm.corpus.contamination import find_leaks
-    from medllm.corpus.documents import load_documents
+    from medllm.corpus.documents import read_documents
+    from medllm.corpus.leaks.derivations import derived, files_at
+    from medllm.corpus.leaks.search import search
     from medllm.exam.loaders import problems_at
 
-    if not 0 < values.threshold <= 1:
-        raise UserError(f"--threshold is {values.threshold}; expected a share in (0, 1]")
-    corpus = load_documents(CorpusConfig(documents=tuple(values.documents), text_column=values.text_column))
+    for name in ("threshold", "near"):
+        if not 0 < getattr(values, name) <= 1:
+            raise UserError(f"--{name} is {getattr(values, name)}; expected a share in (0, 1]")
+    corpus = CorpusConfig(documents=tuple(values.documents), text_column=values.text_column)
     loaded = problems_at(values.problems, values)
-    with progress_bar("documents") as progress:
-        found = find_leaks(corpus.documents, loaded.problems, threshold=values.threshold, progress=progress)
+    passed_over: Counter[str] = Counter()
+    with progress_bar("documents", "bytes") as progress:
+        total = sum(file.stat().st_size for path in values.documents for file in files_at(path))
+        found = search(
+            read_documents(corpus, passed_over),
+            loaded.problems,
+            values.threshold,
+            values.near,
+            lambda done: progress(min(done, total), total),
+        )
+    made_from = derived(values.documents, loaded.problems)
+    for one in made_from:
+        say(one.words())
     for leak in found:
-        say(f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}")
-    say(f"data: {len(found)} leaks" + _left_out(loaded.skipped))
-    leaks = [{"problem_id": leak.problem_id, "source": leak.source, "overlap": leak.overlap} for leak in found]
-    return {"leaks": leaks, "problems": len(loaded.problems), "skipped": dict(loaded.skipped)}
+        word_for_word = leak.kind == "word for word"
+        say(
+            f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}"
+            if word_for_word
+            else f"{leak.problem_id}: its {leak.kind}, changed ({leak.overlap:.2f}), in {leak.source}"
+        )
+    sets = f"; {len(made_from)} files of sets made from this exam" if made_from else ""
+    say(f"data: {len(found)} leaks{sets}" + _left_out(loaded.skipped))
+    return {
+        "leaks": [asdict(leak) for leak in found],
+        "derived": [asdict(one) for one in made_from],
+        "problems": len(loaded.problems),
+        "skipped": dict(loaded.skipped),
+        "documents_skipped": dict(passed_over),
+    }
 
 
 def _read_arguments(parser: ArgumentParser) -> None:

@@ -32,7 +32,7 @@ _SETTINGS = (
         "corpus.problems",
         "corpus.layout",
     ),
-    *("problems", "shots", "layout", "preferences"),
+    *("problems", "shots", "layout", "preferences", "held_out.problems"),
 )
 """The settings that name files which a run depends on."""
 _OWN = ("adapter/*", "*.jsonl", "*.journal", "config.yaml", "reference-*.safetensors")

@@ -21,6 +21,9 @@ def score_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--explanation", type=bool, default=False, help="the predictions' texts explain before they answer")
     parser.add_argument("--shot_count", type=int, default=3, help="examples that were shown: the setting's name in tables")
     parser.add_argument("--label", type=str | None, default=None, help="what the model is called in tables; else --predictions")
+    parser.add_argument(
+        "--leaks", type=str | None, default=None, help="what `medllm data leaks --json` wrote: the score without them too"
+    )
 
 
 def score_predictions(values: Any) -> dict[str, Any]:
@@ -47,6 +50,12 @@ def score_predictions(values: Any) -> dict[str, Any]:
     read = "" if alphabet == "letters" else f"; predictions in {alphabet}, read as letters"
     wrong = f"; {unread} predictions are in no letters, and count as wrong" if unread else ""
     say(f"score: {sheet.words()}{read}{wrong}" + (f"; {left_out} for rows left out" if left_out else ""))
+    if values.leaks:
+        from medllm.report.clean import clean_score, leaked_ids
+
+        without = clean_score(sheet.results, leaked_ids(values.leaks))
+        say(f"score: {without.words()}")
+        counts["clean"] = asdict(without)
     if not values.from_text:
         return named | sheet.to_json() | counts
     anew = read_anew(problems, predictions, explanation=values.explanation)

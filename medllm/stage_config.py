@@ -27,6 +27,28 @@ def _require_counts(batch_size: int, shot_count: int, limit: int) -> None:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig(ProblemLayout):
+    """What a study tests on: what a stage trains on must not hold it.
+
+    Args:
+        problems: Problem files or folders that are held out. What is read is searched for them, and refused by file and line.
+        allow: What may be there all the same, by name: a problem's id, or a file that is read (``FILE:LINE``: a document).
+        exact: Share of a problem that one document holds word for word, from which on it is refused.
+        near: The same of what is like it, 0 to 1 (:mod:`medllm.corpus.leaks.near`).
+    """
+
+    problems: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    exact: float = 0.8
+    near: float = 0.37
+
+    def __post_init__(self) -> None:
+        for name in ("exact", "near"):
+            value = getattr(self, name)
+            expect(0 < value <= 1, f"held_out.{name}", value, "a share in (0, 1]")
+
+
+@dataclass(frozen=True)
 class CorpusConfig(ProblemLayout):
     """What continued pretraining reads.
 
@@ -58,11 +80,13 @@ class CptConfig(Recipe):
         model: The model that is trained on.
         run: Run folder; the adapter is written into it.
         corpus: The texts, and how they become rows.
+        held_out: What must not be in them.
     """
 
     model: ModelConfig
     run: str
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     def __post_init__(self) -> None:
         precomputed = self.torch.precompute_reference
@@ -119,6 +143,7 @@ class CurateConfig(MeshConfig, ProblemLayout):
         limit: Use only the first so many problems (0: all).
         server: How a server is asked.
         dry_run: Say what a server would be asked for and what it would cost; ask and write nothing.
+        held_out: What must not be among problems and shots.
     """
 
     model: ModelConfig
@@ -133,6 +158,7 @@ class CurateConfig(MeshConfig, ProblemLayout):
     limit: int = 0
     server: ServerConfig = field(default_factory=ServerConfig)
     dry_run: bool = False
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     def __post_init__(self) -> None:
         _require_counts(self.batch_size, self.shot_count, self.limit)
@@ -146,11 +172,13 @@ class RpoConfig(PreferenceRecipe):
         model: The model that is trained on. Its adapter, where it has one, is that of stage 1.
         run: Run folder.
         preferences: The preference file.
+        held_out: What must not be in its prompts and responses.
     """
 
     model: ModelConfig
     run: str
     preferences: str
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,21 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    """The lines of :func:`read_text`, without their ends, of which one is in memory at a time.
+
+    Raises:
+        UserError: as there, when the line is reached.
+    """
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            for line in stream:
+                yield line.removesuffix("\n")
+    except (UnicodeDecodeError, OSError):
+        read_text(file)  # says where it is wrong
+        raise
 
 
 def parse_json(text: str, where: str, expected: str) -> Any:

@@ -10,7 +10,7 @@ OUT="${OUT:-runs/reproduce-$ENGINE}"
 # Word splitting of the *_ARGS variables is wanted: they hold several options.
 stage_cpt() {
   launch cpt_4xa100 cpt --config paper_cpt_72b --engine "$ENGINE" --model.path "$MODEL" --run "$OUT/cpt" \
-    --corpus.documents "$CORPUS" --corpus.problems "$PROBLEMS" ${CPT_ARGS:-}
+    --corpus.documents "$CORPUS" --corpus.problems "$PROBLEMS" --held_out.problems "$EXAM" ${CPT_ARGS:-}
 }
 
 # A server is asked by one process, whatever launches the engine's own.
@@ -27,12 +27,12 @@ stage_merge() {
 
 stage_curate() {
   answer curate --config paper_curate_72b --engine "$ENGINE" --model.path "$OUT/cpt/merged" --run "$OUT/curate" \
-    --problems "$PROBLEMS" --shots "$SHOTS" ${CURATE_ARGS:-}
+    --problems "$PROBLEMS" --shots "$SHOTS" --held_out.problems "$EXAM" ${CURATE_ARGS:-}
 }
 
 stage_rpo() {
   launch rpo_2xa100 rpo --config paper_rpo_72b --engine "$ENGINE" --model.path "$OUT/cpt/merged" --run "$OUT/rpo" \
-    --preferences "$OUT/curate/preferences.jsonl" ${RPO_ARGS:-}
+    --preferences "$OUT/curate/preferences.jsonl" --held_out.problems "$EXAM" ${RPO_ARGS:-}
 }
 
 stage_evaluate() {

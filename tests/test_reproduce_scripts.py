@@ -17,10 +17,12 @@ from tests.pages import documented
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = "--model.dtype float32 --training.max_steps 1 --training.accumulation 2 --lora.rank 4"
+OF_TEMPLATES = "--held_out.exact 0.95 --held_out.near 0.9"  # as the embedded study has it of its own exam
 SETTINGS = {
-    "CPT_ARGS": f"{TINY} --corpus.length 128",
-    "CURATE_ARGS": "--model.dtype float32 --answer_as text --limit 4 --sampling.samples 2 --sampling.max_new_tokens 48",
-    "RPO_ARGS": f"{TINY} --pairs.max_length 512",
+    "CPT_ARGS": f"{TINY} {OF_TEMPLATES} --corpus.length 128",
+    "CURATE_ARGS": f"{OF_TEMPLATES} --model.dtype float32 --answer_as text --limit 4 "
+    "--sampling.samples 2 --sampling.max_new_tokens 48",
+    "RPO_ARGS": f"{TINY} {OF_TEMPLATES} --pairs.max_length 512",
     "EVALUATE_ARGS": "--model.dtype float32 --template curation --answer_as text --limit 4 --sampling.max_new_tokens 48",
 }
 

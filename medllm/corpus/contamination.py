@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,9 @@ from numpy import ndarray
 
 from medllm.corpus.documents import Document
 from medllm.exam.problem import Problem
+from medllm.stage_config import HeldOutConfig
 
-THRESHOLD = 0.8
+THRESHOLD = HeldOutConfig.exact
 """Share of a problem's pieces in one document from which on it counts as leaked."""
 _NOT_WRITTEN = re.compile(r"[\W_]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, bits evenly spread (2^64 divided by the golden ratio)
@@ -33,11 +34,13 @@ class Leak:
         problem_id: The problem.
         source: The document that holds most of it, ``file:line``.
         overlap: Share of the problem found in that document, 0 to 1.
+        kind: How it was found: ``word for word``, or a kind of :class:`medllm.corpus.leaks.near.Near`.
     """
 
     problem_id: str
     source: str
     overlap: float
+    kind: str = "word for word"
 
 
 def normalize(text: str) -> str:
@@ -47,7 +50,7 @@ def normalize(text: str) -> str:
 
 def find_leaks(
     documents: Sequence[Document],
-    problems: Iterable[Problem],
+    problems: Sequence[Problem],
     threshold: float = THRESHOLD,
     n: int = 13,
     progress: Callable[[int, int], None] | None = None,
@@ -65,25 +68,42 @@ def find_leaks(
         n: Characters in an n-gram.
         progress: Called with (documents done, documents in all).
     """
-    wanted = [_Wanted.of(problem, n) for problem in problems]
-    by_size: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, problem in enumerate(wanted):
-        for gram in problem.grams:
-            by_size[problem.size][gram].append(index)
-    tables = {size: (np.array(sorted(owners), dtype=np.uint64), owners) for size, owners in by_size.items()}
-
-    best: dict[int, Leak] = {}
+    search = ExactSearch(problems, threshold, n)
     for done, document in enumerate(documents, start=1):
-        text = normalize(document.text)
-        for index, found in _matches(text, tables).items():
-            if wanted[index].at_most(found) < threshold:
-                continue
-            overlap = wanted[index].overlap(found, text)
-            if overlap >= threshold and (index not in best or overlap > best[index].overlap):
-                best[index] = Leak(wanted[index].problem_id, document.source, overlap)
+        search.add(document)
         if progress:
             progress(done, len(documents))
-    return [best[index] for index in sorted(best)]
+    found = search.best()
+    return [found[index] for index in sorted(found)]
+
+
+class ExactSearch:
+    """The problems that are looked for, and the document that holds most of each so far; see :func:`find_leaks`."""
+
+    def __init__(self, problems: Sequence[Problem], threshold: float = THRESHOLD, n: int = 13):
+        self._threshold = threshold
+        self._wanted = [_Wanted.of(problem, n) for problem in problems]
+        by_size: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, problem in enumerate(self._wanted):
+            for gram in problem.grams:
+                by_size[problem.size][gram].append(index)
+        self._tables = {size: (np.array(sorted(owners), dtype=np.uint64), owners) for size, owners in by_size.items()}
+        self._best: dict[int, Leak] = {}
+
+    def add(self, document: Document) -> None:
+        """Look through a document."""
+        text = normalize(document.text)
+        for index, found in _matches(text, self._tables).items():
+            one = self._wanted[index]
+            if one.at_most(found) < self._threshold:
+                continue
+            overlap = one.overlap(found, text)
+            if overlap >= self._threshold and (index not in self._best or overlap > self._best[index].overlap):
+                self._best[index] = Leak(one.problem_id, document.source, overlap)
+
+    def best(self) -> dict[int, Leak]:
+        """What was found, by the problem's number in the order of the problems."""
+        return dict(self._best)
 
 
 @dataclass(frozen=True)

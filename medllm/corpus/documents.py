@@ -43,18 +43,7 @@ def load_documents(config: CorpusConfig) -> LoadedCorpus:
             of a year after ``config.problems_until``, or a corpus without a single document.
     """
     skipped: Counter[str] = Counter()
-    documents = []
-    for path in config.documents:
-        for text, source in _read(Path(path), config.text_column, skipped):
-            if text is None or (isinstance(text, str) and not text.strip()):
-                skipped["empty text"] += 1
-            elif not isinstance(text, str):
-                raise UserError(
-                    f"{source}: column '{config.text_column}' holds {type(text).__name__}, not text; "
-                    "name the column that holds the documents with --corpus.text_column"
-                )
-            else:
-                documents.append(Document(text, source))
+    documents = list(read_documents(config, skipped))
     for path in config.problems:
         loaded = problems_at(path, config)
         skipped.update(loaded.skipped)
@@ -72,6 +61,25 @@ def load_documents(config: CorpusConfig) -> LoadedCorpus:
             "give texts with --corpus.documents or explained problems with --corpus.problems"
         )
     return LoadedCorpus(tuple(documents), dict(skipped))
+
+
+def read_documents(config: CorpusConfig, skipped: Counter[str]) -> Iterator[Document]:
+    """The documents of ``config.documents``, one after the other; what is passed over is counted in ``skipped``.
+
+    Raises:
+        UserError: as :func:`load_documents`.
+    """
+    for path in config.documents:
+        for text, source in _read(Path(path), config.text_column, skipped):
+            if text is None or (isinstance(text, str) and not text.strip()):
+                skipped["empty text"] += 1
+            elif not isinstance(text, str):
+                raise UserError(
+                    f"{source}: column '{config.text_column}' holds {type(text).__name__}, not text; "
+                    "name the column that holds the documents with --corpus.text_column"
+                )
+            else:
+                yield Document(text, source)
 
 
 def problem_document(problem: Problem) -> Document:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.errors import UserError
-from medllm.text_files import first_line, parse_json, read_text
+from medllm.text_files import first_line, parse_json, read_text, text_lines
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NO_HEADER = ("question", "A", "B", "C", "D", "answer")
@@ -33,7 +33,7 @@ def read_json_lines(file: Path, *, skip_bad: bool = False) -> Iterator[tuple[dic
     Raises:
         UserError: a line that is not a JSON object.
     """
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+    for number, line in enumerate(text_lines(file), start=1):
         if not line.strip():
             continue
         where = f"{file}:{number}"

@@ -56,6 +56,10 @@ ROWS = {
 PREVIOUS = {name: row.start for name, row in ROWS.items() if row.start is not None}
 """The model each one is trained from."""
 
+LEAKED = {"exact": 0.95, "near": 0.9}
+"""How much of a problem of the exam is a leak. Its questions are templates that training texts fill with other diseases, so
+that most of a problem stands there as it should."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -201,12 +205,17 @@ def write_world(folder: Path, config: StudyConfig) -> None:
 def study_design(config: StudyConfig, world: Path) -> Design:
     """The paper's five rows, on the files of the world in this folder."""
     asked = {"shots": str(world / SHOTS_FILE), "shot_count": SHOTS, "answer_as": ANSWER_AS, "batch_size": config.batch_size}
+    held_out = {"held_out": {"problems": [str(world / EXAM_FILE)], **LEAKED}}
     return Design(
         model=ModelConfig(str(BASE), quantization=config.quantization, dtype=config.dtype),
         seeds=config.seeds,
-        cpt={"corpus": {"documents": [str(world / CORPUS_FILE)], "length": config.row_length}, **asdict(config.cpt)},
-        curate={"problems": [str(world / TRAIN_FILE)], "sampling": asdict(config.sampling), **asked},
-        rpo={"loss": asdict(config.loss), "pairs": asdict(config.pairs), **asdict(config.preference)},
+        cpt={
+            "corpus": {"documents": [str(world / CORPUS_FILE)], "length": config.row_length},
+            **asdict(config.cpt),
+            **held_out,
+        },
+        curate={"problems": [str(world / TRAIN_FILE)], "sampling": asdict(config.sampling), **asked, **held_out},
+        rpo={"loss": asdict(config.loss), "pairs": asdict(config.pairs), **asdict(config.preference), **held_out},
         evaluate={"template": "curation", "sampling": {"max_new_tokens": config.max_new_tokens}, **asked},
         exams={ONLY_EXAM: {"problems": [str(world / EXAM_FILE)]}},
         rows=ROWS,

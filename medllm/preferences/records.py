@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medllm.corpus.documents import Document
 from medllm.errors import UserError
 from medllm.exam.loaders import read_json_lines
 from medllm.run import atomic_path
@@ -70,6 +71,17 @@ def read_preferences(path: str | Path) -> list[Preference]:
     if not preferences:
         raise UserError(f"{file}: the preference file is empty")
     return preferences
+
+
+def preference_texts(preferences: Iterable[Preference], file: str) -> list[Document]:
+    """Preferences as texts to be searched, each with all of its responses, of which the ground truth stands first."""
+    return [
+        Document(
+            "\n".join([one.prompt, *(sample.text for sample in (one.ground_truth, *one.chosen, *one.rejected))]),
+            f"{file}:{line}",
+        )
+        for line, one in enumerate(preferences, start=1)
+    ]
 
 
 def _preference(row: dict[str, Any], where: str) -> Preference:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from medllm.corpus.documents import load_documents
+from medllm.corpus.leaks.guard import refuse_leaks
 from medllm.corpus.packing import check_rows, pack, tokenize_documents
 from medllm.engines import TrainerName, open_trainer
 from medllm.host.processes import is_primary_process
@@ -57,11 +58,12 @@ def run_cpt(config: CptConfig, engine: TrainerName = "jax") -> CptResult:
     """Stage 1, continued pretraining: documents → packed rows → a PEFT adapter in the run folder.
 
     Raises:
-        UserError: the model, tokenizer, documents or run folder cannot be used.
+        UserError: the model, tokenizer, documents or run folder cannot be used, or the documents hold what is held out.
     """
     require_tracker(config.tracker)
     model = open_trainer(engine, config.model, config)  # several processes meet here, before each reads the corpus
     corpus = load_documents(config.corpus)
+    refuse_leaks(corpus.documents, (*config.corpus.documents, *config.corpus.problems), config.held_out)
     with progress_bar("tokens") as progress:
         tokens = tokenize_documents(model.tokenizer, corpus.documents, progress)
     nothing = len(encode(model.tokenizer, "")) + 1  # what begins a text, and its end

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from medllm.corpus.leaks.guard import problem_texts, refuse_leaks
 from medllm.engine import Generates, account, place
 from medllm.engines import EngineName, open_engine
 from medllm.exam.problem import Problem
@@ -55,11 +56,11 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     """Preference data: the model's own sampled answers, graded and ranked into ``preferences.jsonl``.
 
     Raises:
-        UserError: a problem is from a held-out year, or the model, problems or shots cannot be used.
+        UserError: a problem is from a held-out year or is one that is held out, or the model, problems or shots cannot be used.
     """
     problems, skipped = read_problems(config.problems, config)
     shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
-    check_problems(problems, shots, config)
+    _check(problems, shots, config)
     if config.dry_run:
         wanted, prompt_of = asked_problems(problems, shots, config)
         return estimate("curate", engine, map(prompt_of, wanted), config.sampling, config.server)
@@ -75,8 +76,14 @@ def build_preferences(
     left_out: Mapping[str, int] | None = None,
 ) -> CurateResult:
     """:func:`run_curate` on a model that is already open, and problems that are read, but for those ``left_out``."""
-    check_problems(problems, shots, config)
+    _check(problems, shots, config)
     return _curate(model, problems, shots, config, progress, left_out or {})
+
+
+def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
+    check_problems(problems, shots, config)
+    files = (*config.problems, *([config.shots] if config.shots else ()))
+    refuse_leaks(problem_texts((*problems, *shots)), files, config.held_out)
 
 
 def _curate(

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medllm.config import ModelConfig
+from medllm.corpus.leaks.guard import refuse_leaks
 from medllm.engines import TrainerName, open_trainer
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import progress_bar
 from medllm.model.adapter import check_trained
-from medllm.preferences.records import read_preferences
+from medllm.preferences.records import preference_texts, read_preferences
 from medllm.preferences.tokenization import check_preferences, tokenize_preferences
 from medllm.run import Run
 from medllm.serving.taught import Taught, taught_by_preferences
@@ -72,11 +73,12 @@ def run_rpo(config: RpoConfig, engine: TrainerName = "jax") -> RpoResult:
     """Stage 2, preference training: pairs of the hierarchy → a PEFT adapter in the run folder.
 
     Raises:
-        UserError: the model or the preference file cannot be used, its adapter cannot be handed over, or there is no pair to
-            train on.
+        UserError: the model or the preference file cannot be used, the file holds what is held out, the adapter cannot be
+            handed over, or there is no pair to train on.
     """
     require_tracker(config.tracker)
     read = read_preferences(config.preferences)
+    refuse_leaks(preference_texts(read, config.preferences), (config.preferences,), config.held_out)
     check_handover(config)
     model = open_trainer(engine, config.model, config)
     with progress_bar("tokens") as progress:

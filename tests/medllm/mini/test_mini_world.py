@@ -6,11 +6,17 @@ import pytest
 
 from medllm.corpus.contamination import find_leaks
 from medllm.corpus.documents import Document
+from medllm.corpus.leaks.guard import problem_texts, refuse_leaks
+from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
-from medllm.exam.prompts import curation_response, render_answer
+from medllm.exam.loaders import write_problems
+from medllm.exam.prompts import curation_prompt, curation_response, render_answer
 from medllm.mini.diet import base_diet, cpt_documents, explained_problems
 from medllm.mini.problems import EXAM_YEARS, OPTIONS, TRAIN_YEARS, exam_problems, shot_problems, train_problems
+from medllm.mini.study import LEAKED
 from medllm.mini.world import KINDS, RELATION, RELATIONS, WorldConfig, make_world
+from medllm.preferences.records import Preference, Sample, preference_texts
+from medllm.stage_config import HeldOutConfig
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,19 @@ def test_the_leak_check_would_see_a_held_out_problem(exam):
     leaked = explained_problems(exam[:3])
     found = find_leaks([Document(text, "text:1") for text in leaked], exam, threshold=0.95)
     assert {problem.problem_id for problem in exam[:3]} <= {leak.problem_id for leak in found}
+
+
+def test_the_studys_stages_hold_its_exam_out_and_nothing_of_theirs_is_refused(world, train, exam, tmp_path):
+    """What a study gives to CPT, curation and RPO passes the guard that a single problem of its exam does not."""
+    write_problems(tmp_path / "exam.jsonl", exam)
+    held_out = HeldOutConfig(problems=(str(tmp_path / "exam.jsonl"),), **LEAKED)
+    shots = shot_problems(world)
+    documents = [Document(text, f"corpus:{n}") for n, text in enumerate(cpt_documents(world, 20, 4))]
+    prompts = [Preference(one.problem_id, curation_prompt(one, shots), Sample(one.explanation, "")) for one in train]
+    texts = [*documents, *problem_texts([*train, *shots]), *preference_texts(prompts, "preferences")]
+    refuse_leaks(texts, (), held_out)
+    with pytest.raises(UserError, match=exam[3].problem_id):
+        refuse_leaks([*texts, *problem_texts([exam[3]])], (), held_out)
 
 
 def test_corpus_teaches_every_new_disease_and_no_known_one(world):
