@@ -75,8 +75,8 @@ def check_loss(loss: PreferenceLoss, engine: str, reads: Mapping[str, Collection
         if name not in ("name", *reads[loss.name]):
             readers = ", ".join(one for one, settings in reads.items() if name in settings)
             raise UserError(
-                f"loss.{name} is {value!r}, which loss {loss.name!r} does not read; leave --loss.{name} out, or take a loss that "
-                f"reads it (--loss.name: {readers})"
+                f"loss.{name} is {value!r}, which loss {loss.name!r} does not read; leave --loss.{name} out, or take a loss "
+                f"that reads it (--loss.name: {readers})"
             )
 
 

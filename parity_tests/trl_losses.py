@@ -93,7 +93,7 @@ def _dpo_result(scored: Scored, **settings: Any) -> Result:
 
 
 def kto_trainer_result(scored: Scored, loss: PreferenceLoss) -> Result:
-    """KTOTrainer's, once over the chosen responses and once over the rejected ones, the other kind to estimate the divergence."""
+    """KTOTrainer's, once over the chosen and once over the rejected responses; the others tell it the divergence."""
     model, k = _Model(scored), scored.pairs
     losses, logged = [], {}
     for label, own, other in ((True, range(k), range(k, 2 * k)), (False, range(k, 2 * k), range(k))):
@@ -102,7 +102,9 @@ def kto_trainer_result(scored: Scored, loss: PreferenceLoss) -> Result:
         )
         inputs = {**model.inputs(own), **{f"KL_{name}": value for name, value in model.inputs(other).items()}}
         inputs |= {"label": torch.full((k,), label), "ref_logps": torch.tensor(scored.reference[list(own)])}
-        losses.append(trainer._compute_loss(model, {**inputs, "ref_KL_logps": torch.tensor(scored.reference[list(other)])}, False))
+        losses.append(
+            trainer._compute_loss(model, {**inputs, "ref_KL_logps": torch.tensor(scored.reference[list(other)])}, False)
+        )
         logged |= {name: values[-1] for name, values in trainer._metrics["train"].items() if name.startswith("rewards/")}
     return model.result((losses[0] + losses[1]) / 2, logged)
 
@@ -147,7 +149,11 @@ class _Model:
         numbers = torch.tensor(list(rows))
         completion = torch.nn.functional.pad(self.mask[numbers], (1, 0))
         ids = torch.cat([numbers[:, None], torch.ones_like(self.mask[numbers], dtype=torch.long)], 1)
-        return {"input_ids": ids, "attention_mask": completion | (torch.arange(ids.shape[1]) == 0), "completion_mask": completion}
+        return {
+            "input_ids": ids,
+            "attention_mask": completion | (torch.arange(ids.shape[1]) == 0),
+            "completion_mask": completion,
+        }
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> SimpleNamespace:
         rows = input_ids[:, 0]

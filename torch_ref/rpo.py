@@ -94,7 +94,7 @@ LOSSES: Mapping[str, TrlLoss] = {
     "ipo": TrlLoss(lambda loss: {"ipo": 1.0}),
     "dpo_norm": TrlLoss(lambda loss: {"sigmoid_norm": 1.0}),
 }
-"""What ``--loss.name`` is to DPOTrainer. It has no kto_pair; TRL's simpo and orpo are of trainers that make their own tokens."""
+"""What ``--loss.name`` is to DPOTrainer. It has no kto_pair; TRL's simpo and orpo are other trainers', with own tokens."""
 
 
 class ReferenceTimer(DPOTrainer):

@@ -1,9 +1,10 @@
-"""The preference losses: what ``--loss.name`` may be is the table :data:`OBJECTIVES`, and nothing else knows one by its name.
+r"""The preference losses: what ``--loss.name`` may be is the table :data:`OBJECTIVES`, and nothing else knows one by its name.
 
 Each is a function of pairs and settings that gives what is logged, ``loss`` among it: a weighted mean over the pairs of a step,
-in parts that add up over its micro-batches. In the formulas, of pair i with weight :math:`w_i`, :math:`c` is the chosen response
-and :math:`r` the rejected one; :math:`\Delta = (\log\pi_c - \log\rho_c) - (\log\pi_r - \log\rho_r)` of summed log-probabilities
-under the trained model :math:`\pi` and the reference :math:`\rho`; :math:`|y|` is a response's tokens, end-of-text included.
+in parts that add up over its micro-batches. In the formulas :math:`w_i` is the weight of pair i, :math:`c` its chosen response
+and :math:`r` its rejected one, :math:`|y|` the tokens of a response, end-of-text included. Of summed log-probabilities under
+the trained model :math:`\pi` and the reference :math:`\rho`, a response has gained :math:`\delta = \log\pi - \log\rho`, and
+:math:`\Delta = \delta_c - \delta_r`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def rpo(pairs: Pairs, settings: PreferenceLoss) -> RpoMetrics:
     ``alpha = 0`` is plain DPO.
     """
     dpo_term = dpo_loss(pairs.policy, pairs.reference, pairs.weights, beta=settings.beta)
-    nll = nll_loss(pairs.policy[:, 0], pairs.lengths[:, 0], pairs.weights, reduction=settings.nll_reduction)
+    nll = _nll(pairs, settings)
     return RpoMetrics(dpo_term + settings.alpha * nll, dpo_term, nll, rewards_of(pairs, settings.beta))
 
 
@@ -108,7 +109,8 @@ def cdpo(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
 def robust(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
     r"""Robust DPO: unbiased where a share :math:`\varepsilon` of the labels is wrong (Chowdhury et al. 2024, arXiv 2403.00409).
 
-    .. math:: -\sum_i w_i \frac{(1-\varepsilon) \log\sigma(\beta\Delta_i) - \varepsilon \log\sigma(-\beta\Delta_i)}{1 - 2\varepsilon}
+    .. math:: -\sum_i \frac{w_i}{1 - 2\varepsilon}
+        \bigl[(1-\varepsilon) \log\sigma(\beta\Delta_i) - \varepsilon \log\sigma(-\beta\Delta_i)\bigr]
     """
     right, wrong = _log_odds(settings.beta * _margins(pairs))
     clean = (1 - settings.label_smoothing) * right - settings.label_smoothing * wrong
@@ -126,7 +128,7 @@ def hinge(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
 def ipo(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
     r"""Identity preference optimization (Azar et al. 2023, eq. 17), of log-ratios per token; beta is the paper's :math:`\tau`.
 
-    .. math:: \sum_i w_i \Bigl(\frac{\log\pi_c - \log\rho_c}{|c|} - \frac{\log\pi_r - \log\rho_r}{|r|} - \frac{1}{2\beta}\Bigr)_i^2
+    .. math:: \sum_i w_i \Bigl(\frac{\delta_c}{|c|} - \frac{\delta_r}{|r|} - \frac{1}{2\beta}\Bigr)_i^2
 
     The paper writes sums; TRL divides by the lengths, as its authors told that they did.
     """
@@ -136,7 +138,7 @@ def ipo(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
 def dpo_norm(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
     r"""Length-normalized DPO (Lambert et al. 2024, Tülu 3; TRL's ``sigmoid_norm``): log-ratios per token.
 
-    .. math:: -\sum_i w_i \log\sigma\Bigl(\beta\,\Bigl[\frac{\log\pi_c - \log\rho_c}{|c|} - \frac{\log\pi_r - \log\rho_r}{|r|}\Bigr]_i\Bigr)
+    .. math:: -\sum_i w_i \log\sigma\Bigl(\beta\,\Bigl[\frac{\delta_c}{|c|} - \frac{\delta_r}{|r|}\Bigr]_i\Bigr)
 
     Log-ratios per token are small, so beta is larger than DPO's: 5 in the paper.
     """
@@ -148,7 +150,7 @@ def kto_pair(pairs: Pairs, settings: PreferenceLoss) -> PairMetrics:
 
     .. math:: \sum_i \tfrac{w_i}{2} \bigl[2 - \sigma(\beta\,(\delta_{c,i} - z_r)) - \sigma(\beta\,(z_c - \delta_{r,i}))\bigr]
 
-    with :math:`\delta = \log\pi - \log\rho` of a response. Its point of reference is the divergence from the reference model,
+    Its point of reference is the divergence from the reference model,
     :math:`z = \max(0, \operatorname{mean} \delta)`, for either kind from the other responses of the same micro-batch, and no
     gradient flows through it. So the size of a micro-batch counts, and pairs of several problems should be in one.
     """
@@ -216,8 +218,12 @@ def orpo(pairs: Pairs, settings: PreferenceLoss) -> OrpoMetrics:
     means = _per_token(pairs.policy, pairs)
     log_odds = means - jax.nn.log1mexp(-means)
     odds_ratio = -(pairs.weights * jax.nn.log_sigmoid(log_odds[:, 0] - log_odds[:, 1])).sum()
-    nll = nll_loss(pairs.policy[:, 0], pairs.lengths[:, 0], pairs.weights, reduction=settings.nll_reduction)
+    nll = _nll(pairs, settings)
     return OrpoMetrics(nll + settings.beta * odds_ratio, odds_ratio, nll, *_compared(pairs, settings))
+
+
+def _nll(pairs: Pairs, settings: PreferenceLoss) -> Float[Array, ""]:
+    return nll_loss(pairs.policy[:, 0], pairs.lengths[:, 0], pairs.weights, reduction=settings.nll_reduction)
 
 
 def _per_token(sums: Float[Array, "k 2"], pairs: Pairs) -> Float[Array, "k 2"]:
