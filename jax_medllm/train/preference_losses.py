@@ -194,7 +194,8 @@ def simpo(pairs: Pairs, settings: PreferenceLoss) -> SimpoMetrics:
     means = _per_token(pairs.policy, pairs)
     margins = settings.beta * (means[:, 0] - means[:, 1]) - settings.gamma
     loss = -(pairs.weights * jax.nn.log_sigmoid(margins)).sum()
-    return SimpoMetrics(loss, *_compared(pairs, settings))
+    logps, rewards = _compared(pairs, settings)
+    return SimpoMetrics(loss, logps, rewards)
 
 
 class OrpoMetrics(NamedTuple):
@@ -219,7 +220,8 @@ def orpo(pairs: Pairs, settings: PreferenceLoss) -> OrpoMetrics:
     log_odds = means - jax.nn.log1mexp(-means)
     odds_ratio = -(pairs.weights * jax.nn.log_sigmoid(log_odds[:, 0] - log_odds[:, 1])).sum()
     nll = _nll(pairs, settings)
-    return OrpoMetrics(nll + settings.beta * odds_ratio, odds_ratio, nll, *_compared(pairs, settings))
+    logps, rewards = _compared(pairs, settings)
+    return OrpoMetrics(nll + settings.beta * odds_ratio, odds_ratio, nll, logps, rewards)
 
 
 def _nll(pairs: Pairs, settings: PreferenceLoss) -> Float[Array, ""]:

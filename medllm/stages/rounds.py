@@ -123,7 +123,8 @@ def run_rounds(config: RoundsConfig, engine: TrainerName = "jax", say: Say = pri
     held_out = _check(config, engine)
     with unannounced(), Run(config.run, config, engine=engine, resume=config.resume) as run:
         models: list[Measured] = []
-        model, trained = config.model, {}
+        model = config.model
+        trained: Mapping[str, Any] = {}
         while True:
             models.append(_measured(config, engine, len(models), model, trained, held_out))
             say(f"rounds: {models[-1].words()}")
