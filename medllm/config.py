@@ -325,7 +325,7 @@ class PreferenceLoss:
     Args:
         name: The objective: ``rpo``, ``dpo``, ``cdpo``, ``robust``, ``hinge``, ``ipo``, ``dpo_norm`` (by length), ``kto_pair``,
             and without a reference ``simpo`` and ``orpo``. Engine torch has those that TRL's DPOTrainer has.
-        beta: Inverse temperature; ipo's tau, orpo's lambda. ipo, dpo_norm and simpo compare by token: theirs is larger.
+        beta: Inverse temperature; ipo's tau, orpo's lambda. dpo_norm and simpo compare by token: theirs is larger.
         alpha: Weight of the preferred response's negative log-likelihood (rpo).
         nll_reduction: ``sequence``: mean over each response's own tokens (Pang et al.); ``micro_batch_tokens``: mean over
             all preferred tokens of the micro-batch (TRL) (rpo, orpo).

@@ -60,7 +60,7 @@ NOT_RUN = {
     r"bash scripts/test\.sh": "it is what runs the tests",
     r"bash scripts/release\.sh": "it asks PyPI; test_isolation.py builds the wheel",
     r"python -m pytest": "it is a test",
-    r"python -m parity_tests\.loss_differences": "it draws 50 inputs a loss; test_loss_formulas.py draws fifteen",
+    r"python -m parity_tests\.loss_differences": "it draws 20 inputs a loss; test_loss_formulas.py draws fifteen",
     r"python -m tests\.(killed_runs|journal_load|mesh_faults)": "it takes minutes; a test does less of the same",
     r"python -m tests\.killed_study": "it takes minutes; test_mini_study.py ends a study once",
     r"python scripts/mutate\.py --jobs": "it plants all faults, which takes hours; test_mutations.py plants one",
