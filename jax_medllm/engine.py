@@ -25,7 +25,7 @@ from jax_medllm.train.auto_remat import fitting_policy
 from jax_medllm.train.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
 from jax_medllm.train.device_memory import peak_device_bytes
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
-from jax_medllm.train.losses import objective
+from jax_medllm.train.preference_losses import objective
 from jax_medllm.train.reference_cache import ReferenceFile, compute_reference
 from jax_medllm.weights.adapters import adapter_tensors
 from jax_medllm.weights.code_layout import lay_codes

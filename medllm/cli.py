@@ -33,6 +33,7 @@ from medllm.host.progress import progress_bar
 from medllm.power_command import POWER
 from medllm.presets import TABLE_ROWS
 from medllm.report_command import report_arguments, write_and_say
+from medllm.rounds_command import ROUNDS
 from medllm.score_command import score_arguments, score_predictions
 from medllm.serving_command import CHECK_SERVING, PUBLISH
 from medllm.stage_config import AuditConfig, CptConfig, CurateConfig, EvaluateConfig, RpoConfig
@@ -311,13 +312,14 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "rpo": _stage(
         "rpo",
-        "stage 2: reasoning preference optimization (or DPO)",
+        "stage 2: reasoning preference optimization, or another preference loss (--loss.name)",
         RpoConfig,
         _rpo,
-        "model.path model.adapter handover run preferences loss.alpha model.quantization lora.rank optimizer.learning_rate "
-        "training.epochs training.batch_size training.accumulation engine mesh",
+        "model.path model.adapter handover run preferences loss.name loss.alpha model.quantization lora.rank "
+        "optimizer.learning_rate training.epochs training.batch_size training.accumulation engine mesh",
         TrainerName,
     ),
+    "rounds": ROUNDS,
     "evaluate": _stage(
         "evaluate",
         "sit an exam",

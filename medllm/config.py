@@ -323,19 +323,26 @@ class PreferenceLoss:
     """RPO = DPO + alpha · NLL(preferred). alpha = 10 is the paper's figure; alpha = 0 is plain DPO.
 
     Args:
-        name: The objective, of those the engine has: ``rpo``; ``dpo``, without alpha and NLL.
-        beta: DPO's inverse temperature.
-        alpha: Weight of the preferred response's negative log-likelihood.
+        name: The objective: ``rpo``, ``dpo``, ``cdpo``, ``robust``, ``hinge``, ``ipo``, ``dpo_norm`` (by length), ``kto_pair``,
+            and without a reference ``simpo`` and ``orpo``. Engine torch has those that TRL's DPOTrainer has.
+        beta: Inverse temperature; ipo's tau, orpo's lambda. dpo_norm and simpo compare by token: theirs is larger.
+        alpha: Weight of the preferred response's negative log-likelihood (rpo).
         nll_reduction: ``sequence``: mean over each response's own tokens (Pang et al.); ``micro_batch_tokens``: mean over
-            all preferred tokens of the micro-batch (TRL).
+            all preferred tokens of the micro-batch (TRL) (rpo, orpo).
+        label_smoothing: Share of the labels that is taken to be wrong (cdpo, robust).
+        gamma: The margin to be reached (simpo).
     """
 
     name: str = "rpo"
     beta: float = 0.1
     alpha: float = 10.0
     nll_reduction: Literal["sequence", "micro_batch_tokens"] = "sequence"
+    label_smoothing: float = 0.1
+    gamma: float = 0.5
 
     def __post_init__(self) -> None:
+        expect(0 <= self.label_smoothing < 0.5, "loss.label_smoothing", self.label_smoothing, "a share in [0, 0.5)")
+        expect(self.gamma >= 0, "loss.gamma", self.gamma, "0 or more")
         expect(self.beta > 0, "loss.beta", self.beta, "a positive number")
         expect(self.alpha >= 0, "loss.alpha", self.alpha, "0 (plain DPO) or more")
 

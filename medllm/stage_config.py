@@ -182,6 +182,32 @@ class RpoConfig(PreferenceRecipe):
 
 
 @dataclass(frozen=True)
+class RoundsConfig(CurateConfig, PreferenceRecipe):
+    """Iterative preference training (Pang et al. 2024): curate, train, curate again with the trained model, and so on.
+
+    A round's model is trained from the round before, which is also its reference.
+
+    Args:
+        rounds: Trainings at most. The answers of the last one's model are curated too, which is its score.
+        improvement: The share of right samples that a round must add for another to follow.
+        fewest_pairs: Another round follows only where so many pairs have a wrong answer on the losing side.
+        held_out: Problem files or folders that are evaluated on: nothing that holds one of their problems is trained on.
+        sampling: As of curation; each round samples with a seed of its own, the first with this one.
+    """
+
+    rounds: int = 3
+    improvement: float = 0.01
+    fewest_pairs: int = 1
+    held_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        expect(0 <= self.improvement < 1, "improvement", self.improvement, "a share in [0, 1)")
+        expect(self.fewest_pairs >= 1, "fewest_pairs", self.fewest_pairs, "at least 1")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(MeshConfig, ProblemLayout):
     """An exam sat by a model, from prompts to the score.
 
@@ -341,6 +367,7 @@ class CheckServingConfig(ProblemLayout):
 FREE_ON_RESUME = frozenset(
     {
         *("run", "resume", "mesh", "rules", "reference_cache", "tracker", "seeds"),
+        *("rounds", "improvement", "fewest_pairs"),
         *(f"training.{name}" for name in ("max_steps", "log_every", "on_nan", "remat")),
         *(f"training.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from medllm.config import PreferenceRecipe, Recipe, RematPolicy
+from medllm.config import PreferenceLoss, PreferenceRecipe, Recipe, RematPolicy, changed
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.host.processes import tell
@@ -56,6 +57,29 @@ def progress_words(loss: float, rate: float, unit: str) -> str:
     return f"loss {loss:.4f}, {rate_words(rate, unit)}"
 
 
+def check_loss(loss: PreferenceLoss, engine: str, reads: Mapping[str, Collection[str]]) -> None:
+    """Refuse a preference loss that an engine does not have, and settings that play no part in the one it has.
+
+    Args:
+        loss: What is asked for.
+        engine: The engine's name.
+        reads: By the name of each loss that it has, the settings that it reads.
+
+    Raises:
+        UserError: there is none of this name, or a setting that it does not read is not at its default.
+    """
+    if loss.name not in reads:
+        known = ", ".join(map(repr, reads))
+        raise UserError(f"loss.name is {loss.name!r}: engine {engine} knows {known}; give one of these")
+    for name, value in changed(loss).items():
+        if name not in ("name", *reads[loss.name]):
+            readers = ", ".join(one for one, settings in reads.items() if name in settings)
+            raise UserError(
+                f"loss.{name} is {value!r}, which loss {loss.name!r} does not read; leave --loss.{name} out, or take a loss "
+                f"that reads it (--loss.name: {readers})"
+            )
+
+
 class Trains(Protocol):
     """A model that can be trained.
 
@@ -81,7 +105,7 @@ class Trains(Protocol):
         ...
 
     def train_preferences(self, preferences: TokenizedPreferences, recipe: PreferenceRecipe, run: Run) -> TrainSummary:
-        """DPO or RPO over pairs that :func:`medllm.preferences.tokenization.check_preferences` passed.
+        """A preference loss over pairs that :func:`medllm.preferences.tokenization.check_preferences` passed.
 
         The adapter is left in ``run.path/adapter``.
 

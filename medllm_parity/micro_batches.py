@@ -11,15 +11,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import logsigmoid
 
 from medllm.config import PreferenceLoss
 from medllm.corpus.packing import PackedRows
+from medllm_parity.preference_formulas import FORMULAS, Compared, Terms
 from medllm_parity.rows import Rows
 
 PairTokens = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Token ids of a prompt, of the preferred response and of the other."""
-Terms = dict[str, torch.Tensor]
 
 
 class MicroBatch(Protocol):
@@ -81,19 +80,11 @@ class PreferenceMicroBatch:
     loss: PreferenceLoss
 
     def terms(self, policy: torch.Tensor, reference: torch.Tensor | None) -> Terms:
-        """DPO (Rafailov et al. 2023, eq. 7) + alpha times the preferred response's NLL (Pang et al. 2024, eq. 1)."""
+        """The terms of the loss (:mod:`medllm_parity.preference_formulas`)."""
         assert reference is not None
-        sums, before = self.sums(policy), self.sums(reference)
-        lengths = self.sums(torch.ones_like(policy))[:, 0]
-        ratios = sums - before
-        dpo = -(self.weights * logsigmoid(self.loss.beta * (ratios[:, 0] - ratios[:, 1]))).sum()
-        if self.loss.name == "dpo":
-            return {"loss": dpo}
-        if self.loss.nll_reduction == "sequence":
-            nll = -(self.weights * sums[:, 0] / lengths).sum()
-        else:
-            nll = -sums[:, 0].sum() / lengths.sum() * self.weights.sum()
-        return {"loss": dpo + self.loss.alpha * nll, "dpo_loss": dpo, "nll": nll}
+        sums = self.sums(policy)
+        gains, lengths = sums - self.sums(reference), self.sums(torch.ones_like(policy))
+        return FORMULAS[self.loss.name](Compared(sums, gains, lengths, self.weights, self.loss))
 
     def sums(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Summed over each response, [pairs, 2]."""

@@ -35,6 +35,7 @@ from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
 from medllm_parity.exact_step import ExactModel, StepNumbers
 from medllm_parity.kept_reference import check_reference
 from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
+from medllm_parity.preference_formulas import FORMULAS
 from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, Tolerance
 from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
 
@@ -93,6 +94,10 @@ def check_steps(
     except UserError as error:
         return [refuted_by(STEPS, error)]
     plan = _plan(record, data)
+    if plan.loss is not None and plan.loss.name not in FORMULAS:
+        return [
+            Finding(STEPS, "not checked", said=f"loss {plan.loss.name!r} has no formula here that a step could be taken by")
+        ]
     findings = check_log(record, len(plan.steps))
     known, flaws = _known_states(record, trained)
     findings += flaws

@@ -18,7 +18,7 @@ import jax_medllm.train.optimizer
 import medllm.stages.cpt
 import torch_ref.cpt
 from medllm.cli import main
-from medllm.config import LoraConfig, ModelConfig, TrainingConfig
+from medllm.config import LoraConfig, ModelConfig, PreferenceLoss, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
@@ -72,6 +72,12 @@ def test_every_step_of_an_honest_run_is_proved(honest, stage, engine):
     assert "first moment, second moment; " in steps[4].said
     assert "first moment, second moment, update; " in steps[5].said
     assert f"from checkpoints/{'' if engine == 'jax' else 'checkpoint-'}5: " in steps[5].said
+
+
+def test_every_step_of_a_loss_without_a_reference_is_proved(given, tmp_path):
+    certificate = verified(train("rpo", "jax", given, tmp_path / "run", loss=PreferenceLoss("orpo", beta=0.5)))
+    assert certificate.verdict == "proved", certificate.headline()
+    assert len(proved_steps(certificate)) == STEPS
 
 
 @pytest.mark.parametrize("handover", ["merge", "stack", "continue"])

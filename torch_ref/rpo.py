@@ -1,4 +1,4 @@
-"""Preference training (stage 2): TRL's DPOTrainer, RPO as DPO + alpha · SFT on the preferred response.
+"""Preference training (stage 2): TRL's DPOTrainer, RPO as DPO + alpha · SFT on the preferred response, other losses its own.
 
     pairs (prompt, chosen, rejected) → DPOTrainer(loss_type=["sigmoid", "sft"], loss_weights=[1, alpha]) → PEFT adapter
 
@@ -11,7 +11,8 @@ is computed once for all pairs, before the first step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,13 +23,12 @@ from huggingface_hub import constants
 from trl import DPOConfig, DPOTrainer
 
 from medllm.config import ModelConfig, PreferenceLoss, PreferenceRecipe
-from medllm.errors import UserError
 from medllm.host.processes import process_count
 from medllm.preferences.pairs import Pair
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.run import Run
 from medllm.stages.handover import continued_adapter
-from medllm.training import TrainSummary
+from medllm.training import TrainSummary, check_loss
 from torch_ref.model import initialize_adapter, open_continued, open_model, peft_config, trainable_base
 from torch_ref.run_log import RunLog
 from torch_ref.trainer import per_process, run_trainer, trainer_arguments
@@ -67,6 +67,34 @@ def _problems(tokenizer: Any, pairs: Sequence[Pair], ids: torch.Tensor) -> str:
     texts = tokenizer.batch_decode(ids[: len(ids) // 2], skip_special_tokens=True)
     found = dict.fromkeys(pair.problem_id for text in texts for pair in pairs if pair.prompt.strip() in text)
     return f"problems {', '.join(found)}"
+
+
+@dataclass(frozen=True)
+class TrlLoss:
+    """A preference loss of DPOTrainer's: its terms with their weights, and the settings that play a part."""
+
+    terms: Callable[[PreferenceLoss], Mapping[str, float]]
+    reads: tuple[str, ...] = ("beta",)
+
+
+def _conservative(loss: PreferenceLoss) -> Mapping[str, float]:
+    """cDPO of two terms that DPOTrainer has: with s and t the losses of a label that is right and of one that is wrong,
+
+    (1 - e) s + e t = 2 (1 - e) s - (1 - 2e) robust, where robust = ((1 - e) s - e t) / (1 - 2e).
+    """
+    return {"sigmoid": 2 * (1 - loss.label_smoothing), "robust": 2 * loss.label_smoothing - 1}
+
+
+LOSSES: Mapping[str, TrlLoss] = {
+    "rpo": TrlLoss(lambda loss: {"sigmoid": 1.0, "sft": loss.alpha}, reads=("beta", "alpha", "nll_reduction")),
+    "dpo": TrlLoss(lambda loss: {"sigmoid": 1.0}),
+    "cdpo": TrlLoss(_conservative, reads=("beta", "label_smoothing")),
+    "robust": TrlLoss(lambda loss: {"robust": 1.0}, reads=("beta", "label_smoothing")),
+    "hinge": TrlLoss(lambda loss: {"hinge": 1.0}),
+    "ipo": TrlLoss(lambda loss: {"ipo": 1.0}),
+    "dpo_norm": TrlLoss(lambda loss: {"sigmoid_norm": 1.0}),
+}
+"""What ``--loss.name`` is to DPOTrainer. It has no kto_pair; TRL's simpo and orpo are other trainers', with own tokens."""
 
 
 class ReferenceTimer(DPOTrainer):
@@ -130,16 +158,15 @@ def dpo_trainer(
 
 
 def loss_arguments(loss: PreferenceLoss) -> dict[str, Any]:
-    """What ``DPOConfig`` calls the loss: TRL's terms, their weights, and beta.
+    """What ``DPOConfig`` calls the loss: TRL's terms, their weights, beta, and the smoothing of those terms that read one.
 
     Raises:
-        UserError: TRL is not asked for a loss of this name here.
+        UserError: DPOTrainer has no loss of this name, or a setting that it does not read is set.
     """
-    terms = {"rpo": {"sigmoid": 1.0, "sft": loss.alpha}, "dpo": {"sigmoid": 1.0}}
-    if loss.name not in terms:
-        raise UserError(f"loss.name is {loss.name!r}: engine torch knows {', '.join(map(repr, terms))}; give one of these")
-    weights = {term: weight for term, weight in terms[loss.name].items() if weight}
-    return {"loss_type": list(weights), "loss_weights": list(weights.values()), "beta": loss.beta}
+    check_loss(loss, "torch", {name: one.reads for name, one in LOSSES.items()})
+    terms = {term: weight for term, weight in LOSSES[loss.name].terms(loss).items() if weight}
+    smoothed = {"label_smoothing": loss.label_smoothing} if "robust" in terms else {}
+    return {"loss_type": list(terms), "loss_weights": list(terms.values()), "beta": loss.beta, **smoothed}
 
 
 def _round_reference(model: peft.PeftModel) -> None:

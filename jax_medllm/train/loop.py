@@ -34,8 +34,9 @@ from jax_medllm.train.batches import CptBatch, PreferenceBatch, Step, TrainingDa
 from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.device_memory import device_memory, program_bytes
 from jax_medllm.train.log import StepMetrics, Trained, TrainingLog
-from jax_medllm.train.losses import Pairs, cpt_loss, objective, pair_logprobs
+from jax_medllm.train.losses import cpt_loss, pair_logprobs
 from jax_medllm.train.optimizer import learning_rate, make_optimizer
+from jax_medllm.train.preference_losses import Pairs, objective
 from medllm.checkpoints import Saving
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import target_mask

@@ -1,27 +1,20 @@
-"""The objectives of both stages: pure functions, one per formula.
+"""Terms of the objectives of both stages: pure functions of log-probabilities, one per formula.
 
-Preference losses read summed log-probabilities ``[k, 2]``: k pairs, and (chosen, rejected) as an axis.
+Preference terms read summed log-probabilities ``[k, 2]``: k pairs, and (chosen, rejected) as an axis.
 :func:`pair_logprobs` gathers them from per-token log-probabilities of the distinct responses, so that a response that
 occurs in several pairs is computed once. Every pair carries a weight; weights that sum to one over an optimizer step make
 each function a mean over the pairs of that step, and its value can be added up over micro-batches. Padding is a pair of
-weight zero.
-
-What ``--loss.name`` may be is the table :data:`OBJECTIVES`, and nothing else knows a preference loss by its name.
+weight zero. What is made of them: :mod:`jax_medllm.train.preference_losses`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
-
-from medllm.config import PreferenceLoss
-from medllm.errors import UserError
 
 
 def cpt_loss(
@@ -111,107 +104,3 @@ def nll_loss(
     counted = (weights > 0).astype(chosen.dtype)
     mean = (counted * chosen).sum() / jnp.maximum((counted * lengths).sum(), 1)
     return -mean * weights.sum()
-
-
-class Pairs(NamedTuple):
-    """What a preference loss may read of k pairs; (chosen, rejected) is an axis.
-
-    Attributes:
-        policy: Summed log-probabilities under the model that is trained.
-        reference: The same under the reference; None where the objective needs none.
-        lengths: Tokens of both responses, end-of-text included.
-        weights: Weight of each pair.
-    """
-
-    policy: Float[Array, "k 2"]
-    reference: Float[Array, "k 2"] | None
-    lengths: Float[Array, "k 2"]
-    weights: Float[Array, "k"]
-
-
-class Rewards(NamedTuple):
-    """Weighted means over pairs, defined as TRL's DPOTrainer logs them.
-
-    ``chosen`` and ``rejected`` are the rewards ``beta * (policy - reference)``, ``margins`` their difference; ``accuracies``
-    counts pairs whose chosen reward is strictly larger.
-    """
-
-    chosen: Float[Array, ""]
-    rejected: Float[Array, ""]
-    margins: Float[Array, ""]
-    accuracies: Float[Array, ""]
-
-
-def rewards_of(pairs: Pairs, beta: float) -> Rewards:
-    """The implicit rewards of pairs that have a reference; no gradient flows."""
-    rewards = jax.lax.stop_gradient(beta * (pairs.policy - pairs.reference))
-    chosen, rejected = rewards[:, 0], rewards[:, 1]
-    return Rewards(
-        chosen=(pairs.weights * chosen).sum(),
-        rejected=(pairs.weights * rejected).sum(),
-        margins=(pairs.weights * (chosen - rejected)).sum(),
-        accuracies=(pairs.weights * (chosen > rejected)).sum(),
-    )
-
-
-class DpoMetrics(NamedTuple):
-    """What DPO logs."""
-
-    loss: Float[Array, ""]
-    rewards: Rewards
-
-
-def dpo(pairs: Pairs, settings: PreferenceLoss) -> DpoMetrics:
-    """Direct preference optimization, :func:`dpo_loss`; of the settings only ``beta`` plays a part."""
-    loss = dpo_loss(pairs.policy, pairs.reference, pairs.weights, beta=settings.beta)
-    return DpoMetrics(loss, rewards_of(pairs, settings.beta))
-
-
-class RpoMetrics(NamedTuple):
-    """What RPO logs: ``dpo_loss`` and ``nll`` are its two terms before weighting by alpha."""
-
-    loss: Float[Array, ""]
-    dpo_loss: Float[Array, ""]
-    nll: Float[Array, ""]
-    rewards: Rewards
-
-
-def rpo(pairs: Pairs, settings: PreferenceLoss) -> RpoMetrics:
-    r"""Reasoning preference optimization, :math:`\mathrm{DPO} + \alpha\,\mathrm{NLL}(y_c)` (Pang et al. 2024).
-
-    ``alpha = 0`` is plain DPO.
-    """
-    dpo_term = dpo_loss(pairs.policy, pairs.reference, pairs.weights, beta=settings.beta)
-    nll = nll_loss(pairs.policy[:, 0], pairs.lengths[:, 0], pairs.weights, reduction=settings.nll_reduction)
-    return RpoMetrics(dpo_term + settings.alpha * nll, dpo_term, nll, rewards_of(pairs, settings.beta))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A preference loss as training knows it.
-
-    Attributes:
-        metrics: ``(pairs, settings) -> what is logged``: a named tuple of weighted means, of which ``loss`` is minimized. The
-            name of a nested tuple stands before those of its fields: ``rewards/chosen``.
-        reference: Whether it reads the reference's log-probabilities, which cost a forward pass or a file of them. Those of the
-            policy and the lengths, of the chosen response and of the rejected one, are there for every loss, read or not.
-    """
-
-    metrics: Callable[[Pairs, PreferenceLoss], Any]
-    reference: bool = True
-
-
-OBJECTIVES: Mapping[str, Objective] = {"rpo": Objective(rpo), "dpo": Objective(dpo)}
-"""The preference losses by the names that ``--loss.name`` has for them."""
-
-
-def objective(settings: PreferenceLoss) -> Objective:
-    """The preference loss that the settings name.
-
-    Raises:
-        UserError: there is none of this name.
-    """
-    if settings.name not in OBJECTIVES:
-        known = ", ".join(map(repr, OBJECTIVES))
-        raise UserError(f"loss.name is {settings.name!r}: engine jax knows {known}; give one of these")
-    return OBJECTIVES[settings.name]

@@ -36,6 +36,7 @@ class CurationReport:
         problems: Problems that were sampled.
         skipped: Problems passed over, by reason.
         samples: Samples the model wrote.
+        right: Samples with the right answer, whether kept or not: of ``samples`` the model's score on these problems.
         duplicates: Samples whose text the same problem already had; kept once.
         chosen: Kept samples with the right answer.
         rejected: Kept samples without it; ``unanswered`` and ``cut_off`` are among them.
@@ -50,6 +51,7 @@ class CurationReport:
     problems: int
     skipped: dict[str, int] = field(default_factory=dict)
     samples: int = 0
+    right: int = 0
     duplicates: int = 0
     chosen: int = 0
     rejected: int = 0
@@ -166,7 +168,7 @@ def _rank(
 ) -> Preference:
     chosen: list[Sample] = []
     rejected: list[Sample] = []
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}
     for index, generation in enumerate(generations):
         counts["samples"] += 1
         if generation.finish == "filtered":
@@ -176,10 +178,11 @@ def _rank(
         text = generation.text.rstrip()
         if text in seen:
             counts["duplicates"] += 1
+            counts["right"] += seen[text]
             continue
-        seen.add(text)
         answer = extract_answer(text, problem, explanation=True).answer
-        right = generation.finish == "stop" and answer in problem.accepted
+        right = seen[text] = generation.finish == "stop" and answer in problem.accepted
+        counts["right"] += right
         counts["chosen" if right else "rejected"] += 1
         counts["unanswered"] += not answer
         counts["cut_off"] += generation.finish == "length"

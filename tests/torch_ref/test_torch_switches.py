@@ -199,6 +199,8 @@ def test_flash_attention_is_refused_in_fp32(dense, monkeypatch):
     ("stage", "expected"),
     [
         (PreferenceRecipe(loss=PreferenceLoss("rop")), r"loss\.name is 'rop': engine torch knows 'rpo', 'dpo'"),
+        (PreferenceRecipe(loss=PreferenceLoss("simpo")), r"loss\.name is 'simpo': engine torch knows .*'dpo_norm'; give one"),
+        (PreferenceRecipe(loss=PreferenceLoss("ipo", alpha=2.0)), r"loss\.alpha is 2\.0, which loss 'ipo' does not read"),
         (Recipe(training=TrainingConfig(remat="projections")), r"training\.remat is 'projections': engine torch knows"),
     ],
 )

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_medllm.train.losses import Pairs, cpt_loss, dpo, dpo_loss, nll_loss, objective, pair_logprobs, rpo
+from jax_medllm.train.losses import cpt_loss, dpo_loss, nll_loss, pair_logprobs
+from jax_medllm.train.preference_losses import OBJECTIVES, Pairs, dpo, objective, rpo
 from medllm.config import PreferenceLoss
 from medllm.errors import UserError
 
@@ -86,9 +87,80 @@ def test_dpo_is_rpo_without_its_likelihood_term():
     assert metrics.rewards == without.rewards
 
 
-@pytest.mark.parametrize(("name", "function"), [("rpo", rpo), ("dpo", dpo)])
-def test_an_objective_is_found_by_its_name(name, function):
-    assert objective(PreferenceLoss(name)).metrics is function
+RATIOS = POLICY - REFERENCE
+MEANS, GAINS = POLICY / PAIRS.lengths, RATIOS / PAIRS.lengths
+MARGINS, BY_TOKEN, PLAIN = (values @ [1.0, -1.0] for values in (RATIOS, GAINS, MEANS))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (PreferenceLoss("cdpo", 0.3, label_smoothing=0.2), 0.8 * softplus(-0.3 * MARGINS) + 0.2 * softplus(0.3 * MARGINS)),
+        (
+            PreferenceLoss("robust", 0.3, label_smoothing=0.2),
+            (0.8 * softplus(-0.3 * MARGINS) - 0.2 * softplus(0.3 * MARGINS)) / 0.6,
+        ),
+        (PreferenceLoss("hinge", 0.3), np.maximum(0, 1 - 0.3 * MARGINS)),
+        (PreferenceLoss("ipo", 0.3), (BY_TOKEN - 1 / 0.6) ** 2),
+        (PreferenceLoss("dpo_norm", 3.0), softplus(-3 * BY_TOKEN)),
+        (
+            PreferenceLoss("kto_pair", 0.3),
+            1 - sigmoid(0.3 * (RATIOS[:, 0] - 0)) / 2 - sigmoid(0.3 * (RATIOS[:, 0].mean() - RATIOS[:, 1])) / 2,
+        ),
+        (PreferenceLoss("simpo", 2.0, gamma=0.7), softplus(0.7 - 2 * PLAIN)),
+        (
+            PreferenceLoss("orpo", 0.3),
+            0.3 * softplus(np.log(np.exp(MEANS) / (1 - np.exp(MEANS))) @ [-1.0, 1.0]) - MEANS[:, 0],
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_loss_is_its_formula(settings, expected):
+    """KTO's rejected responses have become less likely on average, so their divergence counts as 0."""
+    metrics = objective(settings).metrics(PAIRS, settings)
+    assert float(metrics.loss) == pytest.approx(expected.mean(), rel=1e-13)
+
+
+def test_no_gradient_flows_through_ktos_point_of_reference():
+    settings = PreferenceLoss("kto_pair", 0.3)
+    gradient = jax.grad(lambda policy: objective(settings).metrics(PAIRS._replace(policy=policy), settings).loss)(POLICY)
+    value = sigmoid(0.3 * RATIOS[:, 0])
+    np.testing.assert_allclose(gradient[:, 0], -0.3 * value * (1 - value) / 2 / 3, rtol=1e-12)
+
+
+def test_a_loss_without_a_reference_logs_what_it_compares():
+    settings = PreferenceLoss("simpo", 2.0)
+    metrics = objective(settings).metrics(PAIRS._replace(reference=None), settings)
+    np.testing.assert_allclose([metrics.logps.chosen, metrics.logps.rejected], MEANS.mean(0), rtol=1e-13)
+    assert float(metrics.rewards.margins) == pytest.approx(2 * PLAIN.mean(), rel=1e-13)
+    assert float(metrics.rewards.accuracies) == pytest.approx((PLAIN > 0).mean())
+
+
+def test_odds_of_a_response_that_is_all_but_certain_have_a_gradient():
+    """In fp32, exp(-1e-9) is 1: log(1 - p) is not taken of it."""
+    settings = PreferenceLoss("orpo")
+    pairs = Pairs(*(None if part is None else jnp.asarray(part, jnp.float32) for part in PAIRS._replace(reference=None)))
+    policy = jnp.full((3, 2), -1e-9, jnp.float32)
+    gradient = jax.grad(lambda policy: objective(settings).metrics(pairs._replace(policy=policy), settings).loss)(policy)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_setting_that_a_loss_does_not_read_is_refused(name):
+    others = {"alpha": 2.0, "nll_reduction": "micro_batch_tokens", "label_smoothing": 0.2, "gamma": 1.0}
+    reads = OBJECTIVES[name].reads
+    objective(PreferenceLoss(name, beta=0.3, **{one: value for one, value in others.items() if one in reads}))
+    for one in others.keys() - set(reads):
+        with pytest.raises(UserError, match=rf"loss\.{one} is .*, which loss '{name}' does not read; leave --loss\.{one} out"):
+            objective(PreferenceLoss(name, **{one: others[one]}))
 
 
 def test_a_name_that_no_objective_has_is_refused_with_those_there_are():

@@ -15,7 +15,7 @@ from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train import reference_cache as reference
 from jax_medllm.train.batches import PreferenceData
 from jax_medllm.train.loop import CptMetrics, preference_loss_fn, train
-from jax_medllm.train.losses import OBJECTIVES, Objective
+from jax_medllm.train.preference_losses import OBJECTIVES, Objective
 from jax_medllm.train.reference_cache import ReferenceFile, compute_reference
 from medllm.config import LoraConfig, ModelConfig, OptimizerConfig, PreferenceLoss, TrainingConfig
 from medllm.errors import UserError

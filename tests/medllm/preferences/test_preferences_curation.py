@@ -89,7 +89,7 @@ def test_right_answers_are_chosen_wrong_missing_and_cut_ones_rejected():
         ("長い\n Answer:a", "a"),
     ]
     report = curation.report
-    assert (report.problems, report.samples, report.duplicates) == (1, 5, 1)
+    assert (report.problems, report.samples, report.right, report.duplicates) == (1, 5, 2, 1)
     assert (report.chosen, report.rejected, report.unanswered, report.cut_off) == (1, 3, 1, 1)
     assert report.problems_with == {"ground truth > chosen": 1, "ground truth > rejected": 1, "chosen > rejected": 1}
 
