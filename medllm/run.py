@@ -23,6 +23,7 @@ from medllm.errors import UserError
 from medllm.host.faults import explained
 from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process, process_count, tell
+from medllm.host.scratch import remove_left, scratch_path
 from medllm.metrics import Metrics
 from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
 from medllm.stage_config import FREE_ON_RESUME
@@ -64,9 +65,13 @@ _OPENING_FILES = {"config.yaml", "environment.json", PROVENANCE, LOCK}
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A sibling path that takes ``target``'s place when the block ends well, and disappears when it does not."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    """A sibling path that takes ``target``'s place when the block ends well, and disappears when it does not.
+
+    What processes that were killed left of theirs is removed first.
+    """
     _make_folder(target.parent)
+    remove_left(target)
+    scratch = scratch_path(target)
     try:
         yield scratch
         if target.is_symlink() and target.is_dir():
