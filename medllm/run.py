@@ -43,6 +43,9 @@ _RECORDED_PACKAGES = (
 MERGED = "merged"
 """Folder of a run for the weights it is trained on, where stage 1's adapter was merged into them."""
 
+NOT_FINITE = "not_finite"
+"""Folder of a run for the batches whose numbers were not finite."""
+
 RESULT = "result.json"
 """Written last: a folder without it is unfinished."""
 
@@ -52,6 +55,7 @@ _WRITTEN = (
     "checkpoints",
     *FOLDERS.values(),
     "metrics.jsonl",
+    NOT_FINITE,
     "options.journal",
     "predictions.jsonl",
     "preferences.jsonl",

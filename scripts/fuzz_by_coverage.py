@@ -89,9 +89,9 @@ def fuzz(name: str, inputs: int, folder: Path) -> int:
     def one(data: bytes) -> None:
         file.unlink()
         file.write_bytes(data)
-        began = time.perf_counter()
+        began = time.process_time()
         outcome = read_one(kind.read, home)
-        counts["slowest"] = max(counts["slowest"], time.perf_counter() - began)
+        counts["slowest"] = max(counts["slowest"], time.process_time() - began)
         counts["inputs"] += 1
         if outcome in ("read", "refused"):
             counts[outcome] += 1
@@ -104,7 +104,16 @@ def fuzz(name: str, inputs: int, folder: Path) -> int:
             (folder / f"{name}.json").write_text(json.dumps(counts))
 
     atheris.Setup(
-        [name, f"-runs={inputs}", f"-max_len={2 * len(good) + 4096}", "-timeout=60", "-mutate_depth=2", "-rss_limit_mb=0", "-seed=1", str(seeds)],
+        [
+            name,
+            f"-runs={inputs}",
+            f"-max_len={2 * len(good) + 4096}",
+            "-timeout=60",
+            "-mutate_depth=2",
+            "-rss_limit_mb=0",
+            "-seed=1",
+            str(seeds),
+        ],
         one,
         custom_mutator=mutator(kind.damages),
     )

@@ -5,8 +5,8 @@
     python -m tests.killed_writers 20
 
 kills each so often with SIGKILL, at moments spread over its writing, some while the folder takes its name, and prints a line a
-command. After each kill the folder is whole or not there; the same command then ends, or says that the folder is there, with the
-bytes of a folder that was written undisturbed, and nothing half-written stays beside it.
+command. After each kill the folder is whole or not there; the same command then ends with the bytes of a folder that was
+written undisturbed, and nothing half-written stays beside it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Paths that are written beside a target until they take its place, and what killed processes left of such.
 
-A scratch path says whose it is: ``.NAME.HOST.PID.part``. One of a process that is gone is nobody's, and goes when the same target
-is written again. That a process of another machine is gone cannot be seen here; its paths stay.
+A scratch path says whose it is: ``.NAME.HOST.PID.part``. One of a process that is gone is nobody's, and goes when the same
+target is written again. That a process of another machine is gone cannot be seen here; its paths stay.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Kind = Literal["part", "merged"]
 """What takes the target's place, and what it is made from on the way."""
 
 _OWN: set[Path] = set()
-"""Paths that were asked for in this process. Others of its number are of a process before it, as in a container that was started
-again."""
+"""Paths that were asked for in this process. Others of its number are of a process before it, as in a container that was
+started again."""
 
 
 def scratch_path(target: Path, kind: Kind = "part") -> Path:

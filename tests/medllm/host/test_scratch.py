@@ -28,7 +28,12 @@ def test_what_a_dead_process_left_of_a_target_goes_and_nothing_else_does(tmp_pat
     dead, alive = processes
     target = tmp_path / "model [1]"
     deep = tmp_path / named(target, dead)
-    left = [deep, tmp_path / named(target, dead, "merged"), tmp_path / named(deep, dead), tmp_path / named(deep, dead, "merged")]
+    left = [
+        deep,
+        tmp_path / named(target, dead, "merged"),
+        tmp_path / named(deep, dead),
+        tmp_path / named(deep, dead, "merged"),
+    ]
     kept = [
         tmp_path / name
         for name in (
