@@ -67,7 +67,9 @@ class Batch:
         if is_primary_process():
             about = {name: value for name, value in asdict(self).items() if name != "arrays"}
             named = zip(self.parts, self.arrays, strict=True)
-            tensors = {f"{part.number}.{name}": np.asarray(array, order="C") for part, of in named for name, array in of.items()}
+            tensors = {
+                f"{part.number}.{name}": np.asarray(array, order="C") for part, of in named for name, array in of.items()
+            }
             with atomic_path(file) as scratch:
                 save_file(tensors, scratch, metadata={_ABOUT: json.dumps(about, ensure_ascii=False)})
         return file

@@ -67,7 +67,7 @@ class Skips:
             raise UserError(f"{said}; {remedy}, or leave such steps out: --training.on_nan skip")
         if self._in_a_row > self._training.max_skipped:
             raise UserError(
-                f"{said}; {self._training.max_skipped} steps before it were left out one after the other, and no more are "
+                f"{said}; {self._training.max_skipped} before it were left out one after the other, and no more are "
                 f"(--training.max_skipped); {remedy}"
             )
         tell(f"{said}; the step is left out")

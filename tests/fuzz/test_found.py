@@ -91,7 +91,7 @@ def test_a_cell_that_python_cannot_hold_is_refused(tmp_path, values):
             read()
 
 
-@pytest.mark.parametrize("changes", [{"_format_columns": []}, {"_format_type": "numpy"}, {"_format_columns": ["n"]}])
+@pytest.mark.parametrize("changes", [{"_format_columns": []}, {"_format_type": "numpy"}])
 def test_how_a_saved_folder_formats_its_rows_is_not_asked(tmp_path, changes):
     kind = FORMATS["documents, state.json"]
     kind.example(tmp_path)

@@ -105,7 +105,11 @@ def test_what_is_computed_alone_is_what_a_step_computes(kind, request, tmp_path)
         ("cpt", scale("self_attn.o_proj", 1, np.nan), "layer 1: o_proj output"),
         ("cpt", scale("self_attn.v_proj", 0, np.inf), "layer 0: v"),
         ("rpo", scale("mlp.down_proj", 0, np.nan), "layer 0: down"),
-        ("cpt", lambda layers: [scale(f"mlp.{one}", 1, 1e25)(layers) for one in ("gate_proj", "up_proj")], "layer 1: activation"),
+        (
+            "cpt",
+            lambda layers: [scale(f"mlp.{one}", 1, 1e25)(layers) for one in ("gate_proj", "up_proj")],
+            "layer 1: activation",
+        ),
     ],
 )
 def test_the_first_tensor_that_is_not_finite_is_named(kind, change, first, request):
