@@ -153,8 +153,7 @@ class Run:
         resume: bool | Literal["auto"] = False,
     ):
         self.path = Path(path)
-        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
-        plain = {"engine": engine, **plain} if engine else plain
+        plain = _plain(config, engine)
         self._metrics = Metrics(self.path, plain.get("tracker", "tensorboard"), dict(_flat(plain)))
         self._begun_before = False
         self._lock: FolderLock | None = None
@@ -230,7 +229,7 @@ class Run:
             if not resume:
                 remedy = "give another --run, remove it" + (", or go on with --resume auto" if "resume" in plain else "")
                 raise UserError(f"{self.path}: already holds a run; {remedy}")
-            self._refuse_other_settings(plain)
+            _refuse_other_settings(self.path, plain)
             self._begun_before = True
             for scratch in [*self.path.rglob(".*.part")]:  # of processes that are gone: the folder is locked
                 shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
@@ -251,17 +250,6 @@ class Run:
         session = {"started": started, "processes": process_count(), "code": code_digest(), "inputs": input_digests(plain)}
         write_json(file, {"sessions": [*before, session]})
 
-    def _refuse_other_settings(self, now: dict[str, Any]) -> None:
-        """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
-        then = read_yaml(self.path / "config.yaml")
-        before, after = dict(_flat(then)), dict(_flat(now))
-        for name in sorted((before.keys() | after.keys()) - FREE_ON_RESUME):
-            if not _same(before.get(name), after.get(name)):
-                raise UserError(
-                    f"{self.path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
-                    "resume with the same settings, or start a new --run"
-                )
-
     def _explain(self, error: BaseException | None) -> None:
         """Raise what a user can do about an error of the disk, where it is one."""
         if isinstance(error, Exception) and not isinstance(error, UserError):
@@ -279,6 +267,35 @@ class Run:
         self._metrics.close()
         if self._lock is not None:
             self._lock.release()
+
+
+def check_begun(path: Path, config: DataclassInstance, engine: str) -> None:
+    """Refuse a folder in which no run with these settings was begun.
+
+    Raises:
+        UserError: there is none, or one with other settings.
+    """
+    if not (path / "config.yaml").exists():
+        raise UserError(f"{path}: nothing was begun here; start the command without --join first")
+    _refuse_other_settings(path, _plain(config, engine))
+
+
+def _plain(config: DataclassInstance, engine: str | None) -> dict[str, Any]:
+    """The settings as ``config.yaml`` has them."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as YAML has them
+    return {"engine": engine, **plain} if engine else plain
+
+
+def _refuse_other_settings(path: Path, now: dict[str, Any]) -> None:
+    """A run goes on with the settings it was begun with; only its length and its bookkeeping may change."""
+    then = read_yaml(path / "config.yaml")
+    before, after = dict(_flat(then)), dict(_flat(now))
+    for name in sorted((before.keys() | after.keys()) - FREE_ON_RESUME):
+        if not _same(before.get(name), after.get(name)):
+            raise UserError(
+                f"{path}: was begun with {name} = {before.get(name)}, now it is {after.get(name)}; "
+                "resume with the same settings, or start a new --run"
+            )
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -312,7 +312,7 @@ class CheckServingConfig(ProblemLayout):
 
 FREE_ON_RESUME = frozenset(
     {
-        *("run", "resume", "mesh", "rules", "reference_cache", "tracker"),
+        *("run", "resume", "mesh", "rules", "reference_cache", "tracker", "seeds"),
         *(f"training.{name}" for name in ("max_steps", "log_every", "on_nan", "max_skipped", "remat")),
         *(f"training.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),

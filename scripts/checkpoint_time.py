@@ -4,8 +4,8 @@
 
     python scripts/checkpoint_time.py --engine jax --every 10 --runs 5
 
-runs ``medllm cpt`` on made-up documents in turn without checkpoints and with one every so many steps, each time as a process of its
-own on an idle machine, and prints the median over the runs, their spread, and how the two compare. Seconds are those of
+runs ``medllm cpt`` on made-up documents in turn without checkpoints and with one every so many steps, each time as a process
+of its own on an idle machine, and prints the median over the runs, their spread, and how the two compare. Seconds are those of
 ``metrics.jsonl`` between the fifth step and the last but one, without compilation: both kinds of run save at their end.
 """
 

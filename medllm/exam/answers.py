@@ -45,10 +45,10 @@ _COLON = (
 _BRACKETS = rf"[【\[〔《〈「<][ \t]*{ANSWER_WORD}[ \t]*[】\]〕》〉」>][ \t]*:?"
 _HEADING = rf"{_LEAD}[\"「【(\[<《〔]*{ANSWER_WORD}[\"」】)\]>》〕]*[ \t]*$"
 _ASKED_AND_ANSWERED = r"(?<=\n)a:[ \t]"
-_LABEL = re.compile(rf"(?P<box>\\boxed\{{)|{_COLON}|{_BRACKETS}|{_HEADING}", re.MULTILINE)
+LABEL = re.compile(rf"(?P<box>\\boxed\{{)|{_COLON}|{_BRACKETS}|{_HEADING}", re.MULTILINE)
 _QUESTION_FIRST = re.compile(rf"\s*q(?:uestion)?\s*:[^\n]*\n(?:.*{_ASKED_AND_ANSWERED})", re.DOTALL)
 _BOXED = re.compile(r"([^{}]{0,2000})(?:\}|\Z)")
-_KEY = re.compile(
+KEY = re.compile(
     r"[\"'](?:final[_ ]?|correct[_ ]?|selected[_ ]?|model[_ ]?"
     r"|最終)?(?:answers?|prediction|choices?|option|答え|回答|解答|正解|正答)"
     r"(?:[_ ]?(?:choices?|option|letters?|idx|key))?[\"']\s*:\s*"
@@ -70,7 +70,7 @@ _BACKWARDS = re.compile(
     r"|[ \t](?:is|are)[ \t](?:the[ \t])?(?:single[ \t]|only[ \t]|most[ \t]"
     r"|best[ \t])*(?:correct|right|best|answer|appropriate|likely)\b"
 )
-_THUS = re.compile(
+THUS = re.compile(
     r"^(?:(?:[^。\n]{1,80}(?:できません|できない|ありません|不明です|難しいです)が|したがって|従って|よって|ゆえに|故に|以上より|以上から|以上のことから|以上を踏まえ(?:ると|て)?|このことから|これらから|これより|そのため|つまり|"
     r"結論として(?:は)?|結論(?=[、,:\s])|∴|therefore|thus|hence|so|overall|in conclusion"
     r"|in summary|consequently|accordingly|conclusion)[、,:\s]*)+"
@@ -218,7 +218,7 @@ class _Reader:
 
     def _json(self) -> _Found:
         """The value of the first key that announces an answer, in an object whole or torn."""
-        for match in _KEY.finditer(self.plain):
+        for match in KEY.finditer(self.plain):
             written = match["value"]
             try:
                 value = json.loads(written)
@@ -232,7 +232,7 @@ class _Reader:
         return ()
 
     def _labels(self) -> list[re.Match[str]]:
-        labels = list(_LABEL.finditer(self.plain))
+        labels = list(LABEL.finditer(self.plain))
         if _QUESTION_FIRST.match(self.plain):
             labels += re.finditer(_ASKED_AND_ANSWERED, self.plain)
         return sorted(labels, key=lambda label: label.start())
@@ -314,8 +314,8 @@ class _Reader:
         line = next(line for line in reversed(self.lines) if line)
         line = re.sub(r"^(?:[#>\-・•*→⇒]\s*)+", "", line[-_LONGEST_LINE:])
         last = line.rpartition("。")[2]
-        line = last if _THUS.match(last) else line
-        concluded = _THUS.sub("", _NAMED.sub("", line))
+        line = last if THUS.match(last) else line
+        concluded = THUS.sub("", _NAMED.sub("", line))
         if self.problem.is_numeric:
             says = concluded != line or re.search(r"[=≒≈]|となる|となり|です$|である$|になる", line)
             last = next((part for part in reversed(concluded.split("。")) if re.search(r"\d", part)), "")
@@ -371,7 +371,7 @@ class _Reader:
                 "正解|正答|答え?$|解答|回答|answer|選|該当" if not self.explanation else "正解|正答|答え|answer", match.group()
             ):
                 continue  # "b is right" answers no question for what is wrong
-            before = _THUS.sub("", re.split(r"[。]|\.\s", line[: match.start()][-_LONGEST_LINE:])[-1].strip())
+            before = THUS.sub("", re.split(r"[。]|\.\s", line[: match.start()][-_LONGEST_LINE:])[-1].strip())
             found = self._read(before)
             if not found:
                 head, _, tail = before.replace("、", ",").rpartition(",")
@@ -394,4 +394,4 @@ class _Reader:
 
     def _assesses(self, line: str) -> bool:
         """Whether a line says of an option whether it is right, as one line of an explanation among others."""
-        return self.explanation and bool(re.search(r"誤り|正しい|正しく|適切|wrong|incorrect", line)) and not _THUS.match(line)
+        return self.explanation and bool(re.search(r"誤り|正しい|正しく|適切|wrong|incorrect", line)) and not THUS.match(line)

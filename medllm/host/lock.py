@@ -16,13 +16,18 @@ LOCK = ".lock"
 """The file that is locked. It says who holds it, and goes with the lock; one that a killed process left is held by nobody."""
 
 
+class Held(UserError):
+    """Another process holds the lock."""
+
+
 class FolderLock:
     """A lock on ``folder``, held until :meth:`release` or the end of the process, however that comes.
 
     On a file system without locks a line on standard error says so, and nothing is held.
 
     Raises:
-        UserError: another process holds it; which one, and on which machine. Or the folder cannot be written.
+        Held: another process holds it; which one, and on which machine.
+        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -41,7 +46,7 @@ class FolderLock:
                 stream.seek(0)
                 holder = stream.read().strip() or "another process"
                 stream.close()
-                raise UserError(f"{folder}: {holder} is at work here; wait for it or end it, or give another --run") from None
+                raise Held(f"{folder}: {holder} is at work here; wait for it or end it, or give another --run") from None
             except OSError as error:
                 print(f"medllm: {folder}: cannot be locked ({error.strerror}); start one process at a time", file=sys.stderr)
                 self._held = stream

@@ -72,10 +72,11 @@ def build_preferences(
     shots: Sequence[Problem],
     config: CurateConfig,
     progress: Progress | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> CurateResult:
-    """:func:`run_curate` on a model that is already open, and problems that are already read."""
+    """:func:`run_curate` on a model that is already open, and problems that are read, but for those ``left_out``."""
     check_problems(problems, shots, config)
-    return _curate(model, problems, shots, config, progress, {})
+    return _curate(model, problems, shots, config, progress, left_out or {})
 
 
 def _curate(

@@ -140,10 +140,11 @@ def sit_exam(
     shots: Sequence[Problem],
     config: EvaluateConfig,
     progress: Progress | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> ExamResult:
-    """:func:`run_evaluate` with a model that is already open, and problems that are already read."""
+    """:func:`run_evaluate` with a model that is already open, and problems that are read, but for those ``left_out``."""
     check_exam(problems, shots, config)
-    return _sit(model, problems, shots, config, progress, {})
+    return _sit(model, problems, shots, config, progress, left_out or {})
 
 
 def _sit(

@@ -1,0 +1,196 @@
+"""What a study is to compare, as one file says it: the rows of its table, how each came about, and what exams they sit.
+
+.. code-block:: yaml
+
+    model: {path: Qwen2.5-7B}              # the base
+    seeds: 3                               # trainings of each row
+    cpt: {corpus: {documents: [texts]}}    # what the rows share: settings of each stage, as its own command has them
+    curate: {problems: [until-2017.jsonl]}
+    rpo: {}
+    evaluate: {shots: shots.jsonl}
+    exams:
+      exam: {problems: [2018-2022.jsonl]}
+    rows:
+      base: {}
+      CPT: {start: base, cpt: {}}
+      CPT+DPO: {start: CPT, rpo: {loss: {name: dpo}}}
+      CPT+RPO: {start: CPT, rpo: {}}
+      eight answers: {start: CPT, rpo: {}, curate: {sampling: {samples: 16}}}
+
+A row names the row that it starts from, the stage that trains it, and what it has otherwise than the design's own settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from medllm.config import ModelConfig, expect
+from medllm.errors import UserError
+from medllm.presets import preset_file
+from medllm.text_files import read_yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+Settings = dict[str, Any]
+"""Settings of a stage as a file has them, those that are not at their default."""
+
+ExamSetting = Literal["plain", "explained"]
+
+
+@dataclass(frozen=True)
+class RowDesign:
+    """A row of the table: a model, and how it came about.
+
+    Args:
+        start: The row that it is trained from; none for a model as it is.
+        cpt: It is trained by continued pretraining: what it has otherwise than the design.
+        rpo: It is trained on preferences: what it has otherwise than the design.
+        curate: How its preference data are made, where otherwise than the design has it.
+        answers_of: The row whose answers they are made of; the one it starts from when unset.
+        model: A model as it is: what it has otherwise than the design's.
+        folder: Name of its run folder; its own, in small letters, when unset.
+    """
+
+    start: str | None = None
+    cpt: Settings | None = None
+    rpo: Settings | None = None
+    curate: Settings | None = None
+    answers_of: str | None = None
+    model: Settings | None = None
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
+class Design:
+    """A study.
+
+    Args:
+        model: The base model.
+        rows: The rows of the table, in its order.
+        exams: The exams by name: the settings of ``medllm evaluate`` that are the exam's own.
+        settings: How each exam is sat: ``plain``, ``explained`` (an explanation before the answer), or both.
+        seeds: Trainings of each row that is trained; each adds its number to every seed of its stages.
+        cpt: Settings of ``medllm cpt`` that the rows share.
+        curate: The same of ``medllm curate``.
+        rpo: The same of ``medllm rpo``.
+        evaluate: The same of ``medllm evaluate``.
+        opened: A trained row sits its exams as weights that its adapter is ``merged`` into, or as ``adapter`` on its base.
+        margin: In which the score with explanation must stay of the one without, to count as kept: points earned over points
+            possible.
+    """
+
+    model: ModelConfig
+    rows: dict[str, RowDesign] = field(hash=False)
+    exams: dict[str, Settings] = field(hash=False)
+    settings: tuple[ExamSetting, ...] = ("plain", "explained")
+    seeds: int = 1
+    cpt: Settings = field(default_factory=dict, hash=False)
+    curate: Settings = field(default_factory=dict, hash=False)
+    rpo: Settings = field(default_factory=dict, hash=False)
+    evaluate: Settings = field(default_factory=dict, hash=False)
+    opened: Literal["merged", "adapter"] = "merged"
+    margin: float = 0.02
+
+    def __post_init__(self) -> None:
+        expect(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        expect(0 < self.margin < 1, "margin", self.margin, "a share of the points, above 0")
+        expect(bool(self.settings), "settings", list(self.settings), "plain, explained, or both")
+        expect(len(set(self.settings)) == len(self.settings), "settings", list(self.settings), "each once")
+        for kind, names in (("rows", self.rows), ("exams", self.exams)):
+            expect(bool(names), kind, dict(names), "at least one")
+        for name, row in self.rows.items():
+            self._check_row(name, row)
+        folders: dict[str, str] = {}
+        for name in self.rows:
+            other = folders.setdefault(self.folder_of(name), name)
+            if other != name:
+                raise UserError(
+                    f"rows '{other}' and '{name}' would both be kept in '{self.folder_of(name)}'; give one a folder"
+                )
+        for name in self.rows:
+            self.lineage(name)
+
+    @property
+    def previous(self) -> dict[str, str]:
+        """The row that each one starts from, of those that do."""
+        return {name: row.start for name, row in self.rows.items() if row.start is not None}
+
+    def folder_of(self, row: str) -> str:
+        """Name of a row's run folder, that of its first training."""
+        return self.rows[row].folder or slug(row)
+
+    def lineage(self, row: str) -> tuple[str, ...]:
+        """The rows that come before it, from the base on.
+
+        Raises:
+            UserError: they come before themselves.
+        """
+        line: list[str] = []
+        start = self.rows[row].start
+        while start is not None:
+            if start in (row, *line):
+                raise UserError(
+                    f"row '{row}' starts from itself: {' from '.join([row, *line, start])}; begin with a model as it is"
+                )
+            line.append(start)
+            start = self.rows[start].start
+        return tuple(reversed(line))
+
+    def _check_row(self, name: str, row: RowDesign) -> None:
+        trained = [stage for stage in ("cpt", "rpo") if getattr(row, stage) is not None]
+        if row.start is None and (trained or row.curate is not None or row.answers_of is not None):
+            raise UserError(f"row '{name}' is trained and says not from which row: add start")
+        if row.start is not None and (len(trained) != 1 or row.model is not None):
+            raise UserError(f"row '{name}' starts from '{row.start}': say which stage trains it (cpt or rpo), and no model")
+        if row.rpo is None and (row.curate is not None or row.answers_of is not None):
+            raise UserError(f"row '{name}' has preference data and is not trained on them: add rpo")
+        for other in (row.start, row.answers_of):
+            if other is not None and other not in self.rows:
+                raise UserError(f"row '{name}' names '{other}', which is no row; there are {', '.join(self.rows)}")
+
+
+def read_design(option: str, name: str, changes: Mapping[str, Any]) -> Design:
+    """The design in a YAML file, or the preset of that name, with ``changes`` in place of its own settings.
+
+    Raises:
+        UserError: no such file or preset, or one that is no design.
+    """
+    file = preset_file(option, name, "ablate_*")
+    return configured(Design, combined(read_yaml(file), changes), str(file))
+
+
+def configured(kind: type[Config], settings: Mapping[str, Any], where: str) -> Config:
+    """Settings as a file has them, as their class.
+
+    Raises:
+        UserError: a setting that there is not, or one that does not fit; with ``where`` it stands.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        values = parser.instantiate(parser.parse_object(dict(settings)))
+    except ArgumentError as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+    return kind(**{one.name: values[one.name] for one in fields(kind)})
+
+
+def combined(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> Settings:
+    """``shared`` settings with ``own`` ones in their place, group by group."""
+    both = dict(shared)
+    for name, value in (own or {}).items():
+        inner = both.get(name)
+        both[name] = combined(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return both
+
+
+def slug(name: str) -> str:
+    """A name as a folder has it: ``CPT+RPO`` is ``cpt-rpo``."""
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "row"

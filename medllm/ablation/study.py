@@ -1,0 +1,54 @@
+"""The folder of a study while it is carried out: one process begins it, others may join in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medllm.ablation.work import clear_claims
+from medllm.engines import TrainerName
+from medllm.errors import UserError
+from medllm.host.processes import process_count, unannounced
+from medllm.run import RESULT, Run, check_begun
+from medllm.text_files import read_json_object
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@contextmanager
+def study_folder(
+    out: Path, config: DataclassInstance, engine: TrainerName, *, seeds: int = 1, join: bool = False
+) -> Iterator[None]:
+    """Begin a study with these settings in a folder, go on with it there, or join those that are at it.
+
+    Args:
+        out: A folder that is not there yet, is empty, or holds a study with these settings: one that is not finished, or one
+            with fewer seeds.
+        config: The settings; their ``seeds`` may be more than they were.
+        engine: Which engine trains and answers.
+        seeds: Trainings of each row.
+        join: Work along with a study that has begun, and leave the folder to whoever began it.
+
+    Raises:
+        UserError: the folder is in use, its study is finished or was begun with other settings, or there is none to join.
+    """
+    if join:
+        if process_count() > 1:
+            raise UserError(
+                "several processes of one launch cannot join a study; start them each by itself, or leave --join out"
+            )
+        check_begun(out, config, engine)
+        with unannounced():
+            yield
+        return
+    finished = (out / RESULT).exists()
+    if finished and seeds <= read_json_object(out / RESULT, "a study writes it").get("seeds", 1):
+        raise UserError(f"{out}: holds a finished study; give another folder (--out), or remove it")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.yaml").exists())):
+        raise UserError(f"{out}: is in use; give another folder for the study (--out), or remove it")
+    with unannounced(), Run(out, config, engine=engine, resume=True if finished else "auto"):
+        yield
+        clear_claims(out)
