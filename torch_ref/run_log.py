@@ -158,8 +158,7 @@ class RunLog(TrainerCallback):
         said = f"step {step}: {what}, by micro-batch {number} ({part.named})"
         arrays = [one.arrays() for one in found]
         file = Batch(self._stage, "torch", step, said, parts, arrays).keep(self._run.path)
-        kept = f"; medllm replay {self._run.path} computes it alone" if file else ""
-        return f"{said}{self._first(fault, part)}{kept}"
+        return f"{said}{self._first(fault, part)}; medllm replay {self._run.path} computes it alone" if file else said
 
     def _first(self, fault: MicroBatch, part: Part) -> str:
         """The first tensor of a micro-batch that is not finite. Of several processes none is looked for: all would have to

@@ -72,8 +72,9 @@ class NotFinite:
         said = f"step {step}: {what}, {f'by {where}' if where else 'and what it makes of the adapter is not finite'}"
         stage = "cpt" if isinstance(batches[0], CptBatch) else "rpo"
         file = Batch(stage, "jax", step, said, parts, [arrays_of(batch) for batch in batches]).keep(self._run.path)
-        kept = f"; medllm replay {self._run.path} computes it alone" if file else ""
-        self._skips.leave_out(f"{said}{self._layer(batches, parts, at_fault)}{kept}")
+        if file:
+            said += f"{self._layer(batches, parts, at_fault)}; medllm replay {self._run.path} computes it alone"
+        self._skips.leave_out(said)
 
     def _layer(self, batches: Any, parts: list[Part], at_fault: list[int]) -> str:
         """The first tensor of the first micro-batch at fault that is not finite. Of several processes none is looked for: all

@@ -70,5 +70,6 @@ def test_a_target_is_written_although_a_process_of_the_same_number_was_killed(tm
     (left / "weights").write_text("half")
     with atomic_path(tmp_path / "model") as scratch:
         assert scratch == left
+        assert not scratch.exists()
         scratch.mkdir()
     assert [*tmp_path.rglob("*")] == [tmp_path / "model"]

@@ -1,5 +1,6 @@
 """``medllm replay``: what a run says of a step that is not finite is what its batch says when it is computed alone."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 
 from medllm.cli import main
 from medllm.model.directory import ModelDirectory, write_model
+from medllm.replay import first_batch, read_batch
 from tests.killed_training import inputs
 
 pytest_plugins = ["tests.small_torch_model"]
@@ -61,16 +63,22 @@ def test_a_layer_that_overflows_is_named_by_the_run_and_by_its_batch_alone(engin
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
-def test_an_adapter_that_grew_too_large_is_that_of_the_checkpoint_before(engine, folder, tmp_path, capsys):
+def test_the_adapter_is_that_of_the_newest_checkpoint_before_the_step(engine, overflowing, folder, tmp_path, capsys):
     pytest.importorskip(engine)
-    steep = "--optimizer.learning_rate 2e9 --optimizer.warmup_ratio 0.2 --training.checkpoint_every 1".split()
-    assert train(engine, "cpt", folder, tmp_path, *steep) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    (step, first) = re.search(r"step (\d): .*, first in (layer \d: [^;]+);", said).groups()
-    out, found = replayed(tmp_path, capsys)
-    assert f"adapter: the checkpoint of step {int(step) - 1}\n" in out
-    assert found["step"] == int(step)
-    assert f"first not finite: {first}, " in out
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    for home in (bad, good):
+        home.mkdir()
+    assert train(engine, "cpt", overflowing, bad) == 2
+    kept = "--training.max_steps 3 --training.checkpoint_every 1 --training.keep 3 --optimizer.learning_rate 0.1".split()
+    assert train(engine, "cpt", folder, good, *kept) == 0
+    batch, losses = read_batch(first_batch(bad / "run")), {}
+    for step, words in ((3, "adapter: the checkpoint of step 2\n"), (1, "adapter: fresh, as no checkpoint")):
+        dataclasses.replace(batch, step=step).keep(good / "run")
+        out, found = replayed(good, capsys)  # the first step that was kept is taken
+        assert words in out
+        assert found["finite"]
+        losses[step] = found["micro_batches"][0]["loss"]
+    assert abs(losses[3] - losses[1]) > 0.01
 
 
 def test_a_folder_without_such_a_batch_and_a_file_that_is_none_are_refused(folder, tmp_path, capsys):
