@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from medllm import __version__
+from medllm.ablate_command import ABLATE
 from medllm.command import Command, Group, say
 from medllm.command_help import command_page, group_page, overview
 from medllm.command_words import check_options, check_sections, find_command, gather_lists, name_presets, refuse_unusable
@@ -290,6 +291,7 @@ def _stage(
 
 COMMANDS: dict[str, Command | Group] = {
     "mini": Command("run the embedded study from end to end", _mini_arguments, _mini, presets="mini*"),
+    "ablate": ABLATE,
     "cpt": _stage(
         "cpt",
         "stage 1: continued pretraining",

@@ -15,6 +15,7 @@ PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 RUN = {
     r"bash scripts/quickstart\.sh": "test_mini_study.py",
     r"bash scripts/reproduce_72b_a100\.sh": "test_reproduce_scripts.py",
+    r"medllm ablate .*--(preset|config|seeds)": "test_ablate_command.py",
     r"bash scripts/gpu_bench\.sh": "test_gpu_bench_runs.py",
     r"medllm bench (cpt|floor)": "test_where_time_goes.py",
     r"medllm bench load": "test_streaming.py",

@@ -4,6 +4,7 @@
 
     model: {path: Qwen2.5-7B}              # the base
     seeds: 3                               # trainings of each row
+    presets: {rpo: paper_rpo_72b}          # settings of a stage, but for model and files
     cpt: {corpus: {documents: [texts]}}    # what the rows share: settings of each stage, as its own command has them
     curate: {problems: [until-2017.jsonl]}
     rpo: {}
@@ -43,6 +44,15 @@ Settings = dict[str, Any]
 """Settings of a stage as a file has them, those that are not at their default."""
 
 ExamSetting = Literal["plain", "explained"]
+Stage = Literal["cpt", "curate", "rpo", "evaluate"]
+
+FOLLOWS: Mapping[Stage, tuple[str, ...]] = {
+    "cpt": ("model", "run", "resume"),
+    "curate": ("model", "run"),
+    "rpo": ("model", "run", "resume", "preferences"),
+    "evaluate": ("model", "run", "explanation", "label"),
+}
+"""The settings of each stage that follow from the rows."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Design:
         exams: The exams by name: the settings of ``medllm evaluate`` that are the exam's own.
         settings: How each exam is sat: ``plain``, ``explained`` (an explanation before the answer), or both.
         seeds: Trainings of each row that is trained; each adds its number to every seed of its stages.
+        presets: A preset for a stage, whose settings it has where the design does not say otherwise.
         cpt: Settings of ``medllm cpt`` that the rows share.
         curate: The same of ``medllm curate``.
         rpo: The same of ``medllm rpo``.
@@ -92,6 +103,7 @@ class Design:
     exams: dict[str, Settings] = field(hash=False)
     settings: tuple[ExamSetting, ...] = ("plain", "explained")
     seeds: int = 1
+    presets: dict[Stage, str] = field(default_factory=dict, hash=False)
     cpt: Settings = field(default_factory=dict, hash=False)
     curate: Settings = field(default_factory=dict, hash=False)
     rpo: Settings = field(default_factory=dict, hash=False)
@@ -122,6 +134,21 @@ class Design:
     def previous(self) -> dict[str, str]:
         """The row that each one starts from, of those that do."""
         return {name: row.start for name, row in self.rows.items() if row.start is not None}
+
+    def stage(self, stage: Stage, own: Mapping[str, Any] | None, where: str) -> Settings:
+        """A stage's settings: its preset's, the design's, and ``own`` ones in their place.
+
+        Raises:
+            UserError: there is no such preset, or they say what follows from the rows.
+        """
+        asked = combined(getattr(self, stage), own)
+        for name in FOLLOWS[stage]:
+            if name in asked:
+                raise UserError(f"{where}: {name} follows from the rows, and is not set here; remove it")
+        if stage not in self.presets:
+            return asked
+        preset = read_yaml(preset_file(f"presets.{stage}", self.presets[stage], f"paper_{stage}_*"))
+        return combined({name: value for name, value in preset.items() if name not in (*FOLLOWS[stage], "engine")}, asked)
 
     def folder_of(self, row: str) -> str:
         """Name of a row's run folder, that of its first training."""
@@ -157,29 +184,39 @@ class Design:
                 raise UserError(f"row '{name}' names '{other}', which is no row; there are {', '.join(self.rows)}")
 
 
-def read_design(option: str, name: str, changes: Mapping[str, Any]) -> Design:
-    """The design in a YAML file, or the preset of that name, with ``changes`` in place of its own settings.
+def design_of(settings: Mapping[str, Any], where: str) -> Design:
+    """The design that a file's settings are.
 
     Raises:
-        UserError: no such file or preset, or one that is no design.
+        UserError: they are none; with ``where`` they stand.
     """
-    file = preset_file(option, name, "ablate_*")
-    return configured(Design, combined(read_yaml(file), changes), str(file))
+    written = settings.get("rows")
+    if not isinstance(written, Mapping):
+        raise UserError(f"{where}: rows: expected the rows of the table by name, found {written!r}")
+    rows = {}
+    for name, row in written.items():
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where}: rows.{name}: expected how the row comes about ({{}} of a model as it is), found {row!r}")
+        rows[str(name)] = configured(RowDesign, row, f"{where}: rows.{name}")
+    try:
+        return configured(Design, {name: value for name, value in settings.items() if name != "rows"}, where, rows=rows)
+    except UserError as error:
+        raise error if where in str(error) else UserError(f"{where}: {error}") from error
 
 
-def configured(kind: type[Config], settings: Mapping[str, Any], where: str) -> Config:
-    """Settings as a file has them, as their class.
+def configured(kind: type[Config], settings: Mapping[str, Any], where: str, **made: Any) -> Config:
+    """Settings as a file has them, as their class; those that are ``made`` already are taken as they are.
 
     Raises:
         UserError: a setting that there is not, or one that does not fit; with ``where`` it stands.
     """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(kind, skip=set(made))
     try:
         values = parser.instantiate(parser.parse_object(dict(settings)))
     except ArgumentError as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
-    return kind(**{one.name: values[one.name] for one in fields(kind)})
+    return kind(**{one.name: values[one.name] for one in fields(kind) if one.name not in made}, **made)
 
 
 def combined(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> Settings:

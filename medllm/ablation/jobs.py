@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medllm.ablation.design import Design, Settings, combined, configured, slug
+from medllm.ablation.design import Design, Stage, combined, configured, slug
 from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.run import MERGED, RESULT
@@ -127,11 +127,12 @@ class Plan:
         trainings = {one.folder: one for one in self.jobs if isinstance(one, Training)}
         return all(trainings[need].done() if need in trainings else finished(need) for need in job.needs)
 
-    def first_runs(self) -> tuple[Path, ...]:
-        """The run folders of every row's first training, in the order of a report."""
-        first = {runs[0] for runs in self.trainings.values()} | {one.runs[0] for one in self.sat}
-        needed = {need for job in self.jobs if isinstance(job, Training) and job.folder in first for need in job.needs}
-        return tuple(run for job in self.jobs for run in job.runs if run in first | needed)
+    def first_runs(self, exam: str = ONLY_EXAM) -> tuple[Path, ...]:
+        """The run folders of every row's first training and of its sitting of one exam, in the order of a report."""
+        sat = {one.runs[0] for one in self.sat if one.exam == exam}
+        trained = {runs[0] for runs in self.trainings.values()}
+        data = {need for job in self.jobs if isinstance(job, Training) and job.folder in trained for need in job.needs}
+        return tuple(run for job in self.jobs for run in job.runs if run in sat | trained | data)
 
 
 def finished(run: Path) -> bool:
@@ -201,7 +202,7 @@ class _Planner:
         """The run folder in which the row's model sits an exam."""
         where = f"rows.{row}, exams.{exam}"
         named = "" if exam == ONLY_EXAM else f"-{slug(exam)}"
-        settings = self._own(combined(self.design.evaluate, self.design.exams[exam]), where, "model run explanation label")
+        settings = self.design.stage("evaluate", self.design.exams[exam], where)
         model, needs = self._opened(row, seed)
         given = {"model": asdict(model), "run": "", "explanation": explained, "label": row}
         config = configured(EvaluateConfig, settings | given, where)
@@ -230,9 +231,9 @@ class _Planner:
     def _trained(self, row: str, seed: int) -> _Model:
         """Plan the row's training of this seed, and the preference data it needs."""
         mine = self.design.rows[row]
-        stage = "cpt" if mine.cpt is not None else "rpo"
+        stage: Stage = "cpt" if mine.cpt is not None else "rpo"
         where = f"rows.{row}.{stage}"
-        settings = self._own(combined(getattr(self.design, stage), getattr(mine, stage)), where, "model run preferences resume")
+        settings = self.design.stage(stage, getattr(mine, stage), where)
         handover = settings.get("handover", "merge") if stage == "rpo" else "merge"
         start = self._model(str(mine.start), seed)
         model, needs = self._merged(start) if handover == "merge" else (start.trained, (start.run,) if start.run else ())
@@ -260,7 +261,7 @@ class _Planner:
         """The run folder of a row's preference data."""
         mine, where = self.design.rows[row], f"rows.{row}.curate"
         author = mine.answers_of or str(mine.start)
-        settings = self._own(combined(self.design.curate, mine.curate), where, "model run")
+        settings = self.design.stage("curate", mine.curate, where)
         model, needs = self._opened(author, seed)
         config = configured(CurateConfig, settings | {"model": asdict(model), "run": ""}, where)
         config = replace(config, sampling=replace(config.sampling, seed=config.sampling.seed + seed))
@@ -298,10 +299,3 @@ class _Planner:
             )
         self.runs[config] = run
         return run, True
-
-    def _own(self, settings: Settings, where: str, given: str) -> Settings:
-        """Refuse what the design says otherwise than by a stage's settings."""
-        for name in given.split():
-            if name in settings:
-                raise UserError(f"{where}: {name} follows from the rows, and is not set here; remove it")
-        return settings

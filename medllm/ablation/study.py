@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medllm.ablation.work import clear_claims
+from medllm.ablation.design import Design
+from medllm.ablation.jobs import Plan, plan
+from medllm.ablation.work import Say, carry_out, clear_claims
 from medllm.engines import TrainerName
 from medllm.errors import UserError
 from medllm.host.processes import process_count, unannounced
@@ -52,3 +54,15 @@ def study_folder(
     with unannounced(), Run(out, config, engine=engine, resume=True if finished else "auto"):
         yield
         clear_claims(out)
+
+
+def run_design(design: Design, engine: TrainerName, out: Path, say: Say, *, join: bool = False) -> Plan:
+    """Carry out a design in folders below ``out``; of one that was begun there, what is left.
+
+    Raises:
+        UserError: as for :func:`study_folder`, a setting does not fit, or a stage's input cannot be used.
+    """
+    whole = plan(design, out)
+    with study_folder(out, design, engine, seeds=design.seeds, join=join):
+        carry_out(whole, engine, out, say)
+    return whole

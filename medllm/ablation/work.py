@@ -38,6 +38,9 @@ def carry_out(plan: Plan, engine: TrainerName, out: Path, say: Say) -> None:
         UserError: a stage's input cannot be used.
     """
     left = [job for job in plan.jobs if not job.done()]
+    trainings = sum(isinstance(job, Training) for job in plan.jobs)
+    there = f"; {len(plan.jobs) - len(left)} of these {len(plan.jobs)} are done" if len(left) < len(plan.jobs) else ""
+    say(f"{trainings} trainings, {len(plan.jobs) - trainings} models to ask{there}")
     while left:
         # The processes of one launch must be at the same job; any others take what nobody is at.
         open_to_me = left if process_count() == 1 else left[:1]

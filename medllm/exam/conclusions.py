@@ -91,7 +91,10 @@ def _concluding(reasoning: str) -> str:
     sentences = [sentence for sentence in sentences if re.search(r"\w", sentence)]
     if not sentences:
         return ""
-    concluding = [index for index, one in enumerate(sentences) if THUS.match(one) or _SAYS.search(one)]
+    thus = {index for index, one in enumerate(sentences) if THUS.match(f"{one} ")}
+    # Of a heading (結論:) the sentence behind it.
+    thus = {index if re.search(r"\w", THUS.sub("", f"{sentences[index]} ")) else index + 1 for index in thus}
+    concluding = [index for index, one in enumerate(sentences) if index in thus or _SAYS.search(one)]
     chosen = concluding[-1] if concluding else len(sentences) - 1
     taken_back = any(_TAKEN_BACK.match(one) for one in sentences[chosen + 1 :])
     return "" if taken_back or len(sentences[chosen]) > _LONGEST_SENTENCE else sentences[chosen]
@@ -105,11 +108,26 @@ def _named(sentence: str, problem: Problem, options: Options) -> tuple[str, ...]
     if _DENIES.search(words) or (_ASKS_FOR_WRONG.search(folded(problem.text)) and not _SAYS.search(words)):
         return ()
     if _SAYS.search(words) or _RIGHT.search(words):
-        return extract_answer(sentence, problem, explanation=True).answer
+        return extract_answer(sentence, problem, explanation=True).answer or _mentioned(sentence, options)
     claim = THUS.sub("", sentence)
     predicate = _PREDICATE.match(claim)
     for part in (claim, predicate["names"] if predicate else ""):
         found = read_letters(part, options)
         if found and not isinstance(found, str):
             return found
-    return ()
+    return _mentioned(sentence, options) if THUS.match(sentence) else ()
+
+
+def _mentioned(sentence: str, options: Options) -> tuple[str, ...]:
+    """The options whose texts a sentence has, the longest first; none where anything is in doubt."""
+    found: set[str] = set()
+    rest = THUS.sub("", sentence)
+    for text in sorted(set(options.texts.values()), key=lambda text: (-len(text), text)):
+        if len(text) > 1 and text in rest:
+            owners = [letter for letter, option in options.texts.items() if option == text]
+            if len(owners) > 1:
+                return ()
+            found.update(owners)
+            rest = rest.replace(text, " ")
+    letters = {letter for letter in re.findall(r"(?<![a-z0-9])[a-z](?![a-z0-9])", rest) if letter in options.texts}
+    return () if letters - found or re.search("な[いく]|ませ", rest) else tuple(sorted(found))

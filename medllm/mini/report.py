@@ -17,10 +17,11 @@ from medllm.report.study import ReportInput
 from medllm.report.tables import terminal_table, terminal_text, to_json
 from medllm.run import write_json
 
-_SUMMARY = (
+NOTES = (
     "This is the embedded study: a model of two million parameters in a generated world. All diseases, drugs, tests and "
     "findings are invented; nothing here is medical knowledge, and no figure says how a large model would fare.",
 )
+"""What a reader of a page of this study must know."""
 
 
 def run_and_report(engine_name: TrainerName, out_dir: str | Path, preset: str, progress: Say = print) -> dict[str, Any]:
@@ -51,4 +52,4 @@ def run_and_report(engine_name: TrainerName, out_dir: str | Path, preset: str, p
 def study_report(result: StudyResult) -> ReportInput:
     """What the page of a finished study shows."""
     page = report_from_runs(result.runs, title="The embedded study", previous=PREVIOUS)
-    return dataclasses.replace(page, summary=_SUMMARY)
+    return dataclasses.replace(page, summary=NOTES)

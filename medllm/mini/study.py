@@ -42,6 +42,7 @@ from medllm.training import TrainSummary
 
 BASE = Path(__file__).parent / "data" / "base"
 SHOTS = 3
+WORLD = "world"
 SHOTS_FILE, TRAIN_FILE, EXAM_FILE, CORPUS_FILE = "shots.jsonl", "train.jsonl", "exam.jsonl", "corpus.jsonl"
 ROWS = {
     "base": RowDesign(),
@@ -146,9 +147,7 @@ def load_preset(preset: str) -> StudyConfig:
     return configured(StudyConfig, read_yaml(file), str(file))
 
 
-def run_study(
-    engine: TrainerName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print, *, join: bool = False
-) -> StudyResult:
+def run_study(engine: TrainerName, out_dir: str | Path, preset: str | StudyConfig, progress: Say = print) -> StudyResult:
     """Run all stages into folders below ``out_dir``; of a study that was begun there, those that are not finished.
 
     Args:
@@ -156,7 +155,6 @@ def run_study(
         out_dir: A folder that is not there yet, is empty, or holds an unfinished study with these settings.
         preset: Name of a preset, a YAML file, or the settings themselves.
         progress: Told one line as each stage begins and ends.
-        join: Work along with a study that was begun there.
 
     Raises:
         UserError: the folder is in use, its study is finished or was begun with other settings, or the preset or an engine's
@@ -164,13 +162,24 @@ def run_study(
     """
     config = load_preset(preset) if isinstance(preset, str) else preset
     out, began = Path(out_dir), time.monotonic()
-    with study_folder(out, config, engine, seeds=config.seeds, join=join):
-        if not join:
-            write_world(out / "world", config)
-        whole = plan(study_design(config, out / "world"), out)
-        carry_out(whole, engine, out, progress)
+    whole = study_of(config, engine, out, progress)[1]
     training = {row: _summary(runs[0]) for row, runs in whole.trainings.items()}
     return StudyResult(whole, training, time.monotonic() - began)
+
+
+def study_of(config: StudyConfig, engine: TrainerName, out: Path, say: Say, *, join: bool = False) -> tuple[Design, Plan]:
+    """Carry out the study of these settings in folders below ``out``: what it compares, and where the answers are.
+
+    Raises:
+        UserError: as for :func:`medllm.ablation.study.study_folder`, or an engine's input cannot be used.
+    """
+    design = study_design(config, out / WORLD)
+    whole = plan(design, out)
+    with study_folder(out, config, engine, seeds=config.seeds, join=join):
+        if not join:
+            write_world(out / WORLD, config)
+        carry_out(whole, engine, out, say)
+    return design, whole
 
 
 def write_world(folder: Path, config: StudyConfig) -> None:

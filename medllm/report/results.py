@@ -7,7 +7,7 @@ explanation minus score without) and whether it differs from the stage before it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -105,7 +105,7 @@ class StudyTable:
 
 
 def build_table(cells: Sequence[Cell], *, previous: Mapping[str, str] | None = None, draw: Bootstrap = BOOTSTRAP) -> StudyTable:
-    """Scores, stability, and the comparison of each row with the one it came from.
+    """Scores, stability, and the comparison of each row with the one it came from; the tests with their p adjusted together.
 
     Args:
         cells: One for each model and setting that was run; rows come in the order in which models first appear.
@@ -125,7 +125,7 @@ def build_table(cells: Sequence[Cell], *, previous: Mapping[str, str] | None = N
         raise UserError(f"'{name}' is to be compared but was not evaluated; evaluated are: {', '.join(models)}")
     points, answers = _align(cells)
     rows = tuple(_row(model, settings, previous.get(model), points, answers, draw) for model in models)
-    return StudyTable(settings, rows, draw)
+    return StudyTable(settings, _adjusted(rows), draw)
 
 
 def breakdown(cells: Sequence[Cell], kinds: Mapping[str, str]) -> dict[str, dict[tuple[str, str], float]]:
@@ -201,6 +201,22 @@ def _row(
             before = (answers[str(previous), pair[0]], answers[str(previous), pair[1]])
             change = statistics.compare_stability(before, (plain, explained), points, draw)
     return Row(model, scores, stability, previous, against, change)
+
+
+def _adjusted(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows, each test of the table with its p beside all others (:func:`medllm.report.statistics.holm`)."""
+    tests = [test for row in rows for test in (*row.against_previous.values(), row.stability_change) if test is not None]
+    adjusted = iter(statistics.holm([test.p_value for test in tests]))
+    return tuple(
+        replace(
+            row,
+            against_previous={
+                setting: replace(test, adjusted_p=next(adjusted)) for setting, test in row.against_previous.items()
+            },
+            stability_change=replace(row.stability_change, adjusted_p=next(adjusted)) if row.stability_change else None,
+        )
+        for row in rows
+    )
 
 
 def _score(correct: np.ndarray, points: np.ndarray, draw: Bootstrap) -> Score:

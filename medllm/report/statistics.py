@@ -10,6 +10,7 @@ Problems worth no points carry no weight and are left out before anything is dra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,7 @@ class Comparison:
         gained: Problems only the second gets right.
         lost: Problems only the first gets right.
         mcnemar_p: Exact two-sided McNemar test on ``gained`` against ``lost``; it counts problems, not points.
+        adjusted_p: ``p_value`` beside the other tests of a table (:func:`holm`); None where it stands alone.
     """
 
     difference: Estimate
@@ -66,14 +68,19 @@ class Comparison:
     gained: int
     lost: int
     mcnemar_p: float
+    adjusted_p: float | None = None
 
 
 @dataclass(frozen=True)
 class StabilityChange:
-    """How much steadier the second model is than the first: the difference of their stabilities, two-sided p."""
+    """How much steadier the second model is than the first: the difference of their stabilities, two-sided p.
+
+    ``adjusted_p`` is a :class:`Comparison`'s.
+    """
 
     difference: Estimate
     p_value: float
+    adjusted_p: float | None = None
 
 
 def score_interval(correct: Bool[np.ndarray, "n"], points: Float[np.ndarray, "n"], draw: Bootstrap = BOOTSTRAP) -> Estimate:
@@ -125,6 +132,15 @@ def compare_stability(
     return StabilityChange(*_mean(values, points, (-2.0, 2.0), draw))
 
 
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Each p as it stands beside the others: Holm's step-down (1979), which holds however the tests depend on each other."""
+    if not p_values:
+        return ()
+    from statsmodels.stats.multitest import multipletests  # takes a second to import
+
+    return tuple(float(p) for p in multipletests(p_values, method="holm")[1])
+
+
 def wilson(correct: int, total: int, confidence: float = 0.95) -> Estimate:
     """Wilson's score interval (1927) of a plain accuracy, every problem counted once.
 
@@ -158,7 +174,7 @@ def _mean(
         raise UserError("a score needs at least one problem that is worth points, but there is none: check the problem files")
     value = _weighted_mean(values, weights)
     if (values == values[0]).all():
-        return _unanimous(float(values[0]), weights, bounds, draw.confidence), _sign_test(float(values[0]), len(values))
+        return unanimous(float(values[0]), weights, bounds, draw.confidence), sign_test(float(values[0]), len(values))
     drawn = stats.bootstrap(
         (values, weights),
         _weighted_mean,
@@ -171,31 +187,36 @@ def _mean(
         random_state=np.random.default_rng(draw.seed),
     )
     low, high = drawn.confidence_interval
-    return Estimate(float(value), float(low), float(high)), _bootstrap_p(drawn.bootstrap_distribution)
+    return Estimate(float(value), float(low), float(high)), bootstrap_p(drawn.bootstrap_distribution)
 
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
     return (values * weights).sum(axis) / weights.sum(axis)
 
 
-def _bootstrap_p(distribution: np.ndarray) -> float:
+def bootstrap_p(distribution: np.ndarray) -> float:
     """Twice the smaller tail beyond zero. The +1 keeps it from claiming more than the draws show (Davison & Hinkley 1997)."""
     # Sums of the same terms in another order can miss zero by a rounding: such a draw is zero and counts for both tails.
     tail = min((distribution <= 1e-12).sum(), (distribution >= -1e-12).sum())
     return float(min(1.0, 2 * (tail + 1) / (len(distribution) + 1)))
 
 
-def _unanimous(value: float, weights: np.ndarray, bounds: tuple[float, float], confidence: float) -> Estimate:
+def unanimous(value: float, weights: np.ndarray, bounds: tuple[float, float], confidence: float) -> Estimate:
     """Interval where every problem has the same value, so that a bootstrap draws nothing but that value.
 
     The exact (Clopper–Pearson) bound on how many unseen problems could differ, each by as much as ``bounds`` allows. Unequal
-    points count through Kish's effective number of problems (Σw)²/Σw².
+    points count through :func:`kish`.
     """
-    effective = weights.sum() ** 2 / (weights**2).sum()
-    unseen = 1 - ((1 - confidence) / 2) ** (1 / effective)
+    unseen = 1 - ((1 - confidence) / 2) ** (1 / kish(weights))
     low, high = bounds
     return Estimate(value, float(value - unseen * (value - low)), float(value + unseen * (high - value)))
 
 
-def _sign_test(value: float, problems: int) -> float:
+def kish(weights: Float[np.ndarray, "n"]) -> float:
+    """Kish's effective number of problems of unequal points, (Σw)²/Σw²."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def sign_test(value: float, problems: int) -> float:
+    """Two-sided p where every problem has the same value: zero, or all of one sign."""
     return min(1.0, 2 * 0.5**problems) if value else 1.0

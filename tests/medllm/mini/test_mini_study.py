@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from medllm.cli import main
 from medllm.errors import UserError
 from medllm.mini.report import run_and_report
 from medllm.mini.study import PREVIOUS, load_preset, run_study
@@ -71,6 +73,23 @@ def test_a_study_that_ended_early_goes_on_with_the_stages_that_are_left(study, t
         assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes(), file
     with pytest.raises(UserError, match="holds a finished study"):
         run_study("jax", out, "mini_smoke", print)
+
+
+def test_a_finished_study_is_given_another_training_of_each_model(study, tmp_path):
+    whole, figures, _ = study
+    out = tmp_path / "study"
+    shutil.copytree(whole, out)
+    finished = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}
+    written = tmp_path / "rows.json"
+    assert main(["ablate", "--preset", "mini_smoke", "--seeds", "2", "--out", str(out), "--json", str(written)]) == 0
+    assert finished == {file: file.stat().st_mtime_ns for file in finished}
+    rows = json.loads(written.read_text())["rows"]
+    assert [(row["model"], row["seeds"]) for row in rows] == [("base", 1), *((model, 2) for model in PREVIOUS)]
+    for row in rows:
+        for setting, measured in row["settings"].items():
+            assert measured["trainings"][0] == pytest.approx(figures["scores"][row["model"]][setting])
+    first, second = ((out / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("rpo", "rpo-seed1"))
+    assert first != second
 
 
 def test_dpo_is_rpo_without_the_likelihood_term(study):
