@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,19 +14,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jax_medllm.generate.cached_decoder import Decoder
 from jax_medllm.generate.queue import generate
 from jax_medllm.generate.scorer import Scorer
-from jax_medllm.mesh.layout import Layout, place_rows
+from jax_medllm.mesh.layout import Layout, on_all_devices, place_rows
 from jax_medllm.mesh.processes import everywhere, join
-from jax_medllm.model.decoder import DenseDecoder
+from jax_medllm.model.decoder import DenseDecoder, LoraParam
 from jax_medllm.train.auto_remat import fitting_policy
 from jax_medllm.train.batches import CptData, PreferenceData, TrainingData, digest, plan_steps, single_pairs
+from jax_medllm.train.checkpoint import restore_before
 from jax_medllm.train.device_memory import peak_device_bytes
 from jax_medllm.train.loop import cpt_loss_fn, preference_loss_fn, train
+from jax_medllm.train.optimizer import make_optimizer
 from jax_medllm.train.preference_losses import objective
 from jax_medllm.train.reference_cache import ReferenceFile, compute_reference
+from jax_medllm.train.replay import LossFn, batch_of, replay
 from jax_medllm.weights.adapters import adapter_tensors
 from jax_medllm.weights.code_layout import lay_codes
 from jax_medllm.weights.read import load_model
@@ -43,6 +47,7 @@ from medllm.model.directory import ModelDirectory
 from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt, check_vocabulary, decode, encode_prompt, load_tokenizer
 from medllm.preferences.tokenization import TokenizedPreferences
+from medllm.replay import Batch, Replay, adapter_words
 from medllm.run import Run
 from medllm.stage_config import FREE_ON_RESUME
 from medllm.stages.handover import continued_adapter
@@ -149,6 +154,23 @@ class JaxEngine:
         facts = {"groups": len(data.groups), "pairs": preferences.pairs, "data": digest(repr(groups).encode())}
         facts |= {"loss": dataclasses.asdict(recipe.loss), "pairing": dataclasses.asdict(recipe.pairs)}
         return self._train(model, partial(preference_loss_fn, loss_config=recipe.loss), data, recipe, run, facts)
+
+    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]) -> Iterator[Replay]:
+        """See :class:`medllm.training.Trains`."""
+        lora: LoraConfig | Adapter = recipe.lora
+        loss_fn: LossFn = cpt_loss_fn
+        if isinstance(recipe, PreferenceRecipe):
+            lora = continued_adapter(self._config, recipe) or lora
+            loss_fn = partial(preference_loss_fn, loss_config=recipe.loss)
+        model = self._trainable(lora)
+        with self._on_mesh():
+            trainable = nnx.state(model, LoraParam)
+            state = trainable, on_all_devices(make_optimizer(recipe.optimizer, 1).init(trainable))
+            (restored, _), done = restore_before(run / "checkpoints", state, batch.step)
+            nnx.update(model, restored)
+            say(adapter_words(done, batch.step))
+            for part, arrays in zip(batch.parts, batch.arrays, strict=True):
+                yield replay(model, loss_fn, batch_of(batch, arrays), part)
 
     def generate(
         self,

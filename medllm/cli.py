@@ -32,6 +32,7 @@ from medllm.host.processes import ended, is_primary_process, tell
 from medllm.host.progress import progress_bar
 from medllm.power_command import POWER
 from medllm.presets import TABLE_ROWS
+from medllm.replay_command import REPLAY
 from medllm.report_command import report_arguments, write_and_say
 from medllm.rounds_command import ROUNDS
 from medllm.score_command import score_arguments, score_predictions
@@ -335,6 +336,7 @@ COMMANDS: dict[str, Command | Group] = {
     "convert": CONVERT,
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,
+    "replay": REPLAY,
     "verify": VERIFY,
     "verify-mesh": VERIFY_MESH,
     "parity": Command("audit a checkpoint in both stacks, layer by layer", _parity_arguments, _parity),

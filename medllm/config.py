@@ -198,7 +198,8 @@ class TrainingConfig:
         keep_every: Checkpoints of steps that are multiples of this are kept too, for good (0: none).
         max_steps: Stop after so many optimizer steps (0: run all epochs); the schedule still spans all epochs.
         on_nan: What a loss or gradient that is no finite number does: ``stop`` ends the run before that step, ``skip`` leaves
-            the step out. Either names the step, and the data it was of.
+            the step out. Either names the step, the data it was of, and the layer, and keeps the batch (``medllm replay``).
+        max_skipped: So many steps are left out one after the other; the run ends at the next.
         remat: What is computed anew in the backward pass: ``none`` of it, all but ``projections``, all but the narrow ones of
             ``attention``, or all of a ``layer``: less memory, more time. ``auto`` takes the first of these whose step fits the
             device, by its compiler. The reference engine knows ``none`` and ``layer``, transformers' gradient checkpointing.
@@ -215,10 +216,11 @@ class TrainingConfig:
     keep_every: int = 0
     max_steps: int = 0
     on_nan: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10
     remat: RematPolicy | Literal["auto"] = "layer"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep"):
+        for name in ("epochs", "batch_size", "accumulation", "log_every", "keep", "max_skipped"):
             expect(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("checkpoint_every", "checkpoint_minutes", "keep_every", "max_steps"):
             expect(0 <= getattr(self, name) < math.inf, f"training.{name}", getattr(self, name), "0 or more")

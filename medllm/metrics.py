@@ -13,6 +13,7 @@ from typing import Any
 from medllm.config import TrackerName
 from medllm.errors import UserError
 from medllm.host.processes import is_primary_process, tell
+from medllm.host.scratch import scratch_path
 from medllm.trackers import Tracker, open_tracker
 
 METRICS = "metrics.jsonl"
@@ -71,7 +72,7 @@ class Metrics:
         kept = [line for line in self.lines() if line["step"] <= step]
         if not is_primary_process() or not self._file.exists():
             return
-        scratch = self._file.with_name(f".{METRICS}.{os.getpid()}.part")
+        scratch = scratch_path(self._file)
         scratch.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(scratch, self._file)
         self.close()

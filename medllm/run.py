@@ -23,6 +23,7 @@ from medllm.errors import UserError
 from medllm.host.faults import explained
 from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process, process_count, tell
+from medllm.host.scratch import remove_left, scratch_path
 from medllm.metrics import Metrics
 from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
 from medllm.stage_config import FREE_ON_RESUME
@@ -42,6 +43,9 @@ _RECORDED_PACKAGES = (
 MERGED = "merged"
 """Folder of a run for the weights it is trained on, where stage 1's adapter was merged into them."""
 
+NOT_FINITE = "not_finite"
+"""Folder of a run for the batches whose numbers were not finite."""
+
 RESULT = "result.json"
 """Written last: a folder without it is unfinished."""
 
@@ -51,6 +55,7 @@ _WRITTEN = (
     "checkpoints",
     *FOLDERS.values(),
     "metrics.jsonl",
+    NOT_FINITE,
     "options.journal",
     "predictions.jsonl",
     "preferences.jsonl",
@@ -64,9 +69,13 @@ _OPENING_FILES = {"config.yaml", "environment.json", PROVENANCE, LOCK}
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A sibling path that takes ``target``'s place when the block ends well, and disappears when it does not."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    """A sibling path that takes ``target``'s place when the block ends well, and disappears when it does not.
+
+    What processes that were killed left of theirs is removed first.
+    """
     _make_folder(target.parent)
+    remove_left(target)
+    scratch = scratch_path(target)
     try:
         yield scratch
         if target.is_symlink() and target.is_dir():

@@ -368,7 +368,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("run", "resume", "mesh", "rules", "reference_cache", "tracker", "seeds"),
         *("rounds", "improvement", "fewest_pairs"),
-        *(f"training.{name}" for name in ("max_steps", "log_every", "on_nan", "remat")),
+        *(f"training.{name}" for name in ("max_steps", "log_every", "on_nan", "max_skipped", "remat")),
         *(f"training.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
         *(f"server.{one.name}" for one in fields(ServerConfig)),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-from medllm.config import PreferenceLoss, PreferenceRecipe, Recipe, RematPolicy, changed
+from medllm.config import PreferenceLoss, PreferenceRecipe, Recipe, RematPolicy, TrainingConfig, changed
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.host.processes import tell
 from medllm.host.progress import rate_words
 from medllm.preferences.tokenization import TokenizedPreferences
+from medllm.replay import Batch, Replay
 from medllm.run import Run
 
 
@@ -35,21 +37,40 @@ class TrainSummary:
     remat: RematPolicy | None = None
 
 
-def leave_out(said: str, on_nan: Literal["stop", "skip"]) -> None:
-    """What becomes of a step whose numbers are not finite: it is left out, and that is told, or the run ends.
+class Skips:
+    """What becomes of steps whose numbers are not finite: they are left out, and that is told, or the run ends.
 
     Args:
-        said: Which step, what is not finite, and by which data.
-        on_nan: ``training.on_nan``.
-
-    Raises:
-        UserError: the run is to end.
+        training: ``on_nan`` and ``max_skipped``.
     """
-    if on_nan == "stop":
-        raise UserError(
-            f"{said}; lower --optimizer.learning_rate, look at that data, or leave such steps out: --training.on_nan skip"
-        )
-    tell(f"{said}; the step is left out")
+
+    def __init__(self, training: TrainingConfig):
+        self._training = training
+        self._in_a_row = 0
+
+    def taken(self) -> None:
+        """A step was taken."""
+        self._in_a_row = 0
+
+    def leave_out(self, said: str) -> None:
+        """One is not.
+
+        Args:
+            said: Which step, what is not finite, and by which data.
+
+        Raises:
+            UserError: the run is to end.
+        """
+        self._in_a_row += 1
+        remedy = "lower --optimizer.learning_rate, look at that data"
+        if self._training.on_nan == "stop":
+            raise UserError(f"{said}; {remedy}, or leave such steps out: --training.on_nan skip")
+        if self._in_a_row > self._training.max_skipped:
+            raise UserError(
+                f"{said}; {self._training.max_skipped} before it were left out one after the other, and no more are "
+                f"(--training.max_skipped); {remedy}"
+            )
+        tell(f"{said}; the step is left out")
 
 
 def progress_words(loss: float, rate: float, unit: str) -> str:
@@ -111,5 +132,20 @@ class Trains(Protocol):
 
         Raises:
             UserError: the model has an adapter that is to be merged (:func:`medllm.stages.handover.merged_weights` does that).
+        """
+        ...
+
+    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]) -> Iterator[Replay]:
+        """Compute the micro-batches of a step that was not finite, each alone.
+
+        Args:
+            batch: The step, of this engine.
+            recipe: Of the run that kept it.
+            run: Its folder, in which nothing is written: the adapter is that of the newest whole checkpoint before the step,
+                a fresh one where there is none.
+            say: Told which of these it is.
+
+        Raises:
+            UserError: the checkpoint is of another adapter, or cannot be read.
         """
         ...

@@ -28,6 +28,7 @@ from medllm.errors import UserError
 from medllm.host.progress import Progress
 from medllm.model.adapter import check_adapter, read_adapter
 from medllm.model.directory import ModelDirectory
+from medllm.model.quantities import LAYER, quantities
 from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.stage_config import AuditConfig
 from medllm_parity import ends, gradients, nf4_codes
@@ -36,7 +37,6 @@ from medllm_parity.ends import States, as_numpy
 from medllm_parity.jax_layer import JaxLayer
 from medllm_parity.layer_view import LayerView
 from medllm_parity.measure import Audit, Check, Drift, Values, judge
-from medllm_parity.quantities import LAYER, quantities
 from medllm_parity.rows import Rows, make_rows
 from medllm_parity.tolerances import AUDIT, Allowance
 from medllm_parity.torch_layer import TorchLayer

@@ -6,7 +6,7 @@ is kept; all layers of one shape share one compilation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,13 @@ from jaxtyping import Array, Float
 
 from jax_medllm.model.decoder import Layer, Rotary, RowContext
 from jax_medllm.model.linear import FrozenLoraParam
+from jax_medllm.model.taps import OverheardContext, submodule, tap
 from jax_medllm.weights.read import read_model
 from medllm.architecture import PROJECTIONS, Architecture
 from medllm.model.adapter import Adapter
+from medllm.model.quantities import quantities
 from medllm.quantization import Quantization
 from medllm_parity.layer_view import LayerView, adapter_view
-from medllm_parity.quantities import quantities, taps
 from medllm_parity.rows import Rows
 
 
@@ -89,12 +90,10 @@ def _record(
     layer = _merged(graph, adapters, weights)
     if not adapter:
         for path in PROJECTIONS.values():
-            _at(layer, path).frozen_loras = nnx.List([])
+            submodule(layer, path).frozen_loras = nnx.List([])
     record: dict[str, Array] = {}
-    for name, sides in taps(config).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(_at(layer, parent), leaf, _Tap(_at(layer, name), sides, record))
-    context = _OverheardContext(RowContext.of(config.window, segment_ids, positions), record)
+    tap(layer, config, record)
+    context = OverheardContext(RowContext.of(config.window, segment_ids, positions), record)
     record["layer output"], _ = layer(hidden, Rotary.at(positions, config, hidden.dtype), context, True)
     left_out = jnp.full(hidden.shape[:2], jnp.nan)  # what a layer that should compute it does not is off, and named
     return {
@@ -119,32 +118,3 @@ def _backward(
 
     _, pull = jax.vjp(output, adapters)
     return pull(cotangent)[0]
-
-
-class _Tap:
-    """A submodule that keeps what goes into it and comes out, where the table of quantities asks for it."""
-
-    def __init__(self, module: Any, sides: Mapping[str, str], record: dict[str, Array]):
-        self._module, self._sides, self._record = module, sides, record
-
-    def __call__(self, x: Array, **settings: Any) -> Array:
-        y = self._module(x, **settings)
-        self._record |= {self._sides[side]: value for side, value in (("in", x), ("out", y)) if side in self._sides}
-        return y
-
-
-class _OverheardContext:
-    """An attention context that keeps the rotated heads it is handed."""
-
-    def __init__(self, context: Any, record: dict[str, Array]):
-        self._context, self._record = context, record
-
-    def attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        self._record |= {"q after rotary": q, "k after rotary": k}
-        return self._context.attend(q, k, v)
-
-
-def _at(module: Any, path: str) -> Any:
-    for name in path.split(".") if path else ():
-        module = getattr(module, name)
-    return module

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from medllm.config import ALL_LINEAR
+from medllm.model.quantities import LAYER
 from medllm.report.plots import PALETTE, WIDTH, Figure, Theme, new_canvas, render_figure
 from medllm.report.templating import page_templates
 from medllm.run import atomic_path, environment, write_json
 from medllm_parity.measure import Audit, Check
-from medllm_parity.quantities import LAYER
 
 PAGE = "audit.html"
 RESULT = "result.json"

@@ -25,9 +25,9 @@ from jax_medllm.weights.bnb_files import stored, suffixes
 from medllm.architecture import PROJECTIONS, layer_path
 from medllm.model.adapter import Adapter
 from medllm.model.directory import ModelDirectory
+from medllm.model.quantities import quantities, taps
 from medllm.quantization import PACKINGS, Quantization
 from medllm_parity.oracle import is_norm, lift, row_mask, window_of
-from medllm_parity.quantities import quantities, taps
 from medllm_parity.rows import Rows
 
 _ADAPTER = "adapter"

@@ -26,7 +26,7 @@ from medllm.run import Run
 from medllm.training import TrainSummary
 from torch_ref.model import add_adapter, open_model
 from torch_ref.run_log import RunLog
-from torch_ref.trainer import per_process, run_trainer, trainer_arguments
+from torch_ref.trainer import HasPath, per_process, run_trainer, trainer_arguments
 
 _IGNORED = -100
 
@@ -63,6 +63,19 @@ def train_cpt(model: ModelConfig, rows: PackedRows, recipe: Recipe, run: Run) ->
     Raises:
         UserError: the batch does not divide over the processes, or the model cannot be opened.
     """
+    trainer = cpt_trainer(model, RowFeatures(rows), recipe, run)
+    tokens = int((rows.segment_ids > 0).sum())
+    named = partial(_documents, rows)
+    log = RunLog(run, recipe.training, named, stage="cpt", unit="tokens", per_epoch=tokens)
+    return run_trainer(trainer, log, run)
+
+
+def cpt_trainer(model: ModelConfig, rows: RowFeatures | None, recipe: Recipe, run: HasPath) -> Trainer:
+    """The Trainer over ``rows``, its model opened with a fresh adapter.
+
+    Raises:
+        UserError: as for :func:`train_cpt`.
+    """
     arguments = TrainingArguments(
         **trainer_arguments(
             model,
@@ -77,11 +90,8 @@ def train_cpt(model: ModelConfig, rows: PackedRows, recipe: Recipe, run: Run) ->
     opened = add_adapter(open_model(model, recipe.torch), recipe.lora)
     # A cache would switch off the reading of document boundaries from position_ids.
     opened.config.use_cache = False
-    tokens = int((rows.segment_ids > 0).sum())
-    log = RunLog(run, recipe.training, partial(_documents, rows), unit="tokens", per_epoch=tokens)
     collator = one_long_row if recipe.torch.attention.startswith("flash") else default_collate
-    trainer = Trainer(model=opened, args=arguments, train_dataset=RowFeatures(rows), data_collator=collator)
-    return run_trainer(trainer, log, run)
+    return Trainer(model=opened, args=arguments, train_dataset=rows, data_collator=collator)
 
 
 def _documents(rows: PackedRows, ids: torch.Tensor) -> str:

@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from medllm.host.progress import Progress
 from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
+from medllm.replay import Batch, Replay
 from medllm.run import Run
 from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary
 from torch_ref.cpt import train_cpt
 from torch_ref.generate import generate, logprobs
 from torch_ref.model import check_model, open_model, open_tokenizer
+from torch_ref.replay import replay_step
 from torch_ref.rpo import loss_arguments, train_preferences
 from torch_ref.switches import check_switches
 from torch_ref.trainer import checkpoints_layers
@@ -95,6 +98,11 @@ class TorchEngine:
         lora = continued.lora if continued else recipe.lora
         self._announce(recipe, lora, run, preferences.words(), units, preferences.tokens)
         return train_preferences(self.config, self.tokenizer, preferences, recipe, run)
+
+    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]) -> Iterator[Replay]:
+        """See :class:`medllm.training.Trains`."""
+        self._release()
+        return replay_step(self.config, self.tokenizer, batch, recipe, run, say)
 
     def generate(
         self,

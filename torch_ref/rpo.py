@@ -31,7 +31,7 @@ from medllm.stages.handover import continued_adapter
 from medllm.training import TrainSummary, check_loss
 from torch_ref.model import initialize_adapter, open_continued, open_model, peft_config, trainable_base
 from torch_ref.run_log import RunLog
-from torch_ref.trainer import per_process, run_trainer, trainer_arguments
+from torch_ref.trainer import HasPath, per_process, run_trainer, trainer_arguments
 
 # TRL reports every trainer it constructs to the Hub; training here contacts nobody.
 constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -58,7 +58,7 @@ def train_preferences(
     # Where the batch was counted in problems, the log says how many pairs a step came to.
     counts = {"pairs_per_step": batch * accumulation * process_count(), "dropped_pairs": preferences.dropped_pairs}
     named = partial(_problems, tokenizer, preferences.texts)
-    log = RunLog(run, recipe.training, named, unit="pairs", per_epoch=len(rows), **counts)
+    log = RunLog(run, recipe.training, named, stage="rpo", unit="pairs", per_epoch=len(rows), **counts)
     return run_trainer(trainer, log, run, seconds_ahead=trainer.reference_seconds)
 
 
@@ -115,7 +115,7 @@ def dpo_trainer(
     tokenizer: Any,
     rows: list[dict[str, str]],
     recipe: PreferenceRecipe,
-    run: Run,
+    run: HasPath,
     *,
     batch: int,
     accumulation: int,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from medllm.errors import UserError
 from medllm.host.processes import is_primary_process
 from medllm.host.progress import Pace, Progress
 from medllm.host.stopping import StopRequest
+from medllm.replay import Batch, Part, Replay
 from medllm.run import Run
-from medllm.training import leave_out, progress_words
+from medllm.training import Skips, progress_words
+from torch_ref.micro_batch import MicroBatch, replay
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -38,6 +41,7 @@ class RunLog(TrainerCallback):
         run: The run folder.
         training: The loop.
         named: What a user knows the data of a micro-batch by, given its ``input_ids``.
+        stage: ``cpt`` or ``rpo``.
         unit: What the rate counts, ``tokens`` or ``pairs``.
         per_epoch: So many of them are in a pass over the data.
         constants: Stand in every line.
@@ -49,6 +53,7 @@ class RunLog(TrainerCallback):
         training: TrainingConfig,
         named: Callable[[torch.Tensor], str],
         *,
+        stage: str,
         unit: str,
         per_epoch: int,
         **constants: float,
@@ -56,6 +61,7 @@ class RunLog(TrainerCallback):
         self._run = run
         self._training = training
         self._named = named
+        self._stage = stage
         self._unit = unit
         self.per_epoch = per_epoch
         self._constants = constants
@@ -67,7 +73,9 @@ class RunLog(TrainerCallback):
         self._seconds_before = 0.0
         self._went_on = False
         self._skipped = 0
-        self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # of the step: finite, loss, input_ids
+        self._skips = Skips(training)
+        self._micro_batches: list[MicroBatch] = []  # of the step
+        self._replay: Callable[[MicroBatch, Part], Replay] | None = None
         self.request = StopRequest()
         self.progress: Progress = lambda done, total, doing="": None
 
@@ -93,16 +101,21 @@ class RunLog(TrainerCallback):
         """Look at each micro-batch that ``trainer`` computes: whether its loss, and the gradient with it, is finite."""
         compute = trainer.training_step
 
-        def watched(model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-            ids = inputs.get("input_ids")
-            loss = compute(model, inputs, *rest)
+        def watched(model: Any, inputs: dict[str, Any], items: Any = None) -> torch.Tensor:
+            given = dict(inputs)  # TRL takes some out
+            loss = compute(model, inputs, items)
             norms = torch._foreach_norm([one.grad for one in model.parameters() if one.grad is not None])
             finite = torch.isfinite(torch.stack([*norms, loss.detach().to(norms[0])])).all()
-            self._micro_batches.append((finite, loss.detach(), ids))
+            self._micro_batches.append(MicroBatch(given, items, finite, loss.detach()))
             return torch.nan_to_num(loss) if self._training.on_nan == "skip" else loss
 
+        def replayed(one: MicroBatch, part: Part) -> Replay:
+            return replay(trainer.model_wrapped, partial(compute, trainer.model_wrapped), one, part)
+
         trainer.training_step = watched  # type: ignore[method-assign]
+        self._replay = replayed
         yield
+        self._replay = None
         trainer.training_step = compute  # type: ignore[method-assign]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -123,18 +136,40 @@ class RunLog(TrainerCallback):
         """
         found, self._micro_batches = self._micro_batches, []
         gradients = [one.grad for one in model.parameters() if one.grad is not None]
-        if torch.stack([torch.isfinite(one).all() for one in gradients]).all() and all(finite for finite, *_ in found):
+        if torch.stack([torch.isfinite(one).all() for one in gradients]).all() and all(one.finite for one in found):
+            self._skips.taken()
             return
-        said = f"step {state.global_step + 1}: a loss or its gradient is not finite in another process"
-        for number, (finite, loss, ids) in enumerate(found, 1):
-            if not finite:  # gradients add up: what the first of them spoiled, the later ones do not mend
-                what = f"the loss is {float(loss)}, and it or its gradient is not finite"
-                said = f"step {state.global_step + 1}: {what}, by micro-batch {number} ({self._named(ids)})"
-                break
-        leave_out(said, self._training.on_nan)
+        try:
+            self._skips.leave_out(self._fault(state.global_step + 1, found))
+        finally:
+            for one in model.parameters():
+                one.grad = None
         self._skipped += 1
-        for one in model.parameters():
-            one.grad = None
+
+    def _fault(self, step: int, found: Sequence[MicroBatch]) -> str:
+        """What is said of a step that is not finite, whose batch is kept."""
+        number = next((number for number, one in enumerate(found, 1) if not one.finite), 0)
+        if not number:
+            return f"step {step}: a loss or its gradient is not finite in another process"
+        # Gradients add up: what the first of them spoiled, the later ones do not mend. Each is computed alone to tell.
+        parts = [Part(one, self._named(micro.inputs["input_ids"]), one < number) for one, micro in enumerate(found, 1)]
+        fault, part = found[number - 1], parts[number - 1]
+        what = f"the loss is {float(fault.loss)}, and it or its gradient is not finite"
+        said = f"step {step}: {what}, by micro-batch {number} ({part.named})"
+        arrays = [one.arrays() for one in found]
+        file = Batch(self._stage, "torch", step, said, parts, arrays).keep(self._run.path)
+        return f"{said}{self._first(fault, part)}; medllm replay {self._run.path} computes it alone" if file else said
+
+    def _first(self, fault: MicroBatch, part: Part) -> str:
+        """The first tensor of a micro-batch that is not finite. Of several processes none is looked for: all would have to
+        compute it, also where one of them fails."""
+        if self._replay is None or torch.distributed.is_initialized():
+            return ""
+        try:
+            found = self._replay(fault, part)
+        except Exception:  # it may lack the memory, and what is to be told is the step
+            return ""
+        return f", first in {found.first.words}" if found.first else ""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -36,8 +37,21 @@ def per_process(units: int, setting: str) -> int:
     return share
 
 
+class HasPath(Protocol):
+    """A folder that checkpoints go into: that of a run, or :class:`OutputFolder`."""
+
+    path: Path
+
+
+@dataclass
+class OutputFolder:
+    """A folder for what a Trainer would write."""
+
+    path: Path
+
+
 def trainer_arguments(
-    model: ModelConfig, optimizer: OptimizerConfig, training: TrainingConfig, run: Run, *, batch: int, accumulation: int
+    model: ModelConfig, optimizer: OptimizerConfig, training: TrainingConfig, run: HasPath, *, batch: int, accumulation: int
 ) -> dict[str, Any]:
     """Keyword arguments of ``TrainingArguments`` (and of TRL's ``DPOConfig``, which extends it).
 

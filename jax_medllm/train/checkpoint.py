@@ -114,6 +114,33 @@ class Checkpoints:
             ) from error
 
 
+def restore_before(folder: Path, state: State, step: int) -> tuple[State, int]:
+    """The newest whole checkpoint of fewer than ``step`` steps, and how many were done; ``state`` and 0 where there is none.
+    Nothing in the folder is touched.
+
+    Args:
+        folder: The ``checkpoints`` of a run.
+        state: Arrays of the structure, types and shardings it is read into.
+        step: An optimizer step, from 1.
+
+    Raises:
+        UserError: it holds other arrays, or cannot be read.
+    """
+    found = newest_whole(folder / str(one) for one in range(step - 1, 0, -1) if (folder / str(one)).is_dir())
+    if found.newest is None:
+        return state, 0
+    named = _named(state)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
+            restored = reader.restore((found.newest / "state").absolute(), abstract)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{found.newest}: is no checkpoint of this run's adapter ({reason}); restore the folder") from error
+    return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in named]), int(found.newest.name)
+
+
 def _named(state: Any) -> dict[str, jax.Array | np.ndarray]:
     """Every array of a pytree under its path: what is on disk does not depend on Python classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)

@@ -6,16 +6,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float
 
 from jax_medllm.train.batches import Step, TrainingData
 from jax_medllm.train.compilation import compile_seconds, working_seconds
+from jax_medllm.train.not_finite import NotFinite
 from medllm.host.progress import Pace
 from medllm.run import Run
-from medllm.training import leave_out, progress_words
+from medllm.training import progress_words
 
 
 class StepMetrics(NamedTuple):
@@ -55,10 +56,10 @@ class TrainingLog:
     it would say when the host looked. Time runs from when the log is made.
     """
 
-    def __init__(self, run: Run, data: TrainingData, start: int = 0, on_nan: Literal["stop", "skip"] = "stop"):
+    def __init__(self, run: Run, data: TrainingData, not_finite: NotFinite, start: int = 0):
         self._run = run
         self._data = data
-        self._on_nan = on_nan
+        self.not_finite = not_finite
         self._open: list[tuple[int, StepMetrics, Step]] = []
         self._due: list[tuple[int, StepMetrics, Step]] = []
         self._before, self._seconds_before, self._compiled_before, self._loss = self._of_earlier_sessions(start)
@@ -93,8 +94,12 @@ class TrainingLog:
         self._written = _Mark(working_seconds(), self._written.units + sum(self._data.units(planned) for *_, planned in due))
         self._pace.mark(*self._written)
         for (step, metrics), (*_, planned) in zip(steps, due, strict=True):
-            if not metrics.finite:
-                self._not_finite(step, metrics, planned)
+            if metrics.finite:
+                self.not_finite.taken()
+                continue
+            at_fault = [number for number, finite in enumerate(metrics.micro_batches) if not finite]
+            what = f"the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}"
+            self.not_finite.left(step, planned, what, at_fault)
         means = _means([metrics for _, metrics in steps])
         self._loss = means.get("loss", self._loss)
         spent = {f"{self._data.unit}_per_second": self._pace.rate, "seconds": self._seconds, "compile_seconds": self._compiling}
@@ -143,18 +148,6 @@ class TrainingLog:
         losses = [line["loss"] for line in lines if "loss" in line]
         compiling = last.get("compile_seconds", 0.0)
         return _Mark(seconds, units), last["seconds"], compiling, losses[-1] if losses else math.nan
-
-    def _not_finite(self, step: int, metrics: StepMetrics, planned: Step) -> None:
-        """Say of which data a step's numbers were not finite, and end the run where that is asked for.
-
-        Raises:
-            UserError: it is.
-        """
-        found = [number for number, finite in enumerate(metrics.micro_batches) if not finite]
-        where = "; ".join(f"micro-batch {number + 1} ({self._data.named(planned.micro_batches[number])})" for number in found)
-        what = f"the loss is {metrics.loss.loss} and its gradient's norm {metrics.grad_norm}"
-        said = f"step {step}: {what}, {f'by {where}' if where else 'and what it makes of the adapter is not finite'}"
-        leave_out(said, self._on_nan)
 
 
 def _working(line: Mapping[str, float]) -> float:

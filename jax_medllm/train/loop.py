@@ -35,8 +35,10 @@ from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.device_memory import device_memory, program_bytes
 from jax_medllm.train.log import StepMetrics, Trained, TrainingLog
 from jax_medllm.train.losses import cpt_loss, pair_logprobs
+from jax_medllm.train.not_finite import NotFinite
 from jax_medllm.train.optimizer import learning_rate, make_optimizer
 from jax_medllm.train.preference_losses import Pairs, objective
+from jax_medllm.train.replay import LossFn
 from medllm.checkpoints import Saving
 from medllm.config import OptimizerConfig, PreferenceLoss, RematPolicy, TrainingConfig
 from medllm.corpus.packing import target_mask
@@ -46,10 +48,6 @@ from medllm.host.processes import preface
 from medllm.host.progress import progress_bar
 from medllm.host.stopping import StopRequest, stop_requests
 from medllm.run import Run
-
-LossFn = Callable[[DenseDecoder, Any], tuple[Array, Any]]
-"""``(model, batch) -> (loss, metrics)`` of a micro-batch; both add up over the micro-batches of a step. Metrics are a named
-tuple of scalars with a field ``loss``, other tuples of the kind within it."""
 
 AHEAD = 2
 """Programs given to the device whose results are not there yet: one at work and one waiting."""
@@ -244,7 +242,8 @@ def train(
         state, start = checkpoints.restore(state)
         end = min(config.max_steps or total, total)
         run.go_on(start, end)
-        log = TrainingLog(run, data, start, config.on_nan)
+        not_finite = NotFinite(run, data, config, graph, others[0], loss_fn)
+        log = TrainingLog(run, data, not_finite, start)
         with stop_requests() as request:
             state = _take_steps(step, state, others[0], data, range(start, end), config, log, checkpoints, request)
         trained = log.trained(max(start, end))
@@ -276,6 +275,7 @@ def _take_steps(
             progress(done - 1, numbers.stop, log.said)
             trainable, moments, metrics = step(*state, np.int32(done - 1), frozen, batch)
             state = (trainable, moments)
+            log.not_finite.trainable = trainable
             batch = next(batches, ())
             log.write()  # the line that is due, with this step under way
             log.add(done, metrics, planned)

@@ -196,7 +196,8 @@ def _dataset_rows(dataset: Any, column: str, where: str) -> Iterator[Row]:
         dataset.data.table.validate(full=True)  # offsets that lead out of the file end the process when they are followed
     except Exception as error:  # pyarrow's, and Python's where a text is no UTF-8
         raise UserError(f"{where}: `datasets` cannot read this: {first_line(error)}") from error
-    for number, row in enumerate(dataset.select_columns([column]), start=1):
+    plain = dataset.with_format(None)  # a saved folder may say that rows have other columns, or are of other types
+    for number, row in enumerate(plain.select_columns([column]), start=1):
         yield row[column], f"{where}:{number}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from medllm.engines import load, require_engine
 from medllm.errors import UserError
 from medllm.host.progress import Progress
+from medllm.host.scratch import remove_left, scratch_path
 from medllm.model.adapter import merge_adapter
 from medllm.quantization import PACKINGS, Quantization
 from medllm.run import write_json
@@ -69,7 +69,8 @@ def convert_model(
             raise UserError("--held_text measures what handing an adapter over costs; give the --adapter")
         rows = held_rows(model, held_text, text_column)  # a text that cannot be read is said before anything is written
     costs = None
-    merged = target.with_name(f".{target.name}.{os.getpid()}.merged") if packed else target
+    remove_left(target)
+    merged = scratch_path(target, "merged") if packed else target
     try:
         if adapters:
             merge_adapter(model, adapters, merged)

@@ -89,3 +89,13 @@ def test_a_cell_that_python_cannot_hold_is_refused(tmp_path, values):
     for read in (lambda: load_documents(CorpusConfig(documents=(str(file),))), lambda: load_problems(file)):
         with pytest.raises(UserError, match=r"not a readable Parquet file"):
             read()
+
+
+@pytest.mark.parametrize("changes", [{"_format_columns": []}, {"_format_type": "numpy"}])
+def test_how_a_saved_folder_formats_its_rows_is_not_asked(tmp_path, changes):
+    kind = FORMATS["documents, state.json"]
+    kind.example(tmp_path)
+    file = tmp_path / kind.file
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    found = load_documents(CorpusConfig(documents=(str(tmp_path / "data"),)))
+    assert [document.text for document in found.documents] == ["本文", "別"]

@@ -24,6 +24,7 @@ from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import Stopped, UserError
 from medllm.host.stopping import SIGNALS
+from medllm.replay import first_batch, read_batch
 from medllm.run import Run
 from tests.small_model import small_config
 
@@ -272,8 +273,12 @@ class Poisoned(CptData):
 
 def test_a_loss_that_is_no_number_is_named_with_its_data_and_saved_nowhere(tmp_path):
     run = Run(tmp_path / "run", TrainingConfig())
-    with pytest.raises(UserError, match=r"step 3: .* by micro-batch 2 \(documents d\d\); .*--training.on_nan skip"):
+    named = r"step 3: .* by micro-batch 2 \(documents d\d\), first in loss; medllm replay .*; .*--training.on_nan skip"
+    with pytest.raises(UserError, match=named):
         train_six(run, Poisoned, checkpoint_every=1)
+    kept = read_batch(first_batch(run.path))
+    assert (kept.stage, kept.step, [part.finite for part in kept.parts]) == ("cpt", 3, [True, False])
+    assert np.isnan(kept.arrays[1]["share"])
     assert [line["step"] for line in run.metrics()] == [1, 2]
     assert sorted(folder.name for folder in (run.path / "checkpoints").iterdir()) == ["1", "2"]
 
@@ -292,6 +297,24 @@ def test_a_step_that_is_left_out_changes_no_weight_and_the_others_are_taken(tmp_
     train_six(run, Poisoned, on_nan="skip")
     assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
     assert np.isfinite([line["loss"] for line in run.metrics() if line["step"] != 3]).all()
+
+
+class Hopeless(CptData):
+    """Steps 2, 4 and 5 give no number."""
+
+    def batches(self, step):
+        spoiled = self.steps.index(step) + 1 in (2, 4, 5)
+        return [dataclasses.replace(one, share=np.asarray(np.nan)) if spoiled else one for one in super().batches(step)]
+
+
+def test_so_many_steps_are_left_out_one_after_the_other_and_then_the_run_ends(tmp_path):
+    one, two = Run(tmp_path / "one", TrainingConfig()), Run(tmp_path / "two", TrainingConfig())
+    with pytest.raises(UserError, match=r"step 5: .*; 1 before it were left out one after the other.*--training.max_skipped"):
+        train_six(one, Hopeless, on_nan="skip", max_skipped=1)
+    assert [line["step"] for line in one.metrics() if "skipped" in line] == [2, 4]
+    train_six(two, Hopeless, on_nan="skip", max_skipped=2)
+    assert [line["step"] for line in two.metrics() if "skipped" in line] == [2, 4, 5]
+    assert sorted(file.stem for file in (two.path / "not_finite").iterdir()) == ["step-2", "step-4", "step-5"]
 
 
 @pytest.mark.parametrize("number", SIGNALS)

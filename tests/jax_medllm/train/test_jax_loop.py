@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def test_the_rate_leaves_out_the_time_of_the_first_step_and_all_compilation(tmp_
     now, compiled = [100.0], [0.0]
     monkeypatch.setattr(log_module, "working_seconds", lambda: now[0] - compiled[0])
     data = Data(TrainingConfig(epochs=1, batch_size=1, accumulation=1), weigh=lambda step: 10)
-    log = TrainingLog(Run(tmp_path / "run", TrainingConfig()), data)
+    log = TrainingLog(Run(tmp_path / "run", TrainingConfig()), data, SimpleNamespace(taken=lambda: None))
     for step, (seconds, compiling) in enumerate([(50.0, 20.0), (2.0, 0.0), (9.0, 7.0)], 1):
         now[0] += seconds
         compiled[0] += compiling
