@@ -191,14 +191,13 @@ class RoundsConfig(CurateConfig, PreferenceRecipe):
         rounds: Trainings at most. The answers of the last one's model are curated too, which is its score.
         improvement: The share of right samples that a round must add for another to follow.
         fewest_pairs: Another round follows only where so many pairs have a wrong answer on the losing side.
-        held_out: Problem files or folders that are evaluated on: nothing that holds one of their problems is trained on.
+        held_out: What must not be in problems, examples and sampled answers, in any round.
         sampling: As of curation; each round samples with a seed of its own, the first with this one.
     """
 
     rounds: int = 3
     improvement: float = 0.01
     fewest_pairs: int = 1
-    held_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,7 +60,7 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     """
     problems, skipped = read_problems(config.problems, config)
     shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
-    _check(problems, shots, config)
+    check_curation(problems, shots, config)
     if config.dry_run:
         wanted, prompt_of = asked_problems(problems, shots, config)
         return estimate("curate", engine, map(prompt_of, wanted), config.sampling, config.server)
@@ -76,11 +76,16 @@ def build_preferences(
     left_out: Mapping[str, int] | None = None,
 ) -> CurateResult:
     """:func:`run_curate` on a model that is already open, and problems that are read, but for those ``left_out``."""
-    _check(problems, shots, config)
+    check_curation(problems, shots, config)
     return _curate(model, problems, shots, config, progress, left_out or {})
 
 
-def _check(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
+def check_curation(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:
+    """Refuse what cannot be curated, before a model is asked.
+
+    Raises:
+        UserError: a problem is from a held-out year or is its own example, or a held-out problem is among them.
+    """
     check_problems(problems, shots, config)
     files = (*config.problems, *([config.shots] if config.shots else ()))
     refuse_leaks(problem_texts((*problems, *shots)), files, config.held_out)

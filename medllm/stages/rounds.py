@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from medllm.config import ModelConfig
-from medllm.corpus.contamination import find_leaks
-from medllm.corpus.documents import Document
 from medllm.engines import TrainerName, open_trainer
 from medllm.errors import UserError
-from medllm.exam.problem import Problem
 from medllm.host.processes import process_count, unannounced
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, read_preferences
 from medllm.run import RESULT, Run
 from medllm.stage_config import CurateConfig, RoundsConfig, RpoConfig
-from medllm.stages.curate import PREFERENCES, run_curate
+from medllm.stages.curate import PREFERENCES, check_curation, run_curate
 from medllm.stages.handover import check_handover
 from medllm.stages.problems import read_problems, read_shots
 from medllm.stages.rpo import run_rpo
@@ -120,13 +117,13 @@ def run_rounds(config: RoundsConfig, engine: TrainerName = "jax", say: Say = pri
         UserError: several processes were started, an input cannot be used, or what would be trained on holds a problem of
             ``config.held_out``.
     """
-    held_out = _check(config, engine)
+    _check(config, engine)
     with unannounced(), Run(config.run, config, engine=engine, resume=config.resume) as run:
         models: list[Measured] = []
         model = config.model
         trained: Mapping[str, Any] = {}
         while True:
-            models.append(_measured(config, engine, len(models), model, trained, held_out))
+            models.append(_measured(config, engine, len(models), model, trained))
             say(f"rounds: {models[-1].words()}")
             stopped = _reason_to_stop(models, config)
             if stopped is not None:
@@ -139,29 +136,21 @@ def run_rounds(config: RoundsConfig, engine: TrainerName = "jax", say: Say = pri
     return result
 
 
-def _check(config: RoundsConfig, engine: TrainerName) -> tuple[Problem, ...]:
-    """Refuse what a later round would refuse, before the first samples anything; returns the problems that are held out."""
+def _check(config: RoundsConfig, engine: TrainerName) -> None:
+    """Refuse what a later round would refuse, before the first samples anything."""
     if process_count() > 1:
         raise UserError("medllm rounds runs in one process; with several, run medllm curate and medllm rpo in turn")
     require_tracker(config.tracker)
     training = _part(config, RpoConfig, model=config.model, run=config.run, preferences=PREFERENCES)
     check_handover(training)
     open_trainer(engine, config.model, training)
-    held_out = tuple(problem for path in config.held_out for problem in read_problems((path,), config)[0])
     problems, _ = read_problems(config.problems, config)
     shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
-    texts = {one.problem_id: "\n".join([one.text, *one.choices, one.explanation or ""]) for one in (*problems, *shots)}
-    _refuse_leaks(texts, held_out, "remove it from --problems or --shots")
-    return held_out
+    check_curation(problems, shots, config)
 
 
 def _measured(
-    config: RoundsConfig,
-    engine: TrainerName,
-    number: int,
-    model: ModelConfig,
-    trained: Mapping[str, Any],
-    held_out: Sequence[Problem],
+    config: RoundsConfig, engine: TrainerName, number: int, model: ModelConfig, trained: Mapping[str, Any]
 ) -> Measured:
     """A model's answers as preferences: what it scores, and what there is to train on."""
     folder = _folder(config, number + 1, "curate")
@@ -170,8 +159,6 @@ def _measured(
         run_curate(_part(config, CurateConfig, model=model, run=str(folder), sampling=sampling), engine)
     account = read_json_object(folder / RESULT, "a curation writes it")
     preferences = read_preferences(folder / PREFERENCES)
-    texts = {one.problem_id: "\n".join(sample.text for sample in _trained_on(one)) for one in preferences}
-    _refuse_leaks(texts, held_out, f"an answer of model {number} does; leave its problem out of --problems, in another --run")
     pairs = sum(_lost_by_wrong_answers(one, config) for one in preferences)
     loss, steps = trained.get("loss"), trained.get("steps", 0)
     return Measured(number, model, account["samples"], account["right"], pairs, loss, steps)
@@ -197,21 +184,6 @@ def _reason_to_stop(models: Sequence[Measured], config: RoundsConfig) -> Reason 
 def _lost_by_wrong_answers(preference: Preference, config: RoundsConfig) -> int:
     paired = select_pairs(preference, config.pairs)
     return sum(paired.ranks[low] == Rank.REJECTED for _, low in paired.pairs)
-
-
-def _trained_on(preference: Preference) -> tuple[Any, ...]:
-    return (preference.ground_truth, *preference.chosen, *preference.rejected)
-
-
-def _refuse_leaks(texts: Mapping[str, str], held_out: Sequence[Problem], remedy: str) -> None:
-    """Refuse to train on texts, by problem, where one holds a problem that is evaluated on."""
-    leaks = find_leaks([Document(text, f"problem {name}") for name, text in texts.items()], held_out) if held_out else []
-    if leaks:
-        first = leaks[0]
-        raise UserError(
-            f"{first.source}: holds {first.overlap:.0%} of {first.problem_id}, which is held out (--held_out), as do "
-            f"{len(leaks) - 1} more; {remedy}"
-        )
 
 
 def _folder(config: RoundsConfig, number: int, stage: str) -> Path:

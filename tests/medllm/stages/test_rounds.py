@@ -16,7 +16,7 @@ from medllm.mini.world import make_world
 from medllm.model.random import write_random_model
 from medllm.preferences.records import Preference, Sample, write_preferences
 from medllm.run import Run
-from medllm.stage_config import RoundsConfig
+from medllm.stage_config import HeldOutConfig, RoundsConfig
 from medllm.stages import rounds
 from medllm.stages.rounds import run_rounds
 from tests.refusal import refused
@@ -145,19 +145,17 @@ def test_rounds_are_added_to_a_finished_run_only_when_asked_for(scripted, world,
 
 def test_a_problem_that_is_held_out_is_refused_before_anything_is_asked(scripted, world, tmp_path):
     stages = scripted([0.3])
-    with pytest.raises(UserError, match=r"problem .* which is held out \(--held_out\).*remove it from --problems"):
-        run_rounds(config(world, tmp_path, held_out=(str(world / "train.jsonl"),)))
+    held_out = HeldOutConfig(problems=(str(world / "train.jsonl"),))
+    with pytest.raises(UserError, match=r"holds problem .* which is held out \(--held_out\.problems\)"):
+        run_rounds(config(world, tmp_path, held_out=held_out))
     assert not stages.curations
     assert not (tmp_path / "run").exists()
 
 
-def test_an_answer_that_recites_a_held_out_problem_is_not_trained_on(scripted, world, tmp_path):
-    stages = scripted([0.3])
-    held = exam_problems(make_world(), 1)[0]
-    stages.says = f"{held.text}\n" + "\n".join(held.choices)
-    with pytest.raises(UserError, match=rf"problem 1: holds 100% of {held.problem_id}.*an answer of model 0 does"):
-        run_rounds(config(world, tmp_path, held_out=(str(world / "exam.jsonl"),)), say=lambda line: None)
-    assert not stages.trainings
+def test_every_stage_of_every_round_is_told_what_is_held_out(scripted, world, tmp_path):
+    stages, held_out = scripted([0.3, 0.5, 0.7]), HeldOutConfig(problems=(str(world / "exam.jsonl"),))
+    run_rounds(config(world, tmp_path, rounds=2, held_out=held_out), say=lambda line: None)
+    assert [one.held_out for one in (*stages.curations, *stages.trainings)] == [held_out] * 5
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,8 @@ def test_the_reference_of_a_round_is_the_model_that_it_begins_with(world, tmp_pa
     write_random_model(model, tokenizer=str(BASE), vocab_size=1280, hidden_size=32, layers=1)
     words = (
         f"rounds --model.path {model} --model.dtype float32 --run {run} --problems {world / 'train.jsonl'} --shots "
-        f"{world / 'shots.jsonl'} --held_out {world / 'exam.jsonl'} --rounds 2 --improvement 0 --answer_as text --batch_size 8 "
+        f"{world / 'shots.jsonl'} --held_out.problems {world / 'exam.jsonl'} --rounds 2 --improvement 0 --answer_as text "
+        "--batch_size 8 "
         "--sampling.samples 2 --sampling.max_new_tokens 8 --optimizer.learning_rate 1e-2 --optimizer.warmup_ratio 0 "
         "--lora.rank 2 --training.batch_size 2 --training.accumulation 1 --training.remat none --limit 4"
     )
