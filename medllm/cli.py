@@ -30,6 +30,7 @@ from medllm.errors import Stopped, UserError
 from medllm.host.faults import explained
 from medllm.host.processes import ended, is_primary_process, tell
 from medllm.host.progress import progress_bar
+from medllm.power_command import POWER
 from medllm.presets import TABLE_ROWS
 from medllm.report_command import report_arguments, write_and_say
 from medllm.score_command import score_arguments, score_predictions
@@ -328,6 +329,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "score": Command("score predictions officially", score_arguments, score_predictions),
     "report": Command("tables and one HTML page from run folders", report_arguments, write_and_say),
+    "power": POWER,
     "convert": CONVERT,
     "publish": PUBLISH,
     "check-serving": CHECK_SERVING,

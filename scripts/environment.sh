@@ -37,3 +37,20 @@ prepare_environment() {
 quiet_pip() {
   grep -v -e '^WARNING: Location' -e '^$' >&2 || true
 }
+
+# The tests of the report look at its page in Chromium, and are skipped where there is none. On a bare Debian or Ubuntu machine
+# (root, apt) it is installed; anywhere else, or where that fails, nothing happens.
+prepare_chromium() {
+  local candidate
+  for candidate in chromium chromium-browser google-chrome google-chrome-stable; do
+    if command -v "$candidate" >/dev/null; then
+      return
+    fi
+  done
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    return
+  fi
+  echo "installing chromium (once) ..." >&2
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+    || echo "chromium could not be installed: the tests that open the report in it are skipped" >&2
+}

@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
+prepare_chromium
 cd "$root"
 
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1

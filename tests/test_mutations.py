@@ -56,7 +56,9 @@ def test_every_fault_can_be_planted_and_leaves_python():
     for fault in FAULTS:
         text = (ROOT / fault.file).read_text(encoding="utf-8")
         mutated = fault.planted_in(text)
-        assert ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(text)), f"{fault.name} changes nothing"
+        if fault.file.endswith(".py"):
+            text, mutated = (ast.dump(ast.parse(one)) for one in (text, mutated))
+        assert mutated != text, f"{fault.name} changes nothing"
         assert (ROOT / fault.first).exists(), f"{fault.name}: no {fault.first}"
 
 

@@ -44,11 +44,26 @@ def problems(count: int = 40) -> list[Problem]:
     ]
 
 
+def shots() -> list[Problem]:
+    return [
+        Problem(f"100A{i}", f"Example {i}?", ("left", "right"), ("b",), explanation=f"for it is {i}", year=2006)
+        for i in range(3)
+    ]
+
+
+def _answer(problem: Problem, letter: str, setting: str) -> Prediction:
+    """A text that says the letter; every third wrong one that explains says none."""
+    if letter != "a" and setting == SETTINGS[1] and int(problem.problem_id[4:]) % 3 == 1:
+        return Prediction(problem.problem_id, "", f"because {problem.problem_id} nobody knows.")
+    return Prediction(problem.problem_id, letter, f"because {problem.problem_id}\n答え: {letter}")
+
+
 def write_study(root: Path) -> list[Path]:
     """A small study: two training runs, a curation and ten evaluations, as the stages leave them."""
     rng = random.Random(0)
     exam = problems()
     write_problems(root / "exam.jsonl", exam)
+    write_problems(root / "shots.jsonl", shots())
     train_result = {"engine": "jax", "steps": 30, "seconds": 75.2, "adapter": "adapter"}
     with Run(root / "cpt", CptConfig(MODEL, "cpt")) as run:
         for step in range(30):
@@ -72,10 +87,10 @@ def write_study(root: Path) -> list[Path]:
     for model, chances in CHANCES.items():
         for setting, chance in zip(SETTINGS, chances, strict=True):
             name = re.sub(r"\W+", "-", f"evaluate {model} {setting}").lower()
-            with Run(root / name, EvaluateConfig(MODEL, name, (str(root / "exam.jsonl"),), shot_count=3)) as run:
-                answers = [
-                    Prediction(p.problem_id, "a" if rng.random() < chance else "b", f"because {p.problem_id}") for p in exam
-                ]
+            asked = {"shots": str(root / "shots.jsonl"), "shot_count": 3, "explanation": setting == SETTINGS[1]}
+            with Run(root / name, EvaluateConfig(MODEL, name, (str(root / "exam.jsonl"),), **asked)) as run:
+                letters = ["a" if rng.random() < chance else "b" for _ in exam]
+                answers = [_answer(p, letter, setting) for p, letter in zip(exam, letters, strict=True)]
                 write_predictions(run.path / "predictions.jsonl", answers)
                 sheet = score(exam, answers).to_json()
                 run.finish(

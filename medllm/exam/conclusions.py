@@ -34,7 +34,8 @@ _HEADING = re.compile(
     r"[\s\"'#*・:,{}【\[(]*(?:解説|説明|理由|根拠|explanation|reason(?:ing)?|rationale)[\"'】\])]*[ \t]*:[ \t\"]*"
 )
 _SAYS = re.compile(
-    r"(?:正解|正答|答え|解答|回答)(?:は|が|である|です|となる)|が(?:正解|正答|答え)|answer\b|i (?:choose|select)\b"
+    r"(?:正解|正答|答え|解答|回答)(?:は|が|として|である|です|となる)|が(?:正解|正答|答え)|を(?:選択|選ぶ|選び)"
+    r"|answer\b|i (?:choose|select)\b"
 )
 _TAKEN_BACK = re.compile(r"^(?:しかし|だが|ところが|とはいえ|ただし|一方|however\b|but\b|although\b|yet\b)")
 _DENIES = re.compile(
@@ -49,6 +50,7 @@ _ASKS_FOR_WRONG = re.compile(
 _RIGHT = re.compile(
     r"(?:が|を)(?:最も)?(?:正し|適切|適当|妥当|該当|選択|選ぶ|当ては)|\bis (?:the )?(?:most )?(?:correct|right|appropriate)"
 )
+_ITEM = re.compile(r"[-・•]?\s*[(\[]?[a-j1-9][)\]]?\s*[:.)、]")  # a line that weighs one option of a list
 _PREDICATE = re.compile(
     r".*(?:は|\b(?:is|are|was)\b)[\s、,:]*(?P<names>.+?)(?:である|です|だ|となる|になる|と(?:考え|診断|判断)[^は]{0,8})?$"
 )
@@ -109,6 +111,8 @@ def _named(sentence: str, problem: Problem, options: Options) -> tuple[str, ...]
         return ()
     if _SAYS.search(words) or _RIGHT.search(words):
         return extract_answer(sentence, problem, explanation=True).answer or _mentioned(sentence, options)
+    if _ITEM.match(sentence):
+        return ()
     claim = THUS.sub("", sentence)
     predicate = _PREDICATE.match(claim)
     for part in (claim, predicate["names"] if predicate else ""):

@@ -14,11 +14,12 @@ come out too narrow where trainings differ and too wide where they do not (docs/
 drawn from Student's t with S − 1 degrees of freedom around what was seen. Its scale is a variance component: with yₛ the score
 of training s, and e what neither the problem nor the training explains alone,
 
-    D = max(0, Var(yₛ)/S − Var(e)/(nS)),
+    D = Var(yₛ)/S − (ν − 2)/ν · Var(e)/(nS)  where the first term is the larger, else 0,
 
-for the second term is in the draw of problems already (two-way random effects; Searle, Casella & McCulloch 1992, ch. 4). Of
-two models that were trained apart the terms add up, with Welch's degrees of freedom. The sum of a bootstrap and a t is a
-generalized distribution (Weerahandi 1993).
+for the second term is in the draw of problems already (two-way random effects; Searle, Casella & McCulloch 1992, ch. 4). ν are
+the degrees of freedom, S − 1 and no less than 2: a ratio of estimated variances is unbiased with that factor, for 1/χ² has
+the mean 1/(ν − 2); of three trainings all is kept. Of two models that were trained apart the terms add up, with Welch's degrees
+of freedom. The sum of a bootstrap and a t is a generalized distribution (Weerahandi 1993).
 
 **Small years.** A bootstrap within a year of m problems shows (m − 1)/m of their variance; each year's draws are stretched by
 √(m/(m − 1)) (Rao & Wu 1988). Years of one problem are pooled.
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
 from medllm.errors import UserError
@@ -39,9 +40,13 @@ from medllm.report.statistics import BOOTSTRAP, Bootstrap, Estimate, bootstrap_p
 
 Over = Literal["problems", "trainings", "both"]
 
+MARGIN = 0.02
+"""A stability of less is none: of the five years' 2,000 problems, 40."""
+
 _BATCH = 4_000_000  # problems drawn at a time
 
-Values = Float[np.ndarray, "trainings n"]
+Values = Shaped[np.ndarray, "trainings n"]
+Years = Sequence[str] | Shaped[np.ndarray, "n"] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Spread:
 def nested_estimate(
     values: Values,
     points: Float[np.ndarray, "n"],
-    years: Sequence[str] | None = None,
+    years: Years = None,
     *,
     over: Over,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -101,9 +106,9 @@ def nested_estimate(
 
 def nested_comparison(
     first: Values,
-    second: Float[np.ndarray, "others n"],
+    second: Shaped[np.ndarray, "others n"],
     points: Float[np.ndarray, "n"],
-    years: Sequence[str] | None = None,
+    years: Years = None,
     *,
     over: Over,
     paired_trainings: bool = False,
@@ -141,10 +146,10 @@ def nested_comparison(
 def equivalence(
     values: Values,
     points: Float[np.ndarray, "n"],
-    years: Sequence[str] | None = None,
+    years: Years = None,
     *,
     over: Over,
-    margin: float,
+    margin: float = MARGIN,
     bounds: tuple[float, float] = (-1.0, 1.0),
     draw: Bootstrap = BOOTSTRAP,
 ) -> Equivalence:
@@ -205,10 +210,10 @@ class _Sample:
 
 
 def _sample(
-    sides: Sequence[Values],
+    sides: Sequence[np.ndarray],
     signs: Sequence[float],
     points: np.ndarray,
-    years: Sequence[str] | None,
+    years: Years,
     over: Over,
     bounds: tuple[float, float],
     draw: Bootstrap,
@@ -247,7 +252,7 @@ def _sample(
     return _Sample(value, draws if variance else None, skew, weights, bounds)
 
 
-def training_spread(sides: Sequence[Values], points: Float[np.ndarray, "n"], *, within: bool) -> Spread:
+def training_spread(sides: Sequence[np.ndarray], points: Float[np.ndarray, "n"], *, within: bool) -> Spread:
     """The variance of a mean score, or of the difference of two models', that comes of the trainings.
 
     Args:
@@ -258,14 +263,22 @@ def training_spread(sides: Sequence[Values], points: Float[np.ndarray, "n"], *, 
     shares = points / points.sum()
     variances, chance = [], 0.0
     for values in sides:
-        scores, trainings = values @ shares, len(values)
+        scores, trainings = np.asarray(values, float) @ shares, len(values)
         variances.append(float(scores.var(ddof=1)) / trainings)
-        rest = values - values.mean(0) - (scores - scores.mean())[:, None]
+        rest = np.asarray(values, float) - np.mean(values, 0) - (scores - scores.mean())[:, None]
         chance += float((shares**2 * (rest**2).sum(0)).sum()) / (trainings * (trainings - 1))
     total = sum(variances)
     squares = sum(one**2 / (len(values) - 1) for one, values in zip(variances, sides, strict=True))
     freedom = total**2 / squares if squares else 1.0
-    return Spread(max(0.0, total - chance) if within else total, freedom)
+    return Spread(float(beyond_chance(total, chance, freedom)) if within else total, freedom)
+
+
+def beyond_chance(
+    variance: float | np.ndarray, chance: float | np.ndarray, freedom: float | np.ndarray
+) -> Float[np.ndarray, "..."]:
+    """D at the top: what of a variance over trainings is not chance in single answers."""
+    taken = np.maximum(0.0, (freedom - 2) / freedom) * chance
+    return np.where(variance > chance, variance - taken, 0.0)
 
 
 def _strata(years: np.ndarray | None, problems: int) -> Int[np.ndarray, "n"]:

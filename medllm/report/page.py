@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +13,9 @@ from typing import Any
 
 import yaml
 
-from medllm.report import paper, plots, tables, wording
+from medllm.exam.flips import CAUSES
+from medllm.report import flows, paper, plots, provenance, tables, wording
+from medllm.report.flows import gaps
 from medllm.report.results import StudyTable, breakdown
 from medllm.report.runs import report_from_runs
 from medllm.report.study import ReportInput, RunSummary
@@ -26,6 +30,22 @@ LIMITATIONS = (
     "Questions whose image is missing count like all others.",
     "An exam that was public before a model was trained may have been seen in training.",
 )
+_SECTIONS = {
+    "scores": "Scores",
+    "why": "Why",
+    "questions": "Questions",
+    "figures": "Figures",
+    "words": "What the figures say",
+    "published": "Published results",
+    "sets": "Zero-shot sets",
+    "cost": "Training",
+    "curation": "Curation",
+    "contamination": "Contamination",
+    "provenance": "What was run",
+    "reproduce": "How to reproduce it",
+    "limitations": "Limitations",
+}
+_OF_THE_TABLE = ("scores", "figures", "words", "published")
 _RATES = {"cpt": "tokens/s", "rpo": "pairs/s"}
 _SHOWN_ELSEWHERE = {
     *("stage", "engine", "steps", "loss", "seconds", "rate", "adapter", "model", "setting", "score", "pairs"),
@@ -71,8 +91,10 @@ def render(study: ReportInput, table: StudyTable | None = None) -> str:
     return templates.get_template("report.html.j2").render(
         study=study,
         table=table,
-        origin=_origin(study.environment),
-        environment=_environment(study.environment),
+        verdict=wording.verdict(table, study.equivalences()) if table else "",
+        origin=provenance.origin(study.environment),
+        environment=provenance.environment_lines(study.environment),
+        names=study.names,
         findings=wording.findings(table) if table else [],
         method=wording.method(table) if table else "",
         figures=_figures(study, table) if table else [],
@@ -82,6 +104,13 @@ def render(study: ReportInput, table: StudyTable | None = None) -> str:
         },
         sets=study.sets_table(),
         years=sorted({year for cell in study.cells for year in cell.by_year}),
+        **_why(study),
+        packed=study.questions.packed() if study.questions and study.questions.every else None,
+        script_hash=_hash(templates.get_template("questions.js").render()),
+        sections=[(id, heading) for id, heading in _SECTIONS.items() if _is_there(id, study, table)],
+        curation=[plots.preferences(one, name) for name, one in study.preferences.items()],
+        trained_on=provenance.trained_on(study.runs),
+        commands=provenance.commands(study.runs),
         curves=[figure for run in study.runs if (figure := plots.training_curves(run))],
         costs=[stage_cost(run) for run in study.runs if run.stage != "score"],
         settings=[
@@ -110,42 +139,41 @@ def stage_cost(run: RunSummary) -> StageCost:
     )
 
 
+def _is_there(section: str, study: ReportInput, table: StudyTable | None) -> bool:
+    """Whether the page has a section."""
+    given: dict[str, object] = {
+        "why": study.questions and study.questions.flips,
+        "questions": study.questions and study.questions.every,
+        "sets": study.sets,
+        "cost": study.runs,
+        "curation": study.preferences,
+        "reproduce": provenance.commands(study.runs),
+    }
+    return bool(given.get(section, table or section not in _OF_THE_TABLE))
+
+
+def _why(study: ReportInput) -> dict[str, Any]:
+    """The flips of every model: counted, and drawn."""
+    found = gaps(study.cells, study.questions.flips, study.draw.confidence) if study.questions else ()
+    return {
+        "drawing": flows,
+        "gaps": found,
+        "flows": [flows.draw(gap) for gap in found],
+        "causes": list(flows.SHORT.values()),
+        "cause_words": {flows.SHORT[cause]: words for cause, words in CAUSES.items()},
+    }
+
+
+def _hash(script: str) -> str:
+    """What the page's policy knows its one script by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}"
+
+
 def _figures(study: ReportInput, table: StudyTable) -> list[plots.Figure]:
     counts = Counter(study.kinds[result.problem_id] for result in study.cells[0].results if result.problem_id in study.kinds)
     drawn = [plots.scores(table), plots.slopes(table), plots.stabilities(table)]
     drawn.append(plots.kinds(breakdown(study.cells, study.kinds), study.kind_name, counts))
-    drawn += [plots.preferences(composition, name) for name, composition in study.preferences.items()]
     return [figure for figure in drawn if figure]
-
-
-def _origin(environment: Mapping[str, Any]) -> list[str]:
-    """When, on what, with which frameworks and from which commit, short enough for the head of the page."""
-    packages = environment.get("packages") or {}
-    facts = [
-        str(environment.get("started") or "")[:10],
-        str(environment.get("devices") or environment.get("processor") or ""),
-        f"{environment['cpus']} CPU cores" if environment.get("cpus") else "",
-        *(f"{name} {packages[name]}" for name in ("medllm", "jax", "torch") if name in packages),
-        f"commit {str(environment['git_commit'])[:10]}" if environment.get("git_commit") else "",
-    ]
-    return [fact for fact in facts if fact]
-
-
-def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a reader looks for first, then whatever else was recorded."""
-    lines = []
-    names = {"started": "date", "git_commit": "commit", "cpus": "CPU cores", "platform": "system", "python": "Python"}
-    first = ["started", "processor", "cpus", "devices", "platform", "python", "packages", "git_commit", "command"]
-    for key in [*first, *(key for key in environment if key not in first)]:
-        value = environment.get(key)
-        if value in (None, "", [], {}):
-            continue
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {version}" for name, version in value.items())
-        elif isinstance(value, (list, tuple)):
-            value = " ".join(map(str, value))
-        lines.append((names.get(key, key.replace("_", " ")), str(value)))
-    return lines
 
 
 def _duration(seconds: float) -> str:

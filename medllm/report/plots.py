@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,15 +21,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from medllm.report.labels import shortened, spread, wrapped
 from medllm.report.results import StudyTable
 from medllm.report.study import Composition, RunSummary
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8A8A")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDTH = 8.4  # inches; the page scales the figure to its column
+WIDTH = 5.2  # inches: a column of the page, and of a telephone, where text must still be text
 _CURVES = ("loss", "dpo_loss", "nll", "margins", "accuracies", "chosen", "rejected", "learning_rate", "grad_norm")
 _PANELS = 6
-_LABEL = 30  # characters; a model is often called by its path
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,13 @@ def scores(table: StudyTable) -> Figure:
             )
             for height, (_, score) in zip(heights, here, strict=True):
                 axes.text(min(score.high, 1) + 0.012, height, f"{score.value:.3f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(rows)), [_wrapped(row.model) for row in rows])
+        axes.set_yticks(range(len(rows)), [wrapped(row.model) for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.09)
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
         axes.set_xlabel("points earned / points possible")
         axes.grid(axis="x")
-        _legend_above(axes, len(settings))
+        _legend_above(axes, 1 if len(settings) > 2 else len(settings))
         return canvas
 
     caption = f"Bars are scores, whiskers {table.draw.confidence:.0%} bootstrap intervals over problems."
@@ -113,23 +112,23 @@ def slopes(table: StudyTable) -> Figure | None:
     plain, explained = pair
 
     def draw(theme: Theme) -> Canvas:
-        canvas, axes = new_canvas(WIDTH, 4.4)
+        canvas, axes = new_canvas(WIDTH, 3.8)
         ends = [(row.scores[plain].score, row.scores[explained].score) for row in rows]
         values = [score.value for end in ends for score in end]
         low, high = min(values), max(values)
         room = max(0.12 * (high - low), 0.02)
-        axes.set_ylim(low - room, high + room)
         apart = (high - low + 2 * room) / 13
-        left = _spread([start.value for start, _ in ends], apart)
-        right = _spread([end.value for _, end in ends], apart)
+        left = spread([start.value for start, _ in ends], apart)
+        right = spread([end.value for _, end in ends], apart)
+        axes.set_ylim(min(low - room, *left, *right) - apart / 2, max(high + room, *left, *right) + apart / 2)
         for index, (row, (start, end)) in enumerate(zip(rows, ends, strict=True)):
             colour = _colour(index)
             axes.plot([0, 1], [start.value, end.value], color=colour, marker=_MARKERS[index % len(_MARKERS)], linewidth=2.2)
             axes.text(-0.05, left[index], f"{start.value:.3f}", ha="right", va="center")
-            axes.text(1.05, right[index], f"{end.value:.3f}  {_shortened(row.model)}", ha="left", va="center")
+            axes.text(1.05, right[index], f"{end.value:.3f}  {shortened(row.model)}", ha="left", va="center")
             axes.plot([1.008, 1.04], [end.value, right[index]], color=colour, linewidth=1, clip_on=False)
             axes.plot([-0.04, -0.008], [left[index], start.value], color=colour, linewidth=1, clip_on=False)
-        axes.set_xlim(-0.28, 2.0)
+        axes.set_xlim(-0.36, 2.3)
         axes.set_xticks([0, 1], [plain, explained])
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
@@ -164,7 +163,7 @@ def stabilities(table: StudyTable) -> Figure | None:
                 linewidth=1.8,
             )
         axes.axvline(0, color=theme.ink, linewidth=1)
-        axes.set_yticks(range(len(rows)), [_wrapped(row.model) for row in rows])
+        axes.set_yticks(range(len(rows)), [wrapped(row.model) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel("score with explanation - score without")
         axes.grid(axis="x")
@@ -181,9 +180,9 @@ def training_curves(run: RunSummary) -> Figure | None:
         return None
 
     def draw(theme: Theme) -> Canvas:
-        columns = min(3, len(names))
+        columns = min(2, len(names))
         lines = -(-len(names) // columns)
-        canvas, grid = plt.subplots(lines, columns, figsize=(WIDTH, 2.3 * lines + 0.2), squeeze=False, layout="constrained")
+        canvas, grid = plt.subplots(lines, columns, figsize=(WIDTH, 1.9 * lines + 0.2), squeeze=False, layout="constrained")
         for axes, name in zip(grid.flat, names, strict=False):
             points = [(line["step"], line[name]) for line in run.metrics if name in line]
             axes.plot(
@@ -217,25 +216,30 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
 
     def draw(theme: Theme) -> Canvas:
         canvas, grid = plt.subplots(
-            1, len(settings), figsize=(WIDTH, 1.4 + 0.3 * len(breakdown)), squeeze=False, sharey=True, layout="constrained"
+            len(settings),
+            1,
+            figsize=(WIDTH, 1.0 + len(settings) * (0.6 + 0.3 * len(breakdown))),
+            squeeze=False,
+            sharex=True,
+            layout="constrained",
         )
-        for axes, setting in zip(grid[0], settings, strict=True):
+        for axes, setting in zip(grid[:, 0], settings, strict=True):
             for index, model in enumerate(models):
                 cell = (model, setting)
                 found = [(row[cell], place) for place, row in enumerate(breakdown.values()) if cell in row]
                 if found:
                     style = {"color": _colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
                     axes.plot(
-                        *zip(*found, strict=True), linestyle="none", markersize=7, alpha=0.9, label=_shortened(model), **style
+                        *zip(*found, strict=True), linestyle="none", markersize=7, alpha=0.9, label=shortened(model), **style
                     )
             axes.set_title(setting, fontsize=10)
             axes.set_xlim(-0.03, 1.03)
-            axes.set_xlabel("score")
+            axes.set_yticks(range(len(labels)), [wrapped(label) for label in labels])
+            axes.set_ylim(len(labels) - 0.5, -0.5)
             axes.grid(axis="both")
-        grid[0, 0].set_yticks(range(len(labels)), labels)
-        grid[0, 0].set_ylim(len(labels) - 0.5, -0.5)
+        grid[-1, 0].set_xlabel("score")
         handles, names = grid[0, 0].get_legend_handles_labels()
-        canvas.legend(handles, names, loc="outside upper center", ncols=min(3, len(models)), frameon=False)
+        canvas.legend(handles, names, loc="outside upper center", ncols=min(2, len(models)), frameon=False)
         return canvas
 
     return render_figure(
@@ -247,7 +251,7 @@ def preferences(composition: Composition, name: str) -> Figure:
     """How many problems give which pairs, and how often the sampled answers were right."""
 
     def draw(theme: Theme) -> Canvas:
-        canvas, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.9), layout="constrained", width_ratios=(1.15, 1))
+        canvas, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 4.2), layout="constrained")
         names = ("chosen and rejected", "chosen only", "rejected only", "ground truth only")
         counts = (composition.both, composition.only_chosen, composition.only_rejected, composition.neither)
         bars = left.barh(names, counts, color=[_colour(index) for index in (2, 0, 1, 6)])
@@ -299,7 +303,7 @@ def _style(theme: Theme) -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": "medllm",
         "text.parse_math": False,
-        "font.size": 10,
+        "font.size": 11,
         "hatch.linewidth": 0.6,
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans", "Noto Sans", "Helvetica", "Arial"],
@@ -327,38 +331,6 @@ def new_canvas(width: float, height: float) -> tuple[Canvas, Axes]:
 
 def _legend_above(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2)
-
-
-def _spread(values: Sequence[float], apart: float) -> list[float]:
-    """Heights for labels at ``values``: at least ``apart`` from each other, and each crowd centred on its own values."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    crowds: list[list[int]] = []
-    for index in order:
-        crowds.append([index])
-        while (
-            len(crowds) > 1
-            and _bottom(crowds[-1], values, apart) < _bottom(crowds[-2], values, apart) + len(crowds[-2]) * apart
-        ):
-            last = crowds.pop()
-            crowds[-1] += last
-    return [
-        _bottom(crowd, values, apart) + crowd.index(index) * apart
-        for index in range(len(values))
-        for crowd in crowds
-        if index in crowd
-    ]
-
-
-def _bottom(crowd: Sequence[int], values: Sequence[float], apart: float) -> float:
-    return sum(values[index] for index in crowd) / len(crowd) - apart * (len(crowd) - 1) / 2
-
-
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, _LABEL)) or label
-
-
-def _shortened(label: str) -> str:
-    return label if len(label) <= _LABEL + 8 else f"{label[: _LABEL // 2]}…{label[-_LABEL // 2 - 4 :]}"
 
 
 def _colour(index: int) -> str:

@@ -12,19 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medllm.config import ProblemLayout
 from medllm.errors import UserError
 from medllm.exam.answers import Readings
 from medllm.exam.endings import EndingCounts
+from medllm.exam.flips import Answered, find_flips, read_answered
 from medllm.exam.loaders import problems_at
-from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
 from medllm.exam.rows import read_json_lines
 from medllm.exam.scoring import NO_GROUP, ProblemResult
+from medllm.exam.setting import explained
 from medllm.preferences.records import read_preferences
+from medllm.report.labels import short_names
+from medllm.report.questions import Questions, gather
 from medllm.report.results import Cell
+from medllm.report.sittings import Sitting, laid_out, read_sitting
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
-from medllm.report.study import ReportInput, RunSummary, choose_examples, composition
+from medllm.report.study import ReportInput, RunSummary, composition
 from medllm.text_files import read_json_object, read_yaml
 
 STAGES = ("cpt", "curate", "rpo", "evaluate", "options", "score")
@@ -32,12 +35,20 @@ _SAT = ("evaluate", "options", "score")
 _MOST_KINDS = 25  # a breakdown into more than this is a list, not a picture
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sat:
+    """A model in a setting, and where that is from."""
+
+    path: Path
+    run: RunSummary
+    cell: Cell
+
+
 def report_from_runs(
     paths: Sequence[str | Path],
     *,
     title: str = "Does the model still get it right when it has to explain itself?",
     previous: Mapping[str, str] | None = None,
-    examples: int = 6,
     draw: Bootstrap = BOOTSTRAP,
 ) -> ReportInput:
     """Read run folders of any stages, and results of ``medllm score``; at least one of them is of an exam.
@@ -46,7 +57,6 @@ def report_from_runs(
         paths: Run folders and files, in the order in which models and stages are to be shown.
         title: Headline of the page.
         previous: For a model label, the one it started from; each with the one before it when unset.
-        examples: Problems to show with everybody's answer.
         draw: How intervals are drawn.
 
     Raises:
@@ -54,37 +64,34 @@ def report_from_runs(
     """
     names = _names([Path(path) for path in paths])
     runs = tuple(dataclasses.replace(read_run(path), name=name) for path, name in zip(paths, names, strict=True))
-    sat: list[Cell] = []
-    explanations: dict[tuple[str, str], dict[str, str]] = {}
-    problems: dict[str, Problem] = {}
-    for path, run in zip(paths, runs, strict=True):
-        if run.stage in _SAT:
-            sat.append(cell := read_cell(run, path))
-        if run.stage == "evaluate" and not cell.problem_set:
-            predictions = read_predictions(_present(Path(path) / "predictions.jsonl", "evaluation writes it"))
-            explanations[cell.model, cell.setting] = {answer.problem_id: answer.explanation for answer in predictions}
-            problems = problems or _problems_of(run)
+    sat = [_Sat(Path(path), run, read_cell(run, path)) for path, run in zip(paths, runs, strict=True) if run.stage in _SAT]
     if not sat:
         given = ", ".join(map(str, paths)) or "none"
         raise UserError(f"a report needs a run of at least one 'medllm evaluate', or a 'medllm score --json'; given: {given}")
-    cells = [cell for cell in sat if not cell.problem_set]
-    kind_name, kinds = _kinds([problems[r.problem_id] for cell in cells[:1] for r in cell.results if r.problem_id in problems])
+    short = short_names([one.cell.model for one in sat])
+    sat = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, model=short[one.cell.model])) for one in sat]
+    exams = [one for one in sat if not one.cell.problem_set]
+    problems = next(filter(None, (_problems_of(one.run) for one in exams if one.run.stage == "evaluate")), {})
+    kind_name, kinds = _kinds(
+        [problems[r.problem_id] for one in exams[:1] for r in one.cell.results if r.problem_id in problems]
+    )
     return ReportInput(
         title=title,
         engine=", ".join(dict.fromkeys(str(run.result["engine"]) for run in runs if run.result.get("engine"))),
         environment=next((run.environment for run in reversed(runs) if run.environment), {}),
-        cells=tuple(cells),
-        sets=tuple(cell for cell in sat if cell.problem_set),
+        cells=tuple(one.cell for one in exams),
+        sets=tuple(one.cell for one in sat if one.cell.problem_set),
         runs=runs,
         preferences={
             run.name: composition(read_preferences(_present(Path(path) / "preferences.jsonl", "curation writes it")))
             for path, run in zip(paths, runs, strict=True)
             if run.stage == "curate"
         },
-        examples=choose_examples(cells, problems, explanations, examples),
+        questions=_questions(exams, problems) if exams else None,
         kinds=kinds,
         kind_name=kind_name,
-        previous=previous,
+        previous=previous and {short.get(name, name): short.get(before, before) for name, before in previous.items()},
+        names={shown: name for name, shown in short.items() if shown != name},
         draw=draw,
     )
 
@@ -181,10 +188,26 @@ def _problem_result(row: Any, where: str, again: str) -> ProblemResult:
 def _problems_of(run: RunSummary) -> dict[str, Problem]:
     """The problems an evaluation was run on, where its files are still where its configuration says."""
     here = [Path(path) for path in run.config.get("problems") or () if Path(path).exists()]
-    laid_out = ProblemLayout(
-        **{one.name: run.config[one.name] for one in dataclasses.fields(ProblemLayout) if one.name in run.config}
-    )
-    return {one.problem_id: one for path in here for one in problems_at(path, laid_out).problems}
+    return {one.problem_id: one for path in here for one in problems_at(path, laid_out(run.config)).problems}
+
+
+def _questions(exams: Sequence[_Sat], problems: Mapping[str, Problem]) -> Questions:
+    """All questions with what was asked and said, and those that explaining lost or gained."""
+    answers: dict[tuple[str, str], Mapping[str, Answered]] = {}
+    sittings: list[Sitting | None] = []
+    for one in exams:
+        if one.run.stage != "evaluate":
+            sittings.append(None)
+            continue
+        _present(one.path / "predictions.jsonl", "evaluation writes it")
+        answers[one.cell.model, one.cell.setting] = mine = read_answered(one.path)
+        sittings.append(read_sitting(one.path, one.run.config, mine, problems))
+    flips = {
+        model: find_flips(problems, plain, answers[model, explained(setting)])
+        for (model, setting), plain in answers.items()
+        if (model, explained(setting)) in answers and plain.keys() <= problems.keys()
+    }
+    return gather([one.cell for one in exams], problems, sittings, flips)
 
 
 def _kinds(problems: Sequence[Problem]) -> tuple[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What a report is made of: the evaluated cells, the runs behind them, the preference data and some answers to look at."""
+"""What a report is made of: the evaluated cells, the runs behind them, the preference data and every answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from medllm.exam.problem import Problem
-from medllm.exam.scoring import ProblemResult
+import numpy as np
+
+from medllm.exam.setting import explained
 from medllm.preferences.records import Preference
+from medllm.report.nested import Equivalence, equivalence
+from medllm.report.questions import Questions
 from medllm.report.results import Cell, StudyTable, build_table
 from medllm.report.sets import SetsTable, build_sets
 from medllm.report.statistics import BOOTSTRAP, Bootstrap
@@ -66,28 +69,6 @@ class Composition:
 
 
 @dataclass(frozen=True)
-class Response:
-    """What one model answered to a problem in one setting. ``prediction`` is the answer as it was counted."""
-
-    model: str
-    setting: str
-    prediction: str
-    explanation: str
-    correct: bool
-
-
-@dataclass(frozen=True)
-class Example:
-    """A problem and everybody's answers to it. Question and choices are empty where the problem file is not at hand."""
-
-    problem_id: str
-    question: str
-    choices: tuple[str, ...]
-    gold: str
-    responses: tuple[Response, ...]
-
-
-@dataclass(frozen=True)
 class ReportInput:
     """Everything the report page shows.
 
@@ -99,7 +80,8 @@ class ReportInput:
         sets: The evaluated models, on zero-shot sets.
         runs: The stages behind them, in the order in which they ran.
         preferences: Composition of each set of preference data, by the name of the run that made it.
-        examples: Problems with each model's answer.
+        questions: Every question with each model's answer; None where no exam was sat.
+        names: What each model is called in full, where it is shown under less.
         kinds: Kind of each problem (section, subject, …) by problem_id, for the breakdown.
         kind_name: What the kinds are, e.g. ``section``.
         previous: For a model, the stage it started from; each with the one before it when unset.
@@ -114,7 +96,8 @@ class ReportInput:
     sets: tuple[Cell, ...] = ()
     runs: tuple[RunSummary, ...] = ()
     preferences: Mapping[str, Composition] = field(default_factory=dict)
-    examples: tuple[Example, ...] = ()
+    questions: Questions | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     kind_name: str = "kind"
     previous: Mapping[str, str] | None = None
@@ -137,6 +120,20 @@ class ReportInput:
         """
         return build_sets(self.sets, self.draw.confidence)
 
+    def equivalences(self) -> dict[str, Equivalence]:
+        """Of each model that was asked in both ways, whether its score stayed within the margin, over exams like this one."""
+        years = {one.problem_id: one.problem.year for one in self.questions.every if one.problem} if self.questions else {}
+        results = {(cell.model, cell.setting): cell.results for cell in self.cells}
+        found = {}
+        for (model, setting), plain in results.items():
+            right = {one.problem_id: bool(one.correct) for one in results.get((model, explained(setting)), ())}
+            if right:
+                values = np.array([[right[one.problem_id] - bool(one.correct) for one in plain]], dtype=float)
+                points = np.array([one.points for one in plain], dtype=float)
+                groups = [str(years.get(one.problem_id)) for one in plain]
+                found[model] = equivalence(values, points, groups, over="problems", draw=self.draw)
+        return found
+
 
 def composition(preferences: Sequence[Preference]) -> Composition:
     """Count the preference data."""
@@ -151,54 +148,3 @@ def composition(preferences: Sequence[Preference]) -> Composition:
         rejected=sum(len(preference.rejected) for preference in preferences),
         right_counts=dict(sorted(right.items())),
     )
-
-
-def choose_examples(
-    cells: Sequence[Cell],
-    problems: Mapping[str, Problem],
-    explanations: Mapping[tuple[str, str], Mapping[str, str]],
-    count: int = 6,
-) -> tuple[Example, ...]:
-    """The problems on which the cells part most evenly, then one that all get right and one that none does.
-
-    Args:
-        cells: All of the same problems.
-        problems: Problems by id; an id that is missing is shown without its question.
-        explanations: Text each (model, setting) wrote before its answer, by problem_id.
-        count: Number of examples.
-    """
-    if not cells:
-        return ()
-    answers = [{result.problem_id: result for result in cell.results} for cell in cells]
-    shared = [problem_id for problem_id in answers[0] if all(problem_id in side for side in answers)]
-    right = {problem_id: sum(bool(side[problem_id].correct) for side in answers) for problem_id in shared}
-    split = sorted((abs(right[problem_id] - len(cells) / 2), place, problem_id) for place, problem_id in enumerate(shared))
-    parted = [problem_id for _, _, problem_id in split if 0 < right[problem_id] < len(cells)]
-    first_with: dict[int, str] = {}
-    for problem_id in shared:
-        first_with.setdefault(right[problem_id], problem_id)
-    ends = [first_with[count_right] for count_right in (len(cells), 0) if count_right in first_with]
-    picked = [*parted[: max(0, count - len(ends))], *ends][:count]
-    return tuple(_example(problem_id, cells, answers, problems.get(problem_id), explanations) for problem_id in picked)
-
-
-def _example(
-    problem_id: str,
-    cells: Sequence[Cell],
-    answers: Sequence[Mapping[str, ProblemResult]],
-    problem: Problem | None,
-    explanations: Mapping[tuple[str, str], Mapping[str, str]],
-) -> Example:
-    responses = tuple(
-        Response(
-            model=cell.model,
-            setting=cell.setting,
-            prediction=side[problem_id].prediction or "",
-            explanation=explanations.get((cell.model, cell.setting), {}).get(problem_id, ""),
-            correct=bool(side[problem_id].correct),
-        )
-        for cell, side in zip(cells, answers, strict=True)
-    )
-    if problem is None:
-        return Example(problem_id, "", (), "", responses)
-    return Example(problem_id, problem.text, problem.choices, ",".join(problem.answer), responses)

@@ -36,6 +36,11 @@ def p_value(p: float) -> str:
     return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
 
 
+def holm(adjusted_p: float | None) -> str:
+    """``, Holm p = 0.036``; nothing where a test stands alone."""
+    return "" if adjusted_p is None else f", Holm\u00a0{p_value(adjusted_p)}"
+
+
 def headings(table: StudyTable) -> tuple[str, ...]:
     """Model, one column a setting, and stability where it can be had."""
     stability = ("stability",) if table.stability_settings else ()
@@ -43,7 +48,7 @@ def headings(table: StudyTable) -> tuple[str, ...]:
 
 
 def lines(table: StudyTable, row: Row) -> list[tuple[str, ...]]:
-    """A row's cells as short lines: model and what it is compared with; then value, interval, change and its p."""
+    """A row's cells as short lines: model and what it is compared with; then value, interval, change and its ps."""
     cells: list[tuple[str, ...]] = [(row.model, f"vs {row.previous}") if row.against_previous else (row.model,)]
     for setting in table.settings:
         score, against = row.scores.get(setting), row.against_previous.get(setting)
@@ -56,7 +61,7 @@ def lines(table: StudyTable, row: Row) -> list[tuple[str, ...]]:
 
 
 def change(comparison: Comparison | StabilityChange) -> str:
-    """``Δ +0.034, p = 0.004``."""
+    """``Δ +0.034, p = 0.004, Holm p = 0.016``."""
     return ", ".join(_change_lines(comparison))
 
 
@@ -123,8 +128,9 @@ def published_scores(model: str) -> str:
     return f"{number(known.plain)} / {number(known.explained)} ({number(known.stability, True)})"
 
 
-def _change_lines(comparison: Comparison | StabilityChange) -> tuple[str, str]:
-    return f"Δ\u00a0{number(comparison.difference.value, True)}", p_value(comparison.p_value)
+def _change_lines(comparison: Comparison | StabilityChange) -> tuple[str, ...]:
+    written = f"Δ\u00a0{number(comparison.difference.value, True)}", p_value(comparison.p_value)
+    return written if comparison.adjusted_p is None else (*written, f"Holm\u00a0{p_value(comparison.adjusted_p)}")
 
 
 def _problems(table: StudyTable) -> int:

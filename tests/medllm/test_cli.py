@@ -198,7 +198,7 @@ def test_the_presets_carry_the_papers_published_numbers():
 
 def test_presets_are_packaged():
     assert Path(medllm.__file__).parent / "presets" == PRESETS
-    assert len(list(PRESETS.glob("paper_*.yaml"))) == 4
+    assert len(list(PRESETS.glob("paper_*.yaml"))) == 5
 
 
 def test_an_install_hint_is_for_this_installation(monkeypatch, tmp_path):

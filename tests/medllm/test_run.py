@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import medllm.run as run_module
+from medllm.ablation.design import Design, RowDesign
 from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.host.lock import LOCK
@@ -209,7 +210,9 @@ def test_where_the_reference_is_kept_may_change_on_resuming(tmp_path):
 
 
 def test_every_setting_that_is_free_on_resuming_is_one_of_a_stage():
-    stages = (RpoConfig(ModelConfig("base"), "run", "preferences.jsonl"), EvaluateConfig(ModelConfig("base"), "run", ("exam",)))
+    base = ModelConfig("base")
+    study = Design(base, {"base": RowDesign()}, {"exam": {}})
+    stages = (RpoConfig(base, "run", "preferences.jsonl"), EvaluateConfig(base, "run", ("exam",)), study)
     settings = {name: value for stage in stages for name, value in dataclasses.asdict(stage).items()}
     for name in FREE_ON_RESUME:
         found = settings

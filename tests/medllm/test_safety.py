@@ -119,15 +119,32 @@ def test_a_report_follows_no_link_out_of_a_run_folder(tmp_path, name):
         read_run(tmp_path / "run")
 
 
-PAGES = [file for room in ("medllm", "medllm_parity") for file in ROOT.glob(f"{room}/**/*.j2") if "<head>" in file.read_text()]
+TEMPLATES = [file for room in ("medllm", "medllm_parity") for file in ROOT.glob(f"{room}/**/*.j2")]
+PAGES = [file for file in TEMPLATES if "<head>" in file.read_text()]
+# The report's questions, and the one script that shows them: its policy names the script's hash, and refuses text as markup.
+SCRIPTS = (
+    '<script type="application/octet-stream" id="data">{{ packed.index }}</script>',
+    '<script type="application/octet-stream" class="texts">{{ block }}</script>',
+    '<script>{% include "questions.js" %}</script>',
+)
 
 
 @pytest.mark.parametrize("template", PAGES, ids=lambda file: file.stem)
 def test_every_page_lets_nothing_in(template):
     text = template.read_text(encoding="utf-8")
+    if template.stem == "report.html":
+        assert [text.count(script) for script in SCRIPTS] == [1, 1, 1]
+        assert "script-src '{{ script_hash }}'; require-trusted-types-for 'script'; trusted-types 'none'" in text
     assert re.search(
         r"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'", text
     )
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_no_template_brings_markup_scripts_or_addresses(template):
+    text = template.read_text(encoding="utf-8")
+    for script in SCRIPTS:
+        text = text.replace(script, "")
     assert not re.search(r"\|\s*safe\b|autoescape|Markup|<script|<link|<iframe|https?://|@import|url\(", text)
 
 

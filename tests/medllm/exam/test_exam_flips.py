@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from medllm.errors import UserError
+from medllm.exam.answers import extract_answer
 from medllm.exam.conclusions import concluded
 from medllm.exam.flips import CAUSES, Answered, cause_of, find_flips, read_answered
+from medllm.exam.loaders import load_problems
+from medllm.exam.predictions import read_predictions
 from medllm.exam.problem import Problem
 
 CHOICES = ("肺炎", "気胸", "自然気胸", "肺塞栓症", "心筋炎")
@@ -37,6 +43,7 @@ NAMED = [
     (ONE, "### 結論:\n胸痛が突然なので、肺塞栓症が最も適切な診断である。\n【回答】a", "d"),
     (TWO, "よってb、dが正しい。\n答え:a,d", "bd"),
     (TWO, "所見は肺炎、肺塞栓症である。よって肺炎、肺塞栓症が正しい。\n答え:a,b", "ad"),
+    (WRONG, "aからcは正しい。よってdを選ぶ。\n答え:a", "d"),
     (WRONG, "aからcは正しい。したがって正解はdである。\n答え:a", "d"),
     (ENGLISH, "The pain is sudden. Therefore, the correct answer is D.\nAnswer: a", "d"),
     (ENGLISH, "The pain is sudden. The diagnosis is pulmonary embolism.\nAnswer: a", "d"),
@@ -60,6 +67,7 @@ UNNAMED = [
     (ONE, "よってb、dが正しい。\n答え:a"),  # more than are wanted
     (TWO, "よってdが正しい。\n答え:a"),  # fewer
     (ONE, "a: 誤り。\nb: 誤り。\nd: 正しい。\ne: 誤り。\n答え:a"),
+    (ONE, "a: 合わない。\nb: 合わない。\nd: 合わない。\ne: よく合う。\n答え:a"),
     (WRONG, "よってdが正しい。\n答え:a"),  # true of d, and so no answer
     (ENGLISH, "Pulmonary embolism must be ruled out.\nAnswer: a"),
     (ENGLISH, "Therefore it is not pulmonary embolism.\nAnswer: a"),
@@ -78,6 +86,28 @@ def test_the_concluding_sentence_names_an_option(problem, text, letters):
 @pytest.mark.parametrize(("problem", "text"), UNNAMED)
 def test_what_does_not_name_for_certain_names_nothing(problem, text):
     assert concluded(text, problem) == ()
+
+
+def test_published_explanations_conclude_with_the_answers_they_give():
+    """JMLE2026-Bench's five models are hardly ever of two minds: where the rule says they are, the rule is wrong."""
+    real = os.environ.get("MEDLLM_REAL_DATA")
+    if not real:
+        pytest.skip("set MEDLLM_REAL_DATA to a folder with jmle2026/")
+    problems = load_problems(f"{real}/jmle2026/jmle2026_dataset.json").problems
+    asked = {problem.problem_id: problem for problem in problems if not problem.is_numeric}
+    counts = Counter()
+    for file in sorted(Path(real, "jmle2026/results").glob("*.json")):
+        for said in read_predictions(file):
+            if problem := asked.get(said.problem_id):
+                answer = extract_answer(said.explanation, problem, explanation=True).answer
+                named = concluded(said.explanation, problem) if answer else ()
+                counts["read"] += bool(answer)
+                counts["explained"] += bool(answer) and len(said.explanation) > 60
+                counts["named"] += bool(named)
+                counts["contradicts"] += bool(named) and set(named) != set(answer)
+    print(dict(counts))
+    assert counts["named"] > 150
+    assert counts["contradicts"] <= 1
 
 
 CAUSED = [

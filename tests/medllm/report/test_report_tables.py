@@ -15,7 +15,7 @@ from medllm.errors import UserError
 from medllm.exam.scoring import ProblemResult
 from medllm.report import page, paper, tables, wording
 from medllm.report.results import Cell, breakdown, build_table
-from medllm.report.statistics import Bootstrap
+from medllm.report.statistics import Bootstrap, holm
 from medllm.report.study import ReportInput
 
 PLAIN, EXPLAINED = "3-shot", "3-shot with explanation"
@@ -72,6 +72,17 @@ def test_each_row_is_compared_with_the_stage_it_is_said_to_start_from(five_by_tw
     for model, before in previous.items():
         apart = rows[model].scores[PLAIN].score.value - rows[before].scores[PLAIN].score.value
         assert rows[model].against_previous[PLAIN].difference.value == pytest.approx(apart)
+
+
+def test_every_test_of_a_table_stands_beside_all_others(five_by_two):
+    table = build_table(five_by_two, draw=DRAW)
+    tests = [test for row in table.rows for test in (*row.against_previous.values(), row.stability_change) if test]
+    assert len(tests) == 4 * 3
+    assert [test.adjusted_p for test in tests] == pytest.approx(holm([test.p_value for test in tests]))
+    smallest = min(tests, key=lambda test: test.p_value)
+    assert smallest.adjusted_p == pytest.approx(min(1.0, 12 * smallest.p_value))
+    (row,) = tables.to_json(build_table(five_by_two[:4], draw=DRAW))["rows"][1:]
+    assert row["stability_change"]["adjusted_p"] >= row["stability_change"]["p_value"]
 
 
 def test_problems_are_matched_by_id_not_by_place():

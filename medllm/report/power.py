@@ -1,0 +1,146 @@
+"""How many problems and trainings it takes to see a difference.
+
+What is asked is the power of :func:`medllm.report.nested.nested_comparison`: of one training of each model over problems, of
+several over both. With ψ the share of problems on which one training of each model part, χ the share on which two trainings
+of one model part, and τ the standard deviation of a model's score over trainings beyond that, the difference of two means
+over S trainings and n problems has the variance
+
+    V = (ψ − δ² − χ + χ/S)/n + 2τ²/S
+
+(McNemar's ψ − δ² in its first term; Connor 1987). Of one training the last term is not seen, and the answer is of these two
+trainings alone. What the test sees of the trainings has S − 1 degrees of freedom a model; its critical value is averaged over
+what it may see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import optimize, stats
+
+from medllm.errors import UserError
+from medllm.report.nested import beyond_chance
+
+MOST_PROBLEMS = 1_000_000
+"""More than these are none that an exam could have."""
+
+_SEEN, _QUANTILES = 12, 100  # spreads that a test may see, and of Student's t: two digits of a power
+
+
+@dataclass(frozen=True)
+class Design:
+    """A comparison of two models that is planned.
+
+    Attributes:
+        difference: The true difference of their scores.
+        discordance: ψ, the share of problems that a training of one model gets right and one of the other wrong, or reversely.
+        chance: χ, the share of problems on which two trainings of one model part.
+        spread: τ, the standard deviation of a model's score over its trainings, without what is chance in single answers.
+        problems: That both answer, of equal points.
+        trainings: Of each model.
+        alpha: Size of the two-sided test.
+
+    Raises:
+        UserError: no such models are possible.
+    """
+
+    difference: float
+    discordance: float
+    chance: float = 0.0
+    spread: float = 0.0
+    problems: int = 2000
+    trainings: int = 1
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if not 0 < abs(self.difference) < 1:
+            raise UserError(f"--difference is {self.difference}; expected a difference of scores, such as 0.03")
+        if not abs(self.difference) <= self.discordance <= 1:
+            raise UserError(
+                f"--discordance is {self.discordance:.3g}; models whose scores differ by {abs(self.difference):.3g} part on at "
+                "least that share of problems, and on no more than all"
+            )
+        if not 0 <= self.chance <= self.discordance - self.difference**2:
+            raise UserError(
+                f"--chance is {self.chance:.3g}; expected a share between 0 and {self.discordance - self.difference**2:.3g}, "
+                "for two models part at least as often as two trainings of one"
+            )
+        if self.spread < 0 or self.problems < 2 or self.trainings < 1 or not 0 < self.alpha < 1:
+            raise UserError(
+                "--spread is not below 0, --problems not below 2, --trainings not below 1, --alpha between 0 and 1; found "
+                f"{self.spread}, {self.problems}, {self.trainings}, {self.alpha}"
+            )
+
+
+def independent_discordance(score: float, difference: float) -> float:
+    """On how many problems two models part whose answers have nothing to do with each other: the most that is to be feared.
+
+    Raises:
+        UserError: a score that is none.
+    """
+    other = score + difference
+    if not (0 < score < 1 and 0 <= other <= 1):
+        raise UserError(f"--score is {score} and with the difference {other:.3g}; expected scores between 0 and 1")
+    return score * (1 - other) + other * (1 - score)
+
+
+def power(design: Design) -> float:
+    """The chance that the test finds the difference."""
+    problems, trainings = design.problems, design.trainings
+    lasting = design.discordance - design.difference**2 - design.chance
+    over_problems = (lasting + design.chance / trainings) / problems
+    if trainings == 1:
+        critical = np.array([stats.norm.ppf(1 - design.alpha / 2) * np.sqrt(over_problems)])
+        return _found(design.difference, critical, over_problems)
+    of_trainings, by_chance = 2 * design.spread**2 / trainings, design.chance / (problems * trainings)
+    # What the test may see of the trainings of either model, and Welch's degrees of freedom of the two together.
+    share = stats.chi2.ppf((np.arange(_SEEN) + 0.5) / _SEEN, trainings - 1) / (trainings - 1) / 2
+    first, second = (pair.ravel() for pair in np.meshgrid(share, share))
+    freedom = (trainings - 1) * (first + second) ** 2 / (first**2 + second**2)
+    seen = beyond_chance((first + second) * (of_trainings + by_chance), by_chance, freedom)
+    critical = _critical(over_problems, seen, freedom, design.alpha)
+    return _found(design.difference, critical, over_problems + of_trainings)
+
+
+def problems_needed(design: Design, wanted: float) -> int | None:
+    """The fewest problems that give a power of ``wanted``; None where no number does, for trainings differ too much."""
+    if power(replace(design, problems=MOST_PROBLEMS)) < wanted:
+        return None
+    low, high = 1, MOST_PROBLEMS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(replace(design, problems=middle)) >= wanted else (middle, high)
+    return high
+
+
+def smallest_difference(design: Design, wanted: float) -> float | None:
+    """The smallest difference that is found with a power of ``wanted``; None where not even the largest possible one is."""
+    largest = (np.sqrt(1 + 4 * (design.discordance - design.chance)) - 1) / 2  # δ + δ² = ψ − χ, so that both bounds hold
+    largest = min(float(largest), design.discordance)
+
+    def missing(difference: float) -> float:
+        return power(replace(design, difference=difference)) - wanted
+
+    return float(optimize.brentq(missing, 1e-6, largest, xtol=1e-4)) if missing(largest) >= 0 else None
+
+
+def _critical(over_problems: float, of_trainings: np.ndarray, freedom: np.ndarray, alpha: float) -> np.ndarray:
+    """What a difference has to exceed: the quantile of a normal plus a Student's t, by bisection."""
+    levels = 0.5 + (np.arange(_QUANTILES) + 0.5) / _QUANTILES / 2  # the other half is its mirror image
+    moved = np.sqrt(of_trainings)[:, None] * stats.t.ppf(levels, freedom[:, None])
+    scale = np.sqrt(over_problems)
+    low, high = np.zeros(len(moved)), 10 * scale + moved.max(1)
+    for _ in range(30):
+        middle = (low + high) / 2
+        edges = middle[:, None]
+        beyond = (stats.norm.sf((edges - moved) / scale) + stats.norm.sf((edges + moved) / scale)).mean(1)
+        low, high = np.where(beyond > alpha, middle, low), np.where(beyond > alpha, high, middle)
+    return high
+
+
+def _found(difference: float, critical: np.ndarray, variance: float) -> float:
+    scale = np.sqrt(variance)
+    tails = stats.norm.sf((critical - abs(difference)) / scale) + stats.norm.cdf((-critical - abs(difference)) / scale)
+    return float(tails.mean())
