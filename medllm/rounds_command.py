@@ -38,7 +38,8 @@ ROUNDS = Command(
     _rounds,
     tuple(
         f"--{option}"
-        for option in "model.path model.adapter run problems shots shot_count held_out.problems rounds improvement sampling.samples "
-        "sampling.max_new_tokens loss.name loss.alpha model.quantization lora.rank optimizer.learning_rate engine mesh".split()
+        for option in "model.path model.adapter run problems shots shot_count held_out.problems rounds improvement "
+        "sampling.samples sampling.max_new_tokens loss.name loss.alpha model.quantization lora.rank "
+        "optimizer.learning_rate engine mesh".split()
     ),
 )

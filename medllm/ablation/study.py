@@ -45,6 +45,7 @@ def study_folder(
         check_begun(out, config, engine)
         with unannounced():
             yield
+        clear_claims(out)
         return
     finished = (out / RESULT).exists()
     if finished and seeds <= read_json_object(out / RESULT, "a study writes it").get("seeds", 1):
