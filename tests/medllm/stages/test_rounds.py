@@ -11,7 +11,7 @@ from medllm.config import ModelConfig, Sampling
 from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
-from medllm.mini.study import BASE
+from medllm.mini.study import BASE, LEAKED
 from medllm.mini.world import make_world
 from medllm.model.random import write_random_model
 from medllm.preferences.records import Preference, Sample, write_preferences
@@ -153,7 +153,7 @@ def test_a_problem_that_is_held_out_is_refused_before_anything_is_asked(scripted
 
 
 def test_every_stage_of_every_round_is_told_what_is_held_out(scripted, world, tmp_path):
-    stages, held_out = scripted([0.3, 0.5, 0.7]), HeldOutConfig(problems=(str(world / "exam.jsonl"),))
+    stages, held_out = scripted([0.3, 0.5, 0.7]), HeldOutConfig(problems=(str(world / "exam.jsonl"),), **LEAKED)
     run_rounds(config(world, tmp_path, rounds=2, held_out=held_out), say=lambda line: None)
     assert [one.held_out for one in (*stages.curations, *stages.trainings)] == [held_out] * 5
 
@@ -180,7 +180,8 @@ def test_the_reference_of_a_round_is_the_model_that_it_begins_with(world, tmp_pa
     write_random_model(model, tokenizer=str(BASE), vocab_size=1280, hidden_size=32, layers=1)
     words = (
         f"rounds --model.path {model} --model.dtype float32 --run {run} --problems {world / 'train.jsonl'} --shots "
-        f"{world / 'shots.jsonl'} --held_out.problems {world / 'exam.jsonl'} --rounds 2 --improvement 0 --answer_as text "
+        f"{world / 'shots.jsonl'} --held_out.problems {world / 'exam.jsonl'} --held_out.near {LEAKED['near']} --rounds 2 "
+        "--improvement 0 --answer_as text "
         "--batch_size 8 "
         "--sampling.samples 2 --sampling.max_new_tokens 8 --optimizer.learning_rate 1e-2 --optimizer.warmup_ratio 0 "
         "--lora.rank 2 --training.batch_size 2 --training.accumulation 1 --training.remat none --limit 4"
