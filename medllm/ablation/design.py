@@ -66,6 +66,7 @@ class RowDesign:
         curate: How its preference data are made, where otherwise than the design has it.
         answers_of: The row whose answers they are made of; the one it starts from when unset.
         model: A model as it is: what it has otherwise than the design's.
+        against: Further rows that it is compared with, beside the one it starts from.
         folder: Name of its run folder; its own, in small letters, when unset.
     """
 
@@ -75,6 +76,7 @@ class RowDesign:
     curate: Settings | None = None
     answers_of: str | None = None
     model: Settings | None = None
+    against: tuple[str, ...] = ()
     folder: str | None = None
 
 
@@ -150,6 +152,11 @@ class Design:
         preset = read_yaml(preset_file(f"presets.{stage}", self.presets[stage], f"paper_{stage}_*"))
         return combined({name: value for name, value in preset.items() if name not in (*FOLLOWS[stage], "engine")}, asked)
 
+    def compared_with(self, row: str) -> tuple[str, ...]:
+        """The rows that a row is compared with: the one it starts from, and those it names."""
+        start = self.rows[row].start
+        return tuple(dict.fromkeys((*([start] if start else []), *self.rows[row].against)))
+
     def folder_of(self, row: str) -> str:
         """Name of a row's run folder, that of its first training."""
         return self.rows[row].folder or slug(row)
@@ -179,9 +186,9 @@ class Design:
             raise UserError(f"row '{name}' starts from '{row.start}': say which stage trains it (cpt or rpo), and no model")
         if row.rpo is None and (row.curate is not None or row.answers_of is not None):
             raise UserError(f"row '{name}' has preference data and is not trained on them: add rpo")
-        for other in (row.start, row.answers_of):
-            if other is not None and other not in self.rows:
-                raise UserError(f"row '{name}' names '{other}', which is no row; there are {', '.join(self.rows)}")
+        for other in (row.start, row.answers_of, *row.against):
+            if other is not None and (other not in self.rows or other == name):
+                raise UserError(f"row '{name}' names '{other}', which is no other row; there are {', '.join(self.rows)}")
 
 
 def design_of(settings: Mapping[str, Any], where: str) -> Design:

@@ -1,7 +1,7 @@
 """What a finished study shows: scores, stabilities and differences, over problems and over trainings, and what flips come of.
 
-Training *s* of a row starts from training *s* of the row before it, so the two are compared training by training. A model that
-was not trained here answers each time the same.
+Rows are compared training by training: training *s* of a row starts from training *s* of the row before it, and so do two rows
+that start from the same one. A model that was not trained here answers each time the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Change:
-    """A row's score or stability minus that of the row it starts from.
+    """A row's score or stability minus that of another row.
 
     Attributes:
         difference: With its interval.
@@ -63,13 +63,12 @@ class EvidenceRow:
     Attributes:
         exam: The exam.
         model: The row.
-        start: The row that it starts from, where it does.
         seeds: Trainings that were measured; one of a model as it is.
         over: What its intervals speak of.
         scores: Points earned over points possible, by setting.
         stability: Score with explanation minus score without, where it sat both.
         kept: Whether that is zero but for the margin.
-        changes: What differs from the row it starts from, by setting, and ``stability``.
+        changes: What differs from each row that it is compared with, by setting, and ``stability``.
         lost: Problems right without explanation and wrong with it, by cause, over all trainings.
         gained: The reverse.
         answered: Problems, times trainings.
@@ -77,13 +76,12 @@ class EvidenceRow:
 
     exam: str
     model: str
-    start: str | None
     seeds: int
     over: Over
     scores: Mapping[str, Measured]
     stability: Measured | None
     kept: Equivalence | None
-    changes: Mapping[str, Change]
+    changes: Mapping[str, Mapping[str, Change]]
     lost: Mapping[Cause, int]
     gained: Mapping[Cause, int]
     answered: int
@@ -122,9 +120,16 @@ def _table(design: Design, sat: Sequence[Sat], draw: Bootstrap) -> list[Evidence
     points = np.array([float(result.points) for result in _results(sat[0].runs[0])])
     answers = {row: _answers([one for one in sat if one.row == row]) for row in design.rows}
     rows = [_row(design, sat[0].exam, row, answers, problems, points, years, draw) for row in design.rows]
-    adjusted = iter(holm([change.p_value for row in rows for change in row.changes.values()]))
+    tests = [change for row in rows for changes in row.changes.values() for change in changes.values()]
+    adjusted = iter(holm([test.p_value for test in tests]))
     return [
-        replace(row, changes={name: replace(one, adjusted_p=next(adjusted)) for name, one in row.changes.items()})
+        replace(
+            row,
+            changes={
+                other: {name: replace(one, adjusted_p=next(adjusted)) for name, one in changes.items()}
+                for other, changes in row.changes.items()
+            },
+        )
         for row in rows
     ]
 
@@ -139,7 +144,7 @@ def _row(
     years: Sequence[str],
     draw: Bootstrap,
 ) -> EvidenceRow:
-    mine, start = answers[row], design.rows[row].start
+    mine = answers[row]
     seeds = max(len(right) for right in mine.right.values())
     over: Over = "both" if seeds > 1 else "problems"
 
@@ -148,12 +153,12 @@ def _row(
         return Measured(estimate, tuple(float(one) for one in values @ points / points.sum()))
 
     stability = mine.stability
-    changes = _changes(mine, answers[start], points, years, over, draw) if start is not None else {}
+    others = design.compared_with(row)
+    changes = {other: _changes(mine, answers[other], points, years, draw) for other in others}
     lost, gained = _causes(mine, problems)
     return EvidenceRow(
         exam=exam,
         model=row,
-        start=start,
         seeds=seeds,
         over=over,
         scores={setting: measured(mine.right[setting], _SHARE) for setting in mine.settings},
@@ -166,16 +171,17 @@ def _row(
     )
 
 
-def _changes(
-    mine: _Answers, start: _Answers, points: np.ndarray, years: Sequence[str], over: Over, draw: Bootstrap
-) -> dict[str, Change]:
-    """What differs between a row and the one it starts from; p is adjusted once all are there."""
-    pairs = {setting: (start.right[setting], mine.right[setting], _SHARE) for setting in mine.settings}
-    if mine.stability is not None and start.stability is not None:
-        pairs["stability"] = (start.stability, mine.stability, _DIFFERENCE)
+def _changes(mine: _Answers, other: _Answers, points: np.ndarray, years: Sequence[str], draw: Bootstrap) -> dict[str, Change]:
+    """What differs between two rows; p is adjusted once all are there."""
+    pairs = {setting: (other.right[setting], mine.right[setting], _SHARE) for setting in mine.settings}
+    if mine.stability is not None and other.stability is not None:
+        pairs["stability"] = (other.stability, mine.stability, _DIFFERENCE)
     changes = {}
-    for name, (before, after, bounds) in pairs.items():
-        first = np.broadcast_to(before, after.shape) if len(before) == 1 else before
+    for name, sides in pairs.items():
+        *values, bounds = sides
+        trainings = max(len(side) for side in values)
+        first, after = (np.broadcast_to(side, (trainings, side.shape[1])) for side in values)
+        over: Over = "both" if trainings > 1 else "problems"
         difference, p = nested_comparison(
             first, after, points, years, over=over, paired_trainings=True, bounds=bounds, draw=draw
         )

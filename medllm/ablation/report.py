@@ -58,8 +58,8 @@ def evidence_table(rows: Sequence[EvidenceRow]) -> Table:
     spread = f", {seeds} trainings: intervals over problems and trainings" if seeds > 1 else ""
     problems = max(row.answered // row.seeds for row in rows)
     drawn = Table(
-        title=f"{rows[0].exam}: points earned / points possible, {problems} problems{spread}; Δ to the row it starts from, "
-        "p adjusted (Holm)",
+        title=f"{rows[0].exam}: points earned / points possible, {problems} problems{spread}; Δ to the row that is named, p "
+        "adjusted (Holm)",
         title_justify="left",
         title_style="bold",
         show_lines=True,
@@ -67,7 +67,7 @@ def evidence_table(rows: Sequence[EvidenceRow]) -> Table:
     for index, heading in enumerate(["model", *settings, *(["stability"] if rows[0].stability else [])]):
         drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        cells = ["\n".join([row.model, *([f"vs {row.start}"] if row.start else [])])]
+        cells = [row.model]
         cells += [_cell(row, name, row.scores[name], signed=False) for name in settings]
         cells += [_cell(row, "stability", row.stability, signed=True)] if row.stability else []
         drawn.add_row(*cells)
@@ -112,14 +112,13 @@ def _cell(row: EvidenceRow, name: str, measured: Measured, *, signed: bool) -> s
     lines = [number(measured.estimate.value, signed), interval(measured.estimate, signed)]
     if len(measured.trainings) > 1:
         lines.append(" ".join(number(one, signed) for one in measured.trainings))
-    if change := row.changes.get(name):
-        lines += [f"Δ {number(change.difference.value, True)}", p_value(change.adjusted_p)]
+    for other, changes in row.changes.items():
+        if change := changes.get(name):
+            lines += [f"vs {other}", f"Δ {number(change.difference.value, True)}, {p_value(change.adjusted_p)}"]
     return "\n".join(lines)
 
 
 def _causes(counts: Mapping[Cause, int]) -> str:
-    """``12 (9 reasoned its way to the wrong answer, 3 was cut off …)``; ``none``."""
-    if not counts:
-        return "none"
-    parts = ", ".join(f"{count} {CAUSES[cause]}" for cause, count in counts.items())
-    return f"{sum(counts.values())} ({parts})"
+    """``12: was cut off before it had answered (9), gave no answer that could be read (3)``; ``none``."""
+    parts = ", ".join(f"{CAUSES[cause]} ({count})" for cause, count in counts.items())
+    return f"{sum(counts.values())}: {parts}" if counts else "none"

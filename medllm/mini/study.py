@@ -48,7 +48,7 @@ ROWS = {
     "base": RowDesign(),
     "CPT": RowDesign(start="base", cpt={}),
     "CPT+DPO": RowDesign(start="CPT", rpo={"loss": {"alpha": 0.0}}, folder="dpo"),
-    "CPT+RPO": RowDesign(start="CPT", rpo={}, folder="rpo"),
+    "CPT+RPO": RowDesign(start="CPT", rpo={}, against=("CPT+DPO",), folder="rpo"),
     "RPO alone": RowDesign(start="base", rpo={}),
 }
 """The rows of the paper's table, in its order, and how each comes about."""

@@ -66,7 +66,7 @@ def test_a_design_is_printed_as_it_would_be_carried_out(capsys):
         (["--preset", "mini", "--set", "cpt.lora.rnk=2"], "rnk"),
         (["--preset", "mini", "--seeds", "0"], "seeds is 0; expected at least 1"),
         (["--preset", "mini", "--seed", "3"], "--seeds"),
-        (["--preset", "paper_ablate_72b", "--set", "rows.CPT.start=bass"], "'bass', which is no row"),
+        (["--preset", "paper_ablate_72b", "--set", "rows.CPT.start=bass"], "'bass', which is no other row"),
         (["--preset", "paper_ablate_72b", "--set", "rows.CPT.strat=base"], "rows.CPT: .*strat"),
         (["--preset", "paper_ablate_72b", "--set", "rows=3"], "rows: expected the rows of the table by name, found 3"),
         (["--preset", "mini", "--join"], "nothing was begun here"),

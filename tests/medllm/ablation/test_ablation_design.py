@@ -150,12 +150,14 @@ def test_the_papers_preset_takes_its_stages_from_the_papers_other_presets():
     ("rows", "words"),
     [
         ({"a": RowDesign(cpt={})}, "'a' is trained and says not from which row"),
-        ({"a": RowDesign(start="b", cpt={})}, "names 'b', which is no row; there are a"),
+        ({"a": RowDesign(start="b", cpt={})}, "names 'b', which is no other row; there are a"),
         ({"a": RowDesign(start="b", cpt={}), "b": RowDesign(start="a", cpt={})}, "starts from itself: a from b from a"),
         (ROWS | {"x": RowDesign(start="base")}, "say which stage trains it"),
         (ROWS | {"x": RowDesign(start="base", cpt={}, rpo={})}, "say which stage trains it"),
         (ROWS | {"x": RowDesign(start="base", cpt={}, curate={})}, "not trained on them"),
         (ROWS | {"cpt": RowDesign(start="base", cpt={})}, "'CPT' and 'cpt' would both be kept in 'cpt'"),
+        (ROWS | {"x": RowDesign(start="base", cpt={}, against=("y",))}, "names 'y', which is no other row"),
+        (ROWS | {"x": RowDesign(start="base", cpt={}, against=("x",))}, "names 'x', which is no other row"),
         ({}, "rows is"),
     ],
 )

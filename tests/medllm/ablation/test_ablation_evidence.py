@@ -22,7 +22,7 @@ DRAW = Bootstrap(resamples=2000)
 ROWS = {
     "base": RowDesign(),
     "CPT": RowDesign(start="base", cpt={}),
-    "CPT+RPO": RowDesign(start="CPT", rpo={}),
+    "CPT+RPO": RowDesign(start="CPT", rpo={}, against=("RPO alone",)),
     "RPO alone": RowDesign(start="base", rpo={}),
 }
 PROBLEMS = tuple(
@@ -111,23 +111,25 @@ def test_stability_and_changes_are_differences_of_these(study):
     for row in rows:
         plain, explained = (shares(row.model, way, row.seeds) for way in (0, 1))
         np.testing.assert_allclose(row.stability.trainings, explained - plain, atol=1e-12)
-        if row.start is None:
-            assert not row.changes
-            continue
-        start = by_model[row.start]
-        for name, change in row.changes.items():
-            mine, before = (row.stability, start.stability) if name == "stability" else (row.scores[name], start.scores[name])
-            assert change.difference.value == pytest.approx(mine.estimate.value - before.estimate.value, abs=1e-12)
-        assert list(row.changes) == [*row.scores, "stability"]
+        for other, changes in row.changes.items():
+            before = by_model[other]
+            for name, change in changes.items():
+                mine, its = (
+                    (row.stability, before.stability) if name == "stability" else (row.scores[name], before.scores[name])
+                )
+                assert change.difference.value == pytest.approx(mine.estimate.value - its.estimate.value, abs=1e-12)
+            assert list(changes) == [*row.scores, "stability"]
+    compared = {row.model: list(row.changes) for row in rows}
+    assert compared == {"base": [], "CPT": ["base"], "CPT+RPO": ["CPT", "RPO alone"], "RPO alone": ["base"]}
 
 
 def test_p_is_adjusted_over_the_whole_table(study):
     _, _, rows = study
-    changes = [change for row in rows for change in row.changes.values()]
-    assert len(changes) == 9
-    least = min(changes, key=lambda change: change.p_value)
-    assert least.adjusted_p == pytest.approx(min(1.0, 9 * least.p_value))
-    assert all(change.adjusted_p >= change.p_value for change in changes)
+    tests = [test for row in rows for changes in row.changes.values() for test in changes.values()]
+    assert len(tests) == 12
+    least = min(tests, key=lambda test: test.p_value)
+    assert least.adjusted_p == pytest.approx(min(1.0, 12 * least.p_value))
+    assert all(test.adjusted_p >= test.p_value for test in tests)
 
 
 def test_flips_are_counted_over_all_trainings_by_their_cause(study):
