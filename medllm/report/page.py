@@ -32,6 +32,7 @@ LIMITATIONS = (
 )
 _SECTIONS = {
     "scores": "Scores",
+    "trainings": "All trainings",
     "why": "Why",
     "questions": "Questions",
     "figures": "Figures",
@@ -91,7 +92,7 @@ def render(study: ReportInput, table: StudyTable | None = None) -> str:
     return templates.get_template("report.html.j2").render(
         study=study,
         table=table,
-        verdict=wording.verdict(table, study.equivalences()) if table else "",
+        verdict=study.answer or (wording.verdict(table, study.equivalences()) if table else ""),
         origin=provenance.origin(study.environment),
         environment=provenance.environment_lines(study.environment),
         names=study.names,
@@ -142,6 +143,7 @@ def stage_cost(run: RunSummary) -> StageCost:
 def _is_there(section: str, study: ReportInput, table: StudyTable | None) -> bool:
     """Whether the page has a section."""
     given: dict[str, object] = {
+        "trainings": study.tables,
         "why": study.questions and study.questions.flips,
         "questions": study.questions and study.questions.every,
         "sets": study.sets,

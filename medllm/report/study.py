@@ -69,6 +69,23 @@ class Composition:
 
 
 @dataclass(frozen=True)
+class PlainTable:
+    """A table as text.
+
+    Attributes:
+        heading: What it is of.
+        note: What its figures are, below it.
+        columns: Headings, that of the rows first.
+        rows: Each row's cells as lines: in the page the first is set large.
+    """
+
+    heading: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+@dataclass(frozen=True)
 class ReportInput:
     """Everything the report page shows.
 
@@ -86,6 +103,8 @@ class ReportInput:
         kind_name: What the kinds are, e.g. ``section``.
         previous: For a model, the stage it started from; each with the one before it when unset.
         summary: Further paragraphs under the headline, plain text.
+        answer: The sentence at the top, where it is not that of the table.
+        tables: Further tables, behind that of the scores.
         draw: How intervals are drawn.
     """
 
@@ -102,6 +121,8 @@ class ReportInput:
     kind_name: str = "kind"
     previous: Mapping[str, str] | None = None
     summary: tuple[str, ...] = ()
+    answer: str = ""
+    tables: tuple[PlainTable, ...] = ()
     draw: Bootstrap = BOOTSTRAP
 
     def table(self) -> StudyTable | None:

@@ -43,17 +43,21 @@ def verdict(table: StudyTable, kept: Mapping[str, Equivalence]) -> str:
         return ""
     explained = table.stability_settings[1]
     best = max(rows, key=lambda row: row.scores[explained].score.value)
-    said = f"{best.model} {_kept(best, kept.get(best.model))}"
+    assert best.stability is not None
+    said = f"{best.model} {kept_score(best.stability, kept.get(best.model))}"
     if len(rows) == 1:
         return f"{said}."
     ranked = f"does {'best of all' if len(rows) > 2 else 'better of the two'} ({number(best.scores[explained].score.value)})"
     return f"{said}; with an explanation it {ranked}, while {_contrast(rows, best)}."
 
 
-def _kept(row: Row, kept: Equivalence | None) -> str:
-    """What explaining first did to a model's score, and how sure that is."""
-    estimate = row.stability
-    assert estimate is not None
+def kept_score(estimate: Estimate, kept: Equivalence | None) -> str:
+    """What explaining first did to a model's score, and how sure that is: ``kept its score within 0.020 …``.
+
+    Args:
+        estimate: Score with explanation minus score without.
+        kept: Whether it stayed within the margin.
+    """
     by = f"{number(estimate.value, True)} {interval(estimate, True)}"
     if kept and kept.holds:
         return f"kept its score within {number(kept.margin)} when it explained itself: {by} ({p_value(kept.p_value)})"

@@ -166,5 +166,12 @@ def test_a_study_ends_with_its_table_a_page_and_a_file(study, tmp_path, monkeypa
         assert plain["causes"] == {"lost": dict(row.lost), "gained": dict(row.gained)}
         setting = plain["settings"]["zero-shot with explanation"]
         assert setting["interval"][0] < setting["score"] < setting["interval"][1]
-        assert any(line.startswith(f"{row.model}: not shown to keep its score within 0.020") for line in said)
-        assert f"{row.model}: not shown to keep" in page
+        assert f"{row.model}</th>" in page
+    assert said[-2].startswith("CPT+RPO ")
+    assert said[-2] in page.replace("&#43;", "+")
+    for heading in (
+        "exam: points earned / points possible, 40 problems, 3 trainings",
+        "Problems lost and gained by explaining",
+    ):
+        assert heading in page
+        assert any(heading.split(",")[0] in text for text in said)
