@@ -113,8 +113,14 @@ def tables(rows: Sequence[EvidenceRow], margin: float) -> tuple[PlainTable, ...]
 
 def drawn(table: PlainTable) -> Table:
     """A table as a terminal shows it, its note below."""
-    shown = Table(title=table.heading, title_justify="left", title_style="bold", caption=table.note, caption_justify="left")
-    shown.show_lines = any(len(lines) > 1 for row in table.rows for lines in row)
+    shown = Table(
+        title=table.heading,
+        title_justify="left",
+        title_style="bold",
+        caption=table.note,
+        caption_justify="left",
+        show_lines=any(len(lines) > 1 for row in table.rows for lines in row),
+    )
     for index, heading in enumerate(table.columns):
         shown.add_column(heading, justify="right" if index else "left", overflow="fold")
     for row in table.rows:

@@ -31,8 +31,8 @@ LIMITATIONS = (
     "An exam that was public before a model was trained may have been seen in training.",
 )
 _SECTIONS = {
-    "scores": "Scores",
     "trainings": "All trainings",
+    "scores": "Scores",
     "why": "Why",
     "questions": "Questions",
     "figures": "Figures",
