@@ -148,14 +148,15 @@ class Readings:
         return "; ".join(parts)
 
 
-def extract_answer(text: str, problem: Problem, *, explanation: bool, cut_off: bool = False) -> Reading:
+def extract_answer(text: str, problem: Problem, *, explanation: bool, cut_off: bool | None = None) -> Reading:
     """The answer a response gives.
 
     Args:
         text: The response, without the prompt.
         problem: Whose options may be meant; how many options are wanted decides between readings of the same words.
         explanation: The response was asked to explain before it answers: the middle of an explanation is no answer.
-        cut_off: The response is known to have been cut off.
+        cut_off: The response is known to have been cut off, or to have ended by itself; where neither is known, its last words
+            have to tell.
 
     Returns:
         Letters win where an option's text is itself a letter.
@@ -167,7 +168,7 @@ def extract_answer(text: str, problem: Problem, *, explanation: bool, cut_off: b
     plain = unmarked(own_part(plain)).strip()
     if not clean(plain):
         return Reading(reason="cut_off" if thinking or cut_off else "empty")
-    return _Reader(plain, problem, explanation).read(cut_off=cut_off or thinking)
+    return _Reader(plain, problem, explanation).read(cut_off=True if thinking else cut_off)
 
 
 _Found = tuple[str, ...] | Doubt
@@ -184,7 +185,7 @@ class _Reader:
         self.lines = [clean(line) for line in plain.split("\n")]
         self.unfinished = bool(_OPEN_END.search(plain))
 
-    def read(self, *, cut_off: bool) -> Reading:
+    def read(self, *, cut_off: bool | None) -> Reading:
         """By the first rule that finds something."""
         rules: dict[Rule, Callable[[], _Found]] = {
             "json": self._json,
@@ -205,14 +206,15 @@ class _Reader:
     def _says_something(self, text: str) -> bool:
         return bool(re.search(r"\w", text)) or clean(text) in self.options.texts.values()
 
-    def _reason(self, cut_off: bool) -> Reason:
+    def _reason(self, cut_off: bool | None) -> Reason:
         if not re.search(r"\w", self.plain):
             return "cut_off" if cut_off else "empty"
         if _REFUSES.search(self.plain):
             return "refused"
         labels = self._labels()
         nothing_behind = bool(labels) and not self._says_something(self.plain[labels[-1].end() :])
-        return "cut_off" if cut_off or nothing_behind or (self.explanation and self.unfinished) else "no_label"
+        as_if = cut_off is None and (nothing_behind or (self.explanation and self.unfinished))
+        return "cut_off" if cut_off or as_if else "no_label"
 
     # --- what answers ------------------------------------------------------------------------------------------------------
 

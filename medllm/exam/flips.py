@@ -5,7 +5,7 @@ that is wrong: the explained one where the problem was lost by explaining, the p
 
 1. No answer was found in the text, and it *ran on*: before it had answered it began another question or turn, by itself or at
    the stop string that ended it.
-2. No answer was found, and it was *cut off*: ``max_new_tokens`` ended it, or it ends amid its words.
+2. No answer was found, and it was *cut off*: ``max_new_tokens`` ended it, or, where that is not known, it ends amid its words.
 3. No answer was found in it at all: *unread*.
 4. There is an answer, and it *contradicts* the text's own explanation, which names another option
    (:mod:`medllm.exam.conclusions`).
@@ -53,14 +53,14 @@ class Answered:
         text: All that it wrote.
         prediction: The answer as it was counted; empty where none was found.
         correct: It earned the points.
-        cut_off: ``max_new_tokens`` ended it. False where that is not known.
+        cut_off: ``max_new_tokens`` ended it; None where that is not known.
         stop: The stop string that ended it, which is no part of the text.
     """
 
     text: str
     prediction: str
     correct: bool
-    cut_off: bool = False
+    cut_off: bool | None = None
     stop: str = ""
 
 
@@ -102,7 +102,7 @@ def read_answered(run: str | Path) -> dict[str, Answered]:
             raise UserError(
                 f"{folder}: problem {key!r} of {RESULT} has no line in predictions.jsonl, or no verdict; run it again"
             )
-        answered[key] = Answered(texts[key].explanation, texts[key].prediction, correct, *ends.get(key, (False, "")))
+        answered[key] = Answered(texts[key].explanation, texts[key].prediction, correct, *ends.get(key, (None, "")))
     return answered
 
 

@@ -117,6 +117,7 @@ CAUSED = [
     ("胸痛がある。\n問題: 次の問題はどれか。", "", {"cut_off": True}, "ran_on"),  # what was cut off was another question
     ("胸痛がある。そして熱も", "", {"cut_off": True}, "cut_off"),
     ("胸痛がある。そして熱も", "", {}, "cut_off"),  # as the text itself shows
+    ("胸痛がある。よって\nAnswer: ない薬", "", {"cut_off": False}, "unread"),  # it ended by itself, with no option
     ("胸痛がある。", "", {"stop": "###"}, "unread"),
     ("わかりません。", "", {}, "unread"),
     ("よってdが正しい。\n答え: aまたはb", "", {}, "unread"),
@@ -185,7 +186,7 @@ def test_a_run_folder_says_how_its_texts_ended(tmp_path):
     lines = [("p", "", "熱が"), ("q", "d", "答え:d")]
     said = read_answered(write_run(tmp_path / "run", lines, kept))
     assert said == {"p": Answered("熱が", "", False, True, ""), "q": Answered("答え:d", "d", True, False, "\n問題:")}
-    assert read_answered(write_run(tmp_path / "bare", lines))["p"] == Answered("熱が", "", False, False, "")
+    assert read_answered(write_run(tmp_path / "bare", lines))["p"] == Answered("熱が", "", False, None, "")
 
 
 def test_a_folder_without_answers_is_refused(tmp_path):
