@@ -3,9 +3,11 @@
 ::
 
     python -m tests.killed_study 20
+    python -m tests.killed_study 20 jax 2
 
-kills ``medllm mini`` so often, each time when it has got further, and prints a line: which of its stages were finished at each
-kill, and whether all files are those of a study that was left alone.
+kills ``medllm mini`` so often, or ``medllm ablate`` with so many trainings of each model, each time when it has got further,
+and prints a line: which of its stages were finished at each kill, and whether all files are those of a study that was left
+alone.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ def done(study: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def kill(folder: Path, kills: int, engine: str = "jax") -> str:
+def kill(folder: Path, kills: int, engine: str = "jax", seeds: str = "") -> str:
     """Kill a study so often. What was seen, in a line."""
+    words = f"ablate --seeds {seeds}" if seeds else "mini"
 
     def command(out: str) -> list[str]:
-        return [sys.executable, *"-m medllm mini --preset mini_smoke --engine".split(), engine, "--out", str(folder / out)]
+        options = f"-m medllm {words} --preset mini_smoke --engine {engine} --out {folder / out}"
+        return [sys.executable, *options.split()]
 
     finish(command("whole"))
     study, draw, seen = folder / "study", random.Random(1), []
@@ -49,10 +53,10 @@ def kill(folder: Path, kills: int, engine: str = "jax") -> str:
         finish(command("study"))
     files = [file.relative_to(folder / "whole") for pattern in _MADE for file in (folder / "whole").glob(pattern)]
     other = [str(file) for file in files if (study / file).read_bytes() != (folder / "whole" / file).read_bytes()]
-    left = [file.name for file in study.rglob("*") if ".part" in file.name]
+    left = [file.name for file in study.rglob("*") if ".part" in file.name or file.name == ".jobs"]
     assert not other, other
     assert not left, left
-    return f"mini, {engine}: killed with {seen} stages finished; {len(files)} files equal"
+    return f"{words}, {engine}: killed with {seen} stages finished; {len(files)} files equal"
 
 
 if __name__ == "__main__":
