@@ -18,7 +18,7 @@ from medllm.config import LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.host.lock import LOCK
 from medllm.run import Run, atomic_path
-from medllm.stage_config import FREE_ON_RESUME, CptConfig, EvaluateConfig, RpoConfig
+from medllm.stage_config import FREE_ON_RESUME, CptConfig, EvaluateConfig, RoundsConfig, RpoConfig
 
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 
@@ -212,7 +212,8 @@ def test_where_the_reference_is_kept_may_change_on_resuming(tmp_path):
 def test_every_setting_that_is_free_on_resuming_is_one_of_a_stage():
     base = ModelConfig("base")
     study = Design(base, {"base": RowDesign()}, {"exam": {}})
-    stages = (RpoConfig(base, "run", "preferences.jsonl"), EvaluateConfig(base, "run", ("exam",)), study)
+    rounds = RoundsConfig(base, "run", ("train",))
+    stages = (RpoConfig(base, "run", "preferences.jsonl"), EvaluateConfig(base, "run", ("exam",)), rounds, study)
     settings = {name: value for stage in stages for name, value in dataclasses.asdict(stage).items()}
     for name in FREE_ON_RESUME:
         found = settings
