@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy import ndarray
 
 from medllm.corpus.documents import Document
 from medllm.exam.problem import Problem
+from medllm.host.progress import Progress
 from medllm.stage_config import HeldOutConfig
 
 THRESHOLD = HeldOutConfig.exact
@@ -53,7 +54,7 @@ def find_leaks(
     problems: Sequence[Problem],
     threshold: float = THRESHOLD,
     n: int = 13,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Leak]:
     """Problems of which a single document holds at least ``threshold``, in the order of the problems.
 
