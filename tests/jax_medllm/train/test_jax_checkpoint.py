@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import re
 import signal
 import threading
 from functools import partial
@@ -309,9 +310,13 @@ class Hopeless(CptData):
 
 def test_so_many_steps_are_left_out_one_after_the_other_and_then_the_run_ends(tmp_path):
     one, two = Run(tmp_path / "one", TrainingConfig()), Run(tmp_path / "two", TrainingConfig())
-    with pytest.raises(UserError, match=r"step 5: .*; 1 before it were left out one after the other.*--training.max_skipped"):
+    said = "it went on"
+    try:
         train_six(one, Hopeless, on_nan="skip", max_skipped=1)
+    except UserError as error:
+        said = str(error)
     assert [line["step"] for line in one.metrics() if "skipped" in line] == [2, 4]
+    assert re.search(r"step 5: .*; 1 before it were left out one after the other.*--training.max_skipped", said)
     train_six(two, Hopeless, on_nan="skip", max_skipped=2)
     assert [line["step"] for line in two.metrics() if "skipped" in line] == [2, 4, 5]
     assert sorted(file.stem for file in (two.path / "not_finite").iterdir()) == ["step-2", "step-4", "step-5"]
