@@ -74,13 +74,14 @@ def read_preferences(path: str | Path) -> list[Preference]:
 
 
 def preference_texts(preferences: Iterable[Preference], file: str) -> list[Document]:
-    """Preferences as texts to be searched, each with all of its responses, of which the ground truth stands first."""
+    """Preferences as texts to be searched: each prompt, and each response by itself.
+
+    Together, answers to one problem that have nothing to do with each other would hold the words of another.
+    """
     return [
-        Document(
-            "\n".join([one.prompt, *(sample.text for sample in (one.ground_truth, *one.chosen, *one.rejected))]),
-            f"{file}:{line}",
-        )
+        Document(text, f"{file}:{line}")
         for line, one in enumerate(preferences, start=1)
+        for text in (one.prompt, *(sample.text for sample in (one.ground_truth, *one.chosen, *one.rejected)))
     ]
 
 

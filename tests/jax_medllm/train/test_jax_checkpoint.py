@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import re
+import shutil
 import signal
 import threading
 from functools import partial
