@@ -110,7 +110,8 @@ def trial(engine: str, stage: str, folder: Path, every: int = 1) -> Iterator[tup
     assert code == 0, said
     shutil.rmtree(folder / "half" / "adapter")
     (folder / "half" / "result.json").unlink()
-    before, newest = sorted((folder / "half" / "checkpoints").iterdir())
+    # TRL writes a model card beside them.
+    before, newest = sorted(file for file in (folder / "half" / "checkpoints").iterdir() if file.is_dir())
     found = list(ways(newest, before))
     for beside, some in (("alone", found), ("with the one before", found[::every])):
         for name, damage in some:
