@@ -163,13 +163,13 @@ def test_a_model_that_recites_the_exam_is_refused_by_its_response(exam):
 
 def test_responses_that_each_hold_a_piece_of_a_problem_do_not_hold_it_together(exam):
     own, held = made_up_problems(4, seed=1)[0], exam[9]
-    pieces = as_text(held, random.Random(0)).split("\n")
-    middle = len(pieces[0]) // 2
-    samples = [Sample(text, "b") for text in (pieces[0][:middle], pieces[0][middle:], *pieces[1:])]
+    question, *options = as_text(held, random.Random(0)).split("\n")
+    part = -(-len(question) // 5)
+    samples = [Sample(text, "b") for text in (*(question[at : at + part] for at in range(0, len(question), part)), *options)]
     write_preferences("preferences.jsonl", [dataclasses.replace(preference(own), rejected=samples)])
     with pytest.raises(Opened):
         rpo(held_out())
-    whole = Sample("\n".join(sample.text for sample in samples), "b")
+    whole = Sample("".join(sample.text for sample in samples), "b")
     write_preferences("preferences.jsonl", [dataclasses.replace(preference(own), rejected=[whole])])
     assert re.search(r"preferences\.jsonl:1: holds problem 112A10", said(rpo, held_out()))
 
