@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, get_loader
 from medllm.command import Command, say
 from medllm.engines import TrainerName
 from medllm.errors import UserError
-from medllm.text_files import parse_yaml, read_yaml
+from medllm.text_files import first_line, parse_yaml, read_yaml
 
 PRESETS = "mini* paper_ablate_*"
 
@@ -74,7 +74,12 @@ def _given(words: list[str]) -> dict[str, Any]:
         *groups, last = name.split(".")
         for part in groups:
             group = group.setdefault(part, {})
-        group[last] = parse_yaml(value, get_loader("yaml"))
+            if not isinstance(group, dict):
+                raise UserError(f"--set {word}: {part} has a value already, and cannot hold settings too")
+        try:
+            group[last] = parse_yaml(value, get_loader("yaml"))
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {word}: the value is no YAML ({first_line(error)})") from error
     return given
 
 

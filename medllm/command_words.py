@@ -203,7 +203,8 @@ def check_sections(where: str, settings: Mapping[str, Any], parser: ArgumentPars
         UserError: a section is no mapping, a class is named, or a text holds a NUL.
     """
 
-    sections = {option.removeprefix("--").rsplit(".", 1)[0] for option in options_of(parser) if "." in option}
+    names = [option.removeprefix("--").split(".") for option in options_of(parser)]
+    sections = {".".join(name[:depth]) for name in names for depth in range(1, len(name))}
 
     def check(prefix: str, value: Any) -> None:
         if prefix.rsplit(".", 1)[-1] in ("class_path", "init_args"):

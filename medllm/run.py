@@ -23,7 +23,7 @@ from medllm.errors import UserError
 from medllm.host.faults import explained
 from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process, process_count, tell
-from medllm.host.scratch import remove_left, scratch_path
+from medllm.host.scratch import of_the_living, remove_left, scratch_path
 from medllm.metrics import Metrics
 from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
 from medllm.stage_config import FREE_ON_RESUME
@@ -231,8 +231,7 @@ class Run:
                 raise UserError(f"{self.path}: already holds a run; {remedy}")
             _refuse_other_settings(self.path, plain)
             self._begun_before = True
-            for scratch in [*self.path.rglob(".*.part")]:  # of processes that are gone: the folder is locked
-                shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+            self._sweep()
         elif resume is True:
             raise UserError(f"{self.path}: there is no run to go on with; name its folder with --run, or leave out --resume")
         elif own := sorted(name for name in _WRITTEN if os.path.lexists(self.path / name)):
@@ -242,6 +241,13 @@ class Run:
         made_on = environment()
         write_json(self.path / "environment.json", made_on)
         self._record_inputs(plain, made_on["started"])
+
+    def _sweep(self) -> None:
+        """Remove what processes that are gone have left half-written; a run below this one has a lock of its own."""
+        runs = [config.parent for config in self.path.rglob("*/config.yaml")]
+        for scratch in [*self.path.rglob(".*.part")]:
+            if not of_the_living(scratch) and not any(scratch.is_relative_to(run) for run in runs):
+                shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
 
     def _record_inputs(self, plain: dict[str, Any], started: str) -> None:
         """A session begins: with what files, and by what code."""

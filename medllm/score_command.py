@@ -53,7 +53,7 @@ def score_predictions(values: Any) -> dict[str, Any]:
     if values.leaks:
         from medllm.report.clean import clean_score, leaked_ids
 
-        without = clean_score(sheet.results, leaked_ids(values.leaks))
+        without = clean_score(sheet.results, leaked_ids(values.leaks, {one.problem_id for one in sheet.results}))
         say(f"score: {without.words()}")
         counts["clean"] = asdict(without)
     if not values.from_text:

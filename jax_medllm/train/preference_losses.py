@@ -216,7 +216,9 @@ def orpo(pairs: Pairs, settings: PreferenceLoss) -> OrpoMetrics:
 
     The likelihood is the preferred response's, as in the paper; TRL takes that of its prompt too.
     """
-    means = _per_token(pairs.policy, pairs)
+    # Padding is a response of no token, and one that is certain has odds without end: 0 times that would be no number.
+    certain = -jnp.finfo(pairs.policy.dtype).eps
+    means = jnp.where(pairs.lengths > 0, jnp.minimum(_per_token(pairs.policy, pairs), certain), -1.0)
     log_odds = means - jax.nn.log1mexp(-means)
     odds_ratio = -(pairs.weights * jax.nn.log_sigmoid(log_odds[:, 0] - log_odds[:, 1])).sum()
     nll = _nll(pairs, settings)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from medllm.command_words import check_sections, refuse_unusable
 from medllm.config import ModelConfig, expect
 from medllm.errors import UserError
 from medllm.presets import preset_file
@@ -122,15 +123,9 @@ class Design:
             expect(bool(names), kind, dict(names), "at least one")
         for name, row in self.rows.items():
             self._check_row(name, row)
-        folders: dict[str, str] = {}
+        self._check_folders()
         for name in self.rows:
-            other = folders.setdefault(self.folder_of(name), name)
-            if other != name:
-                raise UserError(
-                    f"rows '{other}' and '{name}' would both be kept in '{self.folder_of(name)}'; give one a folder"
-                )
-        for name in self.rows:
-            self.lineage(name)
+            self._check_origin(name)
 
     @property
     def previous(self) -> dict[str, str]:
@@ -161,22 +156,25 @@ class Design:
         """Name of a row's run folder, that of its first training."""
         return self.rows[row].folder or slug(row)
 
-    def lineage(self, row: str) -> tuple[str, ...]:
-        """The rows that come before it, from the base on.
+    def _check_folders(self) -> None:
+        """Each row's run folders are its own, and none is the study's."""
+        for folder_of in (self.folder_of, slug):
+            taken: dict[str, str] = {}
+            for name in self.rows:
+                folder = folder_of(name)
+                if not _FOLDER.fullmatch(folder) or folder in _STUDYS_OWN or folder.startswith("report"):
+                    raise UserError(f"row '{name}' cannot be kept in '{folder}': name a folder of letters, digits and hyphens")
+                other = taken.setdefault(folder, name)
+                if other != name:
+                    raise UserError(f"rows '{other}' and '{name}' would both be kept in '{folder}'; call one otherwise")
 
-        Raises:
-            UserError: they come before themselves.
-        """
-        line: list[str] = []
-        start = self.rows[row].start
-        while start is not None:
-            if start in (row, *line):
-                raise UserError(
-                    f"row '{row}' starts from itself: {' from '.join([row, *line, start])}; begin with a model as it is"
-                )
-            line.append(start)
-            start = self.rows[start].start
-        return tuple(reversed(line))
+    def _check_origin(self, row: str, *behind: str) -> None:
+        """A row comes of rows that do not come of it, neither by training nor by the answers it learns from."""
+        if row in behind:
+            raise UserError(f"row '{row}' comes of itself: {' from '.join([*behind, row])}; begin with a model as it is")
+        for other in (self.rows[row].start, self.rows[row].answers_of):
+            if other is not None:
+                self._check_origin(other, *behind, row)
 
     def _check_row(self, name: str, row: RowDesign) -> None:
         trained = [stage for stage in ("cpt", "rpo") if getattr(row, stage) is not None]
@@ -220,7 +218,12 @@ def configured(kind: type[Config], settings: Mapping[str, Any], where: str, **ma
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, skip=set(made))
     try:
-        values = parser.instantiate(parser.parse_object(dict(settings)))
+        check_sections(where, settings, parser)
+        parsed = parser.parse_object(dict(settings))
+        refuse_unusable(parsed, parser)
+        values = parser.instantiate(parsed)
+    except UserError as error:
+        raise error if where in str(error) else UserError(f"{where}: {error}") from error
     except ArgumentError as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     return kind(**{one.name: values[one.name] for one in fields(kind) if one.name not in made}, **made)
@@ -233,6 +236,10 @@ def combined(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> Settin
         inner = both.get(name)
         both[name] = combined(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return both
+
+
+_FOLDER = re.compile(r"\w[\w.+-]*")
+_STUDYS_OWN = ("config.yaml", "environment.json", "provenance.json", "result.json", "world")
 
 
 def slug(name: str) -> str:

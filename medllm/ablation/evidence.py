@@ -17,6 +17,7 @@ from jaxtyping import Float
 from medllm.ablation.design import Design
 from medllm.ablation.jobs import Plan, Sat
 from medllm.config import ProblemLayout
+from medllm.errors import UserError
 from medllm.exam.flips import Cause, Flip, find_flips, read_answered
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import ProblemResult
@@ -117,8 +118,9 @@ def _table(design: Design, sat: Sequence[Sat], draw: Bootstrap) -> list[Evidence
     """The rows of one exam, with Holm's adjustment over all of its tests."""
     problems = _problems(sat[0].runs[0])
     years = [str(problem.year) for problem in problems.values()]
-    points = np.array([float(result.points) for result in _results(sat[0].runs[0])])
-    answers = {row: _answers([one for one in sat if one.row == row]) for row in design.rows}
+    asked = {result.problem_id: result.points for result in _results(sat[0].runs[0])}
+    points = np.array([*asked.values()], dtype=float)
+    answers = {row: _answers([one for one in sat if one.row == row], asked) for row in design.rows}
     rows = [_row(design, sat[0].exam, row, answers, problems, points, years, draw) for row in design.rows]
     tests = [change for row in rows for changes in row.changes.values() for change in changes.values()]
     adjusted = iter(holm([test.p_value for test in tests]))
@@ -203,17 +205,39 @@ def _counted(flips: Iterable[Flip]) -> dict[Cause, int]:
     return dict(Counter(flip.cause for flip in flips).most_common())
 
 
-def _answers(sat: Sequence[Sat]) -> _Answers:
-    """A row's answers to one exam, the settings without explanation first."""
+def _answers(sat: Sequence[Sat], asked: Mapping[str, int]) -> _Answers:
+    """A row's answers to one exam, the settings without explanation first.
+
+    Args:
+        sat: Its sittings.
+        asked: What each problem is worth, in the order of the table.
+    """
     right: dict[str, np.ndarray] = {}
     runs: dict[str, tuple[Path, ...]] = {}
     named: dict[bool, str] = {}
     for one in sorted(sat, key=lambda one: one.explained):
         setting = read_cell(read_run(one.runs[0]), one.runs[0]).setting
-        right[setting] = np.array([[float(result.correct) for result in _results(run)] for run in one.runs])
+        right[setting] = np.array([_right(run, asked) for run in one.runs])
         runs[setting] = one.runs
         named[one.explained] = setting
     return _Answers(right, runs, tuple(right), named.get(True), named.get(False))
+
+
+def _right(run: Path, asked: Mapping[str, int]) -> list[float]:
+    """Which of the problems a run has right: 1, or 0.
+
+    Raises:
+        UserError: it is of other problems, or they are worth other points.
+    """
+    results = {result.problem_id: result for result in _results(run)}
+    if {name: result.points for name, result in results.items()} != asked:
+        worth = {name: result.points for name, result in results.items()}
+        odd = sorted(name for name in worth.keys() | asked.keys() if worth.get(name) != asked.get(name))
+        raise UserError(
+            f"{run}: not the same problems as in the study's first run: {len(odd)} differ, e.g. {odd[0]}; was the exam's file "
+            "changed meanwhile? Remove this run, or begin anew in another folder (--out)"
+        )
+    return [float(results[name].correct) for name in asked]
 
 
 def _results(run: Path) -> tuple[ProblemResult, ...]:
@@ -225,4 +249,7 @@ def _problems(run: Path) -> dict[str, Problem]:
     config = read_run(run).config
     layout = ProblemLayout(**{name: config[name] for name in ("problems_format", "layout", "on_bad_row")})
     problems = {problem.problem_id: problem for problem in read_problems(config["problems"], layout)[0]}
-    return {result.problem_id: problems[result.problem_id] for result in _results(run)}
+    asked = [result.problem_id for result in _results(run)]
+    if missing := [name for name in asked if name not in problems]:
+        raise UserError(f"{run}: problem {missing[0]} was answered and is no more in the exam's files; put it back")
+    return {name: problems[name] for name in asked}

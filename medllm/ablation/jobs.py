@@ -22,6 +22,9 @@ ONLY_EXAM = "exam"
 """What an exam is called that needs no name of its own: it gives none to the folders of its sittings."""
 
 
+_NO_FOLDER_YET = "-"
+
+
 @dataclass(frozen=True)
 class Training:
     """A training.
@@ -204,7 +207,7 @@ class _Planner:
         named = "" if exam == ONLY_EXAM else f"-{slug(exam)}"
         settings = self.design.stage("evaluate", self.design.exams[exam], where)
         model, needs = self._opened(row, seed)
-        given = {"model": asdict(model), "run": "", "explanation": explained, "label": row}
+        given = {"model": asdict(model), "run": _NO_FOLDER_YET, "explanation": explained, "label": row}
         config = configured(EvaluateConfig, settings | given, where)
         if config.method != "generate":
             raise UserError(f"{where}: method is {config.method!r}; an ablation's exams are sat in words (generate)")
@@ -237,7 +240,7 @@ class _Planner:
         handover = settings.get("handover", "merge") if stage == "rpo" else "merge"
         start = self._model(str(mine.start), seed)
         model, needs = self._merged(start) if handover == "merge" else (start.trained, (start.run,) if start.run else ())
-        given: dict[str, Any] = {"model": asdict(model), "run": ""}
+        given: dict[str, Any] = {"model": asdict(model), "run": _NO_FOLDER_YET}
         if stage == "rpo":
             curation = self._curation(row, seed)
             needs = (*needs, curation)
@@ -263,7 +266,7 @@ class _Planner:
         author = mine.answers_of or str(mine.start)
         settings = self.design.stage("curate", mine.curate, where)
         model, needs = self._opened(author, seed)
-        config = configured(CurateConfig, settings | {"model": asdict(model), "run": ""}, where)
+        config = configured(CurateConfig, settings | {"model": asdict(model), "run": _NO_FOLDER_YET}, where)
         config = replace(config, sampling=replace(config.sampling, seed=config.sampling.seed + seed))
         run, new = self._run(config, f"curate-{slug(author if mine.curate is None else row)}", seed)
         if new:
@@ -294,8 +297,6 @@ class _Planner:
             return self.runs[config], False
         run = self.out / (f"{name}-seed{seed}" if seed else name)
         if run in self.runs.values():
-            raise UserError(
-                f"{run}: two runs with other settings would be kept here; give one of the rows another folder or name"
-            )
+            raise UserError(f"{run}: two runs with other settings would be kept here; call one of the rows otherwise")
         self.runs[config] = run
         return run, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,13 @@ from medllm.text_files import read_json_object
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+def await_file(file: Path, seconds: float = 20.0) -> None:
+    """Give whoever began a study the time to write a file, where it is not there yet."""
+    until = time.monotonic() + seconds
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -42,6 +50,8 @@ def study_folder(
             raise UserError(
                 "several processes of one launch cannot join a study; start them each by itself, or leave --join out"
             )
+        if out.is_dir():
+            await_file(out / "config.yaml")
         check_begun(out, config, engine)
         with unannounced():
             yield

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from medllm.ablation.jobs import Job, Plan, Sitting, Training, finished
-from medllm.config import MeshConfig
+from medllm.config import MeshConfig, PreferenceLoss
 from medllm.engine import Generates
-from medllm.engines import TrainerName, open_engine
+from medllm.engines import TrainerName, open_engine, open_trainer
+from medllm.errors import UserError
 from medllm.host.lock import FolderLock, Held
 from medllm.host.processes import is_primary_process, process_count
 from medllm.model.adapter import merge_adapter
 from medllm.run import MERGED
-from medllm.stage_config import CptConfig
+from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.stages.cpt import run_cpt
 from medllm.stages.curate import build_preferences
 from medllm.stages.evaluate import sit_exam
 from medllm.stages.problems import of_subjects, read_problems, read_shots
 from medllm.stages.rpo import run_rpo
+from medllm.trackers import require_tracker
 
 Say = Callable[[str], None]
 
@@ -38,6 +41,7 @@ def carry_out(plan: Plan, engine: TrainerName, out: Path, say: Say) -> None:
         UserError: a stage's input cannot be used.
     """
     left = [job for job in plan.jobs if not job.done()]
+    check_first(left, engine, out)
     trainings = sum(isinstance(job, Training) for job in plan.jobs)
     there = f"; {len(plan.jobs) - len(left)} of these {len(plan.jobs)} are done" if len(left) < len(plan.jobs) else ""
     say(f"{trainings} trainings, {len(plan.jobs) - trainings} models to ask{there}")
@@ -49,6 +53,35 @@ def carry_out(plan: Plan, engine: TrainerName, out: Path, say: Say) -> None:
             time.sleep(_LOOK_AGAIN)
         else:
             left.remove(job)
+
+
+def check_first(jobs: Sequence[Job], engine: TrainerName, out: Path) -> None:
+    """Refuse what a later job would refuse, before the first begins.
+
+    Raises:
+        UserError: a file that is to be read is not there, or the engine or this machine has not what a training asks for.
+    """
+    losses: set[PreferenceLoss] = set()
+    base = next((job.model for job in jobs if isinstance(job, Sitting) and Path(job.model.path).is_dir()), None)
+    for job in jobs:
+        for file in map(Path, _read_by(job)):
+            if not file.exists() and not file.absolute().is_relative_to(out.absolute()):
+                raise UserError(f"{file}: no such file or folder; row '{job.row}' is to read it")
+        if isinstance(job, Training):
+            require_tracker(job.config.tracker)
+            if base is not None and isinstance(job.config, RpoConfig) and job.config.loss not in losses:
+                losses.add(job.config.loss)
+                open_trainer(engine, base, replace(job.config, model=base))
+
+
+def _read_by(job: Job) -> tuple[str, ...]:
+    """The files and folders that a job reads, those of other jobs aside."""
+    if isinstance(job, Sitting):
+        asked: tuple[CurateConfig | EvaluateConfig, ...] = (*job.exams, *job.curations)
+        return tuple(file for one in asked for file in (*one.problems, *([one.shots] if one.shots else ())))
+    if isinstance(job.config, CptConfig):
+        return (*job.config.corpus.documents, *job.config.corpus.problems)
+    return ()
 
 
 def clear_claims(out: Path) -> None:

@@ -40,6 +40,12 @@ def remove_left(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def of_the_living(path: Path) -> bool:
+    """Whether a scratch path is that of another process of this machine, which is at work."""
+    found = re.search(rf"\.{re.escape(_host())}\.(\d+)\.(?:part|merged)$", path.name)
+    return found is not None and _is_another_alive(int(found[1]))
+
+
 def _is_another_alive(process: int) -> bool:
     if process == os.getpid():
         return False

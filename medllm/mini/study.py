@@ -18,7 +18,7 @@ from typing import Literal
 
 from medllm.ablation.design import Design, RowDesign, configured
 from medllm.ablation.jobs import ONLY_EXAM, Plan, plan
-from medllm.ablation.study import study_folder
+from medllm.ablation.study import await_file, study_folder
 from medllm.ablation.work import Say, carry_out
 from medllm.config import (
     LoraConfig,
@@ -180,7 +180,9 @@ def study_of(config: StudyConfig, engine: TrainerName, out: Path, say: Say, *, j
     design = study_design(config, out / WORLD)
     whole = plan(design, out)
     with study_folder(out, config, engine, seeds=config.seeds, join=join):
-        if not join:
+        if join:
+            await_file(out / WORLD / CORPUS_FILE)  # the last that is written
+        else:
             write_world(out / WORLD, config)
         carry_out(whole, engine, out, say)
     return design, whole

@@ -70,11 +70,15 @@ def clean_score(results: Sequence[ProblemResult], leaked: Collection[str], draw:
     return CleanScore(int((~clean).sum()), int(clean.sum()), whole, part, difference)
 
 
-def leaked_ids(file: str | Path) -> frozenset[str]:
+def leaked_ids(file: str | Path, asked: Collection[str]) -> frozenset[str]:
     """The problems that ``medllm data leaks --json`` found.
 
+    Args:
+        file: What it wrote.
+        asked: The problems of this exam.
+
     Raises:
-        UserError: the file is not what it writes.
+        UserError: the file is not what it writes, or all that was found are problems of another exam.
     """
     found = parse_json(read_text(Path(file)), str(file), "expected what `medllm data leaks --json` writes")
     leaks = found.get("leaks") if isinstance(found, dict) else None
@@ -84,7 +88,12 @@ def leaked_ids(file: str | Path) -> frozenset[str]:
         raise UserError(
             f"{file}: no list of leaks with their problem_id in it; expected what `medllm data leaks --json` writes"
         )
-    return frozenset(one["problem_id"] for one in leaks)
+    found = frozenset(one["problem_id"] for one in leaks)
+    if found and found.isdisjoint(asked):
+        raise UserError(
+            f"{file}: names {len(found)} problems, e.g. {min(found)}, none of this exam; search for its own (medllm data leaks)"
+        )
+    return found
 
 
 def clean_difference(

@@ -152,7 +152,7 @@ def _bounds(estimate: Estimate) -> tuple[float, float, float]:
 
 
 def _line(cell: str) -> str:
-    return cell.replace("\n", " ")
+    return " ".join(cell.splitlines())
 
 
 def _markdown(sheet: Sheet) -> str:
@@ -165,7 +165,8 @@ def _markdown(sheet: Sheet) -> str:
 
 def _latex(sheet: Sheet) -> str:
     def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_LATEX.get(sign, sign) for sign in _line(cell)) for cell in cells) + r" \\"
+        row = " & ".join("".join(_LATEX.get(sign, sign) for sign in _line(cell)) for cell in cells) + r" \\"
+        return f"{{}}{row}" if row.startswith(("[", "*")) else row  # else an option of the \\ before it
 
     return "\n".join(
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -38,7 +39,8 @@ def _last(label: str, length: int) -> str:
         folders = [folder for folder in part.split("/") if folder]
         while len(folders) > 1 and folders[-1] in _OF_EVERY_RUN:
             folders.pop()
-        parts.append("/".join(folders[-length:]) if "/" in part else part)
+        named = re.search(r"\s", part) is not None  # "RPO w/o CPT" is no path
+        parts.append("/".join(folders[-length:]) if "/" in part and not named else part)
     return _PARTS.join(parts)
 
 

@@ -245,3 +245,19 @@ def test_a_run_that_another_process_finished_in_the_meantime_stays(tmp_path, mon
     with pytest.raises(UserError, match="already holds a finished run"):
         Run(tmp_path / "run", config, resume="auto")
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == {"stage": "evaluate"}
+
+
+def test_what_a_living_process_writes_in_a_run_below_stays(tmp_path):
+    config = EvaluateConfig(ModelConfig("m"), "run", ("p",))
+    outer = Run(tmp_path / "run", config)
+    outer.finish({})
+    (tmp_path / "run" / "result.json").unlink()
+    below = tmp_path / "run" / "below"
+    below.mkdir()
+    (below / "config.yaml").touch()
+    theirs, left = below / ".merged.elsewhere.1.part", tmp_path / "run" / ".predictions.jsonl.elsewhere.1.part"
+    for file in (theirs, left):
+        file.touch()
+    Run(tmp_path / "run", config, resume="auto")
+    assert theirs.exists()
+    assert not left.exists()

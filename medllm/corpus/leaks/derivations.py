@@ -100,6 +100,8 @@ def derived(paths: Iterable[str], problems: Sequence[Problem]) -> list[Derived]:
     names = {exam.key: exam.name for exam in exams}
     found = []
     for file in itertools.chain.from_iterable(map(files_at, paths)):
+        if (file.parent / "config.yaml").exists():  # a stage's own output, whatever the study is called
+            continue
         for one in sets:
             years = [(key, sorted(of & held_out[key])) for key, of in one.years.items() if of & held_out[key]]
             if years and (known_by := one.known_by(file)):

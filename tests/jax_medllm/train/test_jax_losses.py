@@ -182,6 +182,36 @@ def test_a_pair_of_weight_zero_changes_nothing(reduction):
         assert float(plain) == pytest.approx(float(with_padding), rel=1e-14)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_padding_changes_no_loss_and_no_gradient(name):
+    settings, weights = PreferenceLoss(name), jnp.asarray(PAIRS.weights)
+
+    def value(policy, pairs):
+        return OBJECTIVES[name].metrics(pairs._replace(policy=policy), settings).loss
+
+    padded = Pairs(*(jnp.concatenate([part, jnp.zeros_like(part[:1])]) for part in map(jnp.asarray, PAIRS)))
+    plain = Pairs(*map(jnp.asarray, PAIRS))
+    (loss, gradient), (with_padding, padded_gradient) = (
+        jax.value_and_grad(value)(pairs.policy, pairs) for pairs in (plain, padded)
+    )
+    if name == "kto_pair":  # its estimate of the divergence is of a batch, which padding is no part of
+        assert np.isfinite([float(loss), float(with_padding)]).all()
+    assert float(with_padding) == pytest.approx(float(loss), rel=1e-12)
+    np.testing.assert_allclose(padded_gradient[: len(weights)], gradient, rtol=1e-12)
+    assert not np.asarray(padded_gradient[len(weights) :]).any()
+
+
+def test_a_response_that_is_certain_has_finite_odds():
+    certain = jnp.asarray(PAIRS.policy).at[0, 0].set(0.0)
+
+    def value(policy):
+        return OBJECTIVES["orpo"].metrics(Pairs(*map(jnp.asarray, PAIRS))._replace(policy=policy), PreferenceLoss("orpo")).loss
+
+    loss, gradient = jax.value_and_grad(value)(certain)
+    assert np.isfinite(float(loss))
+    assert np.isfinite(np.asarray(gradient)).all()
+
+
 def test_micro_batches_of_a_step_add_up_to_the_mean_over_its_pairs():
     def part(rows):
         return float(rpo(Pairs(*(array[rows] for array in PAIRS)), PreferenceLoss(beta=0.3, alpha=2.0)).loss)

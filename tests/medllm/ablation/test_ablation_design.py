@@ -151,13 +151,21 @@ def test_the_papers_preset_takes_its_stages_from_the_papers_other_presets():
     [
         ({"a": RowDesign(cpt={})}, "'a' is trained and says not from which row"),
         ({"a": RowDesign(start="b", cpt={})}, "names 'b', which is no other row; there are a"),
-        ({"a": RowDesign(start="b", cpt={}), "b": RowDesign(start="a", cpt={})}, "starts from itself: a from b from a"),
+        ({"a": RowDesign(start="b", cpt={}), "b": RowDesign(start="a", cpt={})}, "comes of itself: a from b from a"),
         (ROWS | {"x": RowDesign(start="base")}, "say which stage trains it"),
         (ROWS | {"x": RowDesign(start="base", cpt={}, rpo={})}, "say which stage trains it"),
         (ROWS | {"x": RowDesign(start="base", cpt={}, curate={})}, "not trained on them"),
         (ROWS | {"cpt": RowDesign(start="base", cpt={})}, "'CPT' and 'cpt' would both be kept in 'cpt'"),
         (ROWS | {"x": RowDesign(start="base", cpt={}, against=("y",))}, "names 'y', which is no other row"),
         (ROWS | {"x": RowDesign(start="base", cpt={}, against=("x",))}, "names 'x', which is no other row"),
+        (
+            ROWS | {"x": RowDesign(start="base", rpo={}, answers_of="y"), "y": RowDesign(start="x", rpo={})},
+            "comes of itself: x from y",
+        ),
+        (ROWS | {"x": RowDesign(start="base", cpt={}, folder="../x")}, r"cannot be kept in '\.\./x'"),
+        (ROWS | {"x": RowDesign(start="base", cpt={}, folder=".jobs")}, r"cannot be kept in '\.jobs'"),
+        (ROWS | {"result.json": RowDesign(start="base", cpt={})}, r"cannot be kept in 'result\.json'"),
+        (ROWS | {"cpt rpo": RowDesign(start="base", cpt={}, folder="other")}, "'CPT\\+RPO' and 'cpt rpo' would both be kept"),
         ({}, "rows is"),
     ],
 )
@@ -171,6 +179,8 @@ def test_a_design_that_cannot_be_is_refused(rows, words):
     [
         ({"CPT": RowDesign(start="base", cpt={"lora": {"rnk": 3}})}, {}, r"rows\.CPT\.cpt: .*rnk"),
         ({"CPT": RowDesign(start="base", cpt={"lora": {"rank": "many"}})}, {}, r"rows\.CPT\.cpt: .*rank"),
+        ({"CPT": RowDesign(start="base", cpt={"lora": 5})}, {}, r"rows\.CPT\.cpt: lora is '5'; expected its settings by name"),
+        ({"CPT": RowDesign(start="base", cpt={"corpus": {"documents": [""]}})}, {}, "empty text"),
         ({}, {"rpo": {"preferences": "mine.jsonl"}}, "preferences follows from the rows"),
         ({}, {"evaluate": {"method": "options"}}, "method is 'options'"),
         ({}, {"presets": {"rpo": "paper_cpt_72b"}}, r"presets\.rpo paper_cpt_72b: .*paper_rpo_72b"),

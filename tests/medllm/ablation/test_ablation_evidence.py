@@ -13,6 +13,7 @@ from medllm.ablation.jobs import Sitting, plan
 from medllm.ablation.report import conclude
 from medllm.config import ModelConfig
 from medllm.engine import Generation
+from medllm.errors import UserError
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.report.statistics import Bootstrap
@@ -175,3 +176,19 @@ def test_a_study_ends_with_its_table_a_page_and_a_file(study, tmp_path, monkeypa
     ):
         assert heading in page
         assert any(heading.split(",")[0] in text for text in said)
+
+
+def test_an_exam_in_another_order_is_paired_by_its_problems_and_another_exam_is_refused(study, tmp_path):
+    design, planned, rows = study
+    run = planned.sat[-1].runs[-1]
+    file = run / "result.json"
+    before = file.read_text()
+    result = json.loads(before)
+    result["score"]["results"].reverse()
+    file.write_text(json.dumps(result))
+    assert gather(design, planned, DRAW) == rows
+    result["score"]["results"].pop()
+    file.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"not the same problems as in the study's first run: 1 differ, e\.g\. 2018A000"):
+        gather(design, planned, DRAW)
+    file.write_text(before)

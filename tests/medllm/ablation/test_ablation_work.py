@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from medllm.ablation.design import Design
+from medllm.ablation.design import Design, RowDesign
 from medllm.ablation.study import run_design
 from medllm.config import ModelConfig
 from medllm.errors import UserError
-from medllm.mini.study import ROWS
+from medllm.mini.study import BASE, ROWS
 
 WORKER = """
 import json, os, sys, time
@@ -39,6 +39,7 @@ def ended(folder, config, **more):
             words = staticmethod(lambda: "right")
     return Result
 
+work.check_first = lambda *given: None
 work.run_cpt = work.run_rpo = lambda config, engine: ended(config.run, config)
 work.sit_exam = work.build_preferences = lambda model, problems, shots, config, left_out: ended(config.run, config)
 work.open_engine = lambda *given: None
@@ -116,3 +117,22 @@ def test_a_finished_study_is_given_more_trainings_and_no_fewer(tmp_path):
     assert start(out).wait(60) == 0
     assert log(out) == before
     assert not Path(out / ".jobs").exists()
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_begins(tmp_path):
+    with pytest.raises(UserError, match=r"train\.jsonl: no such file or folder; row 'base' is to read it|exam\.jsonl: no such"):
+        run_design(design(), "jax", tmp_path / "study", print)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_loss_that_the_engine_has_not_is_refused_before_anything_begins(tmp_path, monkeypatch):
+    pytest.importorskip("jax")
+    monkeypatch.chdir(tmp_path)
+    for name in ("exam.jsonl", "train.jsonl"):
+        Path(name).touch()
+    rows = ROWS | {"odd": RowDesign(start="CPT", rpo={"loss": {"name": "dppo"}})}
+    exams = {"exam": {"problems": ["exam.jsonl"], "shot_count": 0}}
+    asked = Design(ModelConfig(str(BASE)), rows, exams, curate={"problems": ["train.jsonl"], "shot_count": 0})
+    with pytest.raises(UserError, match=r"loss\.name is 'dppo'"):
+        run_design(asked, "jax", tmp_path / "study", print)
+    assert not (tmp_path / "study").exists()
