@@ -236,3 +236,9 @@ def test_any_text_gives_sorted_letters_of_the_problem_or_nothing(text, explanati
         assert len(found) <= 1
     else:
         assert list(found) == sorted(set(found) & set(LETTERS[: len(problem.choices)]))
+
+
+@pytest.mark.parametrize(("known", "reason"), [(None, "cut_off"), (True, "cut_off"), (False, "no_label")])
+def test_what_is_known_of_a_texts_end_goes_before_its_last_words(known, reason):
+    problem = Problem("x", "", ("赤い石", "青い石", "白い砂"), ("a",))
+    assert extract_answer("まず、選択肢aについて考えると", problem, explanation=True, cut_off=known).reason == reason

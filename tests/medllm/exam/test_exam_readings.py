@@ -398,9 +398,3 @@ def test_readings_are_counted_by_name():
     assert counted.words() == "read by label 2, only 1; not read: refused 1"
     assert Readings.from_json({"rules": {"only": 1}, "reasons": {}}) == Readings({"only": 1}, {})
     assert Readings.from_json(None) is None
-
-
-@pytest.mark.parametrize(("known", "reason"), [(None, "cut_off"), (True, "cut_off"), (False, "no_label")])
-def test_what_is_known_of_a_texts_end_goes_before_its_last_words(known, reason):
-    problem = Problem("x", "", STONES, ("a",))
-    assert extract_answer("まず、選択肢aについて考えると", problem, explanation=True, cut_off=known).reason == reason

@@ -65,7 +65,9 @@ def test_the_leaks_file_of_one_command_is_read_by_the_other(tmp_path, capsys):
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in predictions))
     exam, leaks = str(tmp_path / "exam.jsonl"), str(tmp_path / "leaks.json")
     assert main(["data", "leaks", "--documents", str(tmp_path / "text.txt"), "--problems", exam, "--json", leaks]) == 0
-    assert leaked_ids(leaks) == {"p1"}
+    assert leaked_ids(leaks, {"p1", "p2"}) == {"p1"}
+    with pytest.raises(UserError, match=r"names 1 problems, e\.g\. p1, none of this exam"):
+        leaked_ids(leaks, {"q1"})
     command = ["score", "--problems", exam, "--predictions", str(tmp_path / "predictions.jsonl"), "--leaks", leaks]
     assert main([*command, "--json", str(tmp_path / "score.json")]) == 0
     scored = json.loads((tmp_path / "score.json").read_text())
@@ -77,4 +79,4 @@ def test_the_leaks_file_of_one_command_is_read_by_the_other(tmp_path, capsys):
 def test_another_file_is_refused(tmp_path, text):
     (tmp_path / "leaks.json").write_text(text)
     with pytest.raises(UserError, match=r"leaks\.json.*data leaks --json"):
-        leaked_ids(tmp_path / "leaks.json")
+        leaked_ids(tmp_path / "leaks.json", {"p1"})
