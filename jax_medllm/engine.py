@@ -41,7 +41,7 @@ from medllm.errors import UserError
 from medllm.forecast import Devices, Work, announce, held_words
 from medllm.host.memory import watch_device
 from medllm.host.processes import is_primary_process
-from medllm.host.progress import Progress
+from medllm.host.progress import Progress, Say
 from medllm.model.adapter import Adapter, open_adapters, write_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.endings import read_endings
@@ -155,7 +155,7 @@ class JaxEngine:
         facts |= {"loss": dataclasses.asdict(recipe.loss), "pairing": dataclasses.asdict(recipe.pairs)}
         return self._train(model, partial(preference_loss_fn, loss_config=recipe.loss), data, recipe, run, facts)
 
-    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]) -> Iterator[Replay]:
+    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Say) -> Iterator[Replay]:
         """See :class:`medllm.training.Trains`."""
         lora: LoraConfig | Adapter = recipe.lora
         loss_fn: LossFn = cpt_loss_fn

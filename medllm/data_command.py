@@ -57,7 +57,7 @@ def _model(values: Any) -> dict[str, Any]:
 
 
 def _leaks_arguments(parser: ArgumentParser) -> None:
-    from medllm.corpus.contamination import THRESHOLD
+    from medllm.corpus.leaks.exact import THRESHOLD
     from medllm.corpus.leaks.near import THRESHOLD as NEAR
 
     parser.add_argument("--documents", type=list[str], required=True, help="training files or folders")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from medllm.command import Command, say
 from medllm.errors import UserError
+from medllm.host.progress import Say
 
 if TYPE_CHECKING:
     from medllm.replay import Batch, Replay
@@ -44,7 +45,7 @@ def _replay(values: Any) -> dict[str, Any]:
     return {**about, "batch": str(file), "micro_batches": [one.to_json() for one in found], "finite": not wrong}
 
 
-def open_replay(run: Path, batch: Batch, mesh: str | None, say: Callable[[str], None]) -> Iterator[Replay]:
+def open_replay(run: Path, batch: Batch, mesh: str | None, say: Say) -> Iterator[Replay]:
     """Each micro-batch of a step of ``run``, computed alone by the engine that met it. Nothing in the run is changed.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from medllm.config import PreferenceLoss, PreferenceRecipe, Recipe, RematPolicy,
 from medllm.corpus.packing import PackedRows
 from medllm.errors import UserError
 from medllm.host.processes import tell
-from medllm.host.progress import rate_words
+from medllm.host.progress import Say, rate_words
 from medllm.preferences.tokenization import TokenizedPreferences
 from medllm.replay import Batch, Replay
 from medllm.run import Run
@@ -135,7 +135,7 @@ class Trains(Protocol):
         """
         ...
 
-    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]) -> Iterator[Replay]:
+    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Say) -> Iterator[Replay]:
         """Compute the micro-batches of a step that was not finite, each alone.
 
         Args:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from medllm.engine import Continuation, Generation
 from medllm.forecast import Devices, Work, announce, held_words
 from medllm.host.memory import watch_device
 from medllm.host.processes import process_count
-from medllm.host.progress import Progress
+from medllm.host.progress import Progress, Say
 from medllm.model.endings import read_endings
 from medllm.model.tokenizer import Prompt
 from medllm.preferences.tokenization import TokenizedPreferences
@@ -99,7 +99,7 @@ class TorchEngine:
         self._announce(recipe, lora, run, preferences.words(), units, preferences.tokens)
         return train_preferences(self.config, self.tokenizer, preferences, recipe, run)
 
-    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]) -> Iterator[Replay]:
+    def replay(self, batch: Batch, recipe: Recipe, run: Path, say: Say) -> Iterator[Replay]:
         """See :class:`medllm.training.Trains`."""
         self._release()
         return replay_step(self.config, self.tokenizer, batch, recipe, run, say)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medllm.checkpoints import newest_whole
 from medllm.config import ModelConfig, PreferenceRecipe, Recipe
+from medllm.host.progress import Say
 from medllm.replay import Batch, Replay, adapter_words
 from torch_ref.cpt import cpt_trainer
 from torch_ref.micro_batch import micro_batch, replay
@@ -21,9 +22,7 @@ from torch_ref.run_log import checkpoint_steps
 from torch_ref.trainer import OutputFolder
 
 
-def replay_step(
-    model: ModelConfig, tokenizer: Any, batch: Batch, recipe: Recipe, run: Path, say: Callable[[str], None]
-) -> Iterator[Replay]:
+def replay_step(model: ModelConfig, tokenizer: Any, batch: Batch, recipe: Recipe, run: Path, say: Say) -> Iterator[Replay]:
     """See :meth:`medllm.training.Trains.replay`.
 
     Args:

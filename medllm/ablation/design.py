@@ -16,7 +16,7 @@
       CPT: {start: base, cpt: {}}
       CPT+DPO: {start: CPT, rpo: {loss: {name: dpo}}}
       CPT+RPO: {start: CPT, rpo: {}}
-      eight answers: {start: CPT, rpo: {}, curate: {sampling: {samples: 16}}}
+      sixteen answers: {start: CPT, rpo: {}, curate: {sampling: {samples: 16}}}
 
 A row names the row that it starts from, the stage that trains it, and what it has otherwise than the design's own settings.
 """
@@ -203,10 +203,7 @@ def design_of(settings: Mapping[str, Any], where: str) -> Design:
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: rows.{name}: expected how the row comes about ({{}} of a model as it is), found {row!r}")
         rows[str(name)] = configured(RowDesign, row, f"{where}: rows.{name}")
-    try:
-        return configured(Design, {name: value for name, value in settings.items() if name != "rows"}, where, rows=rows)
-    except UserError as error:
-        raise error if where in str(error) else UserError(f"{where}: {error}") from error
+    return configured(Design, {name: value for name, value in settings.items() if name != "rows"}, where, rows=rows)
 
 
 def configured(kind: type[Config], settings: Mapping[str, Any], where: str, **made: Any) -> Config:
@@ -222,11 +219,11 @@ def configured(kind: type[Config], settings: Mapping[str, Any], where: str, **ma
         parsed = parser.parse_object(dict(settings))
         refuse_unusable(parsed, parser)
         values = parser.instantiate(parsed)
+        return kind(**{one.name: values[one.name] for one in fields(kind) if one.name not in made}, **made)
     except UserError as error:
         raise error if where in str(error) else UserError(f"{where}: {error}") from error
     except ArgumentError as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
-    return kind(**{one.name: values[one.name] for one in fields(kind) if one.name not in made}, **made)
 
 
 def combined(shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> Settings:

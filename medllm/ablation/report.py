@@ -12,9 +12,9 @@ from rich.table import Table
 from medllm.ablation.design import Design, slug
 from medllm.ablation.evidence import EvidenceRow, Measured
 from medllm.ablation.jobs import ONLY_EXAM, Plan
-from medllm.ablation.work import Say
 from medllm.exam.flips import CAUSES, Cause
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import Say
 from medllm.report.page import write_report
 from medllm.report.runs import report_from_runs
 from medllm.report.study import PlainTable

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from medllm.ablation.design import Design
 from medllm.ablation.jobs import Plan, plan
-from medllm.ablation.work import Say, carry_out, clear_claims
+from medllm.ablation.work import carry_out, clear_claims
 from medllm.engines import TrainerName
 from medllm.errors import UserError
 from medllm.host.processes import process_count, unannounced
+from medllm.host.progress import Say
 from medllm.run import RESULT, Run, check_begun
 from medllm.text_files import read_json_object
 

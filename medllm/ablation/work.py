@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +16,16 @@ from medllm.engines import TrainerName, open_engine, open_trainer
 from medllm.errors import UserError
 from medllm.host.lock import FolderLock, Held
 from medllm.host.processes import is_primary_process, process_count
+from medllm.host.progress import Say
 from medllm.model.adapter import merge_adapter
 from medllm.run import MERGED
 from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.stages.cpt import run_cpt
-from medllm.stages.curate import build_preferences
-from medllm.stages.evaluate import sit_exam
-from medllm.stages.problems import of_subjects, read_problems, read_shots
+from medllm.stages.curate import build_preferences, read_curation
+from medllm.stages.evaluate import read_exam, sit_exam
+from medllm.stages.problems import read_shots
 from medllm.stages.rpo import run_rpo
 from medllm.trackers import require_tracker
-
-Say = Callable[[str], None]
 
 _CLAIMS = ".jobs"
 _LOOK_AGAIN = 0.5  # seconds until a process that has nothing to do looks whether there is something now
@@ -149,14 +148,12 @@ def _ask(job: Sitting, engine: TrainerName, say: Say) -> None:
 
     for exam in job.exams:
         if not finished(Path(exam.run)):
-            problems, left_out = read_problems(exam.problems, exam)
-            problems = of_subjects(problems, exam.subjects)[: exam.limit or None]
+            problems, left_out = read_exam(exam)
             result = sit_exam(model(exam), problems, read_shots(exam.shots, exam.shot_count, exam), exam, left_out=left_out)
             say(f"{job.row}, {result.setting}: {result.score.words()}")
     for curation in job.curations:
         if not finished(Path(curation.run)):
-            problems, left_out = read_problems(curation.problems, curation)
-            shots = read_shots(curation.shots, curation.shot_count, curation) if curation.shots else ()
+            problems, shots, left_out = read_curation(curation)
             samples = f"{len(problems):,} problems, {curation.sampling.samples} samples each"
             say(f"{job.row}: {samples}, into {Path(curation.run).name}")
             build_preferences(model(curation), problems, shots, curation, left_out=left_out)

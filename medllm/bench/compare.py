@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
 from medllm.bench.variants import Choice, choose, variant_lines
 from medllm.config import RematPolicy
 from medllm.errors import UserError
+from medllm.host.progress import Say
 from medllm.run import environment
 
 
@@ -29,7 +30,7 @@ def compare(
     runs: int,
     torch_variant: str,
     profile: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
     **settings: Any,
 ) -> Comparison:
     """Measure ``name`` (``cpt``, ``rpo`` or ``generate``) on each engine ``runs`` times, alternating.
@@ -63,7 +64,7 @@ def compare(
     return Comparison(name, shape, settings, figures, found, choice, environment())
 
 
-def _trace(name: str, arguments: Mapping[str, dict[str, Any]], folder: Path, say: Callable[[str], None]) -> None:
+def _trace(name: str, arguments: Mapping[str, dict[str, Any]], folder: Path, say: Say) -> None:
     for engine, given in arguments.items():
         measure(engine, name, **given, profile=str(folder / engine))
         say(f"bench {name}: trace of {engine}: {folder / engine}")
@@ -76,9 +77,7 @@ def _check(engines: Sequence[str], runs: int) -> None:
         raise UserError(f"--engines is {' '.join(engines) or 'empty'}; name each engine once")
 
 
-def _alternating(
-    name: str, arguments: Mapping[str, dict[str, Any]], runs: int, say: Callable[[str], None]
-) -> dict[str, list[dict[str, Any]]]:
+def _alternating(name: str, arguments: Mapping[str, dict[str, Any]], runs: int, say: Say) -> dict[str, list[dict[str, Any]]]:
     """What each engine measured, run by run, one after the other in every run."""
     found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in arguments}
     for run in range(1, runs + 1):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
 from medllm.errors import UserError
+from medllm.host.progress import Say
 from medllm.run import environment
 
 
-def bench_compile(
-    model: ModelShape, depths: Sequence[int], runs: int, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def bench_compile(model: ModelShape, depths: Sequence[int], runs: int, say: Say = lambda line: None) -> dict[str, Any]:
     """Seconds from a traced CPT step to a compiled one at each depth, median of ``runs``; ``ratio`` is the last over the first.
 
     Nothing is loaded: shapes are enough to compile.

@@ -28,6 +28,7 @@ from medllm.bench.preflight import preflight
 from medllm.engines import module_of, require_engine
 from medllm.errors import UserError
 from medllm.host.child import run_in_child, run_process
+from medllm.host.progress import Say
 from medllm.run import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +92,7 @@ def bench_device(
     attention: str | None = None,
     log: TextIO | None = None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Check what can go wrong, measure, and hold what was found against the goals.
 
@@ -138,7 +139,7 @@ def bench_device(
 class _Session:
     """The result while it grows, and the time that is left for it."""
 
-    def __init__(self, smoke: bool, limit: float, save: Callable[[dict[str, Any]], None], say: Callable[[str], None]):
+    def __init__(self, smoke: bool, limit: float, save: Callable[[dict[str, Any]], None], say: Say):
         self._patience = _PATIENCE if smoke else 1.0
         self._limit = limit * self._patience
         self._ends = time.monotonic() + self._limit

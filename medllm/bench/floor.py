@@ -12,7 +12,6 @@ array read or written once. What comes near this floor cannot be made faster; wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from medllm.bench.arithmetic import Step, causal_pairs, training_flops
 from medllm.bench.engines import measure
 from medllm.bench.shapes import ModelShape
 from medllm.errors import UserError
+from medllm.host.progress import Say
 from medllm.quantization import PACKINGS
 from medllm.run import environment
 
@@ -146,7 +146,7 @@ def _mark(one: dict[str, Any]) -> str:
     return "  <" if one["share"] < THIRD else ""
 
 
-def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
+def run(values: Any, say: Say) -> dict[str, Any]:
     """The command: measure, print, and return what was found."""
     found = bench_floor(values.model, values.rows, values.length, seconds=values.seconds)
     for line in table(found):

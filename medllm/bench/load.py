@@ -14,6 +14,7 @@ import numpy as np
 from medllm.architecture import Architecture
 from medllm.bench.engines import measure
 from medllm.errors import UserError
+from medllm.host.progress import Say
 from medllm.model.directory import write_model
 from medllm.model.random import random_tensors
 from medllm.published import PUBLISHED, qwen2
@@ -27,9 +28,7 @@ _MODELS = (*(PUBLISHED[name] for name in ("qwen2.5-7b", "qwen2.5-3b", "qwen2.5-0
 """Whose layers a checkpoint may have, the widest first."""
 
 
-def bench_load(
-    gigabytes: float, engine: str, quantization: Quantization, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def bench_load(gigabytes: float, engine: str, quantization: Quantization, say: Say = lambda line: None) -> dict[str, Any]:
     """Write a random bf16 checkpoint into a temporary folder, open it in a fresh process, and report seconds and memory.
 
     ``within`` says whether the whole process stayed below the model's size + 1.2 GB.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from medllm.bench.engines import measure
 from medllm.bench.shapes import CptShape, GenerateShape, RpoShape
 from medllm.errors import UserError
+from medllm.host.progress import Say
 from medllm.run import environment
 
 ALL = "all"
@@ -136,9 +137,7 @@ def names(action: str) -> list[str]:
     return [variant.name for variant in VARIANTS[action]]
 
 
-def choose(
-    asked: str, action: str, shape: CptShape | RpoShape | GenerateShape, given: Mapping[str, Any], say: Callable[[str], None]
-) -> Choice:
+def choose(asked: str, action: str, shape: CptShape | RpoShape | GenerateShape, given: Mapping[str, Any], say: Say) -> Choice:
     """The variant called ``asked``, or of all that do the same work as JAX the fastest in one short run each.
 
     Args:

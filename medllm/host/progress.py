@@ -24,6 +24,10 @@ _REDRAWN = 0.5
 """Seconds between two looks at how much memory there is in use."""
 
 
+Say = Callable[[str], None]
+"""Told a line of text."""
+
+
 class Progress(Protocol):
     """Is told of a work how much is done."""
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medllm.ablation.work import Say
 from medllm.engines import TrainerName
 from medllm.host.processes import is_primary_process
+from medllm.host.progress import Say
 from medllm.mini.study import PREVIOUS, StudyResult, run_study
 from medllm.report.page import write_report
 from medllm.report.runs import report_from_runs

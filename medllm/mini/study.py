@@ -19,7 +19,7 @@ from typing import Literal
 from medllm.ablation.design import Design, RowDesign, configured
 from medllm.ablation.jobs import ONLY_EXAM, Plan, plan
 from medllm.ablation.study import await_file, study_folder
-from medllm.ablation.work import Say, carry_out
+from medllm.ablation.work import carry_out
 from medllm.config import (
     LoraConfig,
     ModelConfig,
@@ -31,6 +31,7 @@ from medllm.config import (
 )
 from medllm.engines import TrainerName
 from medllm.exam.loaders import write_problems
+from medllm.host.progress import Say
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
 from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world

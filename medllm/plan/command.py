@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from medllm.errors import UserError
-from medllm.host.progress import progress_bar
+from medllm.host.progress import Say, progress_bar
 from medllm.plan.calibration import Calibration
 from medllm.plan.request import Request
 from medllm.plan.wording import KINDS, mesh_words
@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--html", type=str | None, default=None, metavar="FILE", help="also write the plan as a page")
 
 
-def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
+def run(values: Any, say: Say) -> dict[str, Any]:
     """Plan, print, and return what was found; ``ok`` says whether it fits."""
     from medllm.plan.page import write_page
     from medllm.plan.planning import make_plan
@@ -65,7 +65,7 @@ def run(values: Any, say: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
-def _calibrate(request: Request, values: Any, say: Callable[[str], None]) -> dict[str, Any]:
+def _calibrate(request: Request, values: Any, say: Say) -> dict[str, Any]:
     from medllm.plan.calibrating import calibrate, calibration_lines
 
     for name in ("search", "calibration", "html"):

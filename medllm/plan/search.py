@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from medllm.architecture import Architecture
 from medllm.axes import MESH_AXES, RULES
 from medllm.config import REMAT_KEEPS, OptimizerConfig, RematPolicy
 from medllm.errors import UserError
-from medllm.host.progress import Progress
+from medllm.host.progress import Progress, Say
 from medllm.plan.models import planned_model
 from medllm.plan.plan import Plan, asked
 from medllm.plan.planning import check_context, check_installed, make_plan
@@ -111,7 +111,7 @@ class Search:
         }
 
 
-def search(request: Request, most: int, say: Callable[[str], None], progress: Progress | None = None) -> Search:
+def search(request: Request, most: int, say: Say, progress: Progress | None = None) -> Search:
     """Plans for every mesh and number of rows that could fit, each under the policy that computes least again.
 
     A candidate that needs more than there is by its arguments and saved activations alone is not compiled; of the others at
@@ -206,7 +206,7 @@ def _devices(mesh: dict[str, int], axes: Sequence[str]) -> int:
     return math.prod(mesh.get(axis, 1) for axis in axes)
 
 
-def _tried(request: Request, one: Candidate, say: Callable[[str], None]) -> list[Tried]:
+def _tried(request: Request, one: Candidate, say: Say) -> list[Tried]:
     """Policies from the fastest on, up to the first that fits."""
     tried: list[Tried] = []
     for policy in one.policies:

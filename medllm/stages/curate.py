@@ -58,9 +58,7 @@ def run_curate(config: CurateConfig, engine: EngineName = "jax", progress: Progr
     Raises:
         UserError: a problem is from a held-out year or is one that is held out, or the model, problems or shots cannot be used.
     """
-    problems, skipped = read_problems(config.problems, config)
-    shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
-    check_curation(problems, shots, config)
+    problems, shots, skipped = read_curation(config)
     if config.dry_run:
         wanted, prompt_of = asked_problems(problems, shots, config)
         return estimate("curate", engine, map(prompt_of, wanted), config.sampling, config.server)
@@ -78,6 +76,18 @@ def build_preferences(
     """:func:`run_curate` on a model that is already open, and problems that are read, but for those ``left_out``."""
     check_curation(problems, shots, config)
     return _curate(model, problems, shots, config, progress, left_out or {})
+
+
+def read_curation(config: CurateConfig) -> tuple[tuple[Problem, ...], tuple[Problem, ...], dict[str, int]]:
+    """Problems and examples, fit to be curated, and how many rows were left out, by reason.
+
+    Raises:
+        UserError: as for :func:`check_curation`, or a file cannot be read.
+    """
+    problems, left_out = read_problems(config.problems, config)
+    shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
+    check_curation(problems, shots, config)
+    return problems, shots, left_out
 
 
 def check_curation(problems: Sequence[Problem], shots: Sequence[Problem], config: CurateConfig) -> None:

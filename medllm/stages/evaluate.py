@@ -108,6 +108,16 @@ class OptionsResult:
         }
 
 
+def read_exam(config: EvaluateConfig) -> tuple[tuple[Problem, ...], dict[str, int]]:
+    """The problems that are sat, and how many rows were left out, by reason.
+
+    Raises:
+        UserError: as for :func:`medllm.stages.problems.read_problems`, or a subject that no problem has.
+    """
+    problems, left_out = read_problems(config.problems, config)
+    return of_subjects(problems, config.subjects)[: config.limit or None], left_out
+
+
 def run_evaluate(
     config: EvaluateConfig, engine: EngineName = "jax", progress: Progress | None = None
 ) -> ExamResult | OptionsResult | spending.Estimate:
@@ -116,9 +126,7 @@ def run_evaluate(
     Raises:
         UserError: the model, problems or shots cannot be used, or a prompt does not fit the context.
     """
-    problems, skipped = read_problems(config.problems, config)
-    problems = of_subjects(problems, config.subjects)
-    problems = problems[: config.limit] if config.limit else problems
+    problems, skipped = read_exam(config)
     if config.method != "generate":
         scored, method = scorable(problems)[0], config.method
         if config.dry_run:

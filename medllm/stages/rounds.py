@@ -10,7 +10,7 @@ evaluated on in every round, for what a model writes is new in each.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,18 +19,17 @@ from medllm.config import ModelConfig
 from medllm.engines import TrainerName, open_trainer
 from medllm.errors import UserError
 from medllm.host.processes import process_count, unannounced
+from medllm.host.progress import Say
 from medllm.preferences.pairs import Rank, select_pairs
 from medllm.preferences.records import Preference, read_preferences
 from medllm.run import RESULT, Run
 from medllm.stage_config import CurateConfig, RoundsConfig, RpoConfig
-from medllm.stages.curate import PREFERENCES, check_curation, run_curate
+from medllm.stages.curate import PREFERENCES, read_curation, run_curate
 from medllm.stages.handover import check_handover
-from medllm.stages.problems import read_problems, read_shots
 from medllm.stages.rpo import run_rpo
 from medllm.text_files import read_json_object
 from medllm.trackers import require_tracker
 
-Say = Callable[[str], None]
 Reason = Literal["all rounds are done", "no better", "too few pairs"]
 _Stage = TypeVar("_Stage", CurateConfig, RpoConfig)
 
@@ -144,9 +143,7 @@ def _check(config: RoundsConfig, engine: TrainerName) -> None:
     training = _part(config, RpoConfig, model=config.model, run=config.run, preferences=PREFERENCES)
     check_handover(training)
     open_trainer(engine, config.model, training)
-    problems, _ = read_problems(config.problems, config)
-    shots = read_shots(config.shots, config.shot_count, config) if config.shots else ()
-    check_curation(problems, shots, config)
+    read_curation(config)
 
 
 def _measured(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medllm.config import ProblemLayout
-from medllm.corpus.contamination import find_leaks
 from medllm.corpus.documents import Document, load_documents
+from medllm.corpus.leaks.exact import find_leaks
 from medllm.corpus.packing import PackedRows, pack, tokenize_documents
 from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.preferences.records import read_preferences

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from medllm.corpus.contamination import Leak
 from medllm.corpus.documents import Document
 from medllm.corpus.leaks.derivations import derived
+from medllm.corpus.leaks.exact import Leak
 from medllm.corpus.leaks.search import search
 from medllm.errors import UserError
 from medllm.exam.loaders import problems_at

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from medllm.corpus.contamination import ExactSearch, Leak
 from medllm.corpus.documents import Document
+from medllm.corpus.leaks.exact import ExactSearch, Leak
 from medllm.corpus.leaks.near import NearSearch
 from medllm.exam.problem import Problem
 from medllm.stage_config import HeldOutConfig

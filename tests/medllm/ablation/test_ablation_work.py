@@ -43,8 +43,8 @@ work.check_first = lambda *given: None
 work.run_cpt = work.run_rpo = lambda config, engine: ended(config.run, config)
 work.sit_exam = work.build_preferences = lambda model, problems, shots, config, left_out: ended(config.run, config)
 work.open_engine = lambda *given: None
-work.read_problems = lambda *given: ((), {})
-work.of_subjects = lambda *given: ()
+work.read_exam = lambda *given: ((), {})
+work.read_curation = lambda *given: ((), (), {})
 work.merge_adapter = lambda path, adapters, folder: folder.mkdir()
 run_design(design(), "jax", out, print, join="join" in sys.argv)
 """

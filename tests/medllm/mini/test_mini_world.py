@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from medllm.corpus.contamination import find_leaks
 from medllm.corpus.documents import Document
+from medllm.corpus.leaks.exact import find_leaks
 from medllm.corpus.leaks.guard import problem_texts, refuse_leaks
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medllm.corpus.contamination import Leak, find_leaks, normalize
 from medllm.corpus.documents import Document
+from medllm.corpus.leaks.exact import Leak, find_leaks, normalize
 from medllm.exam.loaders import load_problems
 from medllm.exam.problem import Problem
 
