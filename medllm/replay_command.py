@@ -29,6 +29,8 @@ def _replay(values: Any) -> dict[str, Any]:
     from medllm.replay import first_batch, read_batch, table
 
     run = Path(values.run)
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder")
     file = Path(values.batch) if values.batch else first_batch(run)
     batch = read_batch(file)
     say(f"{file}: {batch.said}")

@@ -82,6 +82,8 @@ def test_the_adapter_is_that_of_the_newest_checkpoint_before_the_step(engine, ov
 
 
 def test_a_folder_without_such_a_batch_and_a_file_that_is_none_are_refused(folder, tmp_path, capsys):
+    assert main(["replay", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: no such run folder" in capsys.readouterr().err
     assert main(["replay", str(tmp_path)]) == 2
     assert "has kept no batch whose numbers were not finite" in capsys.readouterr().err
     assert main(["replay", str(tmp_path), "--batch", str(folder / "model.safetensors")]) == 2
