@@ -133,5 +133,10 @@ def _row(one: Kept) -> dict[str, Any]:
 
 
 def _kept(row: Any) -> Kept:
+    for name in ("problem_id", "prompt", "text", "finish", "stopped"):
+        if not isinstance(row[name], str):
+            raise TypeError(f"'{name}' is no text")
+    if type(row["sample"]) is not int or not isinstance(row.get("facts", {}), dict):
+        raise TypeError("'sample' is no whole number, or 'facts' are not by name")
     generation = Generation(row["text"], tuple(row["tokens"]), row["finish"], row["stopped"])
     return Kept(row["problem_id"], row["sample"], row["prompt"], generation, row.get("facts", {}))

@@ -25,7 +25,7 @@ def read_lines(path: Path, take: Callable[[Any], None]) -> None:
                 break
             try:
                 take(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 if lines.read(1):
                     raise UserError(
                         f"{path}:{number}: is no line of a journal ({error}); take it out, its answer is asked for again"

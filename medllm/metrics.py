@@ -50,9 +50,12 @@ class Metrics:
         found = []
         for number, text in enumerate(self._whole_lines(), 1):
             try:
-                found.append(json.loads(text))
-            except ValueError as error:
+                line = json.loads(text)
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{self._file}:{number}: is no line of metrics ({error}); take it out") from error
+            if not isinstance(line, dict) or type(line.get("step")) is not int or not all(map(_is_number, line.values())):
+                raise UserError(f"{self._file}:{number}: is no line of metrics (numbers by name, and a step); take it out")
+            found.append(line)
         return found
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
@@ -149,3 +152,7 @@ class Watch:
         if what not in self._told:
             self._told.add(what)
             tell(line)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)

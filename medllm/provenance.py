@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.errors import UserError
+from medllm.text_files import read_json_object
 
 PROVENANCE = "provenance.json"
 _SETTINGS = (
@@ -40,6 +41,28 @@ _OWN = ("adapter/*", "*.jsonl", "*.journal", "config.yaml", "reference-*.safeten
 _IN_FULL = 8 << 30
 _PIECE, _PIECES = 1 << 18, 256
 _MOST_FILES = 10_000
+
+
+def read_provenance(run: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What a run recorded: its sessions, each with its ``inputs`` (:func:`input_digests`), and its outputs. Empty where it has
+    recorded nothing.
+
+    Raises:
+        UserError: the file cannot be read, or is not what a run writes.
+    """
+    file = run / PROVENANCE
+    made = read_json_object(file, "") if file.exists() else {}
+    sessions, outputs = made.get("sessions", []), made.get("outputs", {})
+    if not isinstance(sessions, list) or not all(isinstance(one, dict) for one in sessions) or not _are_digests(outputs):
+        raise UserError(f"{file}: sessions and outputs are expected in it; restore the file")
+    for number, inputs in enumerate((one.get("inputs", {}) for one in sessions), 1):
+        if not isinstance(inputs, dict) or not all(map(_are_digests, inputs.values())):
+            raise UserError(f"{file}: session {number}: digests of files are expected, by setting; restore the file")
+    return sessions, outputs
+
+
+def _are_digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
 def input_digests(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -25,7 +25,7 @@ from medllm.host.lock import LOCK, FolderLock
 from medllm.host.processes import is_primary_process, process_count, tell
 from medllm.host.scratch import of_the_living, remove_left, scratch_path
 from medllm.metrics import Metrics
-from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
+from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests, read_provenance
 from medllm.stage_config import FREE_ON_RESUME
 from medllm.text_files import read_json_object, read_yaml
 from medllm.trackers import FOLDERS
@@ -251,10 +251,9 @@ class Run:
 
     def _record_inputs(self, plain: dict[str, Any], started: str) -> None:
         """A session begins: with what files, and by what code."""
-        file = self.path / PROVENANCE
-        before = read_json_object(file, "").get("sessions", []) if file.exists() else []
+        before, _ = read_provenance(self.path)
         session = {"started": started, "processes": process_count(), "code": code_digest(), "inputs": input_digests(plain)}
-        write_json(file, {"sessions": [*before, session]})
+        write_json(self.path / PROVENANCE, {"sessions": [*before, session]})
 
     def _explain(self, error: BaseException | None) -> None:
         """Raise what a user can do about an error of the disk, where it is one."""

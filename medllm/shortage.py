@@ -41,7 +41,7 @@ def advising(config: MeshConfig, engine: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not any(map(_is_shortage, chain(error))):
+        if isinstance(error, UserError) or not any(map(is_shortage, chain(error))):
             raise
         raise UserError(
             f"out of memory{needed(error)}{_weights(config)}; lower {', '.join(remedies(config, engine))}"
@@ -83,7 +83,8 @@ def remedies(config: Any, engine: str) -> Iterator[str]:
         yield f"or spread it over more devices (--mesh{f', now {config.mesh}' if config.mesh else ''})"
 
 
-def _is_shortage(error: BaseException) -> bool:
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error, of whichever framework, says that memory ran out."""
     said = str(error)
     return type(error).__name__ in _KINDS or bool(_SAID.search(said) and not _DISK.search(said))
 

@@ -27,7 +27,8 @@ def read_text(file: Path) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        # In one piece: a stream takes the first byte or two of a byte-order mark, and nothing else, for an empty file.
+        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
     except OSError as error:
@@ -40,13 +41,17 @@ def text_lines(file: Path) -> Iterator[str]:
     Raises:
         UserError: as there, when the line is reached.
     """
+    empty = True
     try:
         with file.open(encoding="utf-8-sig") as stream:
             for line in stream:
+                empty = False
                 yield line.removesuffix("\n")
     except (UnicodeDecodeError, OSError):
         read_text(file)  # says where it is wrong
         raise
+    if empty:
+        read_text(file)  # that it is
 
 
 def parse_json(text: str, where: str, expected: str) -> Any:

@@ -25,6 +25,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 8 << 30
+COLUMNS = {
+    "inputs": "inputs",
+    "refused in a line": "refused",
+    "read all the same": "read",
+    "anything else": "others",
+    "slowest, s": "slowest",
+    "memory, MiB": "memory",
+}
+"""Heading of a column → its name among what is counted."""
+COLUMNS = {
+    "inputs": "inputs",
+    "refused in a line": "refused",
+    "read all the same": "read",
+    "anything else": "others",
+    "slowest, s": "slowest",
+    "memory, MiB": "memory",
+}
+"""Heading of a column → its name among what is counted."""
 
 
 def main() -> int:
@@ -42,8 +60,8 @@ def main() -> int:
     from tests.fuzz.formats import FORMATS
 
     failed = 0
-    print("| format | inputs | refused in a line | read all the same | anything else | slowest, s | places reached |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(f"| format | {' | '.join(COLUMNS)} | places reached |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name in given.only or FORMATS:
         words = [sys.executable, __file__, "--child", name, "--inputs", str(given.inputs), "--found", str(given.found)]
         with tempfile.NamedTemporaryFile("w+") as said:
@@ -55,12 +73,12 @@ def main() -> int:
             places = [line.split("cov: ")[1].split()[0] for line in said.read().splitlines() if "cov: " in line]
         counts = given.found / f"{name}.json"
         if not counts.exists():
-            print(f"| {name} | 0 | | | the process ended | | |", flush=True)
+            print(f"| {name} | 0 | | | the process ended | | | |", flush=True)
             failed += 1
             continue
         found = json.loads(counts.read_text())
-        row = f"{found['inputs']} | {found['refused']} | {found['read']} | {found['others']} | {found['slowest']:.2f}"
-        print(f"| {name} | {row} | {places[-1] if places else ''} |", flush=True)
+        row = [f"{found[one]:.2f}" if one == "slowest" else str(found[one]) for one in COLUMNS.values()]
+        print(f"| {name} | {' | '.join(row)} | {places[-1] if places else ''} |", flush=True)
         for kind, count in found["kinds"].items():
             print(f"  {count} × {kind}", file=sys.stderr, flush=True)
         failed += found["others"]
@@ -84,7 +102,7 @@ def fuzz(name: str, inputs: int, folder: Path) -> int:
     seeds = home / "seeds-of-the-fuzzer"
     seeds.mkdir()
     (seeds / "good").write_bytes(good)
-    counts = {"inputs": 0, "read": 0, "refused": 0, "others": 0, "slowest": 0.0, "kinds": {}}
+    counts = {"inputs": 0, "read": 0, "refused": 0, "others": 0, "slowest": 0.0, "memory": 0, "kinds": {}}
 
     def one(data: bytes) -> None:
         file.unlink()
@@ -100,6 +118,7 @@ def fuzz(name: str, inputs: int, folder: Path) -> int:
             if outcome not in counts["kinds"]:
                 (folder / f"{name}-{len(counts['kinds'])}").write_bytes(data)
             counts["kinds"][outcome] = counts["kinds"].get(outcome, 0) + 1
+        counts["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         if counts["inputs"] % 100 == 0 or counts["inputs"] >= inputs:
             (folder / f"{name}.json").write_text(json.dumps(counts))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from jax_medllm.mesh.processes import everywhere
 from medllm.checkpoints import newest_whole, seal
 from medllm.errors import UserError
 from medllm.host.processes import is_primary_process
+from medllm.shortage import is_shortage
 
 State = TypeVar("State")
 
@@ -47,7 +50,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        with _reading(folder):
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, state: Any, step: int) -> None:
         """Write ``state`` after ``step`` optimizer steps. The caller waits until it is copied to the host, and for a checkpoint
@@ -75,9 +79,11 @@ class Checkpoints:
             return state, 0
         step = int(found.newest.name)
         position = self._read(step, position=ocp.args.JsonRestore())["position"]
-        if position["step"] != step:
+        if not isinstance(position, dict) or not isinstance(position.get("settings"), dict):
+            raise UserError(f"{self._folder / str(step)}: its position is not one of this version; start a new --run")
+        if position.get("step") != step:
             raise UserError(
-                f"{self._folder / str(step)}: holds the state after step {position['step']}; put it back under its name"
+                f"{self._folder / str(step)}: holds the state after step {position.get('step')}; put it back under its name"
             )
         before = position["settings"]
         for name in sorted(self._settings.keys() | before.keys()):
@@ -104,14 +110,8 @@ class Checkpoints:
                 seal(scratch, leave_out=(_COMMITTED,))
 
     def _read(self, step: int, **arguments: Any) -> Any:
-        try:
+        with _reading(self._folder / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"{self._folder / str(step)}: the checkpoint cannot be read ({reason}); "
-                "remove that folder to go on from an earlier one"
-            ) from error
 
 
 def restore_before(folder: Path, state: State, step: int) -> tuple[State, int]:
@@ -131,14 +131,26 @@ def restore_before(folder: Path, state: State, step: int) -> tuple[State, int]:
         return state, 0
     named = _named(state)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
-        with ocp.StandardCheckpointer() as reader:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
-            restored = reader.restore((found.newest / "state").absolute(), abstract)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{found.newest}: is no checkpoint of this run's adapter ({reason}); restore the folder") from error
+    with _reading(found.newest), ocp.StandardCheckpointer() as reader:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named)
+        restored = reader.restore((found.newest / "state").absolute(), abstract)
     return jax.tree.unflatten(jax.tree.structure(state), [restored[name] for name in named]), int(found.newest.name)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Inside, whatever Orbax meets in ``folder`` is one line: of files it does not know, as those of another version may be, it
+    raises errors of every kind, a bare ``Exception`` among them."""
+    try:
+        yield
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder}: cannot be read as what this version writes ({reason}); restore the folder, remove it to go on from an "
+            "earlier one, or start a new --run"
+        ) from error
 
 
 def _named(state: Any) -> dict[str, jax.Array | np.ndarray]:

@@ -134,9 +134,10 @@ class Readings:
     def from_json(cls, value: Any) -> Readings | None:
         """What a ``result.json`` holds; None where it is of before they were counted, or is no such thing."""
         try:
-            return cls(**value)
+            found = cls(**value)
         except TypeError:
             return None
+        return found if isinstance(found.rules, dict) and isinstance(found.reasons, dict) else None
 
     def words(self) -> str:
         """For a line of text: ``read by label 3, sentence 1; not read: refused 1``."""

@@ -203,4 +203,5 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it can be shown as one: what a stage measures is neither infinite nor beyond a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

@@ -28,7 +28,8 @@ def trained_on(runs: Sequence[RunSummary]) -> list[tuple[str, str]]:
 
 def origin(environment: Mapping[str, Any]) -> list[str]:
     """When, on what, with which frameworks and from which commit, short enough for the head of the page."""
-    packages = environment.get("packages") or {}
+    packages = environment.get("packages")
+    packages = packages if isinstance(packages, Mapping) else {}
     facts = [
         str(environment.get("started") or "")[:10],
         str(environment.get("devices") or environment.get("processor") or ""),
@@ -67,4 +68,4 @@ def _named(config: Mapping[str, Any]) -> Iterator[str]:
         value: Any = config
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        yield from [value] if isinstance(value, str) else map(str, value or ())
+        yield from [value] if isinstance(value, str) else map(str, value) if isinstance(value, (list, tuple)) else ()

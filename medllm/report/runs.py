@@ -8,6 +8,7 @@ Each stage leaves ``config.yaml``, ``environment.json`` and ``result.json``; tra
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from medllm.text_files import read_json_object, read_yaml
 
 STAGES = ("cpt", "curate", "rpo", "evaluate", "options", "score")
 _SAT = ("evaluate", "options", "score")
+_TEXTS = ("problems_format", "layout", "on_bad_row", "shots", "template", "format", "answer_as")
 _MOST_KINDS = 25  # a breakdown into more than this is a list, not a picture
 
 
@@ -116,6 +118,8 @@ def read_run(path: str | Path) -> RunSummary:
     stage = result.get("stage")
     if stage not in STAGES:
         raise UserError(f"{folder / 'result.json'}: 'stage' is {stage!r}; a report takes {', '.join(STAGES)}")
+    if stage in _SAT:
+        _check_settings(config, folder / "config.yaml")
     return RunSummary(folder.resolve().name, stage, config, tuple(_metrics(folder / "metrics.jsonl")), result, environment)
 
 
@@ -142,8 +146,8 @@ def read_cell(run: RunSummary, path: str | Path) -> Cell:
         EndingCounts.from_json(result.get("endings")),
         Readings.from_json(result.get("readings")),
         result.get("problem_set") or "",
-        _tallies(sheet.get("by_category"), "correct", "questions"),
-        _tallies(sheet.get("by_year"), "points", "possible"),
+        _tallies(sheet, "by_category", ("correct", "questions"), f"{file}: {{}}; {again} it"),
+        _tallies(sheet, "by_year", ("points", "possible"), f"{file}: {{}}; {again} it"),
     )
 
 
@@ -158,10 +162,29 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [shortest(parts) for parts in every]
 
 
-def _tallies(groups: Any, some: str, of: str) -> dict[str, tuple[int, int]]:
+def _check_settings(config: Mapping[str, Any], file: Path) -> None:
+    """What a report makes of an exam's settings, where it has them, is of the kind that the stage writes."""
+    for name in _TEXTS:
+        if not isinstance(config.get(name), str | None):
+            raise UserError(f"{file}: '{name}' is no text; put the file of the run back")
+    problems = config.get("problems") or []
+    if not isinstance(problems, list) or not all(isinstance(path, str) for path in problems):
+        raise UserError(f"{file}: 'problems' is no list of file names; put the file of the run back")
+    if not _is_count(config.get("shot_count") or 0):
+        raise UserError(f"{file}: 'shot_count' is no whole number; put the file of the run back")
+
+
+def _tallies(sheet: Mapping[str, Any], groups: str, counts: tuple[str, str], refusal: str) -> dict[str, tuple[int, int]]:
     """Two counts of each group of a score sheet; none of the problems that are in no group."""
-    given = groups if isinstance(groups, Mapping) else {}
-    return {name: (tally[some], tally[of]) for name, tally in given.items() if name != NO_GROUP}
+    given = sheet.get(groups) or {}
+    tallies = list(given.values()) if isinstance(given, Mapping) else [given]
+    if not all(isinstance(tally, Mapping) and all(_is_count(tally.get(count)) for count in counts) for tally in tallies):
+        raise UserError(refusal.format(f"'{groups}' has a group without the whole numbers {' and '.join(map(repr, counts))}"))
+    return {name: (tally[counts[0]], tally[counts[1]]) for name, tally in given.items() if name != NO_GROUP}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 31
 
 
 def _metrics(file: Path) -> Iterator[dict[str, float]]:
@@ -175,19 +198,19 @@ def _metrics(file: Path) -> Iterator[dict[str, float]]:
 
 
 def _problem_result(row: Any, where: str, again: str) -> ProblemResult:
-    for name, kind, words in (
-        ("problem_id", str, "text"),
-        ("correct", bool, "true or false"),
-        ("points", int, "a whole number"),
+    for name, holds, words in (
+        ("problem_id", lambda value: isinstance(value, str), "text"),
+        ("correct", lambda value: isinstance(value, bool), "true or false"),
+        ("points", _is_count, "a whole number"),
     ):
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+        if not isinstance(row, dict) or not holds(row.get(name)):
             raise UserError(f"{where}: '{name}' is missing or not {words}; {again} it")
     return ProblemResult(row["problem_id"], row["correct"], row["points"], row.get("prediction"))
 
 
 def _problems_of(run: RunSummary) -> dict[str, Problem]:
     """The problems an evaluation was run on, where its files are still where its configuration says."""
-    here = [Path(path) for path in run.config.get("problems") or () if Path(path).exists()]
+    here = [Path(path) for path in run.config.get("problems") or () if os.path.exists(path)]
     return {one.problem_id: one for path in here for one in problems_at(path, laid_out(run.config)).problems}
 
 

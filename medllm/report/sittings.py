@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def _asked(config: Mapping[str, Any], problems: Mapping[str, Problem]) -> _Asked
     count, path = config.get("shot_count") or 0, config.get("shots")
     if not problems or any(name not in config for name in _WORDING):
         return None
-    if count and (not isinstance(path, str) or not Path(path).exists()):
+    if count and (not isinstance(path, str) or not os.path.exists(path)):
         return None
     wording = tuple((name, config[name]) for name in _WORDING)
     first = next(iter(problems.values()))

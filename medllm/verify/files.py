@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from medllm.errors import UserError
 from medllm.model.adapter import CONFIG, WEIGHTS, read_adapter
-from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests
-from medllm.text_files import read_json_object
+from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests, read_provenance
 from medllm.verify.findings import Finding, held
 from medllm.verify.record import Record
 
@@ -47,9 +45,8 @@ def _origins(record: Record) -> Iterator[Finding]:
     """Inputs that another run left: the same as that run recorded."""
     for setting, paths in (("model.adapter", record.config.model.adapters), ("preferences", [record.plain.get("preferences")])):
         for path in (Path(one) for one in paths if one):
-            file = path.parent / PROVENANCE
-            left: Any = read_json_object(file, "").get("outputs") if file.exists() else None
-            if isinstance(left, dict):
+            _, left = read_provenance(path.parent)
+            if left:
                 own = {name: digest for name, digest in left.items() if name == path.name or name.startswith(f"{path.name}/")}
                 now = {name: digest for name, digest in output_digests(path.parent).items() if name in own}
                 changed = [f"{name} {why} in {path.parent.name}, which it is from" for name, why in _changes(own, now)]

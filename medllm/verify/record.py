@@ -15,7 +15,7 @@ from medllm.command import Command
 from medllm.errors import UserError
 from medllm.journal import JOURNAL
 from medllm.metrics import METRICS, Metrics
-from medllm.provenance import PROVENANCE
+from medllm.provenance import PROVENANCE, read_provenance
 from medllm.run import RESULT
 from medllm.stage_config import CptConfig, CurateConfig, EvaluateConfig, RpoConfig
 from medllm.text_files import read_json_object, read_yaml
@@ -78,10 +78,7 @@ def open_record(path: Path) -> Record:
         raise UserError(f"{path / 'config.yaml'}: is of no stage that can be verified: cpt, curate, rpo or evaluate")
     stage, kind = stages[0]
     result = read_json_object(path / RESULT, "") if (path / RESULT).exists() else None
-    made = read_json_object(path / PROVENANCE, "") if (path / PROVENANCE).exists() else {}
-    sessions, outputs = made.get("sessions", []), made.get("outputs", {})
-    if not isinstance(outputs, dict) or not isinstance(sessions, list) or not all(isinstance(one, dict) for one in sessions):
-        raise UserError(f"{path / PROVENANCE}: sessions and outputs are expected in it; restore the file")
+    sessions, outputs = read_provenance(path)
     return Record(
         path=path,
         stage=stage,

@@ -18,12 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=1000, help="files of each format")
     parser.add_argument("--only", nargs="*", default=list(FORMATS), help="formats, of all")
     parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument("--whole", action="store_true", help="all that a command does with what it has read, a report's page")
     given = parser.parse_args(arguments)
     failed = 0
     print("| format | inputs | refused in a line | read all the same | anything else | slowest, s | memory, MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in given.only:
-        found = outcome(name, range(given.first, given.first + given.inputs))
+        found = outcome(name, range(given.first, given.first + given.inputs), whole=given.whole)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         counts = f"{given.inputs} | {found.refused} | {found.read} | {len(found.uncaught)}"
         print(f"| {name} | {counts} | {found.slowest:.2f} | {memory} |", flush=True)

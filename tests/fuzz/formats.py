@@ -17,8 +17,12 @@ from medllm.cli import COMMANDS, parse
 from medllm.command import Command
 from medllm.config import LoraConfig
 from medllm.corpus.documents import load_documents
+from medllm.engine import Generation
 from medllm.exam.loaders import load_problems
+from medllm.exam.option_journal import OPTION_JOURNAL, KeptOption, OptionJournal
 from medllm.exam.predictions import in_letters, read_predictions
+from medllm.journal import JOURNAL, Journal, Kept
+from medllm.metrics import Metrics
 from medllm.mini.study import BASE
 from medllm.model.adapter import CONFIG, WEIGHTS, module_name, open_adapters, tensor_name, write_adapter
 from medllm.model.directory import ModelDirectory, write_model
@@ -27,10 +31,18 @@ from medllm.model.files import INDEX
 from medllm.model.random import random_tensors
 from medllm.model.tokenizer import Message, check_vocabulary, decode, encode_prompt, encode_texts, load_tokenizer
 from medllm.preferences.records import read_preferences
+from medllm.provenance import PROVENANCE
+from medllm.report.formats import WRITERS
+from medllm.report.page import write_report
+from medllm.report.results import StudyTable
 from medllm.report.runs import report_from_runs
+from medllm.report.study import ReportInput
+from medllm.report.tables import terminal_table, terminal_text, to_json, years_to_json
 from medllm.stage_config import CorpusConfig
 from medllm.text_files import read_json_object
-from tests.fuzz.mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_table
+from medllm.verify.files import check_files
+from medllm.verify.record import open_record
+from tests.fuzz.mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_table, damaged_value
 from tests.small_model import small_config
 from tests.written_study import DRAW, write_study
 
@@ -58,12 +70,14 @@ class Format:
         file: The file in that folder which is damaged.
         read: Reads it as a command does.
         damages: Ways to damage it besides its bytes.
+        whole: Reads it and does all else that the command does, where that takes longer than a suite of tests has for it.
     """
 
     example: Callable[[Path], object]
     file: str
     read: Callable[[Path], object]
     damages: tuple[Damage, ...] = ()
+    whole: Callable[[Path], object] | None = None
 
 
 def _lines(rows: Iterable[object]) -> str:
@@ -179,8 +193,36 @@ def _layout(folder: Path) -> None:
     _write("rows.jsonl", _lines([{"q": "どれか。", "options": {"a": "甲", "b": "乙"}, "gold": "a"}]), folder)
 
 
-def _report(folder: Path) -> None:
-    report_from_runs([folder / "cpt", folder / "curate", folder / "evaluate-base-3-shot"], draw=DRAW)
+def _report(folder: Path) -> tuple[ReportInput, StudyTable | None]:
+    study = report_from_runs([folder / "cpt", folder / "curate", folder / "evaluate-base-3-shot"], draw=DRAW)
+    table, sets = study.table(), study.sets_table()
+    for written in WRITERS.values():
+        written(table, study.cells, sets)
+    if table:
+        terminal_text(terminal_table(table, published=True))
+        json.dumps([to_json(table), years_to_json(study.cells)])
+    return study, table
+
+
+def _report_page(folder: Path) -> None:
+    study, table = _report(folder)
+    write_report(folder / "report.html", study, table)
+
+
+def _verified(folder: Path) -> None:
+    check_files(open_record(folder / "evaluate-base-3-shot"))
+
+
+def _answers(folder: Path) -> None:
+    Journal(folder / JOURNAL).add(
+        Kept(f"p{number}", 0, "5b1c", Generation("甲\nAnswer:a", (3, 1, 4), "stop"), {"model": "m"}) for number in range(3)
+    )
+
+
+def _options(folder: Path) -> None:
+    OptionJournal(folder / OPTION_JOURNAL).add(
+        KeptOption(f"p{number}", 0, "5b1c", 1.5, 3, {"model": "m"}) for number in range(3)
+    )
 
 
 _CSV = "question,A,B,C,D,answer\nどれか。,甲,乙,丙,丁,A\n二問,1,2,3,4,B\n"
@@ -204,13 +246,22 @@ def _rows(name: str, text: str, read: Callable[[str, Path], object], *damages: D
     return Format(partial(_write, name, text), name, partial(read, name), damages)
 
 
-def _run_file(name: str, damage: Damage) -> Format:
-    return Format(write_study, name, _report, (damage,))
+def _run_file(name: str, *damages: Damage) -> Format:
+    return Format(write_study, name, _report, damages, whole=_report_page)
+
+
+def _journal(name: str, example: Callable[[Path], object], read: Callable[[Path], object]) -> Format:
+    return Format(example, name, lambda folder: read(folder / name), (damaged_lines,))
 
 
 def yaml_of_json(data: bytes, rng: random.Random) -> bytes:
     """A file of settings that is JSON, its values damaged, in YAML's own way of writing them."""
     return yaml.safe_dump(json.loads(damaged_json(data, rng)), allow_unicode=False).encode()
+
+
+def _damaged_yaml(data: bytes, rng: random.Random) -> bytes:
+    """A file of settings, its values damaged."""
+    return yaml.safe_dump(damaged_value(yaml.safe_load(data), rng)).encode()
 
 
 FORMATS: Mapping[str, Format] = {
@@ -259,7 +310,16 @@ FORMATS: Mapping[str, Format] = {
         lambda folder: load_problems(folder / "rows.jsonl", layout=folder / "layout.yaml"),
         (damaged_json, yaml_of_json),
     ),
-    "run, config.yaml": _run_file("cpt/config.yaml", damaged_bytes),
+    "run, config.yaml": _run_file("cpt/config.yaml", damaged_bytes, _damaged_yaml),
+    "run, config.yaml of an exam": _run_file("evaluate-base-3-shot/config.yaml", _damaged_yaml),
     "run, result.json": _run_file("evaluate-base-3-shot/result.json", damaged_json),
     "run, metrics.jsonl": _run_file("cpt/metrics.jsonl", damaged_lines),
+    "run, environment.json": _run_file("cpt/environment.json", damaged_json),
+    "run, predictions.jsonl": _run_file("evaluate-base-3-shot/predictions.jsonl", damaged_lines),
+    "run, provenance.json": Format(write_study, f"evaluate-base-3-shot/{PROVENANCE}", _verified, (damaged_json,)),
+    f"run, {JOURNAL}": _journal(JOURNAL, _answers, Journal),
+    f"run, {OPTION_JOURNAL}": _journal(OPTION_JOURNAL, _options, OptionJournal),
+    "run that goes on, metrics.jsonl": Format(
+        write_study, "cpt/metrics.jsonl", lambda folder: Metrics(folder / "cpt").forget_after(12), (damaged_lines,)
+    ),
 }

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from jsonargparse import ArgumentError
 
 from medllm.corpus.documents import load_documents
@@ -12,6 +13,10 @@ from medllm.errors import UserError
 from medllm.exam.loaders import load_problems
 from medllm.stage_config import CorpusConfig
 from tests.fuzz.formats import FORMATS
+from tests.fuzz.trial import REFUSED, read_one
+
+ANSWER = {"problem_id": "p", "sample": 0, "prompt": "5b1c", "text": "", "tokens": [], "finish": "stop", "stopped": ""}
+ROW = {"problem_id": "1", "correct": True, "points": 1}
 
 
 def nested(depth: int) -> str:
@@ -51,6 +56,11 @@ def nested(depth: int) -> str:
         ("layout", {"options": {"a": "b"}}, "options"),
         ("layout", {"numeric": {"field": "a"}}, "numeric"),
         ("layout", {"answers_beside": {"file": "../x", "id": 1}}, "answers_beside"),
+        ("run, result.json", {"score": {"results": [ROW], "by_year": {"2024": {"points": 1}}}}, "'points' and 'possible'"),
+        ("run, result.json", {"score": {"results": [ROW], "by_category": ["x"]}}, "'correct' and 'questions'"),
+        ("run, result.json", {"score": {"results": [ROW | {"points": 10**400}]}}, "'points'"),
+        ("run, provenance.json", {"outputs": ["a"]}, "outputs"),
+        ("run, provenance.json", {"sessions": [{"inputs": {"problems": ["a"]}}]}, "session 1: digests"),
         ("settings of cpt", {"training": [{"epochs": 1}, {"epochs": 2}]}, "training"),
         ("settings of cpt", {"training": {"epochs": None}}, "training.epochs"),
         ("settings of cpt", {"model": "\0"}, "model"),
@@ -61,6 +71,7 @@ def test_a_value_is_refused_by_name(tmp_path, name, changes, says):
     FORMATS[name].example(tmp_path)
     file = tmp_path / FORMATS[name].file
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes))
+    assert read_one(FORMATS[name].read, tmp_path) == REFUSED
     with pytest.raises((UserError, ArgumentError), match=says):
         FORMATS[name].read(tmp_path)
 
@@ -68,7 +79,7 @@ def test_a_value_is_refused_by_name(tmp_path, name, changes, says):
 @pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind.file.endswith((".json", ".jsonl"))])
 def test_json_that_is_nested_beyond_its_reader_is_refused(tmp_path, name):
     FORMATS[name].example(tmp_path)
-    (tmp_path / FORMATS[name].file).write_text('{"a": ' + nested(100_000) + "}")
+    (tmp_path / FORMATS[name].file).write_text('{"a": ' + nested(100_000) + "}\n")
     with pytest.raises(UserError):
         FORMATS[name].read(tmp_path)
 
@@ -99,3 +110,67 @@ def test_how_a_saved_folder_formats_its_rows_is_not_asked(tmp_path, changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     found = load_documents(CorpusConfig(documents=(str(tmp_path / "data"),)))
     assert [document.text for document in found.documents] == ["本文", "別"]
+
+
+TEXTS = (".json", ".jsonl", ".yaml", ".txt", ".csv")
+TORN = "run that goes on, metrics.jsonl"  # whose last line, torn, does not count
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind.file.endswith(TEXTS) and name != TORN])
+def test_a_torn_byte_order_mark_is_no_empty_file(tmp_path, name):
+    FORMATS[name].example(tmp_path)
+    (tmp_path / FORMATS[name].file).write_bytes(b"\xef\xbb")
+    assert read_one(FORMATS[name].read, tmp_path) == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("run, answers.journal", nested(100_000)),
+        (
+            "run, answers.journal",
+            '{"problem_id": "p", "sample": 0, "prompt": "5b1c", "text": 1, "tokens": [], "finish": "", "stopped": ""}',
+        ),
+        ("run that goes on, metrics.jsonl", nested(100_000)),
+        ("run that goes on, metrics.jsonl", '{"loss": 1.0}'),
+        ("run that goes on, metrics.jsonl", "[1]"),
+    ],
+)
+def test_a_line_before_the_last_is_refused_by_its_number(tmp_path, name, line):
+    FORMATS[name].example(tmp_path)
+    file = tmp_path / FORMATS[name].file
+    file.write_text(f"{line}\n{file.read_text(encoding='utf-8')}", encoding="utf-8")
+    with pytest.raises(UserError, match=f"{file.name}:1: is no line of"):
+        FORMATS[name].read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"problems": 3}, "problems"),
+        ({"problems": [["x"]]}, "problems"),
+        ({"layout": ["x"]}, "layout"),
+        ({"shot_count": "x"}, "shot_"),
+    ],
+)
+def test_what_a_report_asks_of_settings_is_refused_by_name(tmp_path, settings, says):
+    kind = FORMATS["run, config.yaml of an exam"]
+    kind.example(tmp_path)
+    file = tmp_path / kind.file
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+    with pytest.raises(UserError, match=f"config.yaml: '{says}"):
+        kind.read(tmp_path)
+
+
+def test_a_page_is_made_of_what_an_older_run_says_otherwise(tmp_path):
+    """What is shown beside the figures, and is of another kind than it was expected to be, is left out."""
+    kind = FORMATS["run, environment.json"]
+    kind.example(tmp_path)
+    for name, changes in (
+        ("cpt/environment.json", {"packages": "jax", "command": "medllm"}),
+        ("evaluate-base-3-shot/result.json", {"readings": {"rules": [], "reasons": []}, "seconds": float("inf")}),
+    ):
+        file = tmp_path / name
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    kind.whole(tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 10_000

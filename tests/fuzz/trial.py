@@ -54,19 +54,20 @@ def damage(name: str, number: int, good: bytes) -> bytes:
     return rng.choice((damaged_bytes, *FORMATS[name].damages * 2))(good, rng)
 
 
-def outcome(name: str, numbers: range) -> Outcome:
-    """Damage a format's file once for each number, and read it."""
+def outcome(name: str, numbers: range, *, whole: bool = False) -> Outcome:
+    """Damage a format's file once for each number, and read it; ``whole`` does all that its command does with it."""
     kind, found = FORMATS[name], Outcome()
+    read = (kind.whole if whole else None) or kind.read
     with tempfile.TemporaryDirectory() as folder:
         kind.example(Path(folder))
         file = Path(folder) / kind.file
         good = file.read_bytes()
-        kind.read(Path(folder))
+        read(Path(folder))
         for number in numbers:
             file.unlink()  # what an earlier reader has mapped into memory stays as it was
             file.write_bytes(damage(name, number, good))
             began = time.process_time()
-            became = read_one(kind.read, Path(folder))
+            became = read_one(read, Path(folder))
             found.slowest = max(found.slowest, time.process_time() - began)
             found.read += became == READ
             found.refused += became == REFUSED

@@ -20,7 +20,7 @@ from jax_medllm.train import loop as loop_module
 from jax_medllm.train.batches import CptData, plan_steps
 from jax_medllm.train.checkpoint import Checkpoints
 from jax_medllm.train.loop import cpt_loss_fn, train
-from medllm.checkpoints import CHECKSUMS, Saving
+from medllm.checkpoints import CHECKSUMS, Saving, seal
 from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.corpus.packing import PackedRows
 from medllm.errors import Stopped, UserError
@@ -270,6 +270,33 @@ class Poisoned(CptData):
         if step == self.steps[2]:
             found[1] = dataclasses.replace(found[1], share=np.asarray(np.nan))
         return found
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [
+        ("position/metadata", b"null"),
+        ("position/metadata", b'{"step": 1}'),
+        ("state/_METADATA", b"[]"),
+        ("state/array_metadatas/process_0", b"null"),
+        ("state/manifest.ocdbt", b"another version's"),
+        ("state/ocdbt.process_0/d/*", b"another version's"),
+        ("_CHECKPOINT_METADATA", b"[]"),
+    ],
+)
+def test_files_of_a_format_that_is_not_known_are_refused_in_a_line(tmp_path, name, holds):
+    state = {"a": jnp.arange(4096.0)}  # too long to lie in an index
+    written = Checkpoints(tmp_path, {"rows": 1})
+    written.save(state, 1)
+    written.close()
+    for file in (tmp_path / "1").glob(name):
+        file.write_bytes(holds)
+    seal(tmp_path / "1", leave_out=("_CHECKPOINT_METADATA",))
+    try:
+        found = str(Checkpoints(tmp_path, {"rows": 1}).restore(state))
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    assert found.startswith(f"UserError: {tmp_path}")
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_data_and_saved_nowhere(tmp_path):
