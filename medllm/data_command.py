@@ -71,6 +71,7 @@ def _leaks_arguments(parser: ArgumentParser) -> None:
 def _leaks(values: Any) -> dict[str, Any]:
     from medllm.corpus.documents import read_documents
     from medllm.corpus.leaks.derivations import derived, files_at
+    from medllm.corpus.leaks.exact import WORD_FOR_WORD
     from medllm.corpus.leaks.search import search
     from medllm.exam.loaders import problems_at
 
@@ -93,7 +94,7 @@ def _leaks(values: Any) -> dict[str, Any]:
     for one in made_from:
         say(one.words())
     for leak in found:
-        word_for_word = leak.kind == "word for word"
+        word_for_word = leak.kind == WORD_FOR_WORD
         say(
             f"{leak.problem_id}: {leak.overlap:.0%} stands in {leak.source}"
             if word_for_word

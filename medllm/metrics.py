@@ -155,4 +155,5 @@ class Watch:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    """Of a size that trackers take."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)

@@ -8,7 +8,8 @@ from typing import Any
 
 from medllm.config import ProblemLayout
 from medllm.corpus.documents import Document, load_documents
-from medllm.corpus.leaks.exact import find_leaks
+from medllm.corpus.leaks.exact import WORD_FOR_WORD, Leak
+from medllm.corpus.leaks.search import search
 from medllm.corpus.packing import PackedRows, pack, tokenize_documents
 from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.preferences.records import read_preferences
@@ -80,7 +81,8 @@ def check_data(record: Record, data: TrainingData) -> list[Finding]:
 
 
 def check_leaks(data: TrainingData, exam: Sequence[str]) -> list[Finding]:
-    """No document, and no prompt with an answer, holds a problem of ``exam``.
+    """No document, and no prompt with an answer, holds a problem of ``exam``: word for word, or changed as far as
+    :mod:`medllm.corpus.leaks.near` tells it still. A finding says which.
 
     Raises:
         UserError: a file of the exam cannot be read.
@@ -88,8 +90,11 @@ def check_leaks(data: TrainingData, exam: Sequence[str]) -> list[Finding]:
     if not exam:
         return [Finding(LEAKS, "not checked", said="no --exam was given to look for")]
     problems, _ = read_problems(exam, ProblemLayout())
-    leaks = find_leaks(data.texts, problems)
-    said = [f"problem {leak.problem_id} of the exam: {leak.overlap:.0%} of it" for leak in leaks]
-    found = [Finding(LEAKS, "refuted", leak.source, words) for leak, words in zip(leaks, said, strict=True)]
-    proved = Finding(LEAKS, "proved", said=f"{len(problems)} problems looked for in {len(data.texts)} texts")
-    return found or [proved]
+    looked = f"{len(problems)} problems looked for in {len(data.texts)} texts, word for word and changed"
+    found = [Finding(LEAKS, "refuted", leak.source, _words(leak)) for leak in search(data.texts, problems)]
+    return found or [Finding(LEAKS, "proved", said=looked)]
+
+
+def _words(leak: Leak) -> str:
+    changed = f"a changed copy, its {leak.kind} {leak.overlap:.2f} alike"
+    return f"problem {leak.problem_id} of the exam: {f'{leak.overlap:.0%} of it' if leak.kind == WORD_FOR_WORD else changed}"

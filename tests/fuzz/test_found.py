@@ -134,6 +134,7 @@ def test_a_torn_byte_order_mark_is_no_empty_file(tmp_path, name):
         ("run that goes on, metrics.jsonl", nested(100_000)),
         ("run that goes on, metrics.jsonl", '{"loss": 1.0}'),
         ("run that goes on, metrics.jsonl", "[1]"),
+        ("run that goes on, metrics.jsonl", f'{{"step": 1, "loss": {10**30}}}'),
     ],
 )
 def test_a_line_before_the_last_is_refused_by_its_number(tmp_path, name, line):

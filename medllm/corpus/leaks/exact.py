@@ -18,11 +18,12 @@ from numpy import ndarray
 
 from medllm.corpus.documents import Document
 from medllm.exam.problem import Problem
-from medllm.host.progress import Progress
 from medllm.stage_config import HeldOutConfig
 
 THRESHOLD = HeldOutConfig.exact
 """Share of a problem's pieces in one document from which on it counts as leaked."""
+WORD_FOR_WORD = "word for word"
+"""The kind of a leak that this search finds."""
 _NOT_WRITTEN = re.compile(r"[\W_]+")
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, bits evenly spread (2^64 divided by the golden ratio)
 
@@ -41,7 +42,7 @@ class Leak:
     problem_id: str
     source: str
     overlap: float
-    kind: str = "word for word"
+    kind: str = WORD_FOR_WORD
 
 
 def normalize(text: str) -> str:
@@ -49,37 +50,18 @@ def normalize(text: str) -> str:
     return _NOT_WRITTEN.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
-def find_leaks(
-    documents: Sequence[Document],
-    problems: Sequence[Problem],
-    threshold: float = THRESHOLD,
-    n: int = 13,
-    progress: Progress | None = None,
-) -> list[Leak]:
-    """Problems of which a single document holds at least ``threshold``, in the order of the problems.
+class ExactSearch:
+    """The problems that are looked for, and of each the document that holds most of it so far: one of at least ``threshold``.
 
     What is counted are the question's distinct n-grams and, as one more each, its options found whole: a stock question
     such as 誤っているのはどれか is a leak only along with its options. A question shorter than ``n`` characters is one
     n-gram by itself; one without letters or digits cannot be looked for.
 
     Args:
-        documents: Training texts.
-        problems: Exam problems that must not be in them.
+        problems: Exam problems that must not be in the documents.
         threshold: Share of a problem from which on it counts as leaked.
         n: Characters in an n-gram.
-        progress: Called with (documents done, documents in all).
     """
-    search = ExactSearch(problems, threshold, n)
-    for done, document in enumerate(documents, start=1):
-        search.add(document)
-        if progress:
-            progress(done, len(documents))
-    found = search.best()
-    return [found[index] for index in sorted(found)]
-
-
-class ExactSearch:
-    """The problems that are looked for, and the document that holds most of each so far; see :func:`find_leaks`."""
 
     def __init__(self, problems: Sequence[Problem], threshold: float = THRESHOLD, n: int = 13):
         self._threshold = threshold

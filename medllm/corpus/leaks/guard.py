@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from medllm.corpus.documents import Document
 from medllm.corpus.leaks.derivations import derived
-from medllm.corpus.leaks.exact import Leak
+from medllm.corpus.leaks.exact import WORD_FOR_WORD, Leak
 from medllm.corpus.leaks.search import search
 from medllm.errors import UserError
 from medllm.exam.loaders import problems_at
@@ -68,7 +68,7 @@ def _refusal(found: Sequence[Leak], problems: dict[str, Problem]) -> str:
     first = found[0]
     how = (
         f"{first.overlap:.0%} of it word for word"
-        if first.kind == "word for word"
+        if first.kind == WORD_FOR_WORD
         else f"its {first.kind}, {first.overlap:.2f} alike"
     )
     more = f", and {len(found) - 1} other held-out problems are in what is read" if len(found) > 1 else ""
