@@ -60,6 +60,7 @@ RUN = {
 """Commands of the pages that a test runs: with the page's own words, or on a smaller model and other folders."""
 
 NOT_RUN = {
+    r"python -m tests\.other_versions": "it needs an environment with another jax",
     r"python -m tests\.killed_training": "it kills a training twenty times; test_killed_training.py kills it twice",
     r"python -m tests\.damaged_checkpoints": "it damages hundreds of checkpoints; both engines' tests damage some",
     r"bash scripts/test\.sh": "it is what runs the tests",

@@ -167,6 +167,8 @@ def _check_settings(config: Mapping[str, Any], file: Path) -> None:
     for name in _TEXTS:
         if not isinstance(config.get(name), str | None):
             raise UserError(f"{file}: '{name}' is no text; put the file of the run back")
+    if not isinstance(config.get("explanation"), bool | None):
+        raise UserError(f"{file}: 'explanation' is neither true nor false; put the file of the run back")
     problems = config.get("problems") or []
     if not isinstance(problems, list) or not all(isinstance(path, str) for path in problems):
         raise UserError(f"{file}: 'problems' is no list of file names; put the file of the run back")
