@@ -33,6 +33,8 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # NUL, or half a character
+        raise UserError(f"{str(file)!r}: is no name of a file") from error
 
 
 def text_lines(file: Path) -> Iterator[str]:
@@ -47,7 +49,7 @@ def text_lines(file: Path) -> Iterator[str]:
             for line in stream:
                 empty = False
                 yield line.removesuffix("\n")
-    except (UnicodeDecodeError, OSError):
+    except (ValueError, OSError):
         read_text(file)  # says where it is wrong
         raise
     if empty:

@@ -148,6 +148,8 @@ def test_a_line_before_the_last_is_refused_by_its_number(tmp_path, name, line):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"layout": "\ud800"}, "no name of a file"),
+        ({"layout": "\0"}, "no name of a file"),
         ({"problems": 3}, "problems"),
         ({"problems": [["x"]]}, "problems"),
         ({"layout": ["x"]}, "layout"),
@@ -159,7 +161,7 @@ def test_what_a_report_asks_of_settings_is_refused_by_name(tmp_path, settings, s
     kind.example(tmp_path)
     file = tmp_path / kind.file
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text(encoding="utf-8")) | settings), encoding="utf-8")
-    with pytest.raises(UserError, match=f"config.yaml: '{says}"):
+    with pytest.raises(UserError, match=says):
         kind.read(tmp_path)
 
 
