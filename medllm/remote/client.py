@@ -26,6 +26,7 @@ from medllm.stage_config import ServerConfig
 _USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _FILTERED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _SENT_AGAIN = {408, 409, 425}
+_NO_SCORES = "it does not score what it is given (vLLM does; OpenAI, llama.cpp and llama-cpp-python do not)"
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,17 @@ _Answer = TypeVar("_Answer", Response, Scored)
 
 @dataclass(frozen=True)
 class _Request(Generic[_Answer]):
-    """A call of the client that lacks the model's name, and what its reply is read as. ``number`` is the prompt's."""
+    """A call of the client that lacks the model's name, and what its reply is read as. ``number`` is the prompt's.
+
+    ``scores``: it asks for log-probabilities of given tokens.
+    """
 
     number: int
     create: Callable[..., Any]
     read: Callable[[Any], _Answer]
     is_text: bool
     several: int = 1
+    scores: bool = False
 
 
 class Client:
@@ -166,7 +171,7 @@ class Client:
         """
         settings: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
         create: Any = partial(self._client.completions.create, prompt=list(tokens), **settings)
-        request = _Request(number, create, partial(self._scored, tokens=tokens, says=says), is_text=True)
+        request = _Request(number, create, partial(self._scored, tokens=tokens, says=says), is_text=True, scores=True)
         try:
             return self._answered(pace, len(tokens) + 1, request)
         except _Filtered:
@@ -177,8 +182,8 @@ class Client:
         found = getattr(choice.logprobs, "token_logprobs", None) or ()
         if len(found) not in (len(tokens), len(tokens) + 1) or None in found[1 : len(tokens)]:
             raise UserError(
-                f"{self._where}: gives {len(found)} log-probabilities for {len(tokens)} tokens: it does not score what it is "
-                "given (vLLM does, OpenAI and llama.cpp do not), or --server.tokenizer is another model's"
+                f"{self._where}: gives {len(found)} log-probabilities for {len(tokens)} tokens: {_NO_SCORES}, or "
+                "--server.tokenizer is another model's"
             )
         if _squeezed(says) not in _squeezed(choice.text):
             raise UserError(
@@ -239,6 +244,9 @@ class Client:
         if status == 429:
             advice = "lower --server.concurrency, --server.requests_per_minute or --server.tokens_per_minute"
             return _Lost(f"too many requests {said}", advice, _asked_wait(error.response.headers), busy=True)
+        # Some llama.cpp servers say 500 to ``echo``, as if they were ill.
+        if request.scores and (status in (400, 413, 422) or (status >= 500 and "echo" in error.message)):
+            return PromptError(request.number, f"{self._where}: refused {said}; {_NO_SCORES}, or the text is too long for it")
         if status in _SENT_AGAIN or status >= 500:
             return _Lost(f"failed {said}", "see the server's log", _asked_wait(error.response.headers))
         if status in (400, 413, 422) and request.several > 1:
