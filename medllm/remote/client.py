@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -26,6 +27,7 @@ from medllm.stage_config import ServerConfig
 _USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _FILTERED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _SENT_AGAIN = {408, 409, 425}
+_NOT_TAKEN = re.compile("echo|validation error")  # what llama.cpp and llama-cpp-python say with a 500, as if they were ill
 _NO_SCORES = "it does not score what it is given (vLLM does; OpenAI, llama.cpp and llama-cpp-python do not)"
 
 
@@ -141,13 +143,14 @@ class Client:
             UserError: the request is refused, or the server gives no answer.
         """
         several, is_text = settings.get("n", 1), isinstance(prompt, str)
+        body = {**(self._settings.fields or {}), **settings}
         if isinstance(prompt, str):
             create: Any = partial(self._client.completions.create, prompt=prompt, max_tokens=limit)
         else:
             turns: Any = [message.to_json() for message in prompt]
             limits: dict[str, Any] = {self.chat_limit: limit}
             create = partial(self._client.chat.completions.create, messages=turns, **limits)
-        request = _Request(number, partial(create, **settings), partial(_response, is_text=is_text), is_text, several)
+        request = _Request(number, partial(create, extra_body=body), partial(_response, is_text=is_text), is_text, several)
         try:
             return self._answered(pace, estimated_tokens(prompt) + limit * several, request)
         except _Filtered:
@@ -169,8 +172,8 @@ class Client:
         Raises:
             UserError: as for :meth:`ask`, or the server gives no log-probabilities of what it is given, or of other tokens.
         """
-        settings: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
-        create: Any = partial(self._client.completions.create, prompt=list(tokens), **settings)
+        body = {**(self._settings.fields or {}), "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
+        create: Any = partial(self._client.completions.create, prompt=list(tokens), extra_body=body)
         request = _Request(number, create, partial(self._scored, tokens=tokens, says=says), is_text=True, scores=True)
         try:
             return self._answered(pace, len(tokens) + 1, request)
@@ -244,8 +247,7 @@ class Client:
         if status == 429:
             advice = "lower --server.concurrency, --server.requests_per_minute or --server.tokens_per_minute"
             return _Lost(f"too many requests {said}", advice, _asked_wait(error.response.headers), busy=True)
-        # Some llama.cpp servers say 500 to ``echo``, as if they were ill.
-        if request.scores and (status in (400, 413, 422) or (status >= 500 and "echo" in error.message)):
+        if request.scores and (status in (400, 413, 422) or (status >= 500 and _NOT_TAKEN.search(error.message))):
             return PromptError(request.number, f"{self._where}: refused {said}; {_NO_SCORES}, or the text is too long for it")
         if status in _SENT_AGAIN or status >= 500:
             return _Lost(f"failed {said}", "see the server's log", _asked_wait(error.response.headers))
