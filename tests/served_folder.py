@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medllm.cli import main
+from medllm.config import LoraConfig
 from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems, shot_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
+from medllm.model.adapter import module_name, tensor_name, write_adapter
+from medllm.model.directory import copy_companions
 from medllm.serving.contract import plain_replies
 
 END = "<|endoftext|>"
@@ -44,6 +49,16 @@ def published(
     return str(folder)
 
 
+def adapter_on(base: str, folder: Path, contract: str) -> str:
+    """A published adapter that changes what its base says, under the contract of another folder."""
+    rng, module = np.random.default_rng(0), module_name(1, "down_proj")
+    shapes = {"A": (4, 576), "B": (192, 4)}
+    tensors = {tensor_name(module, one): rng.normal(0, 0.2, shape).astype(np.float32) for one, shape in shapes.items()}
+    write_adapter(folder, LoraConfig(rank=4, alpha=8.0, targets=("layers.1.mlp.down_proj",)), tensors, base)
+    copy_companions(Path(contract), folder)
+    return str(folder)
+
+
 def rewrite(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), encoding="utf-8")
 
@@ -54,6 +69,14 @@ def write_exam(folder: Path) -> Path:
     write_problems(folder / "exam.jsonl", exam_problems(world, 2)[:2])
     write_problems(folder / "shots.jsonl", shot_problems(world, 3))
     return folder
+
+
+def beside(adapter: str, base: str, folder: Path) -> str:
+    """An adapter's folder with its base's config and weights in it."""
+    shutil.copytree(adapter, folder)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{base}/{name}", folder)
+    return str(folder)
 
 
 def check(exam: Path, *more: str) -> tuple[int, dict[str, Any]]:

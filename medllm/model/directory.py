@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -111,7 +111,7 @@ class ModelDirectory:
     def packing(self) -> Quantization:
         """How its linear layers are stored: the setting that it is opened with."""
         described = next((found for name in self.names() if (found := self.description(name))), None)
-        return "none" if described is None else packing_name(described.get("nested_blocksize") is not None)
+        return "none" if described is None else _kind(described)
 
     def description(self, name: str) -> dict[str, Any] | None:
         """What bitsandbytes says of a weight it packed; None where the weight is dense, or not there.
@@ -152,7 +152,7 @@ class ModelDirectory:
                     f"{self.file(name)}: {name} is stored {how}, and config.json says otherwise (llm_int8_skip_modules in "
                     "quantization_config); copy the whole model"
                 )
-            if described and (kind := packing_name(described.get("nested_blocksize") is not None)) != quantization:
+            if described and (kind := _kind(described)) != quantization:
                 raise UserError(f"{self.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
 
     def check_rotation(self, theta: float, head_dim: int) -> None:
@@ -242,6 +242,11 @@ class ModelDirectory:
         if name not in self._stored:
             raise UserError(f"{self.path}: has no tensor {name}; the model does not match its config.json or is incomplete")
         return self._stored[name]
+
+
+def _kind(described: Mapping[str, Any]) -> Quantization:
+    """The kind of 4 bits of a weight that is described so."""
+    return cast(Quantization, packing_name(described.get("nested_blocksize") is not None))
 
 
 def write_model(

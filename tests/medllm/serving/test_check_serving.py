@@ -3,22 +3,16 @@
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from medllm.cli import main
-from medllm.config import LoraConfig
-from medllm.model.adapter import module_name, tensor_name, write_adapter
-from medllm.model.directory import copy_companions
-from tests.served_folder import OFF, PLAIN, THINKS, check, published, sit, write_exam
+from tests.served_folder import OFF, PLAIN, THINKS, adapter_on, beside, check, published, sit, write_exam
 
 NEEDED = ("jax", "torch", "openai", "fastapi", "uvicorn")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -112,52 +106,15 @@ def test_a_server_sits_the_exam_and_curates_as_the_engine_does(server, exam, tmp
     assert 2 <= result["server"]["requests"] <= 4
 
 
-def adapter_on(base, folder, contract):
-    """A published adapter that changes what its base says, under the contract of another folder."""
-    rng, module = np.random.default_rng(0), module_name(1, "down_proj")
-    shapes = {"A": (4, 576), "B": (192, 4)}
-    tensors = {tensor_name(module, one): rng.normal(0, 0.2, shape).astype(np.float32) for one, shape in shapes.items()}
-    write_adapter(folder, LoraConfig(rank=4, alpha=8.0, targets=("layers.1.mlp.down_proj",)), tensors, base)
-    copy_companions(Path(contract), folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_an_adapter_is_served_where_its_base_lies_beside_it(server, exam, tmp_path, capsys, engine):
     base, right = published(tmp_path / "base", stop=None), published(tmp_path / "right")
     adapter = adapter_on(base, tmp_path / "adapter", right)
-    whole = shutil.copytree(adapter, tmp_path / "whole")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(f"{base}/{name}", whole)
-    asked = ("--url", server, "--model", str(whole), "--engine", engine)
-    for folder in (adapter, str(whole)):
+    whole = beside(adapter, base, tmp_path / "whole")
+    asked = ("--url", server, "--model", whole, "--engine", engine)
+    for folder in (adapter, whole):
         code, result = check(exam, *asked, "--folder", folder)
         assert (code, result["findings"]) == (0, {})
         assert {way["other_texts"] for way in result["ways"].values()} == {0}
     _, without = check(exam, *asked, "--folder", right)
     assert sum(way["other_texts"] for way in without["ways"].values()) > 3
-
-
-def test_weights_in_4_bits_are_opened_as_they_are_stored(exam, tmp_path):
-    right = published(tmp_path / "right")
-    assert main(["convert", "--model", right, "--out", str(tmp_path / "nf4"), "--quantization", "nf4"]) == 0
-    code, result = check(exam, "--model", str(tmp_path / "nf4"))
-    assert (code, result["where"], result["findings"]) == (0, "jax", {})
-
-
-def test_an_adapter_whose_base_is_not_here_says_so(exam, tmp_path, capsys):
-    right = published(tmp_path / "right")
-    adapter = adapter_on("Qwen/Qwen2.5-72B", tmp_path / "adapter", right)
-    files = ["--problems", str(exam / "exam.jsonl"), "--shot_count", "0"]
-    assert main(["check-serving", "--model", adapter, *files]) == 2
-    assert "base_model_name_or_path is 'Qwen/Qwen2.5-72B', no folder here" in capsys.readouterr().err
-
-
-def test_a_model_folder_that_holds_an_adapter_is_not_opened_without_it(tmp_path, capsys):
-    """transformers would put it on the weights."""
-    right = published(tmp_path / "right")
-    whole = adapter_on(right, tmp_path / "whole", right)
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(f"{right}/{name}", whole)
-    assert main(["convert", "--model", whole, "--out", str(tmp_path / "out"), "--quantization", "nf4"]) == 2
-    assert "holds an adapter (adapter_config.json)" in capsys.readouterr().err

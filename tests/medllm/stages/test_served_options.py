@@ -147,10 +147,10 @@ def test_what_is_no_score_of_the_prompt_is_refused(server, served, capsys, chang
 def test_a_server_that_does_not_take_the_question_is_asked_once(server, capsys, status, message):
     server.respond = lambda path, body: (status, {"error": {"message": message}})
     assert score("--server.concurrency", "1") == 2
+    assert len(server.requests) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "refused" in line]
     assert "problem p0: model 'm' at" in line
     assert "it does not score what it is given" in line
-    assert len(server.requests) == 1
 
 
 def test_fields_that_the_server_needs_go_with_every_option(server):
