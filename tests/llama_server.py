@@ -33,8 +33,8 @@ def installed() -> dict[str, list[str]]:
     """
     found = {}
     if binary := os.environ.get(BINARY):
-        kept = ["--cache-type-k", "f32", "--cache-type-v", "f32"]
-        found["llama.cpp"] = [binary, "-c", str(CONTEXT), "-np", str(SLOTS), "-t", "1", *kept, "-m"]
+        in_fp32 = ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"]
+        found["llama.cpp"] = [binary, "-c", str(CONTEXT), "-np", str(SLOTS), "-t", "1", *in_fp32, "-m"]
     elif importlib.util.find_spec("xllamacpp"):
         found["llama.cpp"] = [*_PYTHON, "tests.llama_server"]
     if importlib.util.find_spec("llama_cpp"):
@@ -66,7 +66,7 @@ def serving(start: list[str], file: Path) -> Iterator[str]:
 
 
 def main(file: str, port: str) -> None:
-    """Serve a file as ``llama-server`` does, keys and values in fp32."""
+    """Serve a file as ``llama-server`` does, and compute all in fp32: its flash attention keeps parts in 16 bits."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -74,6 +74,7 @@ def main(file: str, port: str) -> None:
     params.n_ctx, params.n_parallel = CONTEXT, SLOTS
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     threading.Event().wait()
