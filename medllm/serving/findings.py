@@ -135,7 +135,8 @@ def findings(asked: Sequence[Asked]) -> dict[str, str]:
     found: dict[str, str] = {}
     pairs = [pair for one in asked if not one.surplus - {0} for pair in one.pairs]  # what began otherwise may end so too
     if thinks := sum(_thinks(one, number) for one in asked for number in range(len(one.served))):
-        found["thinking left on"] = f"{thinks} answers begin with thoughts: serve with enable_thinking false"
+        seen = f"{thinks} answers begin with thoughts, or their prompts are those of thinking"
+        found["thinking left on"] = f"{seen}: serve with enable_thinking false (llama.cpp: --reasoning off)"
     else:
         found |= _beginnings(asked)
     beyond = [own for served, own in pairs if own.text.strip() and _goes_on(served, own)]

@@ -13,10 +13,10 @@ from tests.served_folder import OFF, PLAIN, STOP, THINKS, check, published, sit,
 SERVERS = installed()
 MISSING = [name for name in ("jax", "openai", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; pip install 'medllm[jax,eval]' gguf"),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; pip install 'medllm[test]'"),
     pytest.mark.skipif(
         not SERVERS,
-        reason=f"no llama.cpp here: pip install xllamacpp or 'llama-cpp-python[server]', or {BINARY}=path/to/llama-server",
+        reason=f"no llama.cpp here: pip install xllamacpp or 'llama-cpp-python[server]', or set {BINARY} to a llama-server",
     ),
 ]
 GREEDY = ("llama.cpp",)  # llama-cpp-python's server holds back what was said before, at temperature 0 too
@@ -87,6 +87,14 @@ def test_an_end_token_that_it_knows_by_name_ends_a_text_whatever_the_file_says(k
     with serving(SERVERS[kind], file) as url:
         code, result = check(exam, "--url", url, "--model", "named", "--folder", folder)
     assert (code, result["findings"]) == (0, {})
+
+
+def test_thinking_that_a_template_leaves_off_is_on_in_llama_cpp(kind, exam, tmp_path):
+    """Its server says ``enable_thinking`` itself, where the template would only ask whether anybody did."""
+    folder, file = as_gguf(tmp_path / "off", template=OFF + THINKS)
+    with serving(SERVERS[kind], file) as url:
+        _, result = check(exam, "--url", url, "--model", "off", "--folder", folder)
+    assert set(result["findings"]) - {"runs on"} == ({"thinking left on"} if kind == "llama.cpp" else set())
 
 
 def test_texts_that_begin_with_a_token_of_their_own_are_served_so(kind, exam, tmp_path):
