@@ -13,7 +13,7 @@ INPUTS = 100
 def test_a_damaged_file_is_read_or_refused_in_a_line(name):
     found = outcome(name, range(INPUTS))
     assert not found.uncaught, found.kinds
-    assert found.refused > INPUTS / 3  # the damage reaches what is checked
+    assert found.refused > INPUTS / 5  # the damage reaches what is checked; most of a run's settings nobody asks for again
 
 
 def test_the_same_is_a_command_for_as_many_inputs_as_wanted(capsys):
