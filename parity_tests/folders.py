@@ -42,6 +42,16 @@ def partly_dense_model(source: Path, out: Path) -> Path:
     return out
 
 
+def packed_head_model(source: Path, out: Path, *, double: bool = True) -> Path:
+    """A 4-bit folder in which transformers packed every linear layer, the output matrix among them."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, llm_int8_skip_modules=[]
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="cpu", quantization_config=settings)
+    model.save_pretrained(out)
+    return out
+
+
 def own_head(tensors: Tensors) -> None:
     """An output matrix beside the embedding it is said to be tied to."""
     tensors[HEAD] = tensors[EMBEDDING].flip(0).contiguous()

@@ -199,14 +199,6 @@ def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp
     assert_refused(skipped, rf"{UP} is stored in 4 bits, and config\.json says otherwise", "nf4")
 
 
-def test_a_packed_head_is_refused_by_the_jax_engine(tiny_model, tmp_path):
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["none of them"])
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32, quantization_config=settings)
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=rf"{HEAD} is stored as nf4-single; only a decoder layer's linear layers are"):
-        load_model(ModelConfig(str(tmp_path / "model"), quantization="nf4-single", dtype="float32"))
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from jax_medllm.generate.cached_decoder import Decoder
 from jax_medllm.generate.queue import generate

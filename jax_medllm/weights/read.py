@@ -4,8 +4,10 @@ One rule maps an array of the model to its tensors on disk, in both directions: 
 path, orientation included, and an array below ``layers`` is the stack of one tensor a layer. Tensors are read some rows at a
 time into their place in the stack, quantized on the way, so beside the model memory holds a piece of one tensor.
 
-Of a directory in 4 bits, a kind of linear layer of which any layer is stored dense is held dense in all of them, its packed
-weights as the numbers they are multiplied as: one array has one type in all layers. That costs memory, not accuracy.
+Of a directory in 4 bits two things are held dense, packed weights as the numbers they are multiplied as. That costs memory, not
+accuracy. A kind of linear layer of which any layer is stored dense is dense in all of them: one array has one type in all
+layers. The output matrix is multiplied with anew for every few positions of a row, and its rows are looked up
+(:mod:`jax_medllm.model.logprobs`): as codes it would be dequantized each time.
 
 A model's own adapters (``ModelConfig.adapter``) stay frozen low-rank terms beside the weight, as PEFT computes them; nothing is
 ever added to a quantized weight. Adapters' own arrays are :mod:`jax_medllm.weights.adapters`'.
@@ -30,10 +32,11 @@ from jax_medllm.mesh.layout import in_use, shardings
 from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
 from jax_medllm.model.nf4 import quantize_blocks
-from jax_medllm.model.quantized_weight import QuantizedWeight
+from jax_medllm.model.quantized_weight import QuantizedWeight, dequantize_rows
 from jax_medllm.weights.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
 from jax_medllm.weights.bnb_files import packed_config, packed_parts, read_packed, stored, suffixes
 from jax_medllm.weights.filling import Stack
+from medllm.architecture import HEAD
 from medllm.config import ALL_LINEAR, LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import Adapter, module_name, read_adapter
@@ -254,10 +257,8 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], quantizat
         packed = stored(directory, name)
         if packed:
             kind = packed.kind.name
-            if declared[name].kind != "linear":
-                raise UserError(
-                    f"{directory.path}: {name} is stored as {kind}; only a decoder layer's linear layers are read so"
-                )
+            if declared[name].kind != "linear" and name != HEAD:
+                raise UserError(f"{directory.path}: {name} is stored as {kind}; only linear layers and the head are read so")
             if kind != quantization:
                 raise UserError(
                     f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}"
@@ -278,10 +279,9 @@ def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot:
     """Read one tensor into its place, quantized where the model is; false where it has numbers that cannot be."""
     packed = read_packed(directory, name) if stored(directory, name) else None
     if slot.kind is None:
-        pieces = _pieces(directory, name, slot) if packed is None else [(0, _dequantized(packed, dtype))]
-        for row, piece in pieces:
+        for row, piece in _pieces(directory, name, slot) if packed is None else _dequantized(packed, dtype):
             stacks[slot.path].put(piece, slot.layer, row)
-        return True
+        return packed is None or packed.finite()
     weight = packed or _quantized(directory, name, slot, slot.kind, dtype)
     for part in slot.kind.parts:
         stacks[*slot.path, part].put(getattr(weight, part), slot.layer)
@@ -290,9 +290,21 @@ def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot:
 
 def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple[int, np.ndarray]]:
     """Consecutive rows of a dense tensor, each piece with the number of its first row."""
-    rows = max(1, _PIECE // math.prod(slot.shape[1:]))
-    for start in range(0, slot.shape[0], rows):
-        yield start, directory.read_slice(name, slice(start, min(start + rows, slot.shape[0])))
+    for rows in _row_slices(slot.shape):
+        yield rows.start, directory.read_slice(name, rows)
+
+
+def _dequantized(weight: QuantizedWeight, dtype: Any) -> Iterator[tuple[int, jax.Array]]:
+    """The same of a packed one, as the numbers it stands for."""
+    scales = _scales(weight)
+    for rows in _row_slices(weight.shape):
+        yield rows.start, _dequantized_rows(weight.packed[rows], scales[rows], dtype)
+
+
+def _row_slices(shape: Sequence[int]) -> Iterator[slice]:
+    """Rows whose numbers are a piece."""
+    step = max(1, _PIECE // math.prod(shape[1:]))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _quantized(directory: ModelDirectory, name: str, slot: _Slot, kind: type[QuantizedWeight], dtype: Any) -> QuantizedWeight:
@@ -309,9 +321,12 @@ def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(rows.astype(dtype))
 
 
-@partial(jax.jit, static_argnums=1)
-def _dequantized(weight: QuantizedWeight, dtype: Any) -> jax.Array:
-    return weight.dequantize(dtype)
+@jax.jit
+def _scales(weight: QuantizedWeight) -> jax.Array:
+    return weight.scales()
+
+
+_dequantized_rows = partial(jax.jit, static_argnums=2)(dequantize_rows)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -121,14 +121,21 @@ class ModelDirectory:
 
         Raises:
             UserError: as for :func:`medllm.quantization.check_stored`, or a layer is packed and said to be dense, dense and
-                said to be packed, or packed in another kind than ``quantization``.
+                said to be packed, or packed in another kind than ``quantization``; the head is said to be packed, and is the
+                embedding.
         """
         check_stored(self.config, self.path / "config.json")
         settings = self.config.get("quantization_config")
         if not settings:
             return
         # Without a list transformers leaves the output matrix dense; with one, what the list does not name is packed.
-        linear = (*PROJECTIONS.values(), *(() if settings.get("llm_int8_skip_modules") is None else ("lm_head",)))
+        listed = settings.get("llm_int8_skip_modules") is not None
+        if listed and self.config.get("tie_word_embeddings") and HEAD not in self and not stays_dense("lm_head", self.config):
+            raise UserError(
+                f"{self.path}/config.json: llm_int8_skip_modules does not name lm_head, which is tied to the embedding and so "
+                "not packed; transformers cannot compute with that: add lm_head to the list"
+            )
+        linear = (*PROJECTIONS.values(), *(("lm_head",) if listed else ()))
         for name in self.names():
             module = name.removesuffix(".weight")
             if module == name or not module.endswith(linear):
