@@ -7,13 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from jax_medllm.weights.read import load_model, write_quantized
+from jax_medllm.model.partly_dense import PartlyDense
+from jax_medllm.weights.read import load_model, model_tensors, read_model, write_quantized
 from medllm.architecture import HEAD
 from medllm.config import ModelConfig
 from medllm.errors import UserError
@@ -21,6 +24,7 @@ from medllm.model.adapter import merge_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.files import INDEX, WEIGHTS
 from medllm.quantization import Quantization
+from parity_tests import torch_results
 from parity_tests.folders import (
     Tensors,
     changed,
@@ -31,8 +35,10 @@ from parity_tests.folders import (
     with_another_prefix,
     without_prefix,
 )
-from parity_tests.oracle import row_logits
+from parity_tests.jax_results import forward_and_backward, open_trainable
+from parity_tests.oracle import float64_copy, row_logits
 from parity_tests.packed_rows import rows
+from parity_tests.test_model import check_against_truth
 from parity_tests.tolerances import FLOAT32_FORWARD
 from torch_ref.model import open_model
 
@@ -174,13 +180,37 @@ def test_what_is_stored_dense_stays_dense(partly_dense):
     opened_alike(partly_dense, "nf4")
     model = load_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32"))
     linear = {**vars(model.layers.mlp), **vars(model.layers.self_attn)}
-    dense = {name for name, one in linear.items() if getattr(one, "weight", None) is not None}
-    assert dense == {"gate_proj", "up_proj", "down_proj", "v_proj", "o_proj"}
+    whole = {name for name, one in linear.items() if getattr(one, "weight", None) is not None}
+    some = {name: one.dense.numbers for name, one in linear.items() if isinstance(one, PartlyDense)}
+    assert whole == {"v_proj"}
+    assert some == {"gate_proj": (0,), "up_proj": (0,), "down_proj": (0,), "o_proj": (1,)}
     stock = load_file(partly_dense / WEIGHTS)
-    for layer, kept in ((0, True), (1, False)):  # layer 0 as it is on disk, layer 1 as what its codes stand for
-        name = f"model.layers.{layer}.mlp.up_proj.weight"
-        assert (f"{name}.absmax" not in stock) == kept
-    np.testing.assert_array_equal(np.asarray(model.layers.mlp.up_proj.weight[...][0]), stock[UP].numpy())
+    np.testing.assert_array_equal(np.asarray(model.layers.mlp.up_proj.dense.weight[...]), stock[UP].numpy()[None])
+
+
+def test_what_is_stored_dense_among_packed_layers_goes_out_as_it_came(partly_dense):
+    directory = ModelDirectory(partly_dense)
+    written = dict(model_tensors(read_model(directory, quantization="nf4")))
+    stock = dict(open_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32")).named_modules())
+    assert written.keys() == directory.architecture.tensors.keys()
+    for name, tensor in written.items():
+        held = stock[name.removesuffix(".weight").removesuffix(".bias")]
+        if name.endswith("weight") and type(held).__name__ == "Linear4bit":
+            expected = bnb.dequantize_4bit(held.weight.data, held.weight.quant_state).numpy()
+        else:
+            expected = directory.read(name)
+        np.testing.assert_array_equal(tensor, expected, err_msg=name)
+
+
+def test_training_over_dense_layers_among_packed_ones_equals_float64_arithmetic(
+    float64, partly_dense, tiny_model, tiny_adapter
+):
+    adapter = tiny_adapter(tiny_model(), targets="all-linear")
+    stock = open_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32"))
+    truth = torch_results.forward_and_backward(float64_copy(stock, adapter, trainable=True), rows())
+    for remat in ("none", "layer"):
+        found = forward_and_backward(open_trainable(partly_dense, adapter, jnp.float64, "nf4"), rows(), remat=remat)
+        check_against_truth(found, truth, rows()[1])
 
 
 def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp_path):
