@@ -16,7 +16,7 @@ from medllm.architecture import EMBEDDING, HEAD
 from medllm.model.files import WEIGHTS
 
 Tensors = dict[str, torch.Tensor]
-SKIPPED = ("lm_head", "model.layers.0.mlp", "v_proj", r"model\.layers\.1\.self_attn\.o.*")
+SKIPPED = ("lm_head", "model.layers.0.mlp", "layers.2.mlp.down_proj", "v_proj", r"model\.layers\.1\.self_attn\.o.*")
 """The layers of :func:`partly_dense_model` that are dense: by the beginning, the end and a pattern of their names."""
 
 

@@ -15,10 +15,12 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from jax_medllm.generate.cached_decoder import Decoder
+from jax_medllm.generate.queue import generate
 from jax_medllm.model.partly_dense import PartlyDense
 from jax_medllm.weights.read import load_model, model_tensors, read_model, write_quantized
 from medllm.architecture import HEAD
-from medllm.config import ModelConfig
+from medllm.config import ModelConfig, Sampling
 from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter
 from medllm.model.directory import ModelDirectory
@@ -39,6 +41,7 @@ from parity_tests.jax_results import forward_and_backward, open_trainable
 from parity_tests.oracle import float64_copy, row_logits
 from parity_tests.packed_rows import rows
 from parity_tests.test_model import check_against_truth
+from parity_tests.tiny_models import VOCAB
 from parity_tests.tolerances import FLOAT32_FORWARD
 from torch_ref.model import open_model
 
@@ -173,7 +176,7 @@ def test_of_two_spellings_of_positions_the_one_counts_that_transformers_takes(ti
 
 @pytest.fixture(scope="module")
 def partly_dense(tiny_model, tmp_path_factory) -> Path:
-    return partly_dense_model(tiny_model(), tmp_path_factory.mktemp("partly") / "model")
+    return partly_dense_model(tiny_model(layers=3), tmp_path_factory.mktemp("partly") / "model")
 
 
 def test_what_is_stored_dense_stays_dense(partly_dense):
@@ -183,7 +186,7 @@ def test_what_is_stored_dense_stays_dense(partly_dense):
     whole = {name for name, one in linear.items() if getattr(one, "weight", None) is not None}
     some = {name: one.dense.numbers for name, one in linear.items() if isinstance(one, PartlyDense)}
     assert whole == {"v_proj"}
-    assert some == {"gate_proj": (0,), "up_proj": (0,), "down_proj": (0,), "o_proj": (1,)}
+    assert some == {"gate_proj": (0,), "up_proj": (0,), "down_proj": (0, 2), "o_proj": (1,)}
     stock = load_file(partly_dense / WEIGHTS)
     np.testing.assert_array_equal(np.asarray(model.layers.mlp.up_proj.dense.weight[...]), stock[UP].numpy()[None])
 
@@ -205,12 +208,21 @@ def test_what_is_stored_dense_among_packed_layers_goes_out_as_it_came(partly_den
 def test_training_over_dense_layers_among_packed_ones_equals_float64_arithmetic(
     float64, partly_dense, tiny_model, tiny_adapter
 ):
-    adapter = tiny_adapter(tiny_model(), targets="all-linear")
+    adapter = tiny_adapter(tiny_model(layers=3), targets="all-linear")
     stock = open_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32"))
     truth = torch_results.forward_and_backward(float64_copy(stock, adapter, trainable=True), rows())
-    for remat in ("none", "layer"):
-        found = forward_and_backward(open_trainable(partly_dense, adapter, jnp.float64, "nf4"), rows(), remat=remat)
-        check_against_truth(found, truth, rows()[1])
+    found = forward_and_backward(open_trainable(partly_dense, adapter, jnp.float64, "nf4"), rows())
+    check_against_truth(found, truth, rows()[1])
+
+
+def test_greedy_texts_over_dense_layers_among_packed_ones_are_transformers(partly_dense):
+    opened = ModelConfig(str(partly_dense), quantization="nf4", dtype="float32")
+    prompts = np.random.default_rng(0).integers(0, VOCAB, (8, 9))
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
+    ids = torch.from_numpy(prompts)
+    expected = open_model(opened).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 9:].tolist()
+    found = generate(Decoder(load_model(opened), (VOCAB,)), prompts.tolist(), Sampling(max_new_tokens=10), str, 8)
+    assert [list(generation.tokens) for (generation,) in found] == expected
 
 
 def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp_path):

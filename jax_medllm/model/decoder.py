@@ -286,7 +286,8 @@ class DenseDecoder(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Any]:
         """Embed, and scan the layers with their slice of the cache: the residual stream, and what the layers leave, stacked."""
         rotary = Rotary.at(positions, self.config, self.dtype)
-        graph, whole, stacked = nnx.split(self.layers, SomeLayers, ...)
+        graph, *states = nnx.split(self.layers, SomeLayers, ...)
+        whole, stacked = states
 
         def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, past = layer

@@ -105,12 +105,10 @@ def _forward(x: Array, packed: QuantizedWeight, dense: Array, place: Array, axes
 
 def _backward(axes: tuple[Axis, Axis], kept: Any, g: Array) -> tuple[Array, None, None, None]:
     packed, dense, place = kept
-    return (
-        jax.lax.cond(place < 0, lambda: nf4_matmul_back(g, packed, axes), lambda: matmul_back(g, gathered(dense[place], axes))),
-        None,
-        None,
-        None,
+    slope = jax.lax.cond(
+        place < 0, lambda: nf4_matmul_back(g, packed, axes), lambda: matmul_back(g, gathered(dense[place], axes))
     )
+    return slope, None, None, None
 
 
 chosen_matmul.defvjp(_forward, _backward)

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture
+from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture, layer_path
 from medllm.errors import UserError
 from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, stored_tensors
 from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
@@ -100,6 +100,23 @@ class ModelDirectory:
     def packed(self) -> bool:
         """Whether it is stored in 4 bits; weights in it that are dense are so by choice."""
         return any(name.endswith(DESCRIPTION) for name in self.names())
+
+    @property
+    def left_dense(self) -> dict[str, tuple[int, ...]]:
+        """By what ``config.json`` alone says of 4 bits: of each linear kind that is not packed everywhere, the dense layers.
+
+        Raises:
+            UserError: no model that is supported, or a quantization that is not read.
+        """
+        check_stored(self.config, self.path / "config.json")
+        if not self.config.get("quantization_config"):
+            return {}
+        layers = range(self.described.num_layers)
+        found = {
+            kind: tuple(layer for layer in layers if stays_dense(f"{layer_path(layer)}.{path}", self.config))
+            for kind, path in PROJECTIONS.items()
+        }
+        return {kind: numbers for kind, numbers in found.items() if numbers}
 
     def description(self, name: str) -> dict[str, Any] | None:
         """What bitsandbytes says of a weight it packed; None where the weight is dense, or not there.

@@ -41,6 +41,14 @@ def test_a_family_answers_on_a_mesh_as_on_one_device_token_for_token(worked, fam
     assert found["logprobs"] < 1e-5
 
 
+@pytest.mark.slow
+def test_a_folder_that_is_packed_in_part_with_its_head_packed_is_the_same_on_a_mesh(worked):
+    found = worked["families"]["partly packed"]
+    assert found["on the mesh"] == found["texts"]
+    assert found["logprobs"] < 1e-5
+    assert found["gradients"] < 1e-5
+
+
 def test_a_mesh_is_the_jax_engines():
     for name in ("torch", "openai"):
         with pytest.raises(UserError, match=rf"--mesh and --rules spread the JAX engine's arrays; for --engine {name}"):
