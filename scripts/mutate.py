@@ -34,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,6 +155,14 @@ class Check:
         if not report["passed"]:
             raise NotRun(f"without any fault no test of {path} runs; correct `first` in scripts/faults")
         self._green.add(path)
+
+    def judge_all(self, faults: Sequence[Fault]) -> list[Verdict]:
+        """Each in turn; of faults with the same first tests these run but once without a fault.
+
+        Raises:
+            NotRun: as :meth:`judge`.
+        """
+        return [self.judge(fault) for fault in faults]
 
     def judge(self, fault: Fault) -> Verdict:
         """Plant a fault and run its first tests, then the whole suite, until one fails.
@@ -290,7 +299,7 @@ def write_table(page: Path, faults: Sequence[Fault], verdicts: dict[str, Verdict
 
 
 def check(faults: Sequence[Fault], root: Path, *, jobs: int = 1) -> Iterator[Verdict]:
-    """Judge faults, ``jobs`` at a time, each in a copy of its own.
+    """Judge faults, ``jobs`` at a time, each in a copy of its own; those with the same first tests one after another.
 
     The calling process must have started no threads: it is forked.
 
@@ -302,9 +311,11 @@ def check(faults: Sequence[Fault], root: Path, *, jobs: int = 1) -> Iterator[Ver
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         suite = Check(root, Path(folder))
         suite.import_frameworks()
-        suite.require_green(SUITE if len(faults) > 1 else faults[0].first)
+        alike = sorted(faults, key=lambda fault: fault.first)
+        groups = [list(group) for _, group in groupby(alike, key=lambda fault: fault.first)]
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-            yield from pool.map(suite.judge, faults)
+            for verdicts in pool.map(suite.judge_all, groups):
+                yield from verdicts
 
 
 def _parser() -> argparse.ArgumentParser:
