@@ -25,6 +25,8 @@ def _publish(values: Any) -> dict[str, Any]:
     config = PublishConfig(**{field.name: values[field.name] for field in fields(PublishConfig)})
     result = run_publish(config)
     say(f"publish: {config.weights} weights, {len(result['runs'])} runs; {config.out}")
+    if config.weights == "adapter":
+        say(f"{config.out} is no whole model: to serve it, copy config.json and *.safetensors of {config.model} into it")
     return result
 
 

@@ -6,7 +6,7 @@ Each is a frozen dataclass; presets in ``medllm/presets`` are YAML files of the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from medllm.config import (
     MeshConfig,
@@ -18,6 +18,9 @@ from medllm.config import (
     Sampling,
     expect,
 )
+
+_SENT = frozenset("model prompt messages max_tokens max_completion_tokens n stream stop temperature top_p".split())
+"""Fields of a request to a server that the settings of sampling, or nobody, may say."""
 
 
 def _require_counts(batch_size: int, shot_count: int, limit: int) -> None:
@@ -106,6 +109,7 @@ class ServerConfig:
         input_price: Of a million prompt tokens, in whatever money.
         output_price: Of a million tokens of answers.
         tokenizer: Folder of the served model's tokenizer: options are scored as its tokens (``--method options``, ``letters``).
+        fields: More fields of every request, for what a server does otherwise by itself: ``{"min_p": 0, "repeat_penalty": 1}``.
     """
 
     concurrency: int = 32
@@ -116,8 +120,11 @@ class ServerConfig:
     input_price: float | None = None
     output_price: float | None = None
     tokenizer: str | None = None
+    fields: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        ours = sorted(_SENT.intersection(self.fields or ()))
+        expect(not ours, "server.fields", ours, "no field that is sent anyway (--sampling)")
         expect(self.concurrency >= 1, "server.concurrency", self.concurrency, "at least 1")
         expect(self.timeout > 0, "server.timeout", self.timeout, "a positive number of seconds")
         for name in ("requests_per_minute", "tokens_per_minute", "retries"):
@@ -370,7 +377,7 @@ FREE_ON_RESUME = frozenset(
         *(f"training.{name}" for name in ("max_steps", "log_every", "on_nan", "max_skipped", "remat")),
         *(f"training.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "keep", "keep_every")),
         *(f"torch.{name}" for name in ("attention", "liger", "precompute_reference")),
-        *(f"server.{one.name}" for one in fields(ServerConfig)),
+        *(f"server.{one.name}" for one in fields(ServerConfig) if one.name != "fields"),
     }
 )
 """What a resumed run may have otherwise than it was begun with: its length, its bookkeeping, how the same numbers are computed,

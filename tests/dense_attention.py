@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +87,7 @@ def computed(attend: Callable, given: Case, dtype: str) -> list[np.ndarray]:
     """The output and the gradients of ``sum(output * cotangent)`` by q, k and v, in float64."""
     visible = Visibility(jnp.asarray(given.segments), None if given.parents is None else jnp.asarray(given.parents))
 
-    # A row in many pieces is one large program: without fusion emitters it takes twice as long.
-    @partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": True} if jax.default_backend() == "cpu" else None)
+    @jax.jit
     def run(q, k, v, cotangent):
         out, pull = jax.vjp(lambda *qkv: attend(*qkv, visible), q, k, v)
         return out, *pull(cotangent)
@@ -102,12 +100,14 @@ def in_pieces(attend_piece: Callable, length: int, pieces: int) -> Callable:
     """Attention of a row's queries, piece by piece, where each stands being known when the program runs."""
 
     def whole(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visibility) -> jax.Array:
-        starts = jnp.arange(pieces) * (length // pieces)
-        parts = [
-            attend_piece(part, k, v, Visibility(visible.segments, visible.parents, first))
-            for part, first in zip(jnp.split(q, pieces, axis=1), starts, strict=True)
-        ]
-        return jnp.concatenate(parts, axis=1)
+        def piece(it: tuple[jax.Array, jax.Array]) -> jax.Array:
+            part, first = it
+            return attend_piece(part, k, v, Visibility(visible.segments, visible.parents, first))
+
+        size = length // pieces
+        cut = jnp.moveaxis(q.reshape(q.shape[0], pieces, size, *q.shape[2:]), 1, 0)
+        parts = jax.lax.map(piece, (cut, jnp.arange(pieces) * size))  # a loop: one program for all of them
+        return jnp.moveaxis(parts, 0, 1).reshape(q.shape)
 
     return whole
 

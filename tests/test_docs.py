@@ -26,6 +26,7 @@ RUN = {
     r"medllm cpt .*--tracker": "test_trackers.py",
     r"medllm evaluate --engine openai .*--dry_run": "test_server_faults.py",
     r"medllm evaluate --engine openai .*--method options": "test_served_options.py",
+    r"medllm evaluate --engine openai .*--server\.fields": "test_llama_cpp.py",
     r"medllm cpt .*world/corpus\.jsonl": "test_mini_study.py",
     r"medllm data export-trl": "test_docs_data.py",
     r"medllm mini --(out|engine)": "test_isolation.py",

@@ -99,6 +99,17 @@ def test_a_fault_is_caught_by_an_assertion_and_by_nothing_else(project, tmp_path
     assert (root / "medllm/numbers.py").read_text().count("2 * x") == 1, "the working tree is as it was"
 
 
+def test_the_test_that_the_docs_name_is_run_first(project):
+    root = project(f"{TEST}\n\ndef test_three():\n    assert double(3) == 6\n", {"tripled": ("2 * x", "3 * x")})
+    ended = []
+    for named in ("test_three", "test_that_was_renamed"):
+        (root / "docs").mkdir(exist_ok=True)
+        (root / "docs/faults.md").write_text(f"| tripled | a fault | `medllm/numbers.py` | caught: `{named}` |\n")
+        ended.append(mutate("--root", root).stderr)
+    assert "parity_tests/test_double.py::test_three: " in ended[0]
+    assert "parity_tests/test_double.py::test_two: " in ended[1]
+
+
 def test_an_interrupted_run_goes_on_with_the_faults_it_has_no_verdict_on(project, tmp_path):
     root = project(TEST, {"tripled": ("2 * x", "3 * x"), "halved": ("2 * x", "x / 2")})
     known = {"name": "tripled", "verdict": "caught", "test": "an earlier run's", "message": "", "seconds": 1.0}

@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from medllm.bench.device_goals import hold_plans, judge, targets
+from medllm.bench.device_goals import beside_plans, judged, targets
+from medllm.bench.device_result import DeviceResult
 from medllm.bench.device_shapes import SIZES, SMOKE, DeviceShape, device_shape
 from medllm.bench.device_table import outcome, table
 from medllm.bench.preflight import LIMIT as PREFLIGHT_LIMIT
@@ -73,7 +74,7 @@ class Part:
 
     name: str
     engine: str | None
-    run: Callable[[float], dict[str, Any]]
+    run: Callable[[float], Mapping[str, Any]]
     shape: DeviceShape | None = None
 
     @property
@@ -91,9 +92,9 @@ def bench_device(
     limit: float = LIMIT,
     attention: str | None = None,
     log: TextIO | None = None,
-    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    save: Callable[[DeviceResult], None] = lambda result: None,
     say: Say = lambda line: None,
-) -> dict[str, Any]:
+) -> DeviceResult:
     """Check what can go wrong, measure, and hold what was found against the goals.
 
     Args:
@@ -107,31 +108,31 @@ def bench_device(
         save: Given the result so far, after every part.
         say: Told what was measured, as it comes.
 
-    Returns:
-        ``preflight``, ``parts``, ``targets``, the ``device``, ``environment``; ``stopped`` where an interrupt ended it early.
-
     Raises:
         UserError: the pre-flight found something wrong, or there is no GPU and tiny shapes were not asked for.
     """
     child = partial(_child, smoke=smoke, log=log)
+    check = partial(_child_check, smoke=smoke, log=log)
     session = _Session(smoke, limit, save, say)
-    result = session.result
-    session.check(engines, partial(_child_check, smoke=smoke, log=log), attention=attention, parity="parity" in parts)
+    session.check(engines, check, attention=attention, parity="parity" in parts)
     given = _SMOKE_RATES if smoke else _DEVICE_RATES
     rates = [session.run(Part("rates", engine, partial(child, engine, "rates", given))) for engine in engines]
     measured = [found for found in rates if found["ok"]]
     if not measured:
         reasons = "; ".join(f"{found['engine']}: {found['error']}" for found in rates)
         raise UserError(f"no device could be measured ({reasons}); --smoke runs tiny shapes on the CPU")
-    result["device"] = _best(measured)
-    planned = _planned(sizes, parts, engines, attention, child, partial(_parity, smoke=smoke, log=log), result["device"], smoke)
-    result["shapes"] = [(part.name, part.shape.to_json()) for part in planned if part.shape and part.engine == engines[0]]
+    device = _best(measured)
+    planned = _planned(sizes, parts, engines, attention, child, partial(_parity, smoke=smoke, log=log), device, smoke)
+    shapes = tuple((part.name, part.shape) for part in planned if part.shape and part.engine == engines[0])
+    session.result = replace(session.result, device=device, shapes=shapes)
+    stopped = False
     try:
         for part in planned:
             session.run(part)
     except KeyboardInterrupt:
-        result["stopped"] = True
-    result["targets"] = [] if smoke else targets(result["parts"], result["device"])
+        stopped = True
+    result = session.result
+    result = replace(result, stopped=stopped, targets=() if smoke else targets(result.parts, device))
     save(result)
     return result
 
@@ -139,27 +140,27 @@ def bench_device(
 class _Session:
     """The result while it grows, and the time that is left for it."""
 
-    def __init__(self, smoke: bool, limit: float, save: Callable[[dict[str, Any]], None], say: Say):
+    def __init__(self, smoke: bool, limit: float, save: Callable[[DeviceResult], None], say: Say):
         self._patience = _PATIENCE if smoke else 1.0
         self._limit = limit * self._patience
         self._ends = time.monotonic() + self._limit
         self._save, self._say = save, say
-        self.result: dict[str, Any] = {"smoke": smoke, "parts": [], "targets": [], "environment": environment()}
+        self.result = DeviceResult(smoke, environment(), preflight={}, seconds=0.0)
 
     def check(self, engines: Sequence[str], check: Callable[..., Any], **settings: Any) -> None:
         """What can go wrong, before anything is measured."""
         begun = time.monotonic()
-        self.result["preflight"] = preflight(engines, self._left(PREFLIGHT_LIMIT), check, **settings)
+        seen = preflight(engines, self._left(PREFLIGHT_LIMIT), check, **settings)
+        self.result = replace(self.result, preflight=seen)
         self._say(f"pre-flight: all well in {time.monotonic() - begun:.0f} s")
 
-    def run(self, part: Part) -> dict[str, Any]:
+    def run(self, part: Part) -> Mapping[str, Any]:
         """One part, in the time that is left, which joins the result."""
-        result = self.result
-        found = _run(part, self._left(_LIMITS[part.name]), result.get("device"), result["smoke"])
-        result["parts"].append(found)
-        hold_plans(result["parts"], on_host=result["smoke"])
-        result["seconds"] = self._limit - (self._ends - time.monotonic())
-        self._save(result)
+        device, smoke = self.result.device, self.result.smoke
+        found = _run(part, self._left(_LIMITS[part.name]), device, smoke)
+        parts = beside_plans((*self.result.parts, found), on_host=smoke)
+        self.result = replace(self.result, parts=parts, seconds=self._limit - (self._ends - time.monotonic()))
+        self._save(self.result)
         self._say(f"{part.title}: {outcome(found)}")
         return found
 
@@ -194,16 +195,16 @@ def _planned(
     return planned
 
 
-def _run(part: Part, seconds: float, device: Mapping[str, Any] | None, smoke: bool) -> dict[str, Any]:
+def _run(part: Part, seconds: float, device: Mapping[str, Any] | None, smoke: bool) -> Mapping[str, Any]:
     """What a part found, or the line that says why it did not."""
     line = {"part": part.name, "engine": part.engine, "model": part.shape.name if part.shape else None}
     begun = time.monotonic()
     try:
         if seconds < _LEAST:
             raise RuntimeError("not begun: the time for everything is up")
-        found = {**line, "ok": True, **part.run(seconds)}
+        found: Mapping[str, Any] = {**line, "ok": True, **part.run(seconds)}
         if part.shape is not None and device is not None:
-            judge(found, part.shape, device, strict=not smoke)
+            found = judged(found, part.shape, device, strict=not smoke)
     except (UserError, RuntimeError, OSError, ValueError, IndexError) as error:
         found = {**line, "ok": False, "error": str(error).strip().split("\n")[0]}
     return {**found, "seconds": time.monotonic() - begun}
@@ -259,7 +260,7 @@ def _environment(smoke: bool) -> dict[str, str]:
     return variables
 
 
-def _best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _best(rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The device: its name and memory, and the higher of what the frameworks measured."""
     best = {key: max(rates, key=lambda found: found[key]) for key in ("matrix_flops", "copy_bytes")}
     return {
@@ -306,14 +307,14 @@ def main(arguments: list[str] | None = None) -> int:
                 limit=values.seconds,
                 attention=values.attention,
                 log=log,
-                save=lambda result: None if out is None else write_json(out, result),
+                save=lambda result: None if out is None else write_json(out, result.to_json()),
                 say=say,
             )
     except UserError as error:
         print(f"gpu_bench: {error}", file=sys.stderr)
         return 2
     say("\n".join(["", *table(result)]))
-    return 0 if all(found["ok"] for found in result["parts"]) and "stopped" not in result else 1
+    return 0 if all(found["ok"] for found in result.parts) and not result.stopped else 1
 
 
 if __name__ == "__main__":

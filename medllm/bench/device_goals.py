@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medllm.bench.arithmetic import cpt_step, decode_bytes, grouped_step, paired_step, training_flops
+from medllm.bench.device_result import Target
 from medllm.bench.device_shapes import PAIRS, RESPONSES, DeviceShape
 from medllm.errors import UserError
 from medllm.plan.calibration import Calibration, Work
@@ -45,21 +46,22 @@ GOALS: Mapping[str, Goal] = {
 }
 
 
-def judge(found: dict[str, Any], shape: DeviceShape, device: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Add to what a part measured what follows from it: the step at the model's own depth, its rate, its share of the device.
+def judged(
+    found: Mapping[str, Any], shape: DeviceShape, device: Mapping[str, Any], *, strict: bool = True
+) -> Mapping[str, Any]:
+    """What a part measured, and what follows from it: the step at the model's own depth, its rate, its share of the device.
 
     The share of a training step is of operations that it needs, none of them computed again: two engines that recompute
     differently are compared by it. Where this is not ``strict``, noise may make a deeper model the faster one.
     """
     if found["part"] == "calibrate":
-        return
+        return found
     if found["part"] != "decode":
-        found |= at_depth(found["depths"], shape.model.layers, strict)
-    found["rate"], found["unit"] = found["units"] / found["step_s"], UNITS[found["part"]]
+        found = {**found, **at_depth(found["depths"], shape.model.layers, strict)}
+    found = {**found, "rate": found["units"] / found["step_s"], "unit": UNITS[found["part"]]}
     if found["part"] == "decode":
-        found["bytes"] = decode_bytes(shape.model, shape.decode_rows, shape.decode_tokens)
-        found["share"] = found["bytes"] / found["step_s"] / device["copy_bytes"]
-        return
+        moved = decode_bytes(shape.model, shape.decode_rows, shape.decode_tokens)
+        return {**found, "bytes": moved, "share": moved / found["step_s"] / device["copy_bytes"]}
     if found["part"] == "cpt":
         step = cpt_step(shape.rows, shape.length)
     elif found["engine"] == "jax":
@@ -67,8 +69,8 @@ def judge(found: dict[str, Any], shape: DeviceShape, device: Mapping[str, Any], 
     else:
         step = paired_step(shape.prompt, shape.response, round(found["units"] * len(PAIRS)))
         step = replace(step, reference=found.get("reference", True))
-    found["flops"] = training_flops(shape.model, step, "none")
-    found["share"] = found["flops"] / found["step_s"] / device["matrix_flops"]
+    flops = training_flops(shape.model, step, "none")
+    return {**found, "flops": flops, "share": flops / found["step_s"] / device["matrix_flops"]}
 
 
 def at_depth(depths: Sequence[Mapping[str, Any]], layers: int, strict: bool = True) -> dict[str, Any]:
@@ -89,30 +91,37 @@ def at_depth(depths: Sequence[Mapping[str, Any]], layers: int, strict: bool = Tr
     return {"step_s": step, "steps_s": last["steps_s"], "extrapolated": True}
 
 
-def hold_plans(parts: Sequence[dict[str, Any]], on_host: bool) -> None:
-    """Set beside what each JAX training step took what its plan said: ``plan`` gets ``memory_error``, and where its layers were
-    calibrated, ``step_s``, ``measured_s`` and ``time_error``; errors relative to what was measured.
+def beside_plans(parts: Sequence[Mapping[str, Any]], on_host: bool) -> tuple[Mapping[str, Any], ...]:
+    """The parts, with what each JAX training step took beside what its plan said: ``plan`` has ``memory_error``, and where its
+    layers were calibrated, ``step_s``, ``measured_s`` and ``time_error``; errors relative to what was measured.
 
     Args:
         parts: All that ran.
         on_host: The peak is of a process and no device's, and is not compared.
     """
     probed = {found["model"]: found for found in parts if found["part"] == "calibrate" and found["ok"]}
-    for found in parts:
-        if not (found["ok"] and found.get("plan")):
-            continue
-        plan = found["plan"]
-        if not on_host:
-            plan["memory_error"] = plan["gib"] * _GIB / found["peak_bytes"] - 1
-        if found["part"] != "cpt" or found["model"] not in probed or plan["bytes"] is None:
-            continue
-        try:
-            plan["step_s"] = _predicted(probed[found["model"]], plan)
-        except UserError as error:
-            plan["not_predicted"] = str(error)
-            continue
-        plan["measured_s"] = found["depths"][-1]["step_s"]
-        plan["time_error"] = plan["step_s"] / plan["measured_s"] - 1
+    planned = (found["ok"] and found.get("plan") for found in parts)
+    return tuple(
+        {**found, "plan": {**plan, **_memory(found, on_host), **_time(found, probed)}} if plan else found
+        for found, plan in zip(parts, planned, strict=True)
+    )
+
+
+def _memory(found: Mapping[str, Any], on_host: bool) -> dict[str, Any]:
+    return {} if on_host else {"memory_error": found["plan"]["gib"] * _GIB / found["peak_bytes"] - 1}
+
+
+def _time(found: Mapping[str, Any], probed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The step that a calibrated plan predicts and the one that was measured, or why there is no prediction."""
+    plan = found["plan"]
+    if found["part"] != "cpt" or found["model"] not in probed or plan["bytes"] is None:
+        return {}
+    try:
+        step = _predicted(probed[found["model"]], plan)
+    except UserError as error:
+        return {"not_predicted": str(error)}
+    measured = found["depths"][-1]["step_s"]
+    return {"step_s": step, "measured_s": measured, "time_error": step / measured - 1}
 
 
 def _predicted(probed: Mapping[str, Any], plan: Mapping[str, Any]) -> float:
@@ -124,22 +133,21 @@ def _predicted(probed: Mapping[str, Any], plan: Mapping[str, Any]) -> float:
     return calibration.predict(one, deep if one.layers == shallow.layers else shallow).step_s
 
 
-def targets(parts: Sequence[dict[str, Any]], device: Mapping[str, Any]) -> list[dict[str, Any]]:
+def targets(parts: Sequence[Mapping[str, Any]], device: Mapping[str, Any]) -> tuple[Target, ...]:
     """Each goal of the parts that were tried, with what was found (None where it was not measured) and whether that meets it.
 
     A goal of another device than this one is not judged, and says so.
     """
     tried = {(found["model"], found["part"], found["engine"]): found for found in parts if found["model"]}
     ran = {key: found for key, found in tried.items() if found["ok"]}
-    lines: list[dict[str, Any]] = []
+    lines: list[Target] = []
 
     def add(text: str, name: str, found: float | None) -> None:
         goal = GOALS[name]
         elsewhere = bool(goal.device) and goal.device not in device["name"]
         met = None if found is None or elsewhere else (found <= goal.bound if goal.at_most else found >= goal.bound)
         note = f"a goal of an {goal.device}: not judged" if elsewhere else ""
-        figures = {"at_most": goal.at_most, "bound": goal.bound, "found": found, "met": met}
-        lines.append({"target": text, **figures, "anchor": goal.anchor, "note": note})
+        lines.append(Target(text, goal.at_most, goal.bound, found, met, goal.anchor, note))
 
     def ratio(model: str, part: str, figure: str) -> float | None:
         ours, theirs = (ran.get((model, part, engine)) for engine in ("jax", "torch"))
@@ -161,7 +169,7 @@ def targets(parts: Sequence[dict[str, Any]], device: Mapping[str, Any]) -> list[
         add(f"{model} {part}: memory, plan against run, off by", "plan memory", _size(plan.get("memory_error")))
         if (model, "calibrate", "jax") in tried and part == "cpt":
             add(f"{model} {part}: time, plan after calibration against run, off by", "plan time", _size(plan.get("time_error")))
-    return lines
+    return tuple(lines)
 
 
 def _size(error: float | None) -> float | None:

@@ -5,40 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from medllm.bench.device_result import DeviceResult, Target
 from medllm.bench.device_shapes import PAIRS, RESPONSES, DeviceShape
 
 _OTHERS = ("preflight", "rates", "parity", "calibrate")
 
 
-def table(result: Mapping[str, Any]) -> list[str]:
-    """The result as lines of text."""
-    device = result["device"]
+def table(result: DeviceResult) -> list[str]:
+    """The result of a device that was measured, as lines of text."""
+    device = result.device
+    assert device is not None
     memory = f", {device['memory_bytes'] / 2**30:.0f} GiB" if device["memory_bytes"] else ""
     lines = [
         f"{device['name']}{memory}: bf16 matrix rate {device['matrix_flops'] / 1e12:.4g} TFLOP/s "
         f"({device['matrix_flops_by']}), copy {device['copy_bytes'] / 1e9:.4g} GB/s ({device['copy_bytes_by']})"
     ]
-    lines += [_work(part, DeviceShape.from_json(shape)) for part, shape in result["shapes"]]
+    lines += [_work(part, shape) for part, shape in result.shapes]
     lines.append("Share: of the matrix rate, by the operations a step needs, none counted twice; of decode, of the copy rate.")
     rows = [("model", "part", "engine", "rate", "step", "share", "peak GiB", "compile", "steps")]
-    lines += _aligned(rows + [_row(found) for found in result["parts"] if found["part"] not in _OTHERS])
-    for found in result["parts"]:
+    lines += _aligned(rows + [_row(found) for found in result.parts if found["part"] not in _OTHERS])
+    for found in result.parts:
         lines += _ways(found)
-    lines += [line for found in result["parts"] if found.get("plan") for line in _plan(found)]
+    lines += [line for found in result.parts if found.get("plan") for line in _plan(found)]
     for part in ("parity", "calibrate", "rates"):
         lines += [
             f"{' '.join(filter(None, (found['model'], part, found['engine'])))}: {outcome(found)}"
-            for found in result["parts"]
+            for found in result.parts
             if found["part"] == part
         ]
-    for one in result["targets"]:
-        found = "not measured" if one["found"] is None else f"{one['found']:,.{0 if one['found'] >= 100 else 3}f}"
-        verdict = {True: "met", False: "MISSED", None: one["note"] or "-"}[one["met"]]
-        anchor = f"; {one['anchor']}" if one["anchor"] else ""
-        lines.append(f"{one['target']}: {found} (goal {'<=' if one['at_most'] else '>='} {one['bound']:,g}{anchor}) {verdict}")
-    remarks = [", tiny shapes on the CPU"] * result["smoke"] + [", stopped early"] * result.get("stopped", False)
-    lines.append(f"gpu_bench: {result['seconds']:.0f} s{''.join(remarks)}")
-    return lines
+    lines += [_goal(one) for one in result.targets]
+    remarks = [", tiny shapes on the CPU"] * result.smoke + [", stopped early"] * result.stopped
+    return [*lines, f"gpu_bench: {result.seconds:.0f} s{''.join(remarks)}"]
 
 
 def outcome(found: Mapping[str, Any]) -> str:
@@ -53,6 +50,14 @@ def outcome(found: Mapping[str, Any]) -> str:
         steps = ", ".join(f"{probe['layers']} layers {probe['step_s']:.4g} s" for probe in found["probes"])
         return f"{steps}; {found['matrix_flops'] / 1e12:.4g} TFLOP/s in the products of a layer"
     return f"{_rate(found)}, {_share(found)}, compiled in {found['compile_s']:.0f} s"
+
+
+def _goal(one: Target) -> str:
+    """A goal, and what came of it."""
+    found = "not measured" if one.found is None else f"{one.found:,.{0 if one.found >= 100 else 3}f}"
+    verdict = {True: "met", False: "MISSED", None: one.note or "-"}[one.met]
+    anchor = f"; {one.anchor}" if one.anchor else ""
+    return f"{one.target}: {found} (goal {'<=' if one.at_most else '>='} {one.bound:,g}{anchor}) {verdict}"
 
 
 def _work(part: str, work: DeviceShape) -> str:

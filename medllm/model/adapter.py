@@ -20,13 +20,13 @@ from medllm.config import ALL_LINEAR, LoraConfig
 from medllm.errors import UserError
 from medllm.host.processes import tell
 from medllm.model.directory import ModelDirectory, write_model
-from medllm.model.files import open_safetensors
+from medllm.model.files import ADAPTER, open_safetensors
 from medllm.patterns import LONGEST_NAME, is_quick_pattern, names
 from medllm.run import atomic_path, write_json
 from medllm.text_files import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(rf"base_model\.model\.(?P<module>.{{1,{LONGEST_NAME}}})\.lora_(?P<matrix>[AB])\.weight")
 _LINEAR_WEIGHT = re.compile(rf"(?P<module>model\.layers\.\d+\..+\.({'|'.join(ALL_LINEAR)}))\.weight")

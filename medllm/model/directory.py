@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture, layer_path
 from medllm.errors import UserError
-from medllm.model.files import INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, stored_tensors
+from medllm.model.files import ADAPTER, INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, stored_tensors
 from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
 from medllm.run import atomic_path, write_json
 from medllm.text_files import parse_json, read_json_object
@@ -60,14 +60,20 @@ class ModelDirectory:
     Tensors go by the names transformers opens them under, whatever they are called in the file.
 
     Raises:
-        UserError: no such folder, no or unreadable config; on reading: no safetensors weights, a shard named by the index is
-            missing or holds other tensors than the index says, two tensors that are opened as the same one.
+        UserError: no such folder, one that holds an adapter, no or unreadable config; on reading: no safetensors weights, a
+            shard named by the index is missing or holds other tensors than the index says, two tensors that are opened as the
+            same one.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder; give a Hugging Face directory (--model.path)")
+        if (self.path / ADAPTER).exists():
+            raise UserError(
+                f"{self.path}: holds an adapter ({ADAPTER}), which transformers puts on the weights it opens there; give the "
+                "base model's folder, without one, and the adapter's as an adapter (--model.adapter)"
+            )
         self.config: dict[str, Any] = read_json_object(self.path / "config.json", "a Hugging Face model folder has one")
 
     @cached_property
@@ -118,6 +124,12 @@ class ModelDirectory:
         }
         return {kind: numbers for kind, numbers in found.items() if numbers}
 
+    @property
+    def packing(self) -> Quantization:
+        """How its linear layers are stored: the setting that it is opened with."""
+        described = next((found for name in self.names() if (found := self.description(name))), None)
+        return "none" if described is None else _kind(described)
+
     def description(self, name: str) -> dict[str, Any] | None:
         """What bitsandbytes says of a weight it packed; None where the weight is dense, or not there.
 
@@ -164,7 +176,7 @@ class ModelDirectory:
                     f"{self.file(name)}: {name} is stored {how}, and config.json says otherwise (llm_int8_skip_modules in "
                     "quantization_config); copy the whole model"
                 )
-            if described and (kind := packing_name(described.get("nested_blocksize") is not None)) != quantization:
+            if described and (kind := _kind(described)) != quantization:
                 raise UserError(f"{self.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
 
     def check_rotation(self, theta: float, head_dim: int) -> None:
@@ -254,6 +266,11 @@ class ModelDirectory:
         if name not in self._stored:
             raise UserError(f"{self.path}: has no tensor {name}; the model does not match its config.json or is incomplete")
         return self._stored[name]
+
+
+def _kind(described: Mapping[str, Any]) -> Quantization:
+    """The kind of 4 bits of a weight that is described so."""
+    return cast(Quantization, packing_name(described.get("nested_blocksize") is not None))
 
 
 def write_model(

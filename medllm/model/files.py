@@ -20,6 +20,7 @@ from medllm.text_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_config.json"
 _PIECE = 1 << 22  # numbers of a table that are compared at a time
 
 

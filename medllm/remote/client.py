@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -26,6 +27,8 @@ from medllm.stage_config import ServerConfig
 _USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _FILTERED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _SENT_AGAIN = {408, 409, 425}
+_NOT_TAKEN = re.compile("echo|validation error")  # what llama.cpp and llama-cpp-python say with a 500, as if they were ill
+_NO_SCORES = "it does not score what it is given (vLLM does; OpenAI, llama.cpp and llama-cpp-python do not)"
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,17 @@ _Answer = TypeVar("_Answer", Response, Scored)
 
 @dataclass(frozen=True)
 class _Request(Generic[_Answer]):
-    """A call of the client that lacks the model's name, and what its reply is read as. ``number`` is the prompt's."""
+    """A call of the client that lacks the model's name, and what its reply is read as. ``number`` is the prompt's.
+
+    ``scores``: it asks for log-probabilities of given tokens.
+    """
 
     number: int
     create: Callable[..., Any]
     read: Callable[[Any], _Answer]
     is_text: bool
     several: int = 1
+    scores: bool = False
 
 
 class Client:
@@ -136,13 +143,14 @@ class Client:
             UserError: the request is refused, or the server gives no answer.
         """
         several, is_text = settings.get("n", 1), isinstance(prompt, str)
+        body = {**(self._settings.fields or {}), **settings}
         if isinstance(prompt, str):
             create: Any = partial(self._client.completions.create, prompt=prompt, max_tokens=limit)
         else:
             turns: Any = [message.to_json() for message in prompt]
             limits: dict[str, Any] = {self.chat_limit: limit}
             create = partial(self._client.chat.completions.create, messages=turns, **limits)
-        request = _Request(number, partial(create, **settings), partial(_response, is_text=is_text), is_text, several)
+        request = _Request(number, partial(create, extra_body=body), partial(_response, is_text=is_text), is_text, several)
         try:
             return self._answered(pace, estimated_tokens(prompt) + limit * several, request)
         except _Filtered:
@@ -164,9 +172,9 @@ class Client:
         Raises:
             UserError: as for :meth:`ask`, or the server gives no log-probabilities of what it is given, or of other tokens.
         """
-        settings: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
-        create: Any = partial(self._client.completions.create, prompt=list(tokens), **settings)
-        request = _Request(number, create, partial(self._scored, tokens=tokens, says=says), is_text=True)
+        body = {**(self._settings.fields or {}), "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
+        create: Any = partial(self._client.completions.create, prompt=list(tokens), extra_body=body)
+        request = _Request(number, create, partial(self._scored, tokens=tokens, says=says), is_text=True, scores=True)
         try:
             return self._answered(pace, len(tokens) + 1, request)
         except _Filtered:
@@ -177,8 +185,8 @@ class Client:
         found = getattr(choice.logprobs, "token_logprobs", None) or ()
         if len(found) not in (len(tokens), len(tokens) + 1) or None in found[1 : len(tokens)]:
             raise UserError(
-                f"{self._where}: gives {len(found)} log-probabilities for {len(tokens)} tokens: it does not score what it is "
-                "given (vLLM does, OpenAI and llama.cpp do not), or --server.tokenizer is another model's"
+                f"{self._where}: gives {len(found)} log-probabilities for {len(tokens)} tokens: {_NO_SCORES}, or "
+                "--server.tokenizer is another model's"
             )
         if _squeezed(says) not in _squeezed(choice.text):
             raise UserError(
@@ -239,6 +247,8 @@ class Client:
         if status == 429:
             advice = "lower --server.concurrency, --server.requests_per_minute or --server.tokens_per_minute"
             return _Lost(f"too many requests {said}", advice, _asked_wait(error.response.headers), busy=True)
+        if request.scores and (status in (400, 413, 422) or (status >= 500 and _NOT_TAKEN.search(error.message))):
+            return PromptError(request.number, f"{self._where}: refused {said}; {_NO_SCORES}, or the text is too long for it")
         if status in _SENT_AGAIN or status >= 500:
             return _Lost(f"failed {said}", "see the server's log", _asked_wait(error.response.headers))
         if status in (400, 413, 422) and request.several > 1:

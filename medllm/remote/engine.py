@@ -185,7 +185,7 @@ class OpenAIEngine:
         if sampling.temperature > 0:
             settings["seed"] = sampling.seed * _SEEDS_A_PROMPT + asked.samples[0]
         if sampling.top_k:
-            settings["extra_body"] = {"top_k": sampling.top_k}
+            settings["top_k"] = sampling.top_k
         return self._client.ask(pace, asked.number, asked.prompt, sampling.max_new_tokens, settings)
 
 

@@ -11,6 +11,9 @@ from medllm.exam.problem import LETTERS, Problem
 from medllm.model.tokenizer import Message, Prompt
 from medllm.stage_config import CheckServingConfig
 
+CHAT = "chat"
+"""The trained prompt as a user's turn."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -53,7 +56,7 @@ def ways(config: CheckServingConfig, shots: Sequence[Problem], *, chats: bool) -
         return (Message("user", asked),) if isinstance(asked, str) else asked
 
     foreign = (
-        *((Way("chat", in_a_turn, explained),) if chats else ()),
+        *((Way(CHAT, in_a_turn, explained),) if chats else ()),
         Way("other wording", through(_other_wording), bare),
         Way("【回答】", through(_in_brackets), bare),
         Way("JSON", through(_as_json), _read_json),

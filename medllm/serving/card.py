@@ -24,6 +24,11 @@ NOTICE = (
     "This model is research software. It is not a medical device and gives no medical advice; it must not be used to diagnose "
     "or treat anybody. A score on an exam is not clinical safety."
 )
+_ADAPTER_ALONE = (
+    "These are an adapter's weights. A server that opens a folder, as `transformers serve` does, opens this one once the base "
+    "model's `config.json` and its weights (`*.safetensors`) are copied beside them. One that puts the adapter on the base "
+    "model's folder reads where a text begins and ends from there, and not what is promised here."
+)
 _LIMITS = (
     "An answer can be right and the explanation before it wrong: explanations were not graded.",
     "Questions that need an image were asked without it.",
@@ -115,6 +120,8 @@ def _asked(model: Published) -> Iterator[str]:
     yield f"- A text begins with {_tokens(model, contract.begins) if contract.begins else 'no token of its own'}."
     chats = "goes through the chat template" if contract.chat_template else "is refused: there is no chat template"
     yield f"- A conversation {chats}."
+    if model.weights == "adapter":
+        yield f"- {_ADAPTER_ALONE}"
 
 
 def _tokens(model: Published, ids: Sequence[int]) -> str:

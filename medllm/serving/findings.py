@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scipy.stats import fisher_exact
+
 from medllm.engine import Generation
 from medllm.exam.endings import EndingCounts, ending, runs_on
 from medllm.exam.predictions import Prediction
 from medllm.exam.problem import Problem
 from medllm.exam.scoring import score
 from medllm.model.tokenizer import Prompt
-from medllm.serving.asking import Way
+from medllm.serving.asking import CHAT, Way
 
 _THOUGHT = "<think>"
+_CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def findings(asked: Sequence[Asked]) -> dict[str, str]:
     found: dict[str, str] = {}
     pairs = [pair for one in asked if not one.surplus - {0} for pair in one.pairs]  # what began otherwise may end so too
     if thinks := sum(_thinks(one, number) for one in asked for number in range(len(one.served))):
-        found["thinking left on"] = f"{thinks} answers begin with thoughts: serve with enable_thinking false"
+        seen = f"{thinks} answers begin with thoughts, or their prompts are those of thinking"
+        found["thinking left on"] = f"{seen}: serve with enable_thinking false (llama.cpp: --reasoning off)"
     else:
         found |= _beginnings(asked)
     beyond = [own for served, own in pairs if own.text.strip() and _goes_on(served, own)]
@@ -163,9 +167,12 @@ def _beginnings(asked: Sequence[Asked]) -> dict[str, str]:
         if one.surplus - {0}:
             amounts = ", ".join(f"{amount:+d}" for amount in sorted(one.surplus))
             return {"chat template": f"a conversation ({one.way.name}) has {amounts} tokens on the server: another template"}
-    others = sum(not served.text.strip().startswith(own.text.strip()) for one in chats for served, own in one.pairs)
-    if others and texts and not any(one.others for one in texts):
-        return {"chat template": f"{others} conversations are answered otherwise, and no text is: another template"}
+    turned = [_answers_otherwise(*pair) for one in chats if one.way.name == CHAT for pair in one.pairs]
+    texts_too = [_answers_otherwise(*pair) for one in texts for pair in one.pairs]
+    if _more_often(turned, texts_too):
+        beside = f"{sum(texts_too)} of {len(texts_too)} texts"
+        seen = f"{sum(turned)} of {len(turned)} conversations are answered otherwise, and {beside}: another template"
+        return {"chat template": seen}
     return {}
 
 
@@ -176,6 +183,16 @@ def _thinks(asked: Asked, number: int) -> bool:
     own = asked.own[number] if asked.own else None
     known = asked.thinking and own is not None and asked.thinking[number] != own.prompt_tokens
     return bool(known) and served.prompt_tokens == asked.thinking[number]
+
+
+def _answers_otherwise(served: Answer, own: Answer) -> bool:
+    return not served.text.strip().startswith(own.text.strip())
+
+
+def _more_often(some: Sequence[bool], others: Sequence[bool]) -> bool:
+    """Whether something is more frequent among ``some`` than by chance (Fisher's exact test): near-ties turn round anywhere."""
+    counts = [[sum(one), len(one) - sum(one)] for one in (some, others)]
+    return bool(some and others) and bool(fisher_exact(counts, alternative="greater").pvalue < _CHANCE)
 
 
 def _same(own: Answer) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from medllm.engine import Generates
 from medllm.engines import EngineName, load, open_engine, require_engine
 from medllm.errors import UserError
 from medllm.exam.evaluation import check_apart
+from medllm.exam.problem import Problem
 from medllm.exam.prompts import naming_problems
 from medllm.host.progress import Progress
 from medllm.model.tokenizer import Prompt, encode_prompt, load_tokenizer
 from medllm.serving.asking import ways
 from medllm.serving.findings import Answer, Asked, findings, way_result
+from medllm.serving.opened import published_model
 from medllm.stage_config import CheckServingConfig
 from medllm.stages.problems import read_problems, read_shots
 
@@ -39,8 +42,31 @@ def run_check_serving(
     folder = config.folder or (config.model if Path(config.model).is_dir() else None)
     if config.url is None and folder is None:
         raise UserError(f"--model {config.model}: no such folder; name the server that has a model of this name (--url)")
-    own = open_engine(engine, ModelConfig(folder, dtype=config.dtype)) if folder else None
-    tokenizer = load_tokenizer(folder) if folder else None
+    with published_model(folder, config.dtype) if folder else nullcontext() as model:
+        asked = _ask_every_way(config, problems, shots, engine, model, progress)
+    results = {one.way.name: way_result(one, problems) for one in asked}
+    found = findings(asked)
+    return {
+        "ok": not found,
+        "model": config.model,
+        "where": config.url or engine,
+        "problems": len(problems),
+        "findings": found,
+        "ways": results,
+    }
+
+
+def _ask_every_way(
+    config: CheckServingConfig,
+    problems: Sequence[Problem],
+    shots: Sequence[Problem],
+    engine: EngineName,
+    model: ModelConfig | None,
+    progress: Progress | None,
+) -> list[Asked]:
+    """The server's answers, where there is one, and the engine's, where it has the model."""
+    own = open_engine(engine, model) if model else None
+    tokenizer = load_tokenizer(model.path) if model else None
     sampling = Sampling(max_new_tokens=config.max_new_tokens)
     serve = _server(config, sampling) if config.url else None
     asked = []
@@ -54,16 +80,7 @@ def run_check_serving(
         asked.append(Asked(way, prompts, served, compared, _thinking(tokenizer, prompts), refused))
         if progress:
             progress(done + 1, len(chosen))
-    results = {one.way.name: way_result(one, problems) for one in asked}
-    found = findings(asked)
-    return {
-        "ok": not found,
-        "model": config.model,
-        "where": config.url or engine,
-        "problems": len(problems),
-        "findings": found,
-        "ways": results,
-    }
+    return asked
 
 
 def _server(config: CheckServingConfig, sampling: Sampling) -> Callable[[Sequence[Prompt]], tuple[list[Answer], str]]:

@@ -207,7 +207,7 @@ def answers(monkeypatch, failing=(), on="NVIDIA H100 80GB HBM3"):
 def test_what_is_worth_most_comes_first(monkeypatch):
     answers(monkeypatch)
     result = device.bench_device(smoke=False, parts=["cpt", "calibrate", "rpo", "decode"])
-    ran = list(dict.fromkeys((found["model"], found["part"]) for found in result["parts"][2:]))
+    ran = list(dict.fromkeys((found["model"], found["part"]) for found in result.parts[2:]))
     assert ran == [
         ("7B", "cpt"),
         ("72B NF4", "cpt"),
@@ -222,31 +222,31 @@ def test_what_is_worth_most_comes_first(monkeypatch):
 def test_one_engine_runs_by_itself(monkeypatch):
     answers(monkeypatch)
     result = device.bench_device(smoke=False, parts=["cpt", "rpo", "decode"], engines=["jax"])
-    assert {found["engine"] for found in result["parts"]} == {"jax"}
-    over = next(one for one in result["targets"] if "best torch" in one["target"])
-    assert (over["found"], over["met"]) == (None, None)
+    assert {found["engine"] for found in result.parts} == {"jax"}
+    over = next(one for one in result.targets if "best torch" in one.target)
+    assert (over.found, over.met) == (None, None)
 
 
 def test_a_part_that_fails_says_why_and_the_others_go_on(monkeypatch):
     answers(monkeypatch, failing={("torch", "rpo")})
     saved = []
     result = device.bench_device(smoke=False, sizes=["7b"], parts=["cpt", "rpo", "decode"], save=saved.append)
-    failed = [found for found in result["parts"] if not found["ok"]]
+    failed = [found for found in result.parts if not found["ok"]]
     assert [(found["part"], found["engine"]) for found in failed] == [("rpo", "torch")]
-    assert len(result["parts"]) == 7
+    assert len(result.parts) == 7
     assert len(saved) == 8
     text = device_table.table(result)
     assert any("torch" in line and line.endswith("OutOfMemoryError: tried to allocate 9 GiB") for line in text)
-    missing = [one for one in result["targets"] if one["found"] is None]
-    assert [one["target"] for one in missing] == [
+    missing = [one for one in result.targets if one.found is None]
+    assert [one.target for one in missing] == [
         "7B NF4 rpo: problems/s, JAX over the best torch",
         "7B NF4 rpo: peak memory, JAX over torch",
     ]
-    assert all(one["met"] is None for one in missing)
+    assert all(one.met is None for one in missing)
 
 
 def judged(result) -> dict[str, tuple[float | None, bool | None]]:
-    return {one["target"]: (one["found"], one["met"]) for one in result["targets"]}
+    return {one.target: (one.found, one.met) for one in result.targets}
 
 
 def test_goals_are_judged_by_what_was_measured(monkeypatch):
@@ -312,7 +312,7 @@ def test_ended_from_outside_it_still_prints_what_it_has(monkeypatch, capsys, tmp
 def test_what_no_time_is_left_for_is_not_begun(monkeypatch):
     answers(monkeypatch)
     result = device.bench_device(smoke=False, sizes=["7b"], parts=["cpt"], limit=device._LEAST + 0.5)
-    assert all(found["ok"] for found in result["parts"])
+    assert all(found["ok"] for found in result.parts)
     with pytest.raises(UserError, match="time for everything is up"):
         device.bench_device(smoke=False, sizes=["7b"], parts=["cpt"], limit=1.0)
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,20 +12,11 @@ import urllib.request
 import pytest
 
 from medllm.cli import main
-from medllm.exam.loaders import write_problems
-from medllm.mini.problems import exam_problems, shot_problems
-from medllm.mini.study import BASE
-from medllm.mini.world import make_world
-from medllm.serving.contract import plain_replies
+from tests.served_folder import OFF, PLAIN, THINKS, adapter_on, beside, check, published, sit, write_exam
 
 NEEDED = ("jax", "torch", "openai", "fastapi", "uvicorn")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; pip install 'medllm[eval,serve,jax,torch]'")
-
-PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-THINKS = PLAIN + "{% if enable_thinking is not defined or enable_thinking %}考える:{% endif %}"
-OFF = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
-STOP = "したがって"
 
 
 @pytest.fixture(scope="module")
@@ -56,46 +46,13 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory):
-    folder, world = tmp_path_factory.mktemp("exam"), make_world()
-    write_problems(folder / "exam.jsonl", exam_problems(world, 2)[:2])
-    write_problems(folder / "shots.jsonl", shot_problems(world, 3))
-    return folder
-
-
-def published(folder, *, template=PLAIN, stop=STOP, end=0, bos=False):
-    """The embedded base under a contract."""
-    shutil.copytree(BASE, folder)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    rewrite(folder / "tokenizer_config.json", response_template=plain_replies(["<|endoftext|>"]))
-    contract = {"eos_token_id": end, "pad_token_id": 0, **({"stop_strings": [stop]} if stop else {})}
-    (folder / "generation_config.json").write_text(json.dumps(contract))
-    if end:
-        rewrite(folder / "config.json", eos_token_id=end)
-    if bos:
-        begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-        known = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
-        old = json.loads((folder / "tokenizer.json").read_text("utf-8"))["post_processor"]
-        processor = {**old, "single": [begin, *old["single"]], "special_tokens": known}
-        rewrite(folder / "tokenizer.json", post_processor=processor)
-    return str(folder)
-
-
-def rewrite(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), encoding="utf-8")
-
-
-def check(exam, capsys, *more):
-    """Exit code and result of a check."""
-    settings = "--explanation true --template curation --answer_as text --max_new_tokens 40 --dtype float32".split()
-    files = ["--problems", str(exam / "exam.jsonl"), "--shots", str(exam / "shots.jsonl"), "--json", str(exam / "out.json")]
-    code = main(["check-serving", *more, *settings, *files])
-    return code, json.loads((exam / "out.json").read_text("utf-8"))
+    return write_exam(tmp_path_factory.mktemp("exam"))
 
 
 @pytest.mark.parametrize("engine", ["jax", "torch"])
 def test_a_server_that_keeps_the_contract_answers_as_the_engine_does(server, exam, tmp_path, capsys, engine):
     folder = published(tmp_path / "right")
-    code, result = check(exam, capsys, "--url", server, "--model", folder, "--engine", engine)
+    code, result = check(exam, "--url", server, "--model", folder, "--engine", engine)
     assert (code, result["findings"]) == (0, {})
     for way in result["ways"].values():
         assert (way["other_texts"], way["prompt_tokens"]) == (0, [0])
@@ -117,14 +74,14 @@ WRONG = {
 def test_a_wrong_contract_is_named(server, exam, tmp_path, capsys, name, right, wrong):
     """Padding that is the end token and was trained on is refused before it is served (test_publish.py)."""
     right, wrong = published(tmp_path / "right", **right), published(tmp_path / "wrong", **wrong)
-    code, result = check(exam, capsys, "--url", server, "--model", wrong, "--folder", right)
+    code, result = check(exam, "--url", server, "--model", wrong, "--folder", right)
     assert code == 1
     assert set(result["findings"]) - {"runs on"} == {name}
     assert f"NOT kept: {name}" in capsys.readouterr().out
 
 
 def test_an_engine_alone_is_asked_without_a_server(exam, tmp_path, capsys):
-    code, result = check(exam, capsys, "--model", published(tmp_path / "right"))
+    code, result = check(exam, "--model", published(tmp_path / "right"))
     assert (code, result["where"], result["findings"]) == (0, "jax", {})
     assert all("own" not in way and way["asked"] == 2 for way in result["ways"].values())
 
@@ -139,13 +96,25 @@ def test_a_server_sits_the_exam_and_curates_as_the_engine_does(server, exam, tmp
     monkeypatch.setenv("OPENAI_BASE_URL", server)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     folder = published(tmp_path / "right", stop=None)  # a request's own stop strings take the place of the folder's
+    own = sit(exam, tmp_path / "jax", "--engine", "jax", "--model.path", folder, "--model.dtype", "float32")
+    assert sit(exam, tmp_path / "openai", "--engine", "openai", "--model.path", folder) == own
     files = ["--problems", str(exam / "exam.jsonl"), "--sampling.max_new_tokens", "24", "--model.path", folder]
-    shown = ["--shots", str(exam / "shots.jsonl"), *"--explanation true --template curation --answer_as text".split()]
-    for engine, own in (("openai", []), ("jax", ["--model.dtype", "float32"])):
-        assert main(["evaluate", "--engine", engine, "--run", str(tmp_path / engine), *files, *shown, *own]) == 0
-    assert (tmp_path / "openai/predictions.jsonl").read_bytes() == (tmp_path / "jax/predictions.jsonl").read_bytes()
     drawn = "--engine openai --shot_count 1 --problems_until 2030 --sampling.samples 2".split()
     assert main(["curate", "--run", str(tmp_path / "drawn"), *drawn, *files]) == 0
     result = json.loads((tmp_path / "drawn/result.json").read_text("utf-8"))
     assert (result["samples"], result["server"]["url"]) == (4, f"{server}/")
     assert 2 <= result["server"]["requests"] <= 4
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_an_adapter_is_served_where_its_base_lies_beside_it(server, exam, tmp_path, capsys, engine):
+    base, right = published(tmp_path / "base", stop=None), published(tmp_path / "right")
+    adapter = adapter_on(base, tmp_path / "adapter", right)
+    whole = beside(adapter, base, tmp_path / "whole")
+    asked = ("--url", server, "--model", whole, "--engine", engine)
+    for folder in (adapter, whole):
+        code, result = check(exam, *asked, "--folder", folder)
+        assert (code, result["findings"]) == (0, {})
+        assert {way["other_texts"] for way in result["ways"].values()} == {0}
+    _, without = check(exam, *asked, "--folder", right)
+    assert sum(way["other_texts"] for way in without["ways"].values()) > 3

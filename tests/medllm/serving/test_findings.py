@@ -56,6 +56,22 @@ def test_what_is_not_kept_is_named(name, way, answer, own, more):
     assert set(found(*others, asked(way, answer, own, **more))) <= {name, "runs on"}
 
 
+@pytest.mark.parametrize(("turned", "texts", "named"), [(1, 0, False), (4, 0, True), (4, 3, False)])
+def test_a_near_tie_that_turns_round_in_a_conversation_is_no_other_template(turned, texts, named):
+    """Another template answers conversations otherwise, and texts as before."""
+
+    def some(way, others):
+        replies = [served("c" if number < others else "b") for number in range(4)]
+        return Asked(way, [way.ask(problem) for problem in PROBLEMS], replies, [OWN] * 4)
+
+    assert ("chat template" in found(some(TRAINED, texts), some(CHAT, turned))) is named
+
+
+def test_what_the_model_is_less_sure_of_is_no_sign_of_a_template():
+    foreign = [asked(way, served("c")) for way in (WORDING, BRACKETS, JSON)]
+    assert found(asked(TRAINED, served()), asked(CHAT, served()), *foreign) == {}
+
+
 def test_a_refused_conversation_is_another_template():
     refused = Asked(CHAT, [CHAT.ask(problem) for problem in PROBLEMS], [], [OWN] * 4, refused="no chat template is set")
     seen = found(asked(TRAINED, served()), refused)

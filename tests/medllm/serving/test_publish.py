@@ -22,9 +22,11 @@ from medllm.mini.study import BASE
 from medllm.mini.world import make_world
 from medllm.model.adapter import module_name, read_adapter, tensor_name, write_adapter
 from medllm.model.directory import ModelDirectory
+from medllm.model.endings import Endings, read_endings
 from medllm.model.tokenizer import load_tokenizer
 from medllm.run import Run
 from medllm.serving.contract import learned
+from medllm.serving.opened import published_model
 from medllm.serving.taught import Taught, taught_by_rows
 from medllm.stage_config import CorpusConfig, CptConfig, EvaluateConfig
 from tests.refusal import refused
@@ -110,11 +112,16 @@ def test_the_card_is_read_from_the_runs(study):
     assert "6/6 | 6 | 1 run on, 0 cut off, 2 unread |" in text
 
 
-def test_an_adapter_is_published_beside_its_base(study):
+def test_an_adapter_is_published_beside_its_base_and_says_so(study, capsys):
+    teach(stop=("\nQuestion:",))
     assert publish("--weights", "adapter") == 0
+    assert "out is no whole model: to serve it, copy config.json and *.safetensors of base into it" in capsys.readouterr().out
+    assert "once the base model's `config.json` and its weights" in (study / "out/README.md").read_text(encoding="utf-8")
     assert read_adapter("out").lora == read_adapter("cpt/adapter").lora
     assert not (study / "out/model.safetensors").exists()
-    assert (study / "out/generation_config.json").exists()
+    with published_model("out", "float32") as model:
+        assert read_endings(load_tokenizer(model.path), model.path) == Endings((0,), ("\nQuestion:",))
+        assert model.adapters == ("out",)
 
 
 def test_weights_are_published_in_4_bits(study):

@@ -51,6 +51,15 @@ def test_a_conversation_goes_to_the_chat_endpoint(server):
     assert (generation.text, generation.tokens, generation.finish) == ("c", (), "stop")
 
 
+def test_fields_that_a_server_needs_go_with_every_request_and_give_way_to_settings(server):
+    asked = engine(fields={"min_p": 0, "top_k": 0})
+    asked.generate([CHAT, "空は。"], Sampling(max_new_tokens=5))
+    asked.generate(["空は。"], Sampling(max_new_tokens=5, temperature=1.0, top_k=20))
+    assert [(body["min_p"], body["top_k"]) for _, body in server.requests] == [(0, 0), (0, 0), (0, 20)]
+    with pytest.raises(UserError, match=r"server.fields is \['n'\]; expected no field that is sent anyway"):
+        ServerConfig(fields={"n": 2})
+
+
 def test_a_text_goes_to_the_completions_endpoint_with_all_settings(server):
     sampling = Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=20, seed=2, stop=("\n\n",))
     engine().generate(["問題: 空は。\n答え:"], sampling)

@@ -139,6 +139,25 @@ def test_what_is_no_score_of_the_prompt_is_refused(server, served, capsys, chang
     assert not Path("run", OPTION_JOURNAL).exists()
 
 
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(500, "Only no echo is supported"), (500, "9 validation errors: prompt is no string"), (422, "prompt is no string")],
+    ids=["llama.cpp", "llama-cpp-python", "in-order"],
+)
+def test_a_server_that_does_not_take_the_question_is_asked_once(server, capsys, status, message):
+    server.respond = lambda path, body: (status, {"error": {"message": message}})
+    assert score("--server.concurrency", "1") == 2
+    assert len(server.requests) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "refused" in line]
+    assert "problem p0: model 'm' at" in line
+    assert "it does not score what it is given" in line
+
+
+def test_fields_that_the_server_needs_go_with_every_option(server):
+    assert score("--server.fields", '{"cache_prompt": false}', "--server.concurrency", "1") == 0
+    assert {body["cache_prompt"] for _, body in server.requests} == {False}
+
+
 def test_a_reply_that_ends_with_the_prompt_is_a_score_too(server, served):
     def without_the_last(choice):
         choice["logprobs"]["token_logprobs"].pop()
