@@ -7,11 +7,13 @@ prepare_chromium
 cd "$root"
 
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+"$venv/bin/mypy" &  # on one core, the others on the second
+types=$!
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports"
-"$venv/bin/mypy"
 "$venv/bin/vulture"
+wait "$types"
 # A file of tests stays in one process, which makes its expensive fixtures once. Files come in the order that conftest.py gives
 # them, slow ones first: by their number of tests, those with few long ones would all come last, and one process wait for the other.
 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
