@@ -28,7 +28,7 @@ def modules_with_shapes() -> list[str]:
 
 # On matrices this small, torch's threads only wait for each other; here, and in every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nor is anything compiled by it: bitsandbytes would import torch's compiler, a second in each process, for kernels that a CPU has itself.
+# Nor is anything compiled by it: for that bitsandbytes would import torch's compiler, a second in each process.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # LLVM's passes take long, and change nothing of what a program is asked to compute. On an accelerator, where the tests look at
 # what the machine really gives, they stay.
