@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers import PreTrainedConfig as HfConfig
 
 from jax_medllm.weights.bnb_files import stored, suffixes
+from medllm.architecture import HEAD
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
@@ -34,7 +35,8 @@ def check_directory(directory: ModelDirectory, quantization: Quantization) -> No
         if name not in known:
             raise UserError(f"{directory.path}: holds {name}, which a model with this config.json does not have")
     for name, tensor in expected.items():
-        if name in packed and not ((kind := packed[name].kind.name) == quantization and tensor.kind == "linear"):
+        may_be_packed = tensor.kind == "linear" or name == HEAD
+        if name in packed and not ((kind := packed[name].kind.name) == quantization and may_be_packed):
             raise UserError(f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}")
         found = packed[name].shape if name in packed else directory.shape(name)
         if found != tensor.shape:

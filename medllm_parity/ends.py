@@ -28,6 +28,7 @@ from medllm.model.directory import ModelDirectory
 from medllm_parity.measure import Values, magnitude, relative
 from medllm_parity.oracle import lift
 from medllm_parity.rows import Rows
+from medllm_parity.tables import JaxTable, TorchTable
 from medllm_parity.torch_layer import StockParts, to_torch
 from torch_ref.model import DTYPES
 
@@ -79,13 +80,13 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def embed(ours: ModelDirectory, theirs: ModelDirectory, rows: Rows, dtype: str) -> tuple[States, Distance]:
     """Look the tokens up, and compare the whole tables: the distance is 0 where every row is the same in the audit's type."""
-    vocab, width = ours.shape(EMBEDDING)
+    our_table, their_table = JaxTable(ours, EMBEDDING, dtype), TorchTable(theirs, EMBEDDING, DTYPES[dtype])
+    vocab, width = our_table.shape
     shape = (*rows.tokens.shape, width)
     jax_hidden, torch_hidden = jnp.zeros(shape, dtype), torch.zeros(shape, dtype=DTYPES[dtype])
     worst = _Worst()
     for start, stop in _slices(vocab, width):
-        a = jnp.asarray(ours.read_slice(EMBEDDING, slice(start, stop))).astype(dtype)
-        b = to_torch(theirs.read_slice(EMBEDDING, slice(start, stop)), DTYPES[dtype])
+        a, b = our_table.rows(start, stop), their_table.rows(start, stop)
         truth = b.double().numpy()
         worst.add(np.asarray(a, np.float64), truth, truth, axis_start=start, axis=0)
         here = (rows.tokens >= start) & (rows.tokens < stop)
@@ -114,12 +115,11 @@ def torch_norm(theirs: ModelDirectory, config: HfConfig, dtype: torch.dtype, *, 
 
 def read_table(directory: ModelDirectory, dtype: Any) -> Array:
     """The output table of the JAX stack, read in slices into its place."""
-    name = table_name(directory)
-    vocab, width = directory.shape(name)
-    table = jnp.zeros((vocab, width), dtype)
-    for start, stop in _slices(vocab, width):
-        table = _write_rows(table, jnp.asarray(directory.read_slice(name, slice(start, stop))).astype(dtype), start)
-    return table
+    table = JaxTable(directory, table_name(directory), dtype)
+    whole = jnp.zeros(table.shape, dtype)
+    for start, stop in _slices(*table.shape):
+        whole = _write_rows(whole, table.rows(start, stop), start)
+    return whole
 
 
 def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Rows) -> HeadResult:
@@ -128,14 +128,13 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
     place = torch.from_numpy(real)
     jax_hidden, torch_hidden, truth_hidden = states.jax[real], states.torch[place], states.truth[place]
     half = len(truth_hidden) // 2
-    names = [table_name(ours), hf_table_name(theirs.path)]
-    vocab, width = ours.shape(names[0])
+    our_table = JaxTable(ours, table_name(ours), jax_hidden.dtype)
+    their_table = TorchTable(theirs, hf_table_name(theirs.path), torch_hidden.dtype)
     targets = _next_tokens(rows)
     own, common = _Worst(), _Worst()
     reference, exact = _Logprobs(targets, torch.float32), _Logprobs(targets, torch.float64)
-    for start, stop in _slices(vocab, width):
-        a = jnp.asarray(ours.read_slice(names[0], slice(start, stop))).astype(jax_hidden.dtype)
-        b = to_torch(theirs.read_slice(names[1], slice(start, stop)), torch_hidden.dtype)
+    for start, stop in _slices(*our_table.shape):
+        a, b = our_table.rows(start, stop), their_table.rows(start, stop)
         x = np.asarray(_logits(jax_hidden, a), np.float64)
         y = torch.nn.functional.linear(torch_hidden, b)
         z = truth_hidden @ b.double().T
@@ -143,6 +142,7 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
             worst.add(x[part], y[part].double().numpy(), z[part].numpy(), axis_start=start, axis=1)
         reference.add(y[:half], start)
         exact.add(z[:half], start)
+    del their_table
     counted = rows.predicted
     padded = np.pad(counted, ((0, 0), (0, 1)))[rows.real]
     b, s = rows.tokens.shape

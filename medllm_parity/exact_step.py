@@ -24,7 +24,8 @@ from medllm_parity.directories import read_hf_config
 from medllm_parity.ends import hf_table_name, torch_norm
 from medllm_parity.gradients import KeptStates
 from medllm_parity.micro_batches import MicroBatch
-from medllm_parity.torch_layer import TorchLayer, to_torch
+from medllm_parity.tables import TorchTable
+from medllm_parity.torch_layer import TorchLayer
 from torch_ref.model import DTYPES
 
 _KEPT_BYTES = 2**30
@@ -93,11 +94,11 @@ class ExactModel:
         return self._slices(hf_table_name(self._directory.path), rows)
 
     def _slices(self, name: str, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        vocabulary, width = self._directory.shape(name)
+        table = TorchTable(self._directory, name, self._dtype)
+        vocabulary, width = table.shape
         step = max(1, _VALUES // max(width, rows))
         for start in range(0, vocabulary, step):
-            part = self._directory.read_slice(name, slice(start, min(vocabulary, start + step)))
-            yield start, to_torch(part, self._dtype).double()
+            yield start, table.rows(start, min(vocabulary, start + step)).double()
 
     def _embed(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         width = self._directory.shape(EMBEDDING)[1]

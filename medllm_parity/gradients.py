@@ -26,7 +26,8 @@ from medllm_parity.ends import as_numpy, hf_table_name, read_table, torch_norm
 from medllm_parity.jax_layer import JaxLayer
 from medllm_parity.measure import Values
 from medllm_parity.rows import Rows
-from medllm_parity.torch_layer import TorchLayer, to_torch
+from medllm_parity.tables import TorchTable
+from medllm_parity.torch_layer import TorchLayer
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,13 @@ def of_last_state(
     counted = torch.from_numpy(rows.predicted)
     weights = counted / counted.sum()
     targets = torch.from_numpy(rows.tokens[:, 1:]).long()
-    table = to_torch(theirs.read(hf_table_name(theirs.path)), dtype)
+    held = TorchTable(theirs, hf_table_name(theirs.path), dtype)
+    table = held.rows(0, held.shape[0])
     reference = _torch_gradient(torch_norm(theirs, configs[1], dtype), table, rounded, targets, weights)
     norm = torch_norm(theirs, configs[1], dtype, lifted=True)
     truth = _torch_gradient(norm, table, rounded.double(), targets, weights.double())
     walked = _torch_gradient(norm, table, state, targets, weights.double())
-    del table
+    del table, held
     found = _jax_gradient(ours, rounded, rows, weights.numpy(), configs[0])
     real = rows.real
     return Values(found[real], as_numpy(reference)[real].astype(np.float64), truth.numpy()[real]), walked

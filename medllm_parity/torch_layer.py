@@ -207,10 +207,17 @@ def _converts(config: Any, module: str) -> bool:
 
 def _weight4bit(directory: ModelDirectory, name: str, dtype: torch.dtype, double: bool) -> bnb.nn.Params4bit:
     """A packed weight as it is; a dense one quantized as transformers has bitsandbytes do it when it opens a model."""
+    packed = packed_weight(directory, name, dtype)
+    if packed is not None:
+        return packed
+    return bnb.nn.Params4bit(to_torch(directory.read(name), dtype), quant_type="nf4", compress_statistics=double).to("cpu")
+
+
+def packed_weight(directory: ModelDirectory, name: str, dtype: torch.dtype) -> bnb.nn.Params4bit | None:
+    """A packed weight as bitsandbytes holds it, to be dequantized to ``dtype``; None where it is dense."""
     packed = stored(directory, name)
     if packed is None:
-        dense = to_torch(directory.read(name), dtype)
-        return bnb.nn.Params4bit(dense, quant_type="nf4", compress_statistics=double).to("cpu")
+        return None
     parts = {suffix.removeprefix("."): to_torch(directory.read(f"{name}{suffix}")) for suffix in suffixes(packed.kind)}
     weight = bnb.nn.Params4bit.from_prequantized(to_torch(directory.read(name)), parts, device="cpu")
     # The audit's type, not the one the directory was saved in: the dequantized weight is rounded once, to the former.

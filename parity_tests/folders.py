@@ -16,7 +16,7 @@ from medllm.architecture import EMBEDDING, HEAD
 from medllm.model.files import WEIGHTS
 
 Tensors = dict[str, torch.Tensor]
-SKIPPED = ("lm_head", "model.layers.0.mlp", "v_proj", r"model\.layers\.1\.self_attn\.o.*")
+SKIPPED = ("lm_head", "model.layers.0.mlp", "layers.2.mlp.down_proj", "v_proj", r"model\.layers\.1\.self_attn\.o.*")
 """The layers of :func:`partly_dense_model` that are dense: by the beginning, the end and a pattern of their names."""
 
 
@@ -38,6 +38,16 @@ def partly_dense_model(source: Path, out: Path) -> Path:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=list(SKIPPED)
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map="cpu", quantization_config=settings)
+    model.save_pretrained(out)
+    return out
+
+
+def packed_head_model(source: Path, out: Path, *, double: bool = True) -> Path:
+    """A 4-bit folder in which transformers packed every linear layer, the output matrix among them."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, llm_int8_skip_modules=[]
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="cpu", quantization_config=settings)
     model.save_pretrained(out)
     return out
 

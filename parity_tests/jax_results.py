@@ -13,6 +13,7 @@ from flax import nnx
 
 from jax_medllm.model.decoder import DenseDecoder, LoraParam, Rotary, RowContext
 from jax_medllm.model.logprobs import token_logprobs
+from jax_medllm.model.partly_dense import SomeLayers
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.loop import cpt_loss_fn
 from jax_medllm.weights.adapters import TRAINED, adapter_arrays, adapter_tensors, assign
@@ -76,10 +77,10 @@ def residual_stream(model: DenseDecoder, tokens: jax.Array, *, segment_ids: jax.
         Rotary.at(positions, model.config, model.dtype),
         RowContext.of(model.config.window, segment_ids, positions),
     )
-    graph, layers = nnx.split(model.layers)
+    graph, whole, layers = nnx.split(model.layers, SomeLayers, ...)
 
     def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-        x, _ = nnx.merge(graph, layer)(x, rotary, context, True)
+        x, _ = nnx.merge(graph, whole, layer)(x, rotary, context, True)
         return x, x
 
     embedded = model.embed_tokens(tokens)

@@ -14,7 +14,13 @@ from medllm.rotary import Llama3, Yarn
 from parity_tests.test_audit import Tensors, a_name, audit, changed, layer, named
 from parity_tests.tiny_models import WINDOW
 
-SOUND = [("qwen3", "nf4"), ("llama 3", "none"), ("mistral, window", "nf4-single"), ("qwen2, yarn", "none")]
+SOUND = [
+    ("qwen3", "nf4"),
+    ("llama 3", "none"),
+    ("llama, biased", "nf4"),
+    ("mistral, window", "nf4-single"),
+    ("qwen2, yarn", "none"),
+]
 
 
 @pytest.mark.parametrize(("kind", "quantization"), SOUND)

@@ -99,6 +99,6 @@ def test_the_embedding_in_place_of_a_head_is_named(misread, tiny_model, tmp_path
 
 
 def test_a_dense_layer_that_is_quantized_is_named(misread, partly_dense):
-    misread.setattr(read, "_dense_kinds", lambda _: frozenset())
+    misread.setattr(read, "_dense_layers", lambda _: {})
     first = audit(partly_dense, quantization="nf4", bisect=True).first_divergence
     assert (first.module, first.quantity, first.stack) == ("model.layers.0.self_attn.v_proj", "v", "jax")

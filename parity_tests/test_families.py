@@ -78,7 +78,7 @@ def test_every_layer_logits_loss_and_gradient_equal_the_float64_truth(float64, t
     check_against_truth(found, truth, rows()[1])
 
 
-@pytest.mark.parametrize("kind", ONE_OF_EACH[1:])
+@pytest.mark.parametrize("kind", [*ONE_OF_EACH[1:], "llama, biased"])
 def test_a_4_bit_model_equals_float64_arithmetic_on_its_dequantized_weights(float64, nf4_model, tiny_adapter, kind):
     packed = nf4_model(kind=kind)
     adapter = tiny_adapter(packed.dense)

@@ -7,20 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from jax_medllm.weights.read import load_model, write_quantized
+from jax_medllm.generate.cached_decoder import Decoder
+from jax_medllm.generate.queue import generate
+from jax_medllm.model.partly_dense import PartlyDense
+from jax_medllm.weights.read import load_model, model_tensors, read_model, write_quantized
 from medllm.architecture import HEAD
-from medllm.config import ModelConfig
+from medllm.config import ModelConfig, Sampling
 from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.files import INDEX, WEIGHTS
 from medllm.quantization import Quantization
+from parity_tests import torch_results
 from parity_tests.folders import (
     Tensors,
     changed,
@@ -31,8 +37,11 @@ from parity_tests.folders import (
     with_another_prefix,
     without_prefix,
 )
-from parity_tests.oracle import row_logits
+from parity_tests.jax_results import forward_and_backward, open_trainable
+from parity_tests.oracle import float64_copy, row_logits
 from parity_tests.packed_rows import rows
+from parity_tests.test_model import check_against_truth
+from parity_tests.tiny_models import VOCAB
 from parity_tests.tolerances import FLOAT32_FORWARD
 from torch_ref.model import open_model
 
@@ -167,20 +176,53 @@ def test_of_two_spellings_of_positions_the_one_counts_that_transformers_takes(ti
 
 @pytest.fixture(scope="module")
 def partly_dense(tiny_model, tmp_path_factory) -> Path:
-    return partly_dense_model(tiny_model(), tmp_path_factory.mktemp("partly") / "model")
+    return partly_dense_model(tiny_model(layers=3), tmp_path_factory.mktemp("partly") / "model")
 
 
 def test_what_is_stored_dense_stays_dense(partly_dense):
     opened_alike(partly_dense, "nf4")
     model = load_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32"))
     linear = {**vars(model.layers.mlp), **vars(model.layers.self_attn)}
-    dense = {name for name, one in linear.items() if getattr(one, "weight", None) is not None}
-    assert dense == {"gate_proj", "up_proj", "down_proj", "v_proj", "o_proj"}
+    whole = {name for name, one in linear.items() if getattr(one, "weight", None) is not None}
+    some = {name: one.dense.numbers for name, one in linear.items() if isinstance(one, PartlyDense)}
+    assert whole == {"v_proj"}
+    assert some == {"gate_proj": (0,), "up_proj": (0,), "down_proj": (0, 2), "o_proj": (1,)}
     stock = load_file(partly_dense / WEIGHTS)
-    for layer, kept in ((0, True), (1, False)):  # layer 0 as it is on disk, layer 1 as what its codes stand for
-        name = f"model.layers.{layer}.mlp.up_proj.weight"
-        assert (f"{name}.absmax" not in stock) == kept
-    np.testing.assert_array_equal(np.asarray(model.layers.mlp.up_proj.weight[...][0]), stock[UP].numpy())
+    np.testing.assert_array_equal(np.asarray(model.layers.mlp.up_proj.dense.weight[...]), stock[UP].numpy()[None])
+
+
+def test_what_is_stored_dense_among_packed_layers_goes_out_as_it_came(partly_dense):
+    directory = ModelDirectory(partly_dense)
+    written = dict(model_tensors(read_model(directory, quantization="nf4")))
+    stock = dict(open_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32")).named_modules())
+    assert written.keys() == directory.architecture.tensors.keys()
+    for name, tensor in written.items():
+        held = stock[name.removesuffix(".weight").removesuffix(".bias")]
+        if name.endswith("weight") and type(held).__name__ == "Linear4bit":
+            expected = bnb.dequantize_4bit(held.weight.data, held.weight.quant_state).numpy()
+        else:
+            expected = directory.read(name)
+        np.testing.assert_array_equal(tensor, expected, err_msg=name)
+
+
+def test_training_over_dense_layers_among_packed_ones_equals_float64_arithmetic(
+    float64, partly_dense, tiny_model, tiny_adapter
+):
+    adapter = tiny_adapter(tiny_model(layers=3), targets="all-linear")
+    stock = open_model(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32"))
+    truth = torch_results.forward_and_backward(float64_copy(stock, adapter, trainable=True), rows())
+    found = forward_and_backward(open_trainable(partly_dense, adapter, jnp.float64, "nf4"), rows())
+    check_against_truth(found, truth, rows()[1])
+
+
+def test_greedy_texts_over_dense_layers_among_packed_ones_are_transformers(partly_dense):
+    opened = ModelConfig(str(partly_dense), quantization="nf4", dtype="float32")
+    prompts = np.random.default_rng(0).integers(0, VOCAB, (8, 9))
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
+    ids = torch.from_numpy(prompts)
+    expected = open_model(opened).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 9:].tolist()
+    found = generate(Decoder(load_model(opened), (VOCAB,)), prompts.tolist(), Sampling(max_new_tokens=10), str, 8)
+    assert [list(generation.tokens) for (generation,) in found] == expected
 
 
 def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp_path):
@@ -197,14 +239,6 @@ def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp
     settings = ModelDirectory(packed.path).config["quantization_config"] | {"llm_int8_skip_modules": ["lm_head", "up_proj"]}
     skipped = changed(packed.path, tmp_path / "skipped", config={"quantization_config": settings})
     assert_refused(skipped, rf"{UP} is stored in 4 bits, and config\.json says otherwise", "nf4")
-
-
-def test_a_packed_head_is_refused_by_the_jax_engine(tiny_model, tmp_path):
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["none of them"])
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32, quantization_config=settings)
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=rf"{HEAD} is stored as nf4-single; only a decoder layer's linear layers are"):
-        load_model(ModelConfig(str(tmp_path / "model"), quantization="nf4-single", dtype="float32"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Child process of the mesh tests: what the engine does on a mesh of forced devices, against the same on one of them.
 
-``python -m tests.sharded_engine`` prints, for each of ``CASES``, how far apart is what comes out.
+``python -m tests.sharded_engine`` prints, for each of ``CASES``, how far apart is what comes out, and under ``families`` what
+:mod:`tests.sharded_families` finds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from medllm.model.adapter import read_adapter
 from medllm.preferences.tokenization import tokenize_preferences
 from medllm.run import Run
 from medllm.stage_config import CptConfig, RpoConfig
+from tests import sharded_families
 
 CASES = {"nf4": "data=2,tensor=2,fsdp=2", "none": "sequence=2,fsdp=4"}
 """A mesh for each quantization."""
@@ -97,11 +99,13 @@ def compared(folder: Path, model: ModelConfig, mesh: str) -> dict[str, Any]:
 
 def main() -> None:
     """Compare in each case."""
-    found = {}
+    found: dict[str, Any] = {}
     for quantization, mesh in CASES.items():
         with tempfile.TemporaryDirectory() as scratch:
             model = dataclasses.replace(SHAPE.write(Path(scratch)), quantization=quantization)
             found[quantization] = compared(Path(scratch), model, mesh)
+    with tempfile.TemporaryDirectory() as scratch:
+        found["families"] = sharded_families.compared(Path(scratch))
     print(json.dumps(found))
 
 

@@ -19,8 +19,10 @@ Trained and frozen arrays separate by variable type: ``nnx.split(model, LoraPara
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -35,6 +37,7 @@ from jax_medllm.mesh.pytree import pytree
 from jax_medllm.model.attention import Visibility, Window, attend, matmul_precision
 from jax_medllm.model.embedding import lookup
 from jax_medllm.model.linear import FrozenLoraParam, Linear, LoraParam, PackedParam, declare
+from jax_medllm.model.partly_dense import PartlyDense, SomeLayers
 from medllm.architecture import EMBEDDING, HEAD, HEAD_NORMS, NORM, Architecture, Tensor
 from medllm.axes import Axis
 from medllm.config import REMAT_KEEPS, LoraConfig, RematPolicy
@@ -55,7 +58,7 @@ class _Build:
     frozen_loras: tuple[LoraConfig, ...]
     reference: bool
     quantization: Quantization
-    dense: frozenset[str]
+    dense: Mapping[str, tuple[int, ...]]
     dtype: jnp.dtype
     rngs: nnx.Rngs
 
@@ -65,7 +68,10 @@ class _Build:
 
     def linear(self, target: str) -> Linear:
         declared = self.config.projections[target]
-        return Linear(
+        dense = self.dense.get(target, ())
+        whole = self.quantization == "none" or len(dense) == self.config.num_layers
+        made = partial(PartlyDense, dense=dense) if dense and not whole else Linear
+        return made(
             target,
             self.layers,
             declared.out,
@@ -74,7 +80,7 @@ class _Build:
             lora=self.lora,
             frozen_loras=self.frozen_loras,
             reference=self.reference,
-            quantization="none" if target in self.dense else self.quantization,
+            quantization="none" if whole else self.quantization,
             dtype=self.dtype,
             rngs=self.rngs,
         )
@@ -188,7 +194,7 @@ class DenseDecoder(nnx.Module):
         frozen_loras: Adapters that belong to the model (``FrozenLoraParam``), in the order they are added.
         reference: The trained adapter has a frozen counterpart, which takes its place where it is switched off.
         quantization: How the seven linear kinds are held; embeddings, norms and biases stay in ``dtype``.
-        dense: Kinds among them that stay in ``dtype`` too.
+        dense: Kinds among them of which some layers, or all, stay in ``dtype`` too, and which.
         dtype: Type of weights and computation; LoRA matrices are fp32.
         rngs: Keys of the random base weights. To load weights instead use :func:`jax_medllm.weights.read.load_model`.
     """
@@ -201,7 +207,7 @@ class DenseDecoder(nnx.Module):
         frozen_loras: tuple[LoraConfig, ...] = (),
         reference: bool = False,
         quantization: Quantization = "none",
-        dense: frozenset[str] = frozenset(),
+        dense: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -280,11 +286,12 @@ class DenseDecoder(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Any]:
         """Embed, and scan the layers with their slice of the cache: the residual stream, and what the layers leave, stacked."""
         rotary = Rotary.at(positions, self.config, self.dtype)
-        graph, stacked = nnx.split(self.layers)
+        graph, *states = nnx.split(self.layers, SomeLayers, ...)
+        whole, stacked = states
 
         def step(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, Any]:
             state, past = layer
-            x, kept = nnx.merge(graph, state)(x, rotary, context(past), adapter)
+            x, kept = nnx.merge(graph, whole, state)(x, rotary, context(past), adapter)
             return constrain(x, *RESIDUAL), kept
 
         if (names := REMAT_KEEPS[remat]) is not None:

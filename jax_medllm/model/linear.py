@@ -155,7 +155,7 @@ class Linear(nnx.Module):
         x = self._spread(x, self.axes[1])
         loras = [lora for lora in (*self.frozen_loras, self.lora if adapter else self.reference_lora) if lora is not None]
         if self.quantized is not None:
-            y = nf4_matmul(x, self.quantized.value(), self.axes)
+            y = self.packed_product(x)
         else:
             assert self.weight is not None
             weight = gathered(self.weight[...], self.axes)
@@ -168,6 +168,11 @@ class Linear(nnx.Module):
         for lora in loras:
             y = y + lora(x)
         return self._spread(y, self.axes[0])
+
+    def packed_product(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        """x Wᵀ of a packed layer."""
+        assert self.quantized is not None
+        return nf4_matmul(x, self.quantized.value(), self.axes)
 
     def _spread(self, activation: Float[Array, "*b n"], axis: Axis) -> Float[Array, "*b n"]:
         return constrain(activation, "batch", "sequence", axis.name) if activation.ndim == 3 else activation
@@ -312,13 +317,20 @@ def _nf4_matmul_forward(
 def _nf4_matmul_backward(
     axes: tuple[Axis, Axis] | None, weight: QuantizedWeight, g: Float[Array, "*b out"]
 ) -> tuple[Float[Array, "*b in"], None]:
-    g, weight = jax.lax.optimization_barrier((g, _gathered(weight, axes)))
-    slopes = matmul_back(g, _dense(weight, axes, g.dtype))
-    even, odd = jnp.split(slopes.reshape(*g.shape[:-1], _pieces(axes), -1), 2, axis=-1)
-    return jnp.stack([even, odd], axis=-1).reshape(slopes.shape), None
+    return nf4_matmul_back(g, weight, axes), None
 
 
 nf4_matmul.defvjp(_nf4_matmul_forward, _nf4_matmul_backward)
+
+
+def nf4_matmul_back(
+    g: Float[Array, "*b out"], weight: QuantizedWeight, axes: tuple[Axis, Axis] | None
+) -> Float[Array, "*b in"]:
+    """g W, the gradient of :func:`nf4_matmul` by its input."""
+    g, weight = jax.lax.optimization_barrier((g, _gathered(weight, axes)))
+    slopes = matmul_back(g, _dense(weight, axes, g.dtype))
+    even, odd = jnp.split(slopes.reshape(*g.shape[:-1], _pieces(axes), -1), 2, axis=-1)
+    return jnp.stack([even, odd], axis=-1).reshape(slopes.shape)
 
 
 def _gathered(weight: QuantizedWeight, axes: tuple[Axis, Axis] | None) -> QuantizedWeight:

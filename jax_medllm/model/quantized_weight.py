@@ -75,6 +75,14 @@ def _nested_axes(out_axis: Axis, in_axis: Axis) -> tuple[Axis]:
     return (Axis("absmax_blocks", -(-out_axis.size * (in_axis.size // BLOCK) // NESTED_BLOCK)),)
 
 
+def dequantize_rows(
+    packed: UInt8[Leaf, "rows half_in"], scales: Float[Leaf, "rows blocks"], dtype: jnp.dtype
+) -> Float[Array, "rows in"]:
+    """What some rows of codes stand for, given the scales of their blocks: see :meth:`QuantizedWeight.dequantize`."""
+    halves = dequantize_halves(packed, byte_scales(scales, 0, packed.shape[1]), dtype)
+    return jnp.stack(halves, axis=-1).reshape(packed.shape[0], -1)
+
+
 @dataclass(frozen=True)
 class QuantizedWeight(ABC):
     """A packed weight of shape [out, in]. The fields of a kind, a registered pytree, are its arrays, in numpy or JAX.
@@ -120,8 +128,7 @@ class QuantizedWeight(ABC):
 
     def dequantize(self, dtype: jnp.dtype) -> Float[Array, "out in"]:
         """The weight the codes stand for: code · absmax in fp32, rounded once to ``dtype``."""
-        scales = byte_scales(self.scales(), 0, self.packed.shape[1])
-        return jnp.stack(dequantize_halves(self.packed, scales, dtype), axis=-1).reshape(self.shape)
+        return dequantize_rows(self.packed, self.scales(), dtype)
 
     @abstractmethod
     def finite(self) -> Bool[Array, ""]:

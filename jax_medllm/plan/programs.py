@@ -187,6 +187,7 @@ def _model(settings: Mapping[str, Any]) -> DenseDecoder:
         config,
         lora=LoraConfig(rank=settings["rank"]),
         quantization=quantization,
+        dense={kind: tuple(layers) for kind, layers in settings.get("dense", {}).items()},
         dtype=dtype,
     )
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))

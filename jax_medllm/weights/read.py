@@ -4,8 +4,10 @@ One rule maps an array of the model to its tensors on disk, in both directions: 
 path, orientation included, and an array below ``layers`` is the stack of one tensor a layer. Tensors are read some rows at a
 time into their place in the stack, quantized on the way, so beside the model memory holds a piece of one tensor.
 
-Of a directory in 4 bits, a kind of linear layer of which any layer is stored dense is held dense in all of them, its packed
-weights as the numbers they are multiplied as: one array has one type in all layers. That costs memory, not accuracy.
+Of a directory in 4 bits, layers that are stored dense are held dense, the others of their kind packed
+(:mod:`jax_medllm.model.partly_dense`). A packed output matrix is held as the numbers it is multiplied as: it is multiplied with
+anew for every few positions of a row, and its rows are looked up (:mod:`jax_medllm.model.logprobs`), for which it would be
+dequantized each time. That costs memory, not accuracy.
 
 A model's own adapters (``ModelConfig.adapter``) stay frozen low-rank terms beside the weight, as PEFT computes them; nothing is
 ever added to a quantized weight. Adapters' own arrays are :mod:`jax_medllm.weights.adapters`'.
@@ -26,14 +28,16 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.mesh.host_memory import release_free_memory
-from jax_medllm.mesh.layout import in_use, shardings
+from jax_medllm.mesh.layout import in_use, place_parameter, shardings
 from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
 from jax_medllm.model.nf4 import quantize_blocks
-from jax_medllm.model.quantized_weight import QuantizedWeight
+from jax_medllm.model.partly_dense import Place, SomeLayers
+from jax_medllm.model.quantized_weight import QuantizedWeight, dequantize_rows
 from jax_medllm.weights.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
 from jax_medllm.weights.bnb_files import packed_config, packed_parts, read_packed, stored, suffixes
 from jax_medllm.weights.filling import Stack
+from medllm.architecture import HEAD
 from medllm.config import ALL_LINEAR, LoraConfig, ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import Adapter, module_name, read_adapter
@@ -84,7 +88,7 @@ def read_model(
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     settings = lora.lora if isinstance(lora, Adapter) else lora
-    dense = _dense_kinds(directory)
+    dense = _dense_layers(directory)
 
     def build() -> DenseDecoder:
         return DenseDecoder(
@@ -127,7 +131,7 @@ def model_tensors(model: DenseDecoder) -> Iterator[tuple[str, np.ndarray]]:
         parts = _parts(arrays, slot)
         weight = np.asarray(parts.dequantize(model.dtype) if isinstance(parts, QuantizedWeight) else parts)
         if slot.layer is not None and slot.path[-1] in ("weight", "quantized"):
-            update = frozen_update(model, arrays, slot.path[:-1], slot.layer)
+            update = frozen_update(model, arrays, slot.module, slot.layer)
             if update is not None:
                 weight = (weight.astype(update.dtype) + update).astype(weight.dtype)
         yield name, weight
@@ -180,20 +184,31 @@ def write_quantized(
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor goes: an array of the model, a layer of it (None: the whole), and the shape expected on disk.
+    """Where a tensor goes.
 
-    The path of a packed weight, one with a ``kind``, ends in ``quantized`` and stands for all arrays of it.
+    Attributes:
+        path: Of an array of the model. That of a packed weight ends in ``quantized`` and stands for all arrays of it.
+        layer: Whose tensor it is; None where the array has no layers.
+        place: Of the layer in the array: its number, but where the array is of some layers alone.
+        shape: Expected on disk.
+        kind: Of a packed weight.
     """
 
     path: Path
     layer: int | None
+    place: int | None
     shape: tuple[int, ...]
     kind: type[QuantizedWeight] | None
+
+    @property
+    def module(self) -> Path:
+        """Where the linear layer is whose weight this is."""
+        return self.path[: self.path.index("dense")] if "dense" in self.path else self.path[:-1]
 
 
 def _base(model: DenseDecoder) -> dict[Path, nnx.Variable]:
     """The variables that come from the model directory."""
-    return variables(model, nnx.Not(nnx.Any(LoraParam, FrozenLoraParam, LoraScaling)))
+    return variables(model, nnx.Not(nnx.Any(LoraParam, FrozenLoraParam, LoraScaling, Place)))
 
 
 def _base_arrays(model: DenseDecoder, directory: ModelDirectory, quantization: Quantization) -> dict[Path, Any]:
@@ -203,6 +218,8 @@ def _base_arrays(model: DenseDecoder, directory: ModelDirectory, quantization: Q
     stacks = {path: Stack(variable, path) for path, variable in _base(model).items()}
     finite = {name: _fill(stacks, directory, name, slot, model.dtype) for name, slot in slots.items()}
     arrays = {path: stack.array() for path, stack in stacks.items()}
+    for path, variable in variables(model, Place).items():
+        arrays[path] = place_parameter(_at(model, path[:-1]).places(variable.shape[0]), variable, path)
     for name, is_finite in finite.items():  # looked at when all is read: nothing waits for a weight to be quantized
         if not is_finite:
             raise _not_finite(directory, name)
@@ -212,22 +229,30 @@ def _base_arrays(model: DenseDecoder, directory: ModelDirectory, quantization: Q
 def _base_slots(model: DenseDecoder) -> dict[str, _Slot]:
     """Hugging Face name → slot, for every base tensor of the model."""
     slots = {}
-    for path, variable in _base(model).items():
+    # What some layers alone have comes last: it is in the place of those layers' codes.
+    for path, variable in sorted(_base(model).items(), key=lambda item: isinstance(item[1], SomeLayers)):
         shape, kind = tuple(variable.shape), None
+        if path[0] != "layers":
+            slots[_tensor_name(path, None)] = _Slot(path, None, None, shape, None)
+            continue
+        holder = _at(model, path[:-1])
         if isinstance(variable, PackedParam):
-            path = path[:-1]
-            weight: Any = reduce(getattr, path, model)
-            shape, kind = weight.shape, weight.kind
-        for layer in range(shape[0]) if path[0] == "layers" else [None]:
-            slots[_tensor_name(path, layer)] = _Slot(path, layer, shape if layer is None else shape[1:], kind)
+            path, shape, kind = path[:-1], holder.shape, holder.kind
+        for place, layer in enumerate(holder.numbers if isinstance(variable, SomeLayers) else range(shape[0])):
+            slots[_tensor_name(path, layer)] = _Slot(path, layer, place, shape[1:], kind)
     return slots
+
+
+def _at(model: DenseDecoder, path: Path) -> Any:
+    """The module there."""
+    return reduce(getattr, path, model)
 
 
 def _tensor_name(path: Path, layer: int | None) -> str:
     """The rule: ``layers/self_attn/q_proj/weight``, layer 3 → ``model.layers.3.self_attn.q_proj.weight``."""
     if path[0] == "lm_head":
         return "lm_head.weight"
-    parts = [str(part) for part in path]
+    parts = [str(part) for part in path if part != "dense"]
     if layer is not None:
         parts.insert(1, str(layer))
     if parts[-1] == "quantized":
@@ -235,14 +260,15 @@ def _tensor_name(path: Path, layer: int | None) -> str:
     return ".".join(["model", *parts])
 
 
-def _dense_kinds(directory: ModelDirectory) -> frozenset[str]:
-    """Of a directory in 4 bits, the linear kinds of which a layer is stored dense; none of a dense one."""
+def _dense_layers(directory: ModelDirectory) -> dict[str, tuple[int, ...]]:
+    """Of a directory in 4 bits, the layers of each linear kind that are stored dense; none of a dense one."""
     if not directory.packed:
-        return frozenset()
+        return {}
     layers = range(directory.architecture.num_layers)
-    return frozenset(
-        kind for kind in ALL_LINEAR if any(stored(directory, f"{module_name(layer, kind)}.weight") is None for layer in layers)
-    )
+    return {
+        kind: tuple(layer for layer in layers if stored(directory, f"{module_name(layer, kind)}.weight") is None)
+        for kind in ALL_LINEAR
+    }
 
 
 def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], quantization: Quantization) -> None:
@@ -254,10 +280,8 @@ def _check_tensors(directory: ModelDirectory, slots: dict[str, _Slot], quantizat
         packed = stored(directory, name)
         if packed:
             kind = packed.kind.name
-            if declared[name].kind != "linear":
-                raise UserError(
-                    f"{directory.path}: {name} is stored as {kind}; only a decoder layer's linear layers are read so"
-                )
+            if declared[name].kind != "linear" and name != HEAD:
+                raise UserError(f"{directory.path}: {name} is stored as {kind}; only linear layers and the head are read so")
             if kind != quantization:
                 raise UserError(
                     f"{directory.path}: {name} is stored as {kind}; open this model with --model.quantization {kind}"
@@ -278,21 +302,32 @@ def _fill(stacks: dict[Path, Stack], directory: ModelDirectory, name: str, slot:
     """Read one tensor into its place, quantized where the model is; false where it has numbers that cannot be."""
     packed = read_packed(directory, name) if stored(directory, name) else None
     if slot.kind is None:
-        pieces = _pieces(directory, name, slot) if packed is None else [(0, _dequantized(packed, dtype))]
-        for row, piece in pieces:
-            stacks[slot.path].put(piece, slot.layer, row)
-        return True
+        for row, piece in _pieces(directory, name, slot) if packed is None else _dequantized(packed, dtype):
+            stacks[slot.path].put(piece, slot.place, row)
+        return packed is None or packed.finite()
     weight = packed or _quantized(directory, name, slot, slot.kind, dtype)
     for part in slot.kind.parts:
-        stacks[*slot.path, part].put(getattr(weight, part), slot.layer)
+        stacks[*slot.path, part].put(getattr(weight, part), slot.place)
     return weight.finite()
 
 
 def _pieces(directory: ModelDirectory, name: str, slot: _Slot) -> Iterator[tuple[int, np.ndarray]]:
     """Consecutive rows of a dense tensor, each piece with the number of its first row."""
-    rows = max(1, _PIECE // math.prod(slot.shape[1:]))
-    for start in range(0, slot.shape[0], rows):
-        yield start, directory.read_slice(name, slice(start, min(start + rows, slot.shape[0])))
+    for rows in _row_slices(slot.shape):
+        yield rows.start, directory.read_slice(name, rows)
+
+
+def _dequantized(weight: QuantizedWeight, dtype: Any) -> Iterator[tuple[int, jax.Array]]:
+    """The same of a packed one, as the numbers it stands for."""
+    scales = _scales(weight)
+    for rows in _row_slices(weight.shape):
+        yield rows.start, _dequantized_rows(weight.packed[rows], scales[rows], dtype)
+
+
+def _row_slices(shape: Sequence[int]) -> Iterator[slice]:
+    """Rows whose numbers are a piece."""
+    step = max(1, _PIECE // math.prod(shape[1:]))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def _quantized(directory: ModelDirectory, name: str, slot: _Slot, kind: type[QuantizedWeight], dtype: Any) -> QuantizedWeight:
@@ -309,9 +344,12 @@ def _quantize_rows(rows: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return quantize_blocks(rows.astype(dtype))
 
 
-@partial(jax.jit, static_argnums=1)
-def _dequantized(weight: QuantizedWeight, dtype: Any) -> jax.Array:
-    return weight.dequantize(dtype)
+@jax.jit
+def _scales(weight: QuantizedWeight) -> jax.Array:
+    return weight.scales()
+
+
+_dequantized_rows = partial(jax.jit, static_argnums=2)(dequantize_rows)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -327,5 +365,5 @@ def _not_finite(directory: ModelDirectory, name: str) -> UserError:
 def _parts(arrays: dict[Path, Any], slot: _Slot) -> QuantizedWeight | jax.Array:
     """What the model holds in a place."""
     if slot.kind is not None:
-        return slot.kind(**{part: arrays[(*slot.path, part)][slot.layer] for part in slot.kind.parts})
-    return arrays[slot.path][...] if slot.layer is None else arrays[slot.path][slot.layer]
+        return slot.kind(**{part: arrays[(*slot.path, part)][slot.place] for part in slot.kind.parts})
+    return arrays[slot.path][...] if slot.place is None else arrays[slot.path][slot.place]

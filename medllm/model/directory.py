@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture
+from medllm.architecture import EMBEDDING, HEAD, PROJECTIONS, Architecture, layer_path
 from medllm.errors import UserError
 from medllm.model.files import ADAPTER, INDEX, WEIGHTS, Stored, equal_tables, open_safetensors, opened_name, stored_tensors
 from medllm.quantization import DESCRIPTION, Quantization, check_stored, packing_name, stays_dense
@@ -108,6 +108,23 @@ class ModelDirectory:
         return any(name.endswith(DESCRIPTION) for name in self.names())
 
     @property
+    def left_dense(self) -> dict[str, tuple[int, ...]]:
+        """By what ``config.json`` alone says of 4 bits: of each linear kind that is not packed everywhere, the dense layers.
+
+        Raises:
+            UserError: no model that is supported, or a quantization that is not read.
+        """
+        check_stored(self.config, self.path / "config.json")
+        if not self.config.get("quantization_config"):
+            return {}
+        layers = range(self.described.num_layers)
+        found = {
+            kind: tuple(layer for layer in layers if stays_dense(f"{layer_path(layer)}.{path}", self.config))
+            for kind, path in PROJECTIONS.items()
+        }
+        return {kind: numbers for kind, numbers in found.items() if numbers}
+
+    @property
     def packing(self) -> Quantization:
         """How its linear layers are stored: the setting that it is opened with."""
         described = next((found for name in self.names() if (found := self.description(name))), None)
@@ -133,14 +150,21 @@ class ModelDirectory:
 
         Raises:
             UserError: as for :func:`medllm.quantization.check_stored`, or a layer is packed and said to be dense, dense and
-                said to be packed, or packed in another kind than ``quantization``.
+                said to be packed, or packed in another kind than ``quantization``; the head is said to be packed, and is the
+                embedding.
         """
         check_stored(self.config, self.path / "config.json")
         settings = self.config.get("quantization_config")
         if not settings:
             return
         # Without a list transformers leaves the output matrix dense; with one, what the list does not name is packed.
-        linear = (*PROJECTIONS.values(), *(() if settings.get("llm_int8_skip_modules") is None else ("lm_head",)))
+        listed = settings.get("llm_int8_skip_modules") is not None
+        if listed and self.config.get("tie_word_embeddings") and HEAD not in self and not stays_dense("lm_head", self.config):
+            raise UserError(
+                f"{self.path}/config.json: llm_int8_skip_modules does not name lm_head, which is tied to the embedding and so "
+                "not packed; transformers cannot compute with that: add lm_head to the list"
+            )
+        linear = (*PROJECTIONS.values(), *(("lm_head",) if listed else ()))
         for name in self.names():
             module = name.removesuffix(".weight")
             if module == name or not module.endswith(linear):

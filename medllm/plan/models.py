@@ -24,3 +24,12 @@ def planned_model(name: str) -> Architecture:
         hint = f"did you mean {near[0]}?" if near else f"known by name are {', '.join(PUBLISHED)}"
         raise UserError(f"--model {name}: neither a known name nor a folder; {hint}")
     return ModelDirectory(name).described
+
+
+def dense_layers(name: str) -> dict[str, tuple[int, ...]]:
+    """Of a folder in 4 bits, the layers of each linear kind that its ``config.json`` leaves dense; of any other model none.
+
+    Raises:
+        UserError: its config is not one of a supported model.
+    """
+    return {} if name in PUBLISHED else ModelDirectory(name).left_dense

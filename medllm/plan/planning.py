@@ -16,7 +16,7 @@ from medllm.host.child import run_in_child
 from medllm.host.installation import require
 from medllm.host.progress import Progress
 from medllm.plan.calibration import Calibration, Work
-from medllm.plan.models import planned_model
+from medllm.plan.models import dense_layers, planned_model
 from medllm.plan.plan import Plan, Predicted
 from medllm.plan.request import Request
 from medllm.plan.targets import Target
@@ -57,6 +57,8 @@ def _compiled(request: Request, target: Target, model: Architecture, progress: P
         if progress:
             progress(done, total, f"compiling {doing} ({done + 1} of {total}) for {target.name}")
 
+    layers = range(model.num_layers)
+    dense = {kind: [one for one in numbers if one in layers] for kind, numbers in dense_layers(request.model).items()}
     return run_in_child(
         module_of("jax", "plan"),
         "compile",
@@ -65,7 +67,7 @@ def _compiled(request: Request, target: Target, model: Architecture, progress: P
             "mesh": request.mesh or default_mesh(request, target, model),
             "rules": request.rules,
             "stage": request.stage,
-            "settings": {**request.settings(), "model": model.to_hf()},
+            "settings": {**request.settings(), "model": model.to_hf(), "dense": dense},
         },
         environment=compiling_environment(target),
         progress=told,

@@ -10,6 +10,7 @@ from medllm.engines import open_engine
 from medllm.errors import UserError
 from tests.forced_devices import found_on_eight
 from tests.sharded_engine import CASES
+from tests.sharded_families import FAMILIES, QUANTIZATIONS
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,25 @@ def test_what_the_engine_does_on_a_mesh_is_what_it_does_on_one_device(worked, qu
     assert found["logprobs"] < 1e-5
     assert max(found["cpt"], found["resumed on one device"], found["rpo"]) < 1e-3, found
     assert found["bytes on a device"] < 0.4 * found["bytes in all"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_answers_on_a_mesh_as_on_one_device_token_for_token(worked, family, quantization):
+    """On one device they are transformers' own (``parity_tests/test_families.py``)."""
+    found = worked["families"][f"{family} {quantization}"]
+    assert found["on the mesh"] == found["texts"]
+    assert len({tuple(text) for text in found["texts"]}) == len(found["texts"]), "each prompt has an answer of its own"
+    assert found["logprobs"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_packed_in_part_with_its_head_packed_is_the_same_on_a_mesh(worked):
+    found = worked["families"]["partly packed"]
+    assert found["on the mesh"] == found["texts"]
+    assert found["logprobs"] < 1e-5
+    assert found["gradients"] < 1e-5
 
 
 def test_a_mesh_is_the_jax_engines():

@@ -102,6 +102,17 @@ def test_the_training_loss_keeps_no_dense_weight(dtype, quantization, remat):
     assert dense_residuals(*loss_of(model, remat), sizes=dense_sizes(model)) == []
 
 
+@pytest.mark.parametrize("remat", get_args(RematPolicy))
+def test_of_layers_that_are_dense_among_packed_ones_nothing_is_kept_but_what_is_held(remat):
+    def build() -> DenseDecoder:
+        dense = {"down_proj": (1,), "o_proj": (0, 2)}
+        return DenseDecoder(CONFIG, lora=LORA, quantization="nf4", dense=dense, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    model = nnx.eval_shape(build)
+    kept = dense_residuals(*loss_of(model, remat), sizes=dense_sizes(model))
+    assert sorted(kept) == [str(jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in ((1, 64, 128), (2, 64, 64))]
+
+
 def test_the_check_finds_the_stack_of_each_kind_of_weight_without_the_custom_derivative(monkeypatch):
     monkeypatch.setattr(linear, "nf4_matmul", naive_matmul)
     model = abstract_model(jnp.float32)
