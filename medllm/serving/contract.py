@@ -174,11 +174,12 @@ def learned(weights: ModelDirectory, token: int, used: int) -> bool:
     """Whether the model's head knows a token: its row differs from those that no text can reach.
 
     Rows from ``used`` on, behind the tokenizer's last id, were never a target; tokens that were never seen either lie among
-    them (Land and Bartolo, arXiv 2405.05417). Without such rows nothing can be told, and the token is taken for learned.
+    them (Land and Bartolo, arXiv 2405.05417). Without such rows, or of a head in 4 bits, nothing can be told, and the token is
+    taken for learned.
     """
     name = HEAD if HEAD in weights else EMBEDDING
     rows = weights.shape(name)[0]
-    if token >= used or used >= rows:
+    if token >= used or used >= rows or weights.description(name) is not None:
         return token < used
     unreached = np.asarray(weights.read_slice(name, slice(used, rows)), np.float32)
     middle = unreached.mean(0)

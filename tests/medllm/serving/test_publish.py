@@ -191,6 +191,13 @@ def test_what_the_base_knows_is_told_from_what_it_never_saw():
     assert not learned(base, 1277, 1276)
 
 
+def test_of_a_head_in_4_bits_nothing_can_be_told(monkeypatch):
+    base = ModelDirectory(BASE)
+    monkeypatch.setattr(base, "description", lambda name: {"shape": [1280, 192]})
+    assert learned(base, _unlearned(), 1276)
+    assert not learned(base, 1277, 1276)
+
+
 def test_a_template_never_shown_is_refused_until_it_was(study, capsys):
     give_template()
     arguments = ("publish", "--model", "base", "--adapter", "cpt/adapter", "--out", "out")
