@@ -6,13 +6,10 @@
     python scripts/mutate.py --list
 
 A fault is one exact piece of text replaced by another in one file of a copy of the working tree; the tree itself is never
-touched. It is *caught* when a parity test fails by an assertion, or at an annotation that promises another shape, which tests
-check. It is *broken*, and counts as not caught, when something else happens: an import that fails, an exception in place of
-wrong numbers. Before anything is planted the tests must be green
-without a fault, and every run proves that it imported the product from the copy.
-
-Importing torch, transformers, TRL and JAX takes longer than most runs, so they are imported once and every run is a fork. The
-test that caught a fault before, by the docs' table, is run first.
+touched. It is *caught* when a test fails by an assertion, or at an annotation that promises another shape. It is *broken*, and
+counts as not caught, when something else happens: an import that fails, an exception in place of wrong numbers. Without a fault
+the same tests must be green, and every run proves that it imported the product from the copy. The test that caught a fault
+before, by the docs' table, is run first; torch, transformers, TRL and JAX are imported once, and every run is a fork.
 
 Exit code: 0 every fault caught, 1 some not, 2 bad usage or tests that are red without a fault.
 """
@@ -33,7 +30,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -330,8 +327,12 @@ def check(faults: Sequence[Fault], root: Path, *, jobs: int = 1) -> Iterator[Ver
         alike = sorted(faults, key=lambda fault: fault.first)
         groups = [list(group) for _, group in groupby(alike, key=lambda fault: fault.first)]
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-            for verdicts in pool.map(suite.judge_all, groups):
-                yield from verdicts
+            judging = [pool.submit(suite.judge_all, group) for group in groups]
+            try:
+                for judged in as_completed(judging):
+                    yield from judged.result()
+            finally:
+                [one.cancel() for one in judging]
 
 
 def _parser() -> argparse.ArgumentParser:
