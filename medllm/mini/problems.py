@@ -89,6 +89,23 @@ def exam_problems(world: World, per_year: int) -> list[Problem]:
     return [problem for year in EXAM_YEARS for problem in _exam(world, year, per_year, held_out=True)]
 
 
+def dev_problems(world: World, train: Sequence[Problem], per_kind: int) -> list[Problem]:
+    """Problems to choose settings on: training wordings, other options than any of ``train``; as many about known diseases as
+    about new ones, ``per_kind`` but for those that ``train`` asks."""
+    rng = random.Random("dev/1")
+    asked = {(problem.text, tuple(sorted(problem.choices))) for problem in train}
+    chosen: list[Problem] = []
+    for known in (True, False):
+        pairs = [(disease, relation) for disease in world.select(known=known) for relation in RELATIONS]
+        for disease, relation in rng.sample(pairs, per_kind):
+            number = len(chosen) + 1
+            fields = {"problem_id": f"111D{number}", "year": TRAIN_YEARS[-1], "section": "D", "source": f"dev:{number}"}
+            problem = ask(world, rng, disease, relation, rng.choice(train_wordings(world, disease, relation)), **fields)
+            if (problem.text, tuple(sorted(problem.choices))) not in asked:
+                chosen.append(problem)
+    return chosen
+
+
 def shot_problems(world: World, count: int = 3) -> list[Problem]:
     """The examples before every question: known diseases, one relation each, asked in training wordings."""
     rng = random.Random(f"shots/{world.config.seed}")

@@ -33,7 +33,7 @@ from medllm.engines import TrainerName
 from medllm.exam.loaders import write_problems
 from medllm.host.progress import Say
 from medllm.mini.diet import ANSWER_AS, cpt_documents, explained_problems
-from medllm.mini.problems import exam_problems, shot_problems, train_problems
+from medllm.mini.problems import dev_problems, exam_problems, shot_problems, train_problems
 from medllm.mini.world import make_world
 from medllm.presets import preset_file
 from medllm.quantization import Quantization
@@ -43,8 +43,15 @@ from medllm.training import TrainSummary
 
 BASE = Path(__file__).parent / "data" / "base"
 SHOTS = 3
+DEV_PER_KIND = 100
 WORLD = "world"
-SHOTS_FILE, TRAIN_FILE, EXAM_FILE, CORPUS_FILE = "shots.jsonl", "train.jsonl", "exam.jsonl", "corpus.jsonl"
+SHOTS_FILE, TRAIN_FILE, DEV_FILE, EXAM_FILE, CORPUS_FILE = (
+    "shots.jsonl",
+    "train.jsonl",
+    "dev.jsonl",
+    "exam.jsonl",
+    "corpus.jsonl",
+)
 ROWS = {
     "base": RowDesign(),
     "CPT": RowDesign(start="base", cpt={}),
@@ -93,6 +100,8 @@ class StudyConfig:
         dtype: Type of the computation.
         problems_limit: Use only so many problems of the training exams and of the held-out ones (0: all).
         seeds: Trainings of each model.
+        sit: What the models sit: the exams of 2018–2022, or ``dev``, problems of up to 2017 that none learns from, on which
+            settings are chosen.
     """
 
     train_per_year: int
@@ -112,6 +121,7 @@ class StudyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     problems_limit: int = 0
     seeds: int = 1
+    sit: Literal["exam", "dev"] = "exam"
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,7 @@ def write_world(folder: Path, config: StudyConfig) -> None:
     folder.mkdir(exist_ok=True)
     write_problems(folder / SHOTS_FILE, shot_problems(world, SHOTS))
     write_problems(folder / TRAIN_FILE, train)
+    write_problems(folder / DEV_FILE, dev_problems(world, train, DEV_PER_KIND)[:limit])
     write_problems(folder / EXAM_FILE, exam_problems(world, config.exam_per_year)[:limit])
     with atomic_path(folder / CORPUS_FILE) as scratch:
         corpus = [*documents, *explained_problems(explained)]
@@ -220,7 +231,7 @@ def study_design(config: StudyConfig, world: Path) -> Design:
         curate={"problems": [str(world / TRAIN_FILE)], "sampling": asdict(config.sampling), **asked, **held_out},
         rpo={"loss": asdict(config.loss), "pairs": asdict(config.pairs), **asdict(config.preference), **held_out},
         evaluate={"template": "curation", "sampling": {"max_new_tokens": config.max_new_tokens}, **asked},
-        exams={ONLY_EXAM: {"problems": [str(world / EXAM_FILE)]}},
+        exams={ONLY_EXAM: {"problems": [str(world / (EXAM_FILE if config.sit == "exam" else DEV_FILE))]}},
         rows=ROWS,
     )
 

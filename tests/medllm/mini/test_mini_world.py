@@ -5,14 +5,22 @@ import itertools
 import pytest
 
 from medllm.corpus.documents import Document
-from medllm.corpus.leaks.exact import find_leaks
+from medllm.corpus.leaks.exact import ExactSearch
 from medllm.corpus.leaks.guard import problem_texts, refuse_leaks
 from medllm.errors import UserError
 from medllm.exam.answers import extract_answer
 from medllm.exam.loaders import write_problems
 from medllm.exam.prompts import curation_prompt, curation_response, render_answer
 from medllm.mini.diet import base_diet, cpt_documents, explained_problems
-from medllm.mini.problems import EXAM_YEARS, OPTIONS, TRAIN_YEARS, exam_problems, shot_problems, train_problems
+from medllm.mini.problems import (
+    EXAM_YEARS,
+    OPTIONS,
+    TRAIN_YEARS,
+    dev_problems,
+    exam_problems,
+    shot_problems,
+    train_problems,
+)
 from medllm.mini.study import LEAKED
 from medllm.mini.world import KINDS, RELATION, RELATIONS, WorldConfig, make_world
 from medllm.preferences.records import Preference, Sample, preference_texts
@@ -71,6 +79,16 @@ def test_exams_are_split_by_year(world, train, exam):
     ids = [problem.problem_id for problem in (*train, *exam, *shot_problems(world))]
     assert len(set(ids)) == len(ids)
     assert all(problem.problem_id.startswith(f"{problem.year - 1906}A") for problem in exam)
+
+
+def test_settings_are_chosen_on_problems_that_are_neither_learned_from_nor_the_exams(world, train, exam):
+    dev = dev_problems(world, train, 100)
+    assert 180 < len(dev) <= 200
+    assert {problem.year for problem in dev} == {2017}
+    assert not {problem.text for problem in dev} & {problem.text for problem in exam}
+    learned = {(problem.text, frozenset(problem.choices)) for problem in train}
+    assert not {(problem.text, frozenset(problem.choices)) for problem in dev} & learned
+    assert len({problem.problem_id for problem in (*train, *dev)}) == len(train) + len(dev)
 
 
 def test_answers_are_true_and_the_question_says_how_many(world, train, exam):
@@ -157,20 +175,27 @@ def test_what_is_taught_are_the_responses(world):
             assert len(row.taught) == (4 if row.kind.startswith("shots") else 1)
 
 
+def found_in(texts, exam):
+    """Problems of the exam that stand in one of the texts.
+
+    Below this share a text asks the same of another disease: same wording, name that ends alike, options of a small pool.
+    """
+    search = ExactSearch(exam, threshold=0.95)
+    for number, text in enumerate(texts):
+        search.add(Document(text, f"text:{number}"))
+    return {leak.problem_id for leak in search.best().values()}
+
+
 def test_no_held_out_question_stands_in_any_training_text(world, train, exam):
     diet = [row.text for row in itertools.islice(base_diet(world, 0), 6000)]
     corpus = [*cpt_documents(world, 12), *explained_problems(train), *explained_problems(shot_problems(world))]
-    texts = [Document(text, f"text:{i}") for i, text in enumerate([*diet, *corpus])]
-    asked = "\n".join(text.text for text in texts)
+    asked = "\n".join([*diet, *corpus])
     assert not [problem.problem_id for problem in exam if problem.text in asked]
-    # Below this a text asks the same of another disease: same wording, name that ends alike, options of a small pool.
-    assert find_leaks(texts, exam, threshold=0.95) == []
+    assert found_in([*diet, *corpus], exam) == set()
 
 
 def test_the_leak_check_would_see_a_held_out_problem(exam):
-    leaked = explained_problems(exam[:3])
-    found = find_leaks([Document(text, "text:1") for text in leaked], exam, threshold=0.95)
-    assert {problem.problem_id for problem in exam[:3]} <= {leak.problem_id for leak in found}
+    assert {problem.problem_id for problem in exam[:3]} <= found_in(explained_problems(exam[:3]), exam)
 
 
 def test_the_studys_stages_hold_its_exam_out_and_nothing_of_theirs_is_refused(world, train, exam, tmp_path):
