@@ -6,6 +6,8 @@ accounts for every byte.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,9 @@ from bitsandbytes import functional as bnb
 from jax_medllm.model.nf4 import dynamic_map, quantize_absmax, quantize_blocks
 from jax_medllm.model.quantized_weight import NF4Weight, SingleNF4Weight
 from parity_tests import bitsandbytes_cpu
+from tests.forced_devices import OPTIMIZED
+
+compiled = partial(jax.jit, compiler_options=OPTIMIZED)
 
 TYPES = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}
 # Blocks a row even and odd, a number of rows that is odd, and a last block of absmaxes that is not full.
@@ -66,13 +71,13 @@ def test_the_dynamic_map_is_bitsandbytes_own():
 def test_codes_and_scales_equal_bitsandbytes(shape, dtype):
     theirs, given = weight(shape, dtype)
     expected, absmax, _, state = quantized_by_bitsandbytes(theirs)
-    found = jax.jit(NF4Weight.quantize)(given)
+    found = compiled(NF4Weight.quantize)(given)
     zero = np.repeat(absmax.reshape(shape[0], -1) == 0, 32, axis=1)
     assert zero.sum() == 32
     np.testing.assert_array_equal(np.asarray(found.packed)[~zero], expected.packed[~zero])
     np.testing.assert_array_equal(np.asarray(found.packed)[zero], 0x00)
     np.testing.assert_array_equal(expected.packed[zero], 0x77)
-    np.testing.assert_array_equal(jax.jit(quantize_blocks)(given)[1].ravel(), absmax)
+    np.testing.assert_array_equal(compiled(quantize_blocks)(given)[1].ravel(), absmax)
     # The mean of the absmaxes is the one figure whose last bit depends on the order of a sum.
     np.testing.assert_allclose(found.offset, expected.offset, rtol=3e-7)
     codes, nested_absmax = quantize_absmax(jnp.asarray(absmax), jnp.asarray(expected.offset))
@@ -149,7 +154,7 @@ def test_dequantized_weights_equal_bitsandbytes_bit_for_bit(shape, dtype):
     theirs, _ = weight(shape, dtype)
     parts, _, packed, state = quantized_by_bitsandbytes(theirs)
     expected = bnb.dequantize_4bit(packed, state).float().numpy()
-    for compute in (NF4Weight.dequantize, jax.jit(NF4Weight.dequantize, static_argnums=1)):
+    for compute in (NF4Weight.dequantize, compiled(NF4Weight.dequantize, static_argnums=1)):
         np.testing.assert_array_equal(np.asarray(compute(parts, TYPES[dtype]), np.float32), expected)
 
 
@@ -158,7 +163,7 @@ def test_scales_alone_equal_bitsandbytes_bit_for_bit(shape):
     """Compiled without what comes after them: whether a compiler fuses a product with a sum depends on what is around it."""
     parts, _, _, state = quantized_by_bitsandbytes(weight(shape, torch.float32)[0])
     expected = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).numpy().reshape(shape[0], -1)
-    for compute in (NF4Weight.scales, jax.jit(NF4Weight.scales)):
+    for compute in (NF4Weight.scales, compiled(NF4Weight.scales)):
         np.testing.assert_array_equal(compute(parts), expected)
 
 
@@ -168,14 +173,14 @@ def test_without_double_quantization_all_is_bitsandbytes_bit_for_bit(shape, dtyp
     theirs, given = weight(shape, dtype)
     packed, state = bnb.quantize_4bit(theirs, blocksize=64, quant_type="nf4", compress_statistics=False)
     codes, scales = (part.numpy().reshape(shape[0], -1) for part in (packed, state.absmax))
-    found = jax.jit(SingleNF4Weight.quantize)(given)
+    found = compiled(SingleNF4Weight.quantize)(given)
     np.testing.assert_array_equal(found.absmax, scales)
     zero = np.repeat(scales == 0, 32, axis=1)
     assert zero.sum() == 32
     np.testing.assert_array_equal(np.where(zero, 0x77, found.packed), codes)
     dense = bnb.dequantize_4bit(packed, state).float().numpy()
     for parts in (found, SingleNF4Weight(codes, scales)):
-        for compute in (SingleNF4Weight.dequantize, jax.jit(SingleNF4Weight.dequantize, static_argnums=1)):
+        for compute in (SingleNF4Weight.dequantize, compiled(SingleNF4Weight.dequantize, static_argnums=1)):
             np.testing.assert_array_equal(np.asarray(compute(parts, TYPES[dtype]), np.float32), dense)
 
 
@@ -183,4 +188,4 @@ def test_without_double_quantization_all_is_bitsandbytes_bit_for_bit(shape, dtyp
 def test_scales_of_extreme_values_without_double_quantization_equal_bitsandbytes(name):
     value = extreme_weights()[name]
     _, state = bnb.quantize_4bit(torch.from_numpy(value), blocksize=64, quant_type="nf4", compress_statistics=False)
-    np.testing.assert_array_equal(jax.jit(SingleNF4Weight.quantize)(value).absmax.ravel(), state.absmax.numpy())
+    np.testing.assert_array_equal(compiled(SingleNF4Weight.quantize)(value).absmax.ravel(), state.absmax.numpy())

@@ -6,6 +6,8 @@ multiplies with the reciprocal.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from bitsandbytes import functional as bnb
 
 from jax_medllm.model.nf4 import CODES
 from jax_medllm.model.quantized_weight import NF4Weight
+from tests.forced_devices import OPTIMIZED
+
+compiled = partial(jax.jit, compiler_options=OPTIMIZED)
 
 BOUNDARIES = (CODES[:-1] + CODES[1:]) / np.float32(2)
 
@@ -29,7 +34,7 @@ def on_boundaries(absmax: np.ndarray) -> np.ndarray:
 
 def check_codes(weight: np.ndarray) -> None:
     packed, _ = bnb.quantize_4bit(torch.from_numpy(weight), blocksize=64, quant_type="nf4", compress_statistics=False)
-    np.testing.assert_array_equal(jax.jit(NF4Weight.quantize)(weight).packed, packed.numpy().reshape(len(weight), -1))
+    np.testing.assert_array_equal(compiled(NF4Weight.quantize)(weight).packed, packed.numpy().reshape(len(weight), -1))
 
 
 def test_a_value_between_two_codes_goes_where_bitsandbytes_puts_it():

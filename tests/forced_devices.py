@@ -17,6 +17,9 @@ NOT_OPTIMIZED = " ".join(
 )
 """Of ``XLA_FLAGS``: without what is most of the time to compile for a processor."""
 
+OPTIMIZED = {"xla_backend_optimization_level": 3}
+"""Compiler options, over those: as for a user, where it is tested that a compiler does not round otherwise."""
+
 _CHECKED = "import conftest, runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 """As ``python -m``, with annotations checked as they are in the tests' own process."""
 

@@ -19,8 +19,11 @@ from jax_medllm.model.nf4 import CODES, absmax_mean, dynamic_map, quantize_absma
 from jax_medllm.model.quantized_weight import KINDS, NF4Weight
 from medllm.errors import UserError
 from medllm.quantization import BLOCK, PACKINGS, Quantization
+from tests.forced_devices import OPTIMIZED
 
-quantized = jax.jit(NF4Weight.quantize)
+compiled = partial(jax.jit, compiler_options=OPTIMIZED)
+
+quantized = compiled(NF4Weight.quantize)
 TYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
@@ -146,13 +149,13 @@ def test_the_last_bit_of_the_kernels_reciprocal_decides_no_code_of_a_bf16_weight
 def test_the_mean_of_the_scales_is_the_exact_sum_rounded_once(count, spread, seed):
     values = np.exp(spread * np.random.default_rng(seed).normal(size=count)).astype(np.float32)
     expected = np.float32(math.fsum(values.tolist())) * (np.float32(1) / np.float32(count))
-    assert jax.jit(absmax_mean)(values) == expected
+    assert compiled(absmax_mean)(values) == expected
 
 
 def test_rows_quantize_alone_as_they_do_in_the_whole_weight():
     weight = random_weight(2)
-    packed, absmax = jax.jit(quantize_blocks)(weight)
-    parts = [jax.jit(quantize_blocks)(weight[start : start + 5]) for start in range(0, len(weight), 5)]
+    packed, absmax = compiled(quantize_blocks)(weight)
+    parts = [compiled(quantize_blocks)(weight[start : start + 5]) for start in range(0, len(weight), 5)]
     np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), packed)
     np.testing.assert_array_equal(np.concatenate([part for _, part in parts]), absmax)
 
@@ -228,7 +231,7 @@ def test_the_bytes_that_are_planned_for_are_those_of_the_arrays(name):
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_the_parts_have_the_declared_shapes(kind):
-    weight = jax.jit(kind.quantize)(np.ones((20, 320), np.float32))  # a block of absmaxes is not full
+    weight = compiled(kind.quantize)(np.ones((20, 320), np.float32))  # a block of absmaxes is not full
     declared = kind.shapes(20, 320)
     for found, part in zip(jax.tree.leaves(weight), jax.tree.leaves(declared), strict=True):
         assert (found.shape, found.dtype) == (part.shape, part.dtype)
@@ -243,8 +246,8 @@ def test_sixteen_bit_weights_quantize_as_the_same_values_in_fp32(dtype):
 @pytest.mark.parametrize("dtype", TYPES[1:])
 def test_a_dequantized_weight_is_the_fp32_product_rounded_once(dtype):
     parts = quantized(random_weight(4))
-    exact = jax.jit(partial(NF4Weight.dequantize, dtype=jnp.float32))(parts)
-    for compute in (partial(NF4Weight.dequantize, dtype=dtype), jax.jit(partial(NF4Weight.dequantize, dtype=dtype))):
+    exact = compiled(partial(NF4Weight.dequantize, dtype=jnp.float32))(parts)
+    for compute in (partial(NF4Weight.dequantize, dtype=dtype), compiled(partial(NF4Weight.dequantize, dtype=dtype))):
         np.testing.assert_array_equal(np.asarray(compute(parts)), np.asarray(exact).astype(dtype))
 
 
