@@ -12,7 +12,7 @@ from medllm.config import PairConfig
 from medllm.errors import UserError
 from medllm.preferences.pairs import Rank, training_pairs
 from medllm.preferences.records import Preference, Sample
-from medllm.preferences.tokenization import EQUAL, NO_PROMPT, TokenizedGroup, check_preferences, tokenize_preferences
+from medllm.preferences.tokenization import EQUAL, FULL, NO_PROMPT, TokenizedGroup, check_preferences, tokenize_preferences
 
 ALL = PairConfig(max_chosen=0, max_rejected=0)
 
@@ -114,7 +114,7 @@ def test_pairs_whose_prompt_fills_the_length_are_dropped_and_counted(tokenizer):
     found = tokenize_preferences(tokenizer, problems, PairConfig(max_length=3), lambda *done: seen.append(done))
     assert [group.problem_id for group in found.groups] == ["partly", "whole"]
     assert found.groups[0].pairs == ((0, 1), (1, 2)), "the pair of c and a has the prompt a a b, which leaves it no room"
-    assert (found.pairs, found.dropped_pairs, found.unpaired) == (3, 2, 1)
+    assert (found.pairs, found.dropped, found.unpaired) == (3, {FULL: 2}, 1)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
