@@ -142,7 +142,7 @@ def head(ours: ModelDirectory, theirs: ModelDirectory, states: States, rows: Row
             worst.add(x[part], y[part].double().numpy(), z[part].numpy(), axis_start=start, axis=1)
         reference.add(y[:half], start)
         exact.add(z[:half], start)
-    del their_table
+    del their_table  # a packed one is held dense: not beside the whole of ours
     counted = rows.predicted
     padded = np.pad(counted, ((0, 0), (0, 1)))[rows.real]
     b, s = rows.tokens.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,17 @@ def changed(
 
 def partly_dense_model(source: Path, out: Path) -> Path:
     """A 4-bit folder that transformers was told to leave :data:`SKIPPED` out of."""
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=list(SKIPPED)
-    )
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map="cpu", quantization_config=settings)
-    model.save_pretrained(out)
-    return out
+    return _packed_by_transformers(source, out, SKIPPED)
 
 
 def packed_head_model(source: Path, out: Path, *, double: bool = True) -> Path:
     """A 4-bit folder in which transformers packed every linear layer, the output matrix among them."""
+    return _packed_by_transformers(source, out, (), double=double)
+
+
+def _packed_by_transformers(source: Path, out: Path, skipped: Sequence[str], *, double: bool = True) -> Path:
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, llm_int8_skip_modules=[]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, llm_int8_skip_modules=list(skipped)
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map="cpu", quantization_config=settings)
     model.save_pretrained(out)

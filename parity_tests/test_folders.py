@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +14,17 @@ from bitsandbytes import functional as bnb
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from jax_medllm.generate.cached_decoder import Decoder
-from jax_medllm.generate.queue import generate
 from jax_medllm.model.partly_dense import PartlyDense
 from jax_medllm.weights.read import load_model, model_tensors, read_model, write_quantized
 from medllm.architecture import HEAD
-from medllm.config import ModelConfig, Sampling
+from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.model.files import INDEX, WEIGHTS
 from medllm.quantization import Quantization
 from parity_tests import torch_results
+from parity_tests.both_stacks import check_greedy_texts, logits
 from parity_tests.folders import (
     Tensors,
     changed,
@@ -38,24 +36,13 @@ from parity_tests.folders import (
     without_prefix,
 )
 from parity_tests.jax_results import forward_and_backward, open_trainable
-from parity_tests.oracle import float64_copy, row_logits
+from parity_tests.oracle import float64_copy
 from parity_tests.packed_rows import rows
 from parity_tests.test_model import check_against_truth
-from parity_tests.tiny_models import VOCAB
 from parity_tests.tolerances import FLOAT32_FORWARD
 from torch_ref.model import open_model
 
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-def logits(model: Any) -> np.ndarray:
-    tokens, segments, positions = rows()
-    if isinstance(model, torch.nn.Module):
-        with torch.no_grad():
-            found = row_logits(model, tokens, segments, positions).numpy()
-    else:
-        found = np.asarray(model.logits(model.hidden(tokens, segment_ids=segments, positions=positions)))
-    return found[segments != 0]
 
 
 def by_transformers(path: Path) -> np.ndarray:
@@ -216,13 +203,7 @@ def test_training_over_dense_layers_among_packed_ones_equals_float64_arithmetic(
 
 
 def test_greedy_texts_over_dense_layers_among_packed_ones_are_transformers(partly_dense):
-    opened = ModelConfig(str(partly_dense), quantization="nf4", dtype="float32")
-    prompts = np.random.default_rng(0).integers(0, VOCAB, (8, 9))
-    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
-    ids = torch.from_numpy(prompts)
-    expected = open_model(opened).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 9:].tolist()
-    found = generate(Decoder(load_model(opened), (VOCAB,)), prompts.tolist(), Sampling(max_new_tokens=10), str, 8)
-    assert [list(generation.tokens) for (generation,) in found] == expected
+    check_greedy_texts(ModelConfig(str(partly_dense), quantization="nf4", dtype="float32"), 8)
 
 
 def test_a_layer_that_is_not_stored_as_the_config_says_is_refused(nf4_model, tmp_path):

@@ -7,24 +7,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-from jax_medllm.generate.cached_decoder import Decoder
-from jax_medllm.generate.queue import generate
 from jax_medllm.weights.adapters import adapter_tensors
 from jax_medllm.weights.read import load_model
 from medllm.architecture import PROJECTIONS
-from medllm.config import ModelConfig, Sampling
+from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model.adapter import merge_adapter, read_adapter, write_adapter
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
 from medllm.stages.convert import convert_model
+from parity_tests.both_stacks import check_greedy_texts, logits
 from parity_tests.folders import Tensors, changed
-from parity_tests.jax_results import jax_loss, open_trainable
-from parity_tests.oracle import row_logits
+from parity_tests.jax_results import open_trainable
 from parity_tests.packed_rows import rows
-from parity_tests.tiny_models import VOCAB
 from parity_tests.tolerances import FLOAT32_FORWARD, NF4_OWN_SCALES
 from torch_ref.model import open_model
 
@@ -36,27 +32,18 @@ def config(path: Path, quantization: Quantization = "nf4", adapter: Path | None 
     return ModelConfig(str(path), adapter=adapter and str(adapter), quantization=quantization, dtype="float32")
 
 
-def logits(opened: ModelConfig) -> np.ndarray:
-    return np.asarray(jax_loss(load_model(opened), *rows())[1])[REAL]
-
-
-def by_transformers(opened: ModelConfig) -> np.ndarray:
-    with torch.no_grad():
-        return row_logits(open_model(opened), *rows()).numpy()[REAL]
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-single"])
 def test_a_folder_that_bitsandbytes_packed_has_transformers_logits(nf4_model, quantization):
     packed = nf4_model(kind=KIND, quantization=quantization)
     names = ModelDirectory(packed.path).names()
     assert sum(name.endswith(".bias") for name in names) == 2 * len(PROJECTIONS)
     opened = config(packed.path, quantization)
-    FLOAT32_FORWARD.assert_close(logits(opened), by_transformers(opened), "logits")
+    FLOAT32_FORWARD.assert_close(logits(load_model(opened)), logits(open_model(opened)), "logits")
 
 
 def test_packed_when_it_is_opened_it_has_the_logits_of_bitsandbytes_own_packing(tiny_model):
     opened = config(tiny_model(kind=KIND))
-    NF4_OWN_SCALES.assert_close(logits(opened), by_transformers(opened), "logits")
+    NF4_OWN_SCALES.assert_close(logits(load_model(opened)), logits(open_model(opened)), "logits")
 
 
 def test_an_adapter_comes_from_peft_and_goes_back_to_it(nf4_model, tiny_adapter, tmp_path):
@@ -65,9 +52,9 @@ def test_an_adapter_comes_from_peft_and_goes_back_to_it(nf4_model, tiny_adapter,
     adapter = read_adapter(given)
     ours = open_trainable(packed.path, given, jnp.float32, "nf4")
     write_adapter(tmp_path / "ours", adapter.lora, adapter_tensors(ours), str(packed.path))
-    theirs = by_transformers(config(packed.path, adapter=tmp_path / "ours"))
-    FLOAT32_FORWARD.assert_close(np.asarray(jax_loss(ours, *rows())[1])[REAL], theirs, "trained")
-    FLOAT32_FORWARD.assert_close(logits(config(packed.path, adapter=given)), theirs, "frozen")
+    theirs = logits(open_model(config(packed.path, adapter=tmp_path / "ours")))
+    FLOAT32_FORWARD.assert_close(logits(ours), theirs, "trained")
+    FLOAT32_FORWARD.assert_close(logits(load_model(config(packed.path, adapter=given))), theirs, "frozen")
 
 
 def test_converted_it_is_opened_by_transformers_with_the_same_logits(tiny_model, tiny_adapter, tmp_path):
@@ -76,8 +63,9 @@ def test_converted_it_is_opened_by_transformers_with_the_same_logits(tiny_model,
     merge_adapter(base, adapter, tmp_path / "merged")
     convert_model(str(base), str(tmp_path / "packed"), [str(adapter)], quantization="nf4", dtype="float32")
     opened = config(tmp_path / "packed")
-    FLOAT32_FORWARD.assert_close(logits(opened), by_transformers(opened), "logits")
-    NF4_OWN_SCALES.assert_close(logits(opened), by_transformers(config(tmp_path / "merged")), "packed by bitsandbytes")
+    found, packed_by_bitsandbytes = logits(load_model(opened)), logits(open_model(config(tmp_path / "merged")))
+    FLOAT32_FORWARD.assert_close(found, logits(open_model(opened)), "logits")
+    NF4_OWN_SCALES.assert_close(found, packed_by_bitsandbytes, "packed by bitsandbytes")
     dense, packed = ModelDirectory(base), ModelDirectory(tmp_path / "packed")
     for name in (name for name in dense.names() if name.endswith(".bias")):
         np.testing.assert_array_equal(packed.read(name), dense.read(name), err_msg=name)
@@ -85,13 +73,7 @@ def test_converted_it_is_opened_by_transformers_with_the_same_logits(tiny_model,
 
 @pytest.mark.parametrize("kind", [KIND, "qwen3", "mistral, window"])
 def test_greedy_continuations_of_a_packed_folder_are_transformers_token_for_token(nf4_model, kind):
-    opened = config(nf4_model(kind=kind).path)
-    prompts = np.random.default_rng(0).integers(0, VOCAB, (12, 9))
-    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
-    ids = torch.from_numpy(prompts)
-    expected = open_model(opened).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 9:].tolist()
-    found = generate(Decoder(load_model(opened), (VOCAB,)), prompts.tolist(), Sampling(max_new_tokens=10), str, 12)
-    assert [list(generation.tokens) for (generation,) in found] == expected
+    check_greedy_texts(config(nf4_model(kind=kind).path), 12)
 
 
 def drop_biases(held: Tensors) -> None:

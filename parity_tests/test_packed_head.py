@@ -12,24 +12,22 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from jax_medllm.generate.cached_decoder import Decoder
-from jax_medllm.generate.queue import generate
 from jax_medllm.weights import read
 from jax_medllm.weights.read import load_model, read_model
 from medllm.architecture import HEAD
-from medllm.config import ModelConfig, Sampling
+from medllm.config import ModelConfig
 from medllm.errors import UserError
 from medllm.model.directory import ModelDirectory
 from medllm.quantization import Quantization
 from medllm.stage_config import AuditConfig
 from medllm_parity.audit import run_audit
 from parity_tests import torch_results
+from parity_tests.both_stacks import check_greedy_texts, logits
 from parity_tests.folders import Tensors, changed, packed_head_model
-from parity_tests.jax_results import forward_and_backward, jax_loss, open_trainable
-from parity_tests.oracle import float64_copy, row_logits
+from parity_tests.jax_results import forward_and_backward, open_trainable
+from parity_tests.oracle import float64_copy
 from parity_tests.packed_rows import rows
 from parity_tests.test_model import check_against_truth
-from parity_tests.tiny_models import VOCAB
 from parity_tests.tolerances import FLOAT32_FORWARD, FLOAT32_GRADIENT
 from torch_ref.model import open_continued, open_model
 
@@ -53,15 +51,6 @@ def config(path: Path, quantization: Quantization = "nf4") -> ModelConfig:
     return ModelConfig(str(path), quantization=quantization, dtype="float32")
 
 
-def logits(opened: ModelConfig) -> np.ndarray:
-    return np.asarray(jax_loss(load_model(opened), *rows())[1])[REAL]
-
-
-def by_transformers(opened: ModelConfig) -> np.ndarray:
-    with torch.no_grad():
-        return row_logits(open_model(opened), *rows()).numpy()[REAL]
-
-
 @pytest.mark.parametrize("kind", ["nf4", "nf4-single"])
 def test_its_logits_are_transformers_and_its_numbers_bitsandbytes_bit_for_bit(packed, kind, monkeypatch):
     monkeypatch.setattr(read, "_PIECE", 192 * 40)  # three pieces, the last of them shorter
@@ -71,7 +60,7 @@ def test_its_logits_are_transformers_and_its_numbers_bitsandbytes_bit_for_bit(pa
     found = load_model(opened)
     expected = bnb.dequantize_4bit(stock.lm_head.weight.data, stock.lm_head.weight.quant_state)
     np.testing.assert_array_equal(np.asarray(found.lm_head.weight[...]), expected.numpy())
-    FLOAT32_FORWARD.assert_close(np.asarray(jax_loss(found, *rows())[1])[REAL], by_transformers(opened), "logits")
+    FLOAT32_FORWARD.assert_close(logits(found), logits(stock), "logits")
 
 
 def test_it_is_held_in_the_type_of_the_model(packed):
@@ -101,20 +90,15 @@ def test_the_reference_engine_trains_over_it_too(packed, dense, tiny_adapter):
 
 
 def test_greedy_continuations_are_transformers_token_for_token(packed):
-    opened = config(packed("nf4"))
-    prompts = np.random.default_rng(0).integers(0, VOCAB, (8, 9))
-    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 0}
-    ids = torch.from_numpy(prompts)
-    expected = open_model(opened).generate(ids, attention_mask=torch.ones_like(ids), **settings)[:, 9:].tolist()
-    found = generate(Decoder(load_model(opened), (VOCAB,)), prompts.tolist(), Sampling(max_new_tokens=10), str, 8)
-    assert [list(generation.tokens) for (generation,) in found] == expected
+    check_greedy_texts(config(packed("nf4")), 8)
 
 
 def test_a_config_that_ties_it_is_read_as_transformers_reads_it(packed, tmp_path):
     """A packed head is no embedding: the two stay two tables."""
     path = changed(packed("nf4"), tmp_path / "model", config={"tie_word_embeddings": True})
-    FLOAT32_FORWARD.assert_close(logits(config(path)), by_transformers(config(path)), "logits")
-    np.testing.assert_array_equal(logits(config(path)), logits(config(packed("nf4"))))
+    found = logits(load_model(config(path)))
+    FLOAT32_FORWARD.assert_close(found, logits(open_model(config(path))), "logits")
+    np.testing.assert_array_equal(found, logits(load_model(config(packed("nf4")))))
 
 
 def test_a_tied_head_that_the_list_does_not_keep_dense_is_refused_by_both_engines(tiny_model, tmp_path):

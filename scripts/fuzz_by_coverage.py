@@ -34,15 +34,6 @@ COLUMNS = {
     "memory, MiB": "memory",
 }
 """Heading of a column → its name among what is counted."""
-COLUMNS = {
-    "inputs": "inputs",
-    "refused in a line": "refused",
-    "read all the same": "read",
-    "anything else": "others",
-    "slowest, s": "slowest",
-    "memory, MiB": "memory",
-}
-"""Heading of a column → its name among what is counted."""
 
 
 def main() -> int:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
-import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.server_process import free_port, up
 
 BINARY = "LLAMA_SERVER"
 SLOTS, CONTEXT = 2, 2048
@@ -45,24 +43,10 @@ def installed() -> dict[str, list[str]]:
 @contextmanager
 def serving(start: list[str], file: Path) -> Iterator[str]:
     """The address of a server that has ``file``, up to the end of the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = [port] if start[-1] == "tests.llama_server" else ["--host", "127.0.0.1", "--port", port]
-    with file.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen([*start, str(file), *where], stdout=log, stderr=log, cwd=_ROOT)
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2)
-                    break
-                except OSError:
-                    assert process.poll() is None, f"the server ended: {file.with_suffix('.log').read_text()[-2000:]}"
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait(30)
+    port = free_port()
+    where = [str(port)] if start[-1] == "tests.llama_server" else ["--host", "127.0.0.1", "--port", str(port)]
+    with up([*start, str(file), *where], port, file.with_suffix(".log"), answers="/v1/models", cwd=_ROOT) as address:
+        yield address
 
 
 def main(file: str, port: str) -> None:

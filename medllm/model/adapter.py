@@ -26,7 +26,6 @@ from medllm.run import atomic_path, write_json
 from medllm.text_files import read_json_object
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = ADAPTER
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(rf"base_model\.model\.(?P<module>.{{1,{LONGEST_NAME}}})\.lora_(?P<matrix>[AB])\.weight")
 _LINEAR_WEIGHT = re.compile(rf"(?P<module>model\.layers\.\d+\..+\.({'|'.join(ALL_LINEAR)}))\.weight")
@@ -80,10 +79,10 @@ class Adapter:
                 )
         rank = self.lora.rank_of(module)
         if not rank:
-            raise UserError(f"{self.path}: holds matrices of {module}, which target_modules in {CONFIG} does not name")
+            raise UserError(f"{self.path}: holds matrices of {module}, which target_modules in {ADAPTER} does not name")
         a, b = found["A"], found["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            raise UserError(f"{self.path}: {module} has A {a.shape} and B {b.shape}, but {CONFIG} gives it rank {rank}")
+            raise UserError(f"{self.path}: {module} has A {a.shape} and B {b.shape}, but {ADAPTER} gives it rank {rank}")
         return a, b
 
 
@@ -97,8 +96,8 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such adapter folder; give a PEFT directory (with {CONFIG})")
-    config = read_json_object(folder / CONFIG, "a PEFT folder has one")
+        raise UserError(f"{folder}: no such adapter folder; give a PEFT directory (with {ADAPTER})")
+    config = read_json_object(folder / ADAPTER, "a PEFT folder has one")
     _refuse_unsupported(folder, config)
     file = folder / WEIGHTS
     if not file.exists():
@@ -116,9 +115,9 @@ def read_adapter(path: str | Path) -> Adapter:
             alpha_pattern={key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{folder / CONFIG}: r, lora_alpha or a pattern is not what PEFT writes there ({error})") from error
+        raise UserError(f"{folder / ADAPTER}: r, lora_alpha or a pattern is not what PEFT writes there ({error})") from error
     except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+        raise UserError(f"{folder / ADAPTER}: {error}") from None
     return Adapter(lora, tensors, str(folder))
 
 
@@ -158,7 +157,7 @@ def write_adapter(path: str | Path, lora: LoraConfig, tensors: Mapping[str, np.n
     with atomic_path(Path(path)) as scratch:
         scratch.mkdir()
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, scratch / WEIGHTS, {"format": "pt"})
-        write_json(scratch / CONFIG, _peft_config(lora, base_model))
+        write_json(scratch / ADAPTER, _peft_config(lora, base_model))
 
 
 def check_trained(path: str | Path) -> None:
@@ -260,7 +259,7 @@ def tensor_name(module: str, matrix: str) -> str:
 def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
     missing = [key for key in ("peft_type", "r", "lora_alpha", "target_modules") if key not in config]
     if missing:
-        raise UserError(f"{folder / CONFIG}: has no {missing[0]}; a PEFT LoRA adapter has it")
+        raise UserError(f"{folder / ADAPTER}: has no {missing[0]}; a PEFT LoRA adapter has it")
     if config["peft_type"] != "LORA":
         raise UserError(f"{folder}: a {config['peft_type']} adapter; only LORA adapters are read")
     for key in _UNSUPPORTED:
@@ -298,7 +297,7 @@ def _targets(folder: Path, config: Mapping[str, Any], modules: Collection[str]) 
     chosen = layers if isinstance(layers, list | None) else [layers]
     if not all(type(layer) is int for layer in chosen or ()):
         raise UserError(
-            f"{folder / CONFIG}: layers_to_transform is {layers!r}; the number of a layer, or a list of them, is read"
+            f"{folder / ADAPTER}: layers_to_transform is {layers!r}; the number of a layer, or a list of them, is read"
         )
 
     def selects(module: str, layer: int) -> bool:

@@ -10,9 +10,10 @@ from typing import Literal
 
 from medllm.config import ModelConfig
 from medllm.errors import UserError
-from medllm.model.adapter import CONFIG, WEIGHTS
+from medllm.model.adapter import WEIGHTS
 from medllm.model.directory import ModelDirectory, copy_companions
 from medllm.model.endings import GENERATION
+from medllm.model.files import ADAPTER
 from medllm.run import write_json
 from medllm.text_files import read_json_object
 
@@ -28,7 +29,7 @@ def published_model(folder: str, dtype: Literal["float32", "bfloat16"]) -> Itera
         UserError: the folder is none, or the base that an adapter names is no folder here.
     """
     path = Path(folder)
-    if not (path / CONFIG).exists():
+    if not (path / ADAPTER).exists():
         yield ModelConfig(folder, quantization=ModelDirectory(path).packing, dtype=dtype)
         return
     base = path if (path / "config.json").exists() else _named_base(path)
@@ -43,10 +44,10 @@ def _named_base(adapter: Path) -> Path:
     Raises:
         UserError: it is none, or not here.
     """
-    named = read_json_object(adapter / CONFIG, "a PEFT folder has one").get("base_model_name_or_path")
+    named = read_json_object(adapter / ADAPTER, "a PEFT folder has one").get("base_model_name_or_path")
     if not isinstance(named, str) or not Path(named).is_dir():
         raise UserError(
-            f"{adapter / CONFIG}: base_model_name_or_path is {named!r}, no folder here; put the path of the base model there"
+            f"{adapter / ADAPTER}: base_model_name_or_path is {named!r}, no folder here; put the path of the base model there"
         )
     return ModelDirectory(named).path
 

@@ -12,9 +12,10 @@ from typing import Any
 from medllm.config import ModelConfig, Sampling
 from medllm.errors import UserError
 from medllm.exam.endings import EndingCounts
-from medllm.model.adapter import CONFIG, WEIGHTS, open_adapters, refuse_packed
+from medllm.model.adapter import WEIGHTS, open_adapters, refuse_packed
 from medllm.model.directory import ModelDirectory, copy_companions, write_model
 from medllm.model.endings import GENERATION
+from medllm.model.files import ADAPTER
 from medllm.model.tokenizer import load_tokenizer
 from medllm.quantization import PACKINGS
 from medllm.report.runs import read_cell, read_run
@@ -103,8 +104,8 @@ def _write_weights(config: PublishConfig, base: ModelDirectory, adapters: Sequen
     if config.weights == "adapter":
         folder.mkdir()
         shutil.copyfile(Path(adapters[0]) / WEIGHTS, folder / WEIGHTS)
-        settings = read_json_object(Path(adapters[0]) / CONFIG, "a PEFT folder has one")
-        write_json(folder / CONFIG, settings | {"base_model_name_or_path": config.model})
+        settings = read_json_object(Path(adapters[0]) / ADAPTER, "a PEFT folder has one")
+        write_json(folder / ADAPTER, settings | {"base_model_name_or_path": config.model})
     elif adapters or config.weights in PACKINGS:
         convert_model(config.model, str(folder), adapters, quantization="none" if config.weights == "dense" else config.weights)
     else:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from medllm.errors import UserError
-from medllm.model.adapter import CONFIG, WEIGHTS, read_adapter
+from medllm.model.adapter import WEIGHTS, read_adapter
+from medllm.model.files import ADAPTER
 from medllm.provenance import PROVENANCE, code_digest, input_digests, output_digests, read_provenance
 from medllm.verify.findings import Finding, held
 from medllm.verify.record import Record
@@ -93,7 +94,7 @@ def check_adapter_settings(record: Record) -> list[Finding]:
     try:
         lora = read_adapter(folder).lora
     except UserError as error:
-        return [Finding(what, "refuted", f"adapter/{CONFIG}", str(error))]
+        return [Finding(what, "refuted", f"adapter/{ADAPTER}", str(error))]
     wanted = record.config.lora
     if record.stage == "rpo" and record.config.model.adapters and record.config.handover == "continue":
         wanted = read_adapter(record.config.model.adapters[-1]).lora
@@ -105,7 +106,7 @@ def check_adapter_settings(record: Record) -> list[Finding]:
     ]
     if set(lora.targets) != set(wanted.targets):
         differences.append(f"its targets are {', '.join(lora.targets)}, in config.yaml {', '.join(wanted.targets)}")
-    return held(what, f"adapter/{CONFIG}", differences)
+    return held(what, f"adapter/{ADAPTER}", differences)
 
 
 def check_adapter_weights(record: Record, last: Mapping[str, np.ndarray], source: str) -> list[Finding]:

@@ -24,10 +24,10 @@ from medllm.exam.predictions import in_letters, read_predictions
 from medllm.journal import JOURNAL, Journal, Kept
 from medllm.metrics import Metrics
 from medllm.mini.study import BASE
-from medllm.model.adapter import CONFIG, WEIGHTS, module_name, open_adapters, tensor_name, write_adapter
+from medllm.model.adapter import WEIGHTS, module_name, open_adapters, tensor_name, write_adapter
 from medllm.model.directory import ModelDirectory, write_model
 from medllm.model.endings import read_endings
-from medllm.model.files import INDEX
+from medllm.model.files import ADAPTER, INDEX
 from medllm.model.random import random_tensors
 from medllm.model.tokenizer import Message, check_vocabulary, decode, encode_prompt, encode_texts, load_tokenizer
 from medllm.preferences.records import read_preferences
@@ -285,7 +285,7 @@ FORMATS: Mapping[str, Format] = {
     "documents, Arrow": Format(_arrow, "data/data-00000-of-00001.arrow", partial(_documents, "data")),
     "documents, state.json": Format(_arrow, "data/state.json", partial(_documents, "data"), (damaged_json,)),
     "documents, dataset_info.json": Format(_arrow, "data/dataset_info.json", partial(_documents, "data"), (damaged_json,)),
-    CONFIG: Format(_adapter, f"adapter/{CONFIG}", _open_adapter, (damaged_json,)),
+    ADAPTER: Format(_adapter, f"adapter/{ADAPTER}", _open_adapter, (damaged_json,)),
     WEIGHTS: Format(_adapter, f"adapter/{WEIGHTS}", _open_adapter, (damaged_header,)),
     "config.json": Format(_model, "model/config.json", _open_model, (damaged_json,)),
     "model.safetensors": Format(_model, "model/model.safetensors", _open_model, (damaged_header,)),

@@ -14,8 +14,9 @@ from medllm.errors import UserError
 from medllm.exam.letters import Options, read_letters
 from medllm.exam.loaders import load_problems
 from medllm.mini.study import BASE
-from medllm.model.adapter import CONFIG, read_adapter, write_adapter
+from medllm.model.adapter import read_adapter, write_adapter
 from medllm.model.directory import ModelDirectory
+from medllm.model.files import ADAPTER
 from medllm.model.tokenizer import Message, encode_prompt, load_tokenizer
 from medllm.patterns import is_quick_pattern
 from medllm.stage_config import CorpusConfig
@@ -70,7 +71,7 @@ def test_a_pattern_that_people_write_is_one(pattern):
 def adapter(folder, module="model.layers.0.self_attn.q_proj", **changes):
     tensors = {f"base_model.model.{module}.lora_{one}.weight": np.zeros((4, 4), np.float32) for one in "AB"}
     write_adapter(folder / "adapter", LoraConfig(rank=4, targets=("q_proj",)), tensors, "base")
-    file = folder / "adapter" / CONFIG
+    file = folder / "adapter" / ADAPTER
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return folder / "adapter"
 

@@ -3,16 +3,13 @@
 import importlib.util
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 
 from medllm.cli import main
 from tests.served_folder import OFF, PLAIN, THINKS, adapter_on, beside, check, published, sit, write_exam
+from tests.server_process import free_port, up
 
 NEEDED = ("jax", "torch", "openai", "fastapi", "uvicorn")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -22,26 +19,12 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Its address; it serves any folder that a request names."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    log = tmp_path_factory.mktemp("server") / "log"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stdout=log, stderr=log, env=environment)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None, "the server ended"
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
+    with up([*command, "--device", "cpu", "--dtype", "float32"], port, log, answers="/health", environment=environment) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
