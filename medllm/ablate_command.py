@@ -23,7 +23,7 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int | None, default=None, help="trainings of each row; a study can be given more later")
     parser.add_argument("--out", type=str, default="runs/ablate", help="folder of the study")
     parser.add_argument(
-        "--set", type=str, nargs="+", default=[], help="settings of the design in place of its own: cpt.corpus.length=4096"
+        "--set", type=str, nargs="+", action="extend", default=[], help="settings of the design in place of its own: cpt.corpus.length=4096"
     )
     parser._print_config = None  # the design is printed by this command, not by the parser, which knows its file's name alone
     parser.add_argument("--print_config", action="store_true", help="print the settings of the study and stop")
@@ -45,16 +45,17 @@ def _ablate(values: Any) -> dict[str, Any] | None:
     file = preset_file(option, name, PRESETS)
     settings = combined(read_yaml(file), _given(values.set))
     settings = settings | ({} if values.seeds is None else {"seeds": values.seeds})
+    where = " with --set ".join([str(file), *values.set])
     out = Path(values.out)
     notes: tuple[str, ...] = ()
     if values.print_config:
         say(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip())
         return None
     if "rows" in settings:
-        design = design_of(settings, str(file))
+        design = design_of(settings, where)
         plan = run_design(design, values.engine, out, say, join=values.join)
     else:
-        study = configured(StudyConfig, settings, str(file))
+        study = configured(StudyConfig, settings, where)
         design, plan = study_of(study, values.engine, out, say, join=values.join)
         notes = NOTES
     if values.join:

@@ -45,8 +45,8 @@ def test_the_page_of_ablation_shows_a_design_that_can_be(tmp_path):
 
 
 def test_a_preset_of_the_embedded_study_has_its_own_settings():
-    study = settings("--preset", "mini_smoke", "--seeds", "3", "--set", "cpt.lora.rank=2")
-    assert (study.seeds, study.cpt.lora.rank, study.cpt.lora.alpha) == (3, 2, 8.0)
+    study = settings("--preset", "mini_smoke", "--seeds", "3", "--set", "cpt.lora.rank=2", "--set", "sit=dev")
+    assert (study.seeds, study.cpt.lora.rank, study.cpt.lora.alpha, study.sit) == (3, 2, 8.0, "dev")
 
 
 def test_a_design_is_printed_as_it_would_be_carried_out(capsys):
@@ -63,7 +63,8 @@ def test_a_design_is_printed_as_it_would_be_carried_out(capsys):
         (["--preset", "mini", "--config", "paper_ablate_72b"], "say what to compare"),
         (["--preset", "maxi"], "--preset maxi: neither a file nor a preset; there are mini, mini_smoke, paper_ablate_72b"),
         (["--preset", "mini", "--set", "lora"], "--set lora: expected a setting and its value"),
-        (["--preset", "mini", "--set", "cpt.lora.rnk=2"], "rnk"),
+        (["--preset", "mini", "--set", "cpt.lora.rnk=2"], "mini.yaml with --set cpt.lora.rnk=2: .*rnk"),
+        (["--preset", "mini", "--set", "sit=dve"], "mini.yaml with --set sit=dve: .*expected one of 'exam', 'dev'"),
         (["--preset", "mini", "--set", "cpt=3"], "cpt is '3'; expected its settings by name"),
         (["--preset", "mini", "--set", "seeds=3", "seeds.x=2"], "seeds has a value already"),
         (["--preset", "mini", "--set", "seeds=[1"], "the value is no YAML"),
