@@ -22,9 +22,8 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--engine", type=TrainerName, default="jax", help="which engine does the work")
     parser.add_argument("--seeds", type=int | None, default=None, help="trainings of each row; a study can be given more later")
     parser.add_argument("--out", type=str, default="runs/ablate", help="folder of the study")
-    parser.add_argument(
-        "--set", type=str, nargs="+", action="extend", default=[], help="settings of the design in place of its own: cpt.corpus.length=4096"
-    )
+    settings = "settings of the design in place of its own: cpt.corpus.length=4096"
+    parser.add_argument("--set", type=str, nargs="+", action="extend", default=[], help=settings)
     parser._print_config = None  # the design is printed by this command, not by the parser, which knows its file's name alone
     parser.add_argument("--print_config", action="store_true", help="print the settings of the study and stop")
     parser.add_argument("--join", action="store_true", help="work along with a study that was begun with the same command")

@@ -9,6 +9,7 @@ cd "$root"
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 "$venv/bin/mypy" &  # on one core, the others on the second
 types=$!
+trap 'kill "$types" 2>/dev/null || true' EXIT  # where another check fails first, nothing is left running
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/lint-imports"
