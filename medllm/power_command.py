@@ -1,4 +1,4 @@
-"""``medllm power``: how many problems and trainings it takes to see a difference of two models' scores."""
+"""``medllm power``: how many problems and trainings show a difference of two models' scores, or that there is none."""
 
 from __future__ import annotations
 
@@ -30,12 +30,23 @@ def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--spread", type=float, default=0.0, help="standard deviation of a score over trainings, beyond that chance"
     )
+    parser.add_argument("--paired", action="store_true", help="compared training by training, as medllm ablate does")
+    parser.add_argument(
+        "--margin", type=float | None, default=None, help="to be shown is that the difference, such as 0, is within this"
+    )
     parser.add_argument("--power", type=float, default=0.8, help="how often the difference is to be found")
     parser.add_argument("--alpha", type=float, default=0.05, help="size of the test")
 
 
 def _run(values: Any) -> dict[str, Any]:
-    from medllm.report.power import Design, independent_discordance, power, problems_needed, smallest_difference
+    from medllm.report.power import (
+        Design,
+        independent_discordance,
+        power,
+        problems_needed,
+        smallest_difference,
+        smallest_margin,
+    )
 
     if not values.alpha < values.power < 1:
         raise UserError(f"--power is {values.power}; expected a chance between --alpha and 1, such as 0.8")
@@ -47,7 +58,10 @@ def _run(values: Any) -> dict[str, Any]:
         values.spread,
         values.problems,
         alpha=values.alpha,
+        paired=values.paired,
+        margin=values.margin,
     )
+    smallest = ("difference", smallest_difference) if values.margin is None else ("margin", smallest_margin)
     rows = []
     for trainings in values.trainings:
         planned = replace(design, trainings=trainings)
@@ -56,7 +70,7 @@ def _run(values: Any) -> dict[str, Any]:
                 "trainings": trainings,
                 "power": power(planned),
                 "problems_needed": problems_needed(planned, values.power),
-                "smallest_difference": smallest_difference(planned, values.power),
+                f"smallest_{smallest[0]}": smallest[1](planned, values.power),
             }
         )
         say(_words(rows[-1], design, values.power))
@@ -68,11 +82,16 @@ def _run(values: Any) -> dict[str, Any]:
 def _words(row: Mapping[str, Any], design: Design, wanted: float) -> str:
     """A row in a line."""
     many = "1 training" if row["trainings"] == 1 else f"{row['trainings']} trainings"
-    needed, smallest, sought = row["problems_needed"], row["smallest_difference"], f"{design.difference:+.3f}"
-    least = "no difference" if smallest is None else f"{smallest:.3f} or more"
+    needed = row["problems_needed"]
+    if design.margin is None:
+        kind, sought = "difference", f"for {design.difference:+.3f}"
+    else:
+        kind, sought = "margin", f"that {design.difference:+.3f} is within {design.margin:.3f}"
+    smallest = row[f"smallest_{kind}"]
+    least = f"no {kind}" if smallest is None else f"{'' if design.margin is None else 'a margin of '}{smallest:.3f} or more"
     takes = "no number of problems gives" if needed is None else f"{needed:,} problems give"
-    now = f"{row['power']:.0%} for {sought}, {wanted:.0%} for {least}"
-    return f"power: {many}, {design.problems:,} problems: {now}; {takes} {wanted:.0%} for {sought}"
+    now = f"{row['power']:.0%} {sought}, {wanted:.0%} for {least}"
+    return f"power: {many}, {design.problems:,} problems: {now}; {takes} {wanted:.0%} {sought}"
 
 
 POWER = Command("how many problems and trainings show a difference", _arguments, _run)

@@ -34,6 +34,10 @@ class Stored(NamedTuple):
         """Tokens there is room for."""
         return self.keys.shape[-1]
 
+    def first(self, tokens: int) -> Stored:
+        """Those of the first tokens alone."""
+        return Stored(self.keys[..., :tokens], self.values[..., :tokens, :])
+
 
 class _Softmax(NamedTuple):
     """A softmax before its normalization: exp(score - largest), summed, and summed with the values."""

@@ -101,7 +101,7 @@ class Decoder:
         self._graph, self.state = nnx.split(model)
         self._prefix = jax.jit(self._prefix_stored)
         self._fill = jax.jit(self._filled, donate_argnums=(1,))
-        self._extend = jax.jit(self._extended, static_argnums=(3,), donate_argnums=(1,))
+        self._extend = jax.jit(self._extended, static_argnums=(3, 5), donate_argnums=(1,))
         self._keep = jax.jit(_kept)
         self._empty = jax.jit(self._emptied, static_argnums=(0, 1))
 
@@ -121,20 +121,30 @@ class Decoder:
         """Some rows of ``slots``, in the order given."""
         return self._keep(slots, jnp.asarray(rows, jnp.int32))
 
-    def extend(self, slots: Slots, prefix: Stored | None, sampling: Sampling) -> tuple[Slots, Int[Array, "b chunk"]]:
+    def extend(
+        self, slots: Slots, prefix: Stored | None, sampling: Sampling, stored: int | None = None
+    ) -> tuple[Slots, Int[Array, "b chunk"]]:
         """Up to a chunk of tokens more for each unfinished row of ``slots`` (donated), and those tokens.
 
         A row finishes at an end token, or one token beyond ``max_new_tokens``, which says that it is not the end. An end
         token stands where nothing was generated.
+
+        Args:
+            slots: The rows.
+            prefix: What all of them begin with.
+            sampling: How tokens are drawn.
+            stored: No unfinished row has more own tokens, and none behind these is read. Each number is compiled; None for
+                all there is room for.
         """
-        return self._extend(self.state, slots, prefix, _drawing(sampling), sampling.max_new_tokens + 1)
+        room = slots.own.length if stored is None else stored
+        return self._extend(self.state, slots, prefix, _drawing(sampling), sampling.max_new_tokens + 1, room)
 
     def trace(self, state: nnx.State, slots: Any, fill: Any, sampling: Sampling) -> tuple[jax.stages.Traced, jax.stages.Traced]:
         """:meth:`fill` and :meth:`extend` without a prefix, traced and ready to lower; of all arrays the shapes suffice."""
         most = sampling.max_new_tokens + 1
         return (
             self._fill.trace(state, slots, None, fill),
-            self._extend.trace(state, slots, None, _drawing(sampling), most),
+            self._extend.trace(state, slots, None, _drawing(sampling), most, slots.own.length),
         )
 
     def _emptied(self, rows: int, length: int) -> Slots:
@@ -185,7 +195,7 @@ class Decoder:
         return _placed(filled)
 
     def _extended(
-        self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling, most: Int[Array, ""]
+        self, state: nnx.State, slots: Slots, prefix: Stored | None, sampling: Sampling, most: Int[Array, ""], stored: int
     ) -> tuple[Slots, Int[Array, "b chunk"]]:
         model = nnx.merge(self._graph, state)
         slots = _placed(slots)
@@ -198,7 +208,8 @@ class Decoder:
             token = jnp.where(slots.finished, self.ends[0], choose(model.logits(slots.hidden), uniform).astype(jnp.int32))
 
             def context(layer: tuple[Stored | None, Stored, Stored]) -> Stepping:
-                return Stepping(*layer, length, column, self.config.window)
+                prefix, own, recent = layer
+                return Stepping(prefix, own.first(stored), recent, length, column, self.config.window)
 
             positions = (_size(prefix) + length + column)[:, None]
             cache = (prefix, own, recent)

@@ -34,6 +34,8 @@ from medllm.host.progress import Progress
 
 _PREFILL_SIZES = 4
 """Padded lengths of prompts that are read into the slots of one queue; each is compiled."""
+_PIECE, _PIECES = 128, 4
+"""Steps read a row's own tokens in pieces of at least so many, and are compiled for so many numbers of pieces at most."""
 _WORTH = 32
 """Prompt tokens that are read in the time of one step of generation, roughly: what a queue of its own may cost."""
 
@@ -123,10 +125,14 @@ class _Queue:
         lengths = [len(self.prompts[request.prompt]) for request in self.requests]
         sizes = buckets(lengths, at_most=_PREFILL_SIZES)
         new = -(-self.sampling.max_new_tokens // MULTIPLE) * MULTIPLE
-        slots = self.decoder.empty(self.batch, sizes[-1] + new)
+        room = sizes[-1] + new
+        piece = max(_PIECE, -(-room // (_PIECES * MULTIPLE)) * MULTIPLE)
+        pieces = (*range(piece, room, piece), room)
+        slots = self.decoder.empty(self.batch, room)
         while self.waiting < len(self.requests) or self.active:
             slots = self._shrink(self._refill(slots, sizes))
-            slots, written = self.decoder.extend(slots, self.prefix, self.sampling)
+            longest = max(len(self.prompts[request.prompt]) + len(self.tokens[row]) for row, request in self.active.items())
+            slots, written = self.decoder.extend(slots, self.prefix, self.sampling, round_up(longest, pieces))
             ended = list(self._read(np.asarray(written)))
             if ended:
                 slots = _finish(slots, [row for row, _, _ in ended])

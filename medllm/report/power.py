@@ -1,4 +1,4 @@
-"""How many problems and trainings it takes to see a difference.
+"""How many problems and trainings it takes to see a difference, or to see that there is none.
 
 What is asked is the power of :func:`medllm.report.nested.nested_comparison`: of one training of each model over problems, of
 several over both. With ψ the share of problems on which one training of each model part, χ the share on which two trainings
@@ -8,8 +8,11 @@ over S trainings and n problems has the variance
     V = (ψ − δ² − χ + χ/S)/n + 2τ²/S
 
 (McNemar's ψ − δ² in its first term; Connor 1987). Of one training the last term is not seen, and the answer is of these two
-trainings alone. What the test sees of the trainings has S − 1 degrees of freedom a model; its critical value is averaged over
-what it may see.
+trainings alone. What the test sees of the trainings has S − 1 degrees of freedom a model, and S − 1 in all where it compares
+training by training; its critical value is averaged over what it may see.
+
+That a difference lies within a margin is shown by two tests, one-sided, against either end of it (Schuirmann 1987;
+:func:`medllm.report.nested.equivalence`): by an interval of confidence 1 − 2α inside the margin.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Design:
         spread: τ, the standard deviation of a model's score over its trainings, without what is chance in single answers.
         problems: That both answer, of equal points.
         trainings: Of each model.
-        alpha: Size of the two-sided test.
+        alpha: Size of the two-sided test, or of each of the two one-sided ones.
+        paired: Training by training, as ``medllm ablate`` compares; else the two were trained apart.
+        margin: What is to be shown is that the difference lies within it; None: that there is one.
 
     Raises:
         UserError: no such models are possible.
@@ -52,10 +57,16 @@ class Design:
     problems: int = 2000
     trainings: int = 1
     alpha: float = 0.05
+    paired: bool = False
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if not 0 < abs(self.difference) < 1:
+        if self.margin is not None and not abs(self.difference) < self.margin < 1:
+            raise UserError(
+                f"--margin is {self.margin}; expected one below 1 that the difference, {self.difference}, lies within"
+            )
+        if self.margin is None and not 0 < abs(self.difference) < 1:
             raise UserError(f"--difference is {self.difference}; expected a difference of scores, such as 0.03")
         if not abs(self.difference) <= self.discordance <= 1:
             raise UserError(
@@ -87,21 +98,24 @@ def independent_discordance(score: float, difference: float) -> float:
 
 
 def power(design: Design) -> float:
-    """The chance that the test finds the difference."""
+    """The chance that the test finds the difference, or that there is none beyond the margin."""
     problems, trainings = design.problems, design.trainings
     lasting = design.discordance - design.difference**2 - design.chance
     over_problems = (lasting + design.chance / trainings) / problems
+    alpha = design.alpha if design.margin is None else 2 * design.alpha
     if trainings == 1:
-        critical = np.array([stats.norm.ppf(1 - design.alpha / 2) * np.sqrt(over_problems)])
-        return _found(design.difference, critical, over_problems)
+        critical = np.array([stats.norm.ppf(1 - alpha / 2) * np.sqrt(over_problems)])
+        return _found(design, critical, over_problems)
     of_trainings, by_chance = 2 * design.spread**2 / trainings, design.chance / (problems * trainings)
-    # What the test may see of the trainings of either model, and Welch's degrees of freedom of the two together.
-    share = stats.chi2.ppf((np.arange(_SEEN) + 0.5) / _SEEN, trainings - 1) / (trainings - 1) / 2
-    first, second = (pair.ravel() for pair in np.meshgrid(share, share))
-    freedom = (trainings - 1) * (first + second) ** 2 / (first**2 + second**2)
-    seen = beyond_chance((first + second) * (of_trainings + by_chance), by_chance, freedom)
-    critical = _critical(over_problems, seen, freedom, design.alpha)
-    return _found(design.difference, critical, over_problems + of_trainings)
+    # What the test may see of the trainings: of their differences, or of either model, with Welch's degrees of freedom of both.
+    share = stats.chi2.ppf((np.arange(_SEEN) + 0.5) / _SEEN, trainings - 1) / (trainings - 1)
+    freedom = np.full(_SEEN, trainings - 1.0)
+    if not design.paired:
+        first, second = (pair.ravel() / 2 for pair in np.meshgrid(share, share))
+        share = first + second
+        freedom = (trainings - 1) * share**2 / (first**2 + second**2)
+    seen = beyond_chance(share * (of_trainings + by_chance), by_chance, freedom)
+    return _found(design, _critical(over_problems, seen, freedom, alpha), over_problems + of_trainings)
 
 
 def problems_needed(design: Design, wanted: float) -> int | None:
@@ -126,6 +140,16 @@ def smallest_difference(design: Design, wanted: float) -> float | None:
     return float(optimize.brentq(missing, 1e-6, largest, xtol=1e-4)) if missing(largest) >= 0 else None
 
 
+def smallest_margin(design: Design, wanted: float) -> float | None:
+    """The smallest margin within which the difference is shown with a power of ``wanted``; None where none below 1 is."""
+
+    def missing(margin: float) -> float:
+        return power(replace(design, margin=margin)) - wanted
+
+    least, most = abs(design.difference) + 1e-6, 1 - 1e-6
+    return float(optimize.brentq(missing, least, most, xtol=1e-4)) if missing(most) >= 0 else None
+
+
 def _critical(over_problems: float, of_trainings: np.ndarray, freedom: np.ndarray, alpha: float) -> np.ndarray:
     """What a difference has to exceed: the quantile of a normal plus a Student's t, by bisection."""
     levels = 0.5 + (np.arange(_QUANTILES) + 0.5) / _QUANTILES / 2  # the other half is its mirror image
@@ -140,7 +164,11 @@ def _critical(over_problems: float, of_trainings: np.ndarray, freedom: np.ndarra
     return high
 
 
-def _found(difference: float, critical: np.ndarray, variance: float) -> float:
-    scale = np.sqrt(variance)
-    tails = stats.norm.sf((critical - abs(difference)) / scale) + stats.norm.cdf((-critical - abs(difference)) / scale)
+def _found(design: Design, critical: np.ndarray, variance: float) -> float:
+    scale, difference = np.sqrt(variance), abs(design.difference)
+    if design.margin is not None:
+        room = design.margin - critical  # a difference seen within it is shown to lie within the margin
+        inside = stats.norm.cdf((room - difference) / scale) - stats.norm.cdf((-room - difference) / scale)
+        return float(np.maximum(0.0, inside).mean())
+    tails = stats.norm.sf((critical - difference) / scale) + stats.norm.cdf((-critical - difference) / scale)
     return float(tails.mean())

@@ -12,6 +12,7 @@ from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jax_medllm.generate import queue
 from jax_medllm.generate.cached_decoder import CHUNK, Decoder, Fill
 from jax_medllm.generate.queue import generate
 from jax_medllm.generate.sampling import sample_tokens
@@ -75,8 +76,10 @@ def plain_greedy(scores, prompt, count):
     return tuple(tokens[len(prompt) :]), "stop" if token == END else "length"
 
 
-@pytest.mark.parametrize("batch_size", [2, 32])
-def test_greedy_text_is_that_of_a_loop_without_cache(decoder, prompts, scores, batch_size):
+@pytest.mark.parametrize(("batch_size", "piece"), [(2, 128), (32, 128), (32, 32)])
+def test_greedy_text_is_that_of_a_loop_without_cache(monkeypatch, decoder, prompts, scores, batch_size, piece):
+    """In pieces of 32 the rows' own tokens, first 6 to 26 and then as many as 45, are read up to 32 and later whole."""
+    monkeypatch.setattr(queue, "_PIECE", piece)
     generations = generate(decoder, prompts, Sampling(max_new_tokens=19), text_of, batch_size)
     expected = [plain_greedy(scores, prompt, 19) for prompt in prompts]
     assert [(generation.tokens, generation.finish) for (generation,) in generations] == expected

@@ -20,10 +20,11 @@ END, WORD = 0, 1
 
 @dataclass(frozen=True)
 class Rows:
-    """What stands in the slots: the tokens left of each row's answer."""
+    """What stands in the slots: the tokens left of each row's answer, and those of its own that are stored."""
 
     left: np.ndarray
     finished: np.ndarray
+    length: np.ndarray
 
 
 @dataclass
@@ -35,32 +36,38 @@ class Counting:
     prefixes: list[int] = field(default_factory=list)
     read: list[tuple[int, ...]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    looked: list[int] = field(default_factory=list)
 
     def prefix(self, tokens):
         self.prefixes.append(len(tokens))
 
     def empty(self, rows, length):
-        return Rows(np.zeros(rows, int), np.ones(rows, bool))
+        return Rows(np.zeros(rows, int), np.ones(rows, bool), np.zeros(rows, int))
 
     def fill(self, slots, prefix, fill):
         self.read.append(fill.prompts.shape)
-        left, finished = slots.left.copy(), np.array(slots.finished)
+        left, finished, length = slots.left.copy(), np.array(slots.finished), slots.length.copy()
         for source, target in zip(fill.source, fill.target, strict=True):
             left[target] = fill.prompts[source, fill.lengths[source] - 1]
             finished[target] = False
-        return Rows(left, finished)
+            length[target] = fill.lengths[source]
+        return Rows(left, finished, length)
 
     def keep(self, slots, rows):
-        return Rows(slots.left[rows], slots.finished[rows])
+        return Rows(slots.left[rows], slots.finished[rows], slots.length[rows])
 
-    def extend(self, slots, prefix, sampling):
+    def extend(self, slots, prefix, sampling, stored):
         self.steps.append(len(slots.left))
+        self.looked.append(stored)
+        assert (slots.length[~slots.finished] <= stored).all(), "what a row has stored is read"
         made = np.where(np.arange(CHUNK) < slots.left[:, None], WORD, END)
-        return Rows(np.maximum(slots.left - CHUNK, 0), slots.finished | (slots.left < CHUNK)), jnp.asarray(made)
+        length = slots.length + np.minimum(slots.left + 1, CHUNK)
+        return Rows(np.maximum(slots.left - CHUNK, 0), slots.finished | (slots.left < CHUNK), length), jnp.asarray(made)
 
 
-def answers(decoder, prompts, batch_size, **sampling):
-    found = generate(decoder, prompts, Sampling(max_new_tokens=5000, **sampling), lambda tokens: "w" * len(tokens), batch_size)
+def answers(decoder, prompts, batch_size, max_new_tokens=5000, **sampling):
+    asked_for = Sampling(max_new_tokens=max_new_tokens, **sampling)
+    found = generate(decoder, prompts, asked_for, lambda tokens: "w" * len(tokens), batch_size)
     return [[len(generation.tokens) for generation in row] for row in found]
 
 
@@ -79,6 +86,18 @@ def test_every_prompt_gets_its_answers_whatever_the_slots(problems, batch_size, 
     prompts = [[7] * header + [i + 100] * own + [length] for i, (own, length) in enumerate(problems)]
     found = answers(Counting(), prompts, batch_size, samples=samples, temperature=1.0)
     assert found == [[length] * samples for _, length in problems]
+
+
+def test_a_step_reads_hardly_more_than_is_stored_and_few_steps_are_compiled():
+    decoder = Counting()
+    answers(decoder, asked([1999, 1999]), 2, max_new_tokens=2000)
+    stored = 10 + CHUNK * np.arange(len(decoder.looked))
+    assert len(set(decoder.looked)) == 4
+    assert (np.array(decoder.looked) - stored).max() < 2000 / 4 + CHUNK + 32
+    assert decoder.looked == sorted(decoder.looked)
+    short = Counting()
+    answers(short, asked([90]), 1, max_new_tokens=90)
+    assert len(set(short.looked)) == 1, "a short text is not worth a second compilation"
 
 
 def test_one_long_answer_holds_up_nothing():

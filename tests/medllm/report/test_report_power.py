@@ -12,8 +12,8 @@ from scipy.optimize import brentq
 
 from medllm.cli import main
 from medllm.errors import UserError
-from medllm.report.nested import nested_comparison
-from medllm.report.power import Design, independent_discordance, power, problems_needed, smallest_difference
+from medllm.report.nested import equivalence, nested_comparison
+from medllm.report.power import Design, independent_discordance, power, problems_needed, smallest_difference, smallest_margin
 from medllm.report.statistics import Bootstrap
 from scripts.calibrate_statistics import Exams
 
@@ -75,6 +75,55 @@ def test_the_test_itself_finds_it_as_often(exams):
     assert found / 250 == pytest.approx(power(design), abs=0.08)  # 2.5 standard errors of 250 draws
 
 
+@pytest.mark.parametrize("exams", [Exams(300, 3, 0.15), Exams(300, 3, 0.0)], ids=["spread", "alike"])
+def test_trainings_compared_one_by_one_find_it_as_often(exams):
+    mean = brentq(lambda mean: exams.truth(mean) - exams.truth() - 0.07, exams.mean, exams.mean + 2)
+    apart, again, spread = discordances(replace(exams, problems=500), mean)
+    design = Design(0.07, apart, again, spread, exams.problems, exams.trainings, paired=True)
+    found = np.mean([one < 0.05 for _, one in comparisons(exams, mean, 250)])
+    assert found == pytest.approx(power(design), abs=0.08)
+    assert power(design) <= power(replace(design, paired=False))
+
+
+def comparisons(exams, mean, count):
+    """Two models' trainings compared one by one on ``count`` exams: how far apart they are, and p."""
+    rng = np.random.default_rng(1)
+    for number in range(count):
+        difficulty = exams.difficulty(rng)
+        first, second = exams.answers(rng, difficulty), exams.answers(rng, difficulty, mean=mean)
+        draw = Bootstrap(resamples=999, seed=number)
+        settings = {"over": "both", "paired_trainings": True, "draw": draw}
+        yield nested_comparison(first, second, np.ones(exams.problems), exams.years, **settings)
+
+
+def test_of_one_training_equivalence_has_a_closed_form():
+    """Schuirmann 1987: 2 Φ(Δ/σ − z) − 1 of two that do not differ; nothing where the margin is narrower than the interval."""
+    design = Design(0.0, 0.12, margin=0.03)
+    scale = np.sqrt(0.12 / 2000)
+    assert power(design) == pytest.approx(2 * stats.norm.cdf(0.03 / scale - stats.norm.ppf(0.95)) - 1, abs=1e-6)
+    assert power(replace(design, margin=0.01)) == 0.0
+    smallest = smallest_margin(design, 0.8)
+    assert smallest == pytest.approx((stats.norm.ppf(0.9) + stats.norm.ppf(0.95)) * scale, abs=2e-4)
+    assert power(replace(design, difference=0.02)) < power(design) / 2
+
+
+@pytest.mark.parametrize("exams", [Exams(600, 3, 0.05), Exams(600, 1)], ids=["thrice", "once"])
+def test_equivalence_is_shown_as_often(exams):
+    apart, again, spread = discordances(replace(exams, problems=500, trainings=max(2, exams.trainings)), exams.mean)
+    once = exams.trainings == 1
+    chance, spread = (0.0, 0.0) if once else (again, spread)
+    design = Design(0.0, apart, chance, spread, exams.problems, exams.trainings, paired=True, margin=0.5)
+    design = replace(design, margin=smallest_margin(design, 0.7))
+    rng, shown = np.random.default_rng(3), 0
+    for number in range(250):
+        difficulty = exams.difficulty(rng)
+        changes = exams.answers(rng, difficulty).astype(float) - exams.answers(rng, difficulty)
+        over, draw = "problems" if once else "both", Bootstrap(resamples=999, seed=number)
+        test = equivalence(changes, np.ones(exams.problems), exams.years, over=over, margin=design.margin, draw=draw)
+        shown += test.holds
+    assert shown / 250 == pytest.approx(power(design), abs=0.08)
+
+
 def test_independent_answers_part_most():
     assert independent_discordance(0.8, 0.05) == pytest.approx(0.8 * 0.15 + 0.85 * 0.2)
     for score, difference in ((0.0, 0.1), (0.9, 0.2), (1.2, -0.5)):
@@ -90,6 +139,7 @@ def test_independent_answers_part_most():
         ({"chance": 0.2}, "--chance is 0.2; expected a share between 0 and 0.119"),
         ({"spread": -0.1}, "--spread is not below 0"),
         ({"trainings": 0}, "--trainings not below 1"),
+        ({"margin": 0.03}, "--margin is 0.03; expected one below 1 that the difference, 0.03, lies within"),
     ],
 )
 def test_models_that_cannot_be_are_refused(wrong, said):
@@ -108,5 +158,16 @@ def test_the_command_says_what_each_number_of_trainings_shows(tmp_path, capsys):
     assert result["rows"][0]["problems_needed"] == 1039
     assert result["rows"][1]["problems_needed"] is None
     assert result["discordance"] == 0.12
+    words = "power --score 0.87 --difference 0 --discordance 0.06 --margin 0.02 --paired --trainings 1 --problems 1000"
+    assert main([*words.split(), "--json", str(tmp_path / "margin.json")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    scale = np.sqrt(0.06 / 1000)
+    expected = 2 * stats.norm.cdf(0.02 / scale - stats.norm.ppf(0.95)) - 1
+    assert said[0].startswith(
+        f"power: 1 training, 1,000 problems: {expected:.0%} that +0.000 is within 0.020, 80% for a margin"
+    )
+    row = json.loads((tmp_path / "margin.json").read_text())["rows"][0]
+    assert row["power"] == pytest.approx(expected, abs=1e-6)
+    assert row["smallest_margin"] == pytest.approx((stats.norm.ppf(0.9) + stats.norm.ppf(0.95)) * scale, abs=2e-4)
     assert main(["power", "--score", "0.87", "--difference", "0.03", "--power", "0.01"]) == 2
     assert "--power is 0.01; expected a chance between --alpha and 1" in capsys.readouterr().err
