@@ -22,6 +22,7 @@ from typing import Any
 
 from medllm.engine import Generation
 from medllm.errors import UserError
+from medllm.facts import read_facts
 from medllm.kept_lines import append_lines, read_lines
 from medllm.model.tokenizer import Prompt
 
@@ -136,7 +137,7 @@ def _kept(row: Any) -> Kept:
     for name in ("problem_id", "prompt", "text", "finish", "stopped"):
         if not isinstance(row[name], str):
             raise TypeError(f"'{name}' is no text")
-    if type(row["sample"]) is not int or not isinstance(row.get("facts", {}), dict):
-        raise TypeError("'sample' is no whole number, or 'facts' are not by name")
+    if type(row["sample"]) is not int:
+        raise TypeError("'sample' is no whole number")
     generation = Generation(row["text"], tuple(row["tokens"]), row["finish"], row["stopped"])
-    return Kept(row["problem_id"], row["sample"], row["prompt"], generation, row.get("facts", {}))
+    return Kept(row["problem_id"], row["sample"], row["prompt"], generation, read_facts(row))

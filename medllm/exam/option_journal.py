@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medllm.errors import UserError
+from medllm.facts import read_facts
 from medllm.kept_lines import append_lines, read_lines
 
 OPTION_JOURNAL = "options.journal"
@@ -97,5 +98,6 @@ class OptionJournal:
 
 
 def _kept(row: Any) -> KeptOption:
-    facts = dict(row.get("facts", {}))
-    return KeptOption(row["problem_id"], int(row["option"]), row["asked"], float(row["nll"]), int(row["tokens"]), facts)
+    return KeptOption(
+        row["problem_id"], int(row["option"]), row["asked"], float(row["nll"]), int(row["tokens"]), read_facts(row)
+    )

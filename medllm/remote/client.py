@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import openai
 
 from medllm.errors import PromptError, UserError
+from medllm.facts import known_facts
 from medllm.model.tokenizer import Prompt
 from medllm.remote.pace import Pace
 from medllm.remote.spending import estimated_tokens
@@ -28,6 +29,8 @@ _USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_act
 _FILTERED = {"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"}
 _SENT_AGAIN = {408, 409, 425}
 _NOT_TAKEN = re.compile("echo|validation error")  # what llama.cpp and llama-cpp-python say with a 500, as if they were ill
+_LEAST, _ROUNDED = -1e30, 1e-3
+"""Log-probabilities lie between: fp32 holds them, and none is above zero but by rounding."""
 _NO_SCORES = "it does not score what it is given (vLLM does; OpenAI, llama.cpp and llama-cpp-python do not)"
 
 
@@ -183,6 +186,8 @@ class Client:
     def _scored(self, reply: Any, tokens: Sequence[int], says: str) -> Scored:
         (choice,) = reply.choices
         found = getattr(choice.logprobs, "token_logprobs", None) or ()
+        if not all(one is None or (type(one) in (int, float) and _LEAST < one <= _ROUNDED) for one in found):
+            raise TypeError("log-probabilities that are none")
         if len(found) not in (len(tokens), len(tokens) + 1) or None in found[1 : len(tokens)]:
             raise UserError(
                 f"{self._where}: gives {len(found)} log-probabilities for {len(tokens)} tokens: {_NO_SCORES}, or "
@@ -228,7 +233,7 @@ class Client:
             raise _Lost(f"no answer ({type(error).__name__})", advice) from None
         except openai.APIStatusError as error:
             raise self._refused(error, request) from None
-        except (openai.APIError, ValueError) as error:
+        except (openai.APIError, ValueError, RecursionError) as error:
             raise _Lost(f"a reply that is broken ({type(error).__name__})", "is this an OpenAI-compatible server?") from None
         try:
             return request.read(reply)
@@ -269,30 +274,30 @@ class Client:
 
 def _response(reply: Any, is_text: bool) -> Response:
     """A reply of the client, read. An attribute or type error where it is none."""
-    used = reply.usage.prompt_tokens if reply.usage else None
-    replies = []
+    facts, replies = _facts(reply), []
     for choice in reply.choices:
         text = choice.text if is_text else choice.message.content
         thought = "" if is_text else getattr(choice.message, "reasoning_content", None)
         refusal = None if is_text else getattr(choice.message, "refusal", None)
         nothing = text is None and choice.finish_reason != "length"
         filtered = choice.finish_reason == "content_filter" or bool(refusal) or nothing
-        replies.append(Reply(_whole(text or ""), choice.finish_reason, used, thought or "", filtered))
+        text, thought = ("" if words is None else _whole(words) for words in (text, thought))
+        replies.append(Reply(text, choice.finish_reason, facts.get("prompt_tokens"), thought, filtered))
     if not replies:
         raise TypeError("no choices")
-    return Response(tuple(replies), _facts(reply))
+    return Response(tuple(replies), facts)
 
 
 def _facts(reply: Any) -> dict[str, Any]:
     """What is recorded of a request."""
     usage = reply.usage
-    facts = {
+    said = {
         "model": reply.model,
         "system_fingerprint": getattr(reply, "system_fingerprint", None),
         "prompt_tokens": usage.prompt_tokens if usage else None,
         "completion_tokens": usage.completion_tokens if usage else None,
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    return known_facts(said)
 
 
 def _whole(text: str) -> str:

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,9 @@ from medllm.stage_config import CorpusConfig
 from medllm.text_files import read_json_object
 from medllm.verify.files import check_files
 from medllm.verify.record import open_record
+from tests.fuzz.format import Damage, Format
 from tests.fuzz.mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_table, damaged_value
+from tests.fuzz.server_replies import REPLIES
 from tests.small_model import small_config
 from tests.written_study import DRAW, write_study
 
@@ -57,27 +58,6 @@ PREFERENCE = {
 }
 TURNS = (Message("system", "簡潔に。"), Message("user", "どれか。"))
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-
-Damage = Callable[[bytes, random.Random], bytes]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A format of users' files.
-
-    Attributes:
-        example: Makes a folder with a good example of it, and of what it is read with.
-        file: The file in that folder which is damaged.
-        read: Reads it as a command does.
-        damages: Ways to damage it besides its bytes.
-        whole: Reads it and does all else that the command does, where that takes longer than a suite of tests has for it.
-    """
-
-    example: Callable[[Path], object]
-    file: str
-    read: Callable[[Path], object]
-    damages: tuple[Damage, ...] = ()
-    whole: Callable[[Path], object] | None = None
 
 
 def _lines(rows: Iterable[object]) -> str:
@@ -322,4 +302,5 @@ FORMATS: Mapping[str, Format] = {
     "run that goes on, metrics.jsonl": Format(
         write_study, "cpt/metrics.jsonl", lambda folder: Metrics(folder / "cpt").forget_after(12), (damaged_lines,)
     ),
+    **REPLIES,
 }

@@ -62,7 +62,7 @@ def outcome(name: str, numbers: range, *, whole: bool = False) -> Outcome:
         kind.example(Path(folder))
         file = Path(folder) / kind.file
         good = file.read_bytes()
-        read(Path(folder))
+        assert read_one(read, Path(folder)) == (REFUSED if kind.refused else READ), f"a good file of {name}"
         for number in numbers:
             file.unlink()  # what an earlier reader has mapped into memory stays as it was
             file.write_bytes(damage(name, number, good))
