@@ -6,10 +6,10 @@
     python scripts/mutate.py --list
 
 A fault is one exact piece of text replaced by another in one file of a copy of the working tree; the tree itself is never
-touched. It is *caught* when a test fails by an assertion, or at an annotation that promises another shape. It is *broken*, and
-counts as not caught, when something else happens: an import that fails, an exception in place of wrong numbers. Without a fault
-the same tests must be green, and every run proves that it imported the product from the copy. The test that caught a fault
-before, by the docs' table, is run first; torch, transformers, TRL and JAX are imported once, and every run is a fork.
+touched. It is *caught* when a test fails by an assertion (or for want of an error it expects), or at an annotation of a shape.
+It is *broken*, and counts as not caught, when something else happens: an import that fails, an exception in place of numbers.
+Without a fault the same tests must be green, and every run proves that it imported the product from the copy. The test that
+caught a fault before, by the docs' table, is run first; torch, transformers, TRL and JAX are imported once.
 
 Exit code: 0 every fault caught, 1 some not, 2 bad usage or tests that are red without a fault.
 """
@@ -248,8 +248,8 @@ class Probe:
         report = yield
         if report.failed:
             assert call.excinfo is not None
-            asserted = call.when == "call" and call.excinfo.errisinstance((AssertionError, TypeCheckError))
-            self._fail(item.nodeid, asserted, call.excinfo.exconly())
+            said = (AssertionError, TypeCheckError, pytest.fail.Exception)  # the last: pytest.raises, where nothing was
+            self._fail(item.nodeid, call.when == "call" and call.excinfo.errisinstance(said), call.excinfo.exconly())
         self.passed += report.passed and call.when == "call"
         return report
 

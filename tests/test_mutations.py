@@ -14,6 +14,7 @@ from scripts.mutate import ROOT, SECTION, read_faults
 
 FAULTS = read_faults()
 TEST = "from medllm.numbers import double\n\ndef test_two():\n    assert double(2) == 4\n"
+REFUSED = "\nimport pytest\n\ndef test_none():\n    with pytest.raises(TypeError):\n        double(None)\n"
 
 
 @pytest.fixture
@@ -80,21 +81,23 @@ def test_a_fault_is_caught_by_an_assertion_and_by_nothing_else(project, tmp_path
     faults = {
         "tripled": ("2 * x", "3 * x"),
         "commuted": ("2 * x", "x * 2"),
+        "accepted": ("2 * x", "2 * x if x else 0"),
         "raises": ("2 * x", "2 * y"),
         "not-importable": ("def double", "import no_such_module; double"),
     }
-    root = project(TEST, faults)
+    root = project(TEST + REFUSED, faults)
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n{SECTION}\n\nWhat it is.\n\n| an | old |\n|---|---|\n\n## More\n\n| a | table |\n")
     ended = mutate("--root", root, "--jobs", 2, "--markdown", "--json", tmp_path / "found.json", "--docs", page)
     found = {verdict["name"]: verdict for verdict in json.loads((tmp_path / "found.json").read_text())}
     verdicts = {"tripled": "caught", "commuted": "survived", "raises": "broken", "not-importable": "broken"}
+    verdicts["accepted"] = "caught"
     assert {name: verdict["verdict"] for name, verdict in found.items()} == verdicts
     assert found["tripled"]["test"] == "parity_tests/test_double.py::test_two"
     assert "NameError" in found["raises"]["message"]
     assert "| tripled | a fault | `medllm/numbers.py` | caught: `test_two` |" in ended.stdout
     assert page.read_text() == f"# Page\n\n{SECTION}\n\nWhat it is.\n\n{ended.stdout}\n## More\n\n| a | table |\n"
-    assert "1 of 4 faults caught" in ended.stderr
+    assert "2 of 5 faults caught" in ended.stderr
     assert ended.returncode == 1
     assert (root / "medllm/numbers.py").read_text().count("2 * x") == 1, "the working tree is as it was"
 
