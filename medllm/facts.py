@@ -33,7 +33,7 @@ def read_facts(row: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _can_be_kept(value: str | int) -> bool:
+def _can_be_kept(value: object) -> bool:
     if isinstance(value, str):  # JSON can hold half of a character, and no file
         return not any("\ud800" <= one <= "\udfff" for one in value)
-    return 0 <= value < _MOST
+    return isinstance(value, int) and 0 <= value < _MOST
