@@ -61,6 +61,7 @@ def _write(reply: dict[str, Any], folder: Path) -> None:
     (folder / REPLY).write_text(json.dumps(reply, ensure_ascii=False), encoding="utf-8")
 
 
+@cache
 def _engine(folder: Path, status: int) -> OpenAIEngine:
     """The engine before a server that answers everything with the file."""
 

@@ -55,9 +55,20 @@ def design(**settings):
     return Design(ModelConfig("base"), ROWS, exams, seeds=3, curate={"problems": ["train.jsonl"]}, **settings)
 
 
-def start(out, *more):
-    words = [sys.executable, "-c", WORKER, str(out), *more]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """``start(out, *more)``: a process of the study, which does not outlive the test."""
+    begun = []
+
+    def process(out, *more):
+        words = [sys.executable, "-c", WORKER, str(out), *more]
+        begun.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield process
+    for one in begun:
+        one.kill()
+        one.communicate()
 
 
 def log(out):
@@ -73,7 +84,7 @@ def wait(holds):
     raise AssertionError("nothing happened")
 
 
-def test_processes_that_join_share_the_jobs_and_a_killed_one_is_made_up_for(tmp_path):
+def test_processes_that_join_share_the_jobs_and_a_killed_one_is_made_up_for(start, tmp_path):
     out = tmp_path / "study"
     processes = [start(out)]
     wait(lambda: len(log(out)) == 1)
@@ -94,7 +105,7 @@ def test_processes_that_join_share_the_jobs_and_a_killed_one_is_made_up_for(tmp_
     assert not (out / ".jobs").exists()
 
 
-def test_a_study_to_join_must_be_there_with_the_same_settings(tmp_path):
+def test_a_study_to_join_must_be_there_with_the_same_settings(start, tmp_path):
     with pytest.raises(UserError, match="nothing was begun here"):
         run_design(design(), "jax", tmp_path / "study", print, join=True)
     assert not (tmp_path / "study").exists()
@@ -105,7 +116,7 @@ def test_a_study_to_join_must_be_there_with_the_same_settings(tmp_path):
         run_design(design(margin=0.03), "jax", tmp_path / "study", print, join=True)
 
 
-def test_a_finished_study_is_given_more_trainings_and_no_fewer(tmp_path):
+def test_a_finished_study_is_given_more_trainings_and_no_fewer(start, tmp_path):
     out = tmp_path / "study"
     (tmp_path / "go").touch()
     assert start(out).wait(60) == 0
