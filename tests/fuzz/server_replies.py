@@ -94,8 +94,8 @@ def _asked_for_scores(status: int, folder: Path) -> None:
         engine.account([one.facts for one in kept])
 
 
-def _replies(reply: dict[str, Any], read: Callable[[Path], object]) -> Format:
-    return Format(partial(_write, reply), REPLY, read, (damaged_json,), refused=reply is _REFUSAL)
+def _replies(reply: dict[str, Any], read: Callable[[Path], object], *, refused: bool = False) -> Format:
+    return Format(partial(_write, reply), REPLY, read, (damaged_json,), refused=refused)
 
 
 TALK = (Message("user", "どれか。"),)
@@ -103,6 +103,6 @@ REPLIES = {
     "server, a text": _replies(_completion(), partial(_asked, "どれか。", 200)),
     "server, a conversation": _replies(_chat(), partial(_asked, TALK, 200)),
     "server, log-probabilities": _replies(_scores(), partial(_asked_for_scores, 200)),
-    "server, a refusal": _replies(_REFUSAL, partial(_asked, TALK, 400)),
-    "server, a refusal to score": _replies(_REFUSAL, partial(_asked_for_scores, 400)),
+    "server, a refusal": _replies(_REFUSAL, partial(_asked, TALK, 400), refused=True),
+    "server, a refusal to score": _replies(_REFUSAL, partial(_asked_for_scores, 400), refused=True),
 }

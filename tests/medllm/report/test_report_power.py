@@ -58,42 +58,25 @@ def discordances(exams, mean, count=600):
     return float(np.mean(apart)), float(np.mean(again)), float(np.sqrt(max(0.0, variance)))
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["apart", "one-by-one"])
 @pytest.mark.parametrize("exams", [Exams(300, 3, 0.15), Exams(300, 3, 0.0), Exams(300, 1)], ids=["spread", "alike", "once"])
-def test_the_test_itself_finds_it_as_often(exams):
+def test_the_test_itself_finds_it_as_often(exams, paired):
     mean = brentq(lambda mean: exams.truth(mean) - exams.truth() - 0.07, exams.mean, exams.mean + 2)
     apart, again, spread = discordances(replace(exams, problems=500, trainings=max(2, exams.trainings)), mean)
     once = exams.trainings == 1
-    design = Design(0.07, apart, 0.0 if once else again, 0.0 if once else spread, exams.problems, exams.trainings)
+    chance, spread = (0.0, 0.0) if once else (again, spread)
+    design = Design(0.07, apart, chance, spread, exams.problems, exams.trainings, paired=paired)
     rng, found = np.random.default_rng(0), 0
+    settings = {"over": "problems" if once else "both", "paired_trainings": paired}
     for number in range(250):
         difficulty = exams.difficulty(rng)
         first, second = exams.answers(rng, difficulty), exams.answers(rng, difficulty, mean=mean)
-        over = "problems" if once else "both"
         draw = Bootstrap(resamples=999, seed=number)
-        found += nested_comparison(first, second, np.ones(exams.problems), exams.years, over=over, draw=draw)[1] < 0.05
-    assert 0.3 < power(design) < 0.95
+        found += nested_comparison(first, second, np.ones(exams.problems), exams.years, draw=draw, **settings)[1] < 0.05
+    of_two_apart = power(replace(design, paired=False))
+    assert 0.3 < of_two_apart < 0.95
+    assert power(design) <= of_two_apart
     assert found / 250 == pytest.approx(power(design), abs=0.08)  # 2.5 standard errors of 250 draws
-
-
-@pytest.mark.parametrize("exams", [Exams(300, 3, 0.15), Exams(300, 3, 0.0)], ids=["spread", "alike"])
-def test_trainings_compared_one_by_one_find_it_as_often(exams):
-    mean = brentq(lambda mean: exams.truth(mean) - exams.truth() - 0.07, exams.mean, exams.mean + 2)
-    apart, again, spread = discordances(replace(exams, problems=500), mean)
-    design = Design(0.07, apart, again, spread, exams.problems, exams.trainings, paired=True)
-    found = np.mean([one < 0.05 for _, one in comparisons(exams, mean, 250)])
-    assert found == pytest.approx(power(design), abs=0.08)
-    assert power(design) <= power(replace(design, paired=False))
-
-
-def comparisons(exams, mean, count):
-    """Two models' trainings compared one by one on ``count`` exams: how far apart they are, and p."""
-    rng = np.random.default_rng(1)
-    for number in range(count):
-        difficulty = exams.difficulty(rng)
-        first, second = exams.answers(rng, difficulty), exams.answers(rng, difficulty, mean=mean)
-        draw = Bootstrap(resamples=999, seed=number)
-        settings = {"over": "both", "paired_trainings": True, "draw": draw}
-        yield nested_comparison(first, second, np.ones(exams.problems), exams.years, **settings)
 
 
 def test_of_one_training_equivalence_has_a_closed_form():
