@@ -196,6 +196,13 @@ def test_samples_have_the_probabilities_the_filters_leave(vocab, temperature, to
     np.testing.assert_allclose(frequencies, kept_by_warpers(logits, temperature, top_k, top_p), atol=2e-4)
 
 
+def test_of_several_likeliest_tokens_the_first_is_taken():
+    logits = np.random.default_rng(0).integers(0, 3, (50, 40)).astype(np.float32)
+    logits[:2] = [[-np.inf] * 40, [0.0] * 40]
+    found = sample_tokens(jnp.asarray(logits), jnp.zeros(50), temperature=0)
+    assert found.tolist() == logits.argmax(-1).tolist()
+
+
 def test_logprobs_of_continuations_are_those_of_the_whole_text_in_the_order_given(model, prompts, scores):
     random = np.random.default_rng(2)
     asked = [
