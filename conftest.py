@@ -35,7 +35,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("XLA_FLAGS", NOT_OPTIMIZED)
 # Tracing makes much that stays: at Python's own threshold an eighth of its time goes to looking for garbage in all there is.
-gc.set_threshold(10_000)
+gc.set_threshold(100_000)
 install_import_hook(modules_with_shapes(), "tests.shape_checks.shapes_checked")
 
 

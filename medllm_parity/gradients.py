@@ -45,8 +45,8 @@ class KeptStates:
         self._folder = Path(folder)
 
     def keep(self, index: int, state: torch.Tensor) -> None:
-        """State before layer ``index``."""
-        np.save(self._folder / f"{index}.npy", state.numpy())
+        """State before layer ``index``; bfloat16, which numpy has not, as float32."""
+        np.save(self._folder / f"{index}.npy", state.to(torch.promote_types(state.dtype, torch.float32)).numpy())
 
     def take(self, index: int) -> torch.Tensor:
         """The same, read back."""

@@ -42,14 +42,31 @@ def check_reference(
     ends = np.cumsum([len(pairs) for _, pairs in plan.problems()])
     kept = np.split(load_file(file)["logprobs"].astype(np.float64), ends[:-1])
     for units, batch, values in zip(plan.steps[step - 1], batches, logprobs, strict=True):
-        assert isinstance(batch, PreferenceMicroBatch)
-        anew, found = batch.sums(values).numpy(), np.concatenate([kept[unit] for unit in units])
-        error = float(np.abs(anew - found).max() / np.abs(anew).max())
+        anew, found = _sums(batch, values), np.concatenate([kept[unit] for unit in units])
+        error = _error(anew, found)
         if not error <= bound.relative:
             names = ", ".join(dict.fromkeys(plan.problems()[unit][0] for unit in units))
             said = f"{file.name} is stale: its numbers of problems {names} are another model's"
             return [Finding(WHAT, "refuted", f"step {step}", said, error, bound.relative, bound.reason)]
     return [Finding(WHAT, "proved", f"step {step}", "", error, bound.relative, bound.reason)]
+
+
+def reference_error(
+    batches: Sequence[MicroBatch], rough: Sequence[torch.Tensor] | None, exact: Sequence[torch.Tensor] | None
+) -> float:
+    """How far sums of log-probabilities that were computed in a run's own type are from those in float64; 0 without any."""
+    if rough is None or exact is None:
+        return 0.0
+    return max(_error(_sums(batch, one), _sums(batch, other)) for batch, one, other in zip(batches, exact, rough, strict=True))
+
+
+def _sums(batch: MicroBatch, logprobs: torch.Tensor) -> np.ndarray:
+    assert isinstance(batch, PreferenceMicroBatch)
+    return batch.sums(logprobs).numpy()
+
+
+def _error(anew: np.ndarray, found: np.ndarray) -> float:
+    return float(np.abs(anew - found).max() / np.abs(anew).max())
 
 
 def _kept(record: Record, plan: Plan) -> Path | None:

@@ -82,7 +82,42 @@ class StepBounds:
     moments: Tolerance | None
     reference: Tolerance
 
+    def widened(self, own: StepErrors) -> StepBounds:
+        """Twice what the run's own type is off in this step, where that is more (as ``AUDIT`` allows)."""
 
+        def wide(bound: Tolerance, error: float) -> Tolerance:
+            if not _ROUGH.factor * error > bound.relative:
+                return bound
+            reason = f"twice what transformers' own modules in the run's type are off in this step, {error:.2g}"
+            return Tolerance(_ROUGH.factor * error, reason, error)
+
+        moments = None if self.moments is None or own.moments > _ROUGHEST else wide(self.moments, own.moments)
+        return StepBounds(wide(self.loss, own.loss), wide(self.norm, own.norm), moments, wide(self.reference, own.reference))
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """How far a step in a run's own type is from float64, measured as :class:`StepBounds` bounds."""
+
+    loss: float
+    norm: float
+    moments: float
+    reference: float
+
+    @property
+    def largest(self) -> float:
+        """Of what is logged or kept as a number."""
+        return max(self.loss, self.norm, self.reference)
+
+    @property
+    def is_too_rough(self) -> bool:
+        """Whether twice that is more than rounding explains, or the gradient's direction is lost (a moment is off by more than
+        its largest number): then no bound would say anything, though a norm be right by luck."""
+        return self.largest > _ROUGHEST or self.moments > 1
+
+
+_ROUGH = AUDIT["bfloat16"]
+_ROUGHEST = _ROUGH.ceiling / _ROUGH.factor
 _NORM, _MOMENTS = "the gradient's error, over all matrices", "running means of the gradient and of its square"
 _LOGPROBS = "log-probabilities summed over a response"
 _WALKED = "as many steps since a known adapter: AdamW's first are close to sign(gradient) · rate, which magnifies rounding"

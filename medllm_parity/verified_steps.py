@@ -32,11 +32,11 @@ from medllm.verify.files import check_adapter_weights
 from medllm.verify.findings import STEPS, Finding, held, refuted_by
 from medllm.verify.record import Record
 from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
-from medllm_parity.exact_step import ExactModel, StepNumbers
-from medllm_parity.kept_reference import check_reference
+from medllm_parity.kept_reference import check_reference, reference_error
+from medllm_parity.layered_step import LayeredModel, StepNumbers
 from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
 from medllm_parity.preference_formulas import FORMULAS
-from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, Tolerance
+from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, StepErrors, Tolerance
 from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
 
 
@@ -195,7 +195,8 @@ class _Walk:
     done: dict[int, StepNumbers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model = ExactModel(self.trained.model, self.trained.frozen, self.trained.reference)
+        parts = self.trained.model, self.trained.frozen, self.trained.reference
+        self.model, self.rough = LayeredModel(*parts), LayeredModel(*parts, exact=False)
         self.lines = {int(line["step"]): line for line in self.record.lines}
         types = self.trained.model
         self.type = "float32" if types.dtype == "float32" and types.quantization == "none" else "bfloat16"
@@ -208,32 +209,35 @@ class _Walk:
             ends[target.start] = max(ends.get(target.start, 0), target.step)
         total, findings = sum(end - start for start, end in ends.items()), []
         for start, end in sorted(ends.items()):
-            state = self.known[start]
+            state: TrainingState | None = self.known[start]
             for step in range(start + 1, end + 1):
                 progress(len(self.done), total)
-                if step in self.done:
-                    state = self.known.get(step, state)
+                state = self.known.get(step - 1, state)
+                if step in self.done or state is None:
                     continue
                 state, found = self._step(state, step)
                 findings += found
         progress(total, total)
         return findings
 
-    def _step(self, state: TrainingState, step: int) -> tuple[TrainingState, list[Finding]]:
+    def _step(self, state: TrainingState, step: int) -> tuple[TrainingState | None, list[Finding]]:
+        """The state after a step, and what was found of it. No state where the run's type is too rough to walk on in."""
         config = self.record.config.optimizer
         batches = self.plan.batches(step)
         adapter = Adapter(self.trained.lora, state.adapter, str(self.folder / "adapter"))
         self.done[step] = numbers = self.model.step(adapter, batches)
         rate = learning_rate(config, len(self.plan.steps), step)
         anew = adamw_step(state, numbers.gradients, config, rate)
-        known = self.known.get(state.step) is state
-        walked = VERIFY[f"{self.type}, walked"]
-        bounds = VERIFY[self.type] if known else walked
-        found = self._against_log(step, bounds if step - 1 in {0, *self.lines} else walked)
-        if numbers.reference is not None:
-            found += check_reference(self.record, self.plan, step, batches, numbers.reference, bounds.reference)
-        if step in self.known:
-            found += self._against_checkpoint(state, anew, self.known[step], bounds)
+        found = self._held_against(state, step, numbers, anew, None)
+        if self.type != "float32" and any(one.status == "refuted" for one in found):
+            own = self._own_errors(state, self.rough.step(adapter, batches), numbers, step)
+            if own.is_too_rough:
+                said = (
+                    f"{self.trained.model.dtype} itself is {own.largest:.2g} off float64 here, in moments {own.moments:.2g}: "
+                    "nothing can be held against it, nor what follows until a known state"
+                )
+                return None, [Finding(STEPS, "not checked", f"step {step}", said)]
+            found = self._held_against(state, step, numbers, anew, own)
         refuted = [one for one in found if one.status == "refuted"]
         if refuted or not found:
             return self.known.get(step, anew), refuted
@@ -241,6 +245,38 @@ class _Walk:
         said = f"from {state.source}: {', '.join(one.what for one in found)}; the closest to its bound is {worst.what}"
         whole = Finding(STEPS, "proved", f"step {step}", said, worst.error, worst.tolerance, worst.reason)
         return self.known.get(step, anew), [whole]
+
+    def _held_against(
+        self, state: TrainingState, step: int, numbers: StepNumbers, anew: TrainingState, own: StepErrors | None
+    ) -> list[Finding]:
+        """A step taken anew against what the run left of it; ``own`` is what the run's type is off, where that was measured."""
+        walked = VERIFY[f"{self.type}, walked"]
+        bounds = VERIFY[self.type] if self.known.get(state.step) is state else walked
+        logged = bounds if step - 1 in {0, *self.lines} else walked
+        if own is not None:
+            bounds, logged = bounds.widened(own), logged.widened(own)
+        found = self._against_log(step, logged)
+        if numbers.reference is not None:
+            batches = self.plan.batches(step)
+            found += check_reference(self.record, self.plan, step, batches, numbers.reference, bounds.reference)
+        if step in self.known:
+            found += self._against_checkpoint(state, anew, self.known[step], bounds)
+        return found
+
+    def _own_errors(self, state: TrainingState, rough: StepNumbers, exact: StepNumbers, step: int) -> StepErrors:
+        """How far the run's own type is from float64 in a step that both were taken in. Of the gradient's norm that is the norm
+        of the difference, which is no smaller than the difference of the norms and is never small by luck."""
+        config = self.record.config.optimizer
+        rate = learning_rate(config, len(self.plan.steps), step)
+        ours, truth = (adamw_step(state, numbers.gradients, config, rate) for numbers in (rough, exact))
+        parts = [(ours.first, truth.first), (ours.second, truth.second)]
+        apart = {name: rough.gradients[name] - gradient for name, gradient in exact.gradients.items()}
+        return StepErrors(
+            loss=abs(rough.terms["loss"] - exact.terms["loss"]) / max(abs(exact.terms["loss"]), 1e-9),
+            norm=global_norm(apart) / max(global_norm(exact.gradients), 1e-30),
+            moments=max(_apart(one[name], other[name]) for one, other in parts for name in other),
+            reference=reference_error(self.plan.batches(step), rough.reference, exact.reference),
+        )
 
     def _against_log(self, step: int, bounds: StepBounds) -> list[Finding]:
         """A line of the log, which tells of one step or of the mean of several."""

@@ -23,6 +23,7 @@ from medllm.corpus.packing import PackedRows
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.stages.cpt import run_cpt
+from medllm_parity.tolerances import StepBounds
 from parity_tests.verified_runs import (
     STEPS,
     TEXTS,
@@ -299,3 +300,38 @@ def test_a_run_in_bf16_on_a_4_bit_base_that_logs_every_other_step_is_proved(give
     assert certificate.verdict == "proved", certificate.headline()
     # A line tells of two steps. The adapter of step 3 is known and not compared: after three steps bf16 has gone its own way.
     assert [one.where for one in proved_steps(certificate)] == ["step 2", "step 4", "step 6"]
+
+
+def rough_inputs(folder: Path, model: Path, scores: float) -> tuple[Path, ModelConfig]:
+    """A model whose attention scores are large: they magnify what bf16 rounds."""
+    given = inputs(folder, model)
+    file = given / "base" / "model.safetensors"
+    tensors = load_file(file)
+    factor = np.float32(np.sqrt(scores))
+    scaled = {name: value * factor for name, value in tensors.items() if name.endswith(("q_proj.weight", "k_proj.weight"))}
+    save_file(tensors | scaled, file, {"format": "pt"})
+    return given, ModelConfig(str(given / "base"), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("stage", "engine"), [("cpt", "torch"), ("rpo", "jax")])
+def test_where_bf16_is_rough_its_own_error_is_measured_and_allowed_for(tiny_model, tmp_path, stage, engine):
+    given, model = rough_inputs(tmp_path / "given", tiny_model(), 9)
+    run = train(stage, engine, given, tmp_path / "run", model=model)
+    certificate = verified(run)
+    assert certificate.verdict == "proved", certificate.headline()
+    assert len(proved_steps(certificate)) == STEPS
+    # Held against the table alone it would not be.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepBounds, "widened", lambda bounds, own: bounds)
+        assert verified(run).verdict == "refuted"
+    # What is tampered with is named all the same.
+    edit_settings(run, lambda plain: plain["lora"].update(alpha=16.0), hide=True)
+    assert any(one.startswith("step 1: gradient norm: ") for one in refuted(verified(run)))
+
+
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_where_bf16_is_all_noise_nothing_is_proved_and_nobody_accused(tiny_model, tmp_path, engine):
+    given, model = rough_inputs(tmp_path / "given", tiny_model(), 4096)
+    certificate = verified(train("cpt", engine, given, tmp_path / "run", model=model))
+    assert certificate.verdict == "nothing proved", certificate.headline()
+    assert any("bfloat16 itself is" in one.said for one in certificate.of("not checked"))

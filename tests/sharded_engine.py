@@ -62,9 +62,12 @@ class Work:
             preferences = tokenize_preferences(engine.tokenizer, self.preferences, config.pairs)
             return read_adapter(engine.train_preferences(preferences, config, opened).adapter).tensors
 
-    def answers(self, mesh: str) -> tuple[list[Any], list[np.ndarray]]:
+    def opened(self, mesh: str) -> JaxEngine:
+        """The model, for answers."""
+        return JaxEngine(self.model, MeshConfig(mesh=mesh) if mesh else None)
+
+    def answers(self, engine: JaxEngine) -> tuple[list[Any], list[np.ndarray]]:
         """Greedy and sampled texts, and log-probabilities of given ones."""
-        engine = JaxEngine(self.model, MeshConfig(mesh=mesh) if mesh else None)
         texts = [
             engine.generate(self.prompts, Sampling(max_new_tokens=12, samples=samples, temperature=temperature), 8)
             for samples, temperature in ((1, 0.0), (2, 1.0))
@@ -82,10 +85,11 @@ def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 def compared(folder: Path, model: ModelConfig, mesh: str) -> dict[str, Any]:
     """What the engine does on ``mesh``, held against what it does on one device."""
     work = Work(folder, model)
-    cpt, rpo, (texts, logprobs) = work.cpt("cpt", ""), work.rpo("rpo", ""), work.answers("")
-    other_texts, other_logprobs = work.answers(mesh)
+    cpt, rpo, (texts, logprobs) = work.cpt("cpt", ""), work.rpo("rpo", ""), work.answers(work.opened(""))
+    spread = work.opened(mesh)
+    other_texts, other_logprobs = work.answers(spread)
     work.cpt("resumed", mesh, steps=2)
-    weights = nnx.state(JaxEngine(model, MeshConfig(mesh=mesh)).model)
+    weights = nnx.state(spread.model)
     return {
         "cpt": apart(cpt, work.cpt("cpt-on-mesh", mesh)),
         "resumed on one device": apart(cpt, work.cpt("resumed", "", resume=True)),

@@ -9,7 +9,7 @@ over S trainings and n problems has the variance
 
 (McNemar's ψ − δ² in its first term; Connor 1987). Of one training the last term is not seen, and the answer is of these two
 trainings alone. What the test sees of the trainings has S − 1 degrees of freedom a model, and S − 1 in all where it compares
-training by training; its critical value is averaged over what it may see.
+training by training; what it takes for the variance, and so its critical value, is averaged over what it may see.
 
 That a difference lies within a margin is shown by two tests, one-sided, against either end of it (Schuirmann 1987;
 :func:`medllm.report.nested.equivalence`): by an interval of confidence 1 − 2α inside the margin.
@@ -23,12 +23,12 @@ import numpy as np
 from scipy import optimize, stats
 
 from medllm.errors import UserError
-from medllm.report.nested import beyond_chance
+from medllm.report.nested import freedom_of, freedom_of_two, total_variance
 
 MOST_PROBLEMS = 1_000_000
 """More than these are none that an exam could have."""
 
-_SEEN, _QUANTILES = 12, 100  # spreads that a test may see, and of Student's t: two digits of a power
+_SEEN = 24  # spreads that a test may see: two digits of a power
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,23 @@ def independent_discordance(score: float, difference: float) -> float:
 def power(design: Design) -> float:
     """The chance that the test finds the difference, or that there is none beyond the margin."""
     problems, trainings = design.problems, design.trainings
-    lasting = design.discordance - design.difference**2 - design.chance
-    over_problems = (lasting + design.chance / trainings) / problems
+    lasting = (design.discordance - design.difference**2 - design.chance) / problems
+    by_chance = design.chance / (problems * trainings)
     alpha = design.alpha if design.margin is None else 2 * design.alpha
     if trainings == 1:
-        critical = np.array([stats.norm.ppf(1 - alpha / 2) * np.sqrt(over_problems)])
-        return _found(design, critical, over_problems)
-    of_trainings, by_chance = 2 * design.spread**2 / trainings, design.chance / (problems * trainings)
-    # What the test may see of the trainings: of their differences, or of either model, with Welch's degrees of freedom of both.
+        seen, freedom = np.array([lasting + by_chance]), np.array([np.inf])
+        return _found(design, stats.t.ppf(1 - alpha / 2, freedom) * np.sqrt(seen), lasting + by_chance)
+    of_trainings = 2 * design.spread**2 / trainings
+    # What the test may see of the trainings: of their differences, or of either model and both together.
     share = stats.chi2.ppf((np.arange(_SEEN) + 0.5) / _SEEN, trainings - 1) / (trainings - 1)
     freedom = np.full(_SEEN, trainings - 1.0)
     if not design.paired:
         first, second = (pair.ravel() / 2 for pair in np.meshgrid(share, share))
-        share = first + second
-        freedom = (trainings - 1) * share**2 / (first**2 + second**2)
-    seen = beyond_chance(share * (of_trainings + by_chance), by_chance, freedom)
-    return _found(design, _critical(over_problems, seen, freedom, alpha), over_problems + of_trainings)
+        share, freedom = first + second, freedom_of_two(first, second, trainings - 1, trainings - 1)
+    seen = share * (of_trainings + by_chance)
+    total = total_variance(lasting, seen)
+    critical = stats.t.ppf(1 - alpha / 2, freedom_of(seen / total, freedom)) * np.sqrt(total)
+    return _found(design, critical, lasting + by_chance + of_trainings)
 
 
 def problems_needed(design: Design, wanted: float) -> int | None:
@@ -148,20 +149,6 @@ def smallest_margin(design: Design, wanted: float) -> float | None:
 
     least, most = abs(design.difference) + 1e-6, 1 - 1e-6
     return float(optimize.brentq(missing, least, most, xtol=1e-4)) if missing(most) >= 0 else None
-
-
-def _critical(over_problems: float, of_trainings: np.ndarray, freedom: np.ndarray, alpha: float) -> np.ndarray:
-    """What a difference has to exceed: the quantile of a normal plus a Student's t, by bisection."""
-    levels = 0.5 + (np.arange(_QUANTILES) + 0.5) / _QUANTILES / 2  # the other half is its mirror image
-    moved = np.sqrt(of_trainings)[:, None] * stats.t.ppf(levels, freedom[:, None])
-    scale = np.sqrt(over_problems)
-    low, high = np.zeros(len(moved)), 10 * scale + moved.max(1)
-    for _ in range(30):
-        middle = (low + high) / 2
-        edges = middle[:, None]
-        beyond = (stats.norm.sf((edges - moved) / scale) + stats.norm.sf((edges + moved) / scale)).mean(1)
-        low, high = np.where(beyond > alpha, middle, low), np.where(beyond > alpha, high, middle)
-    return high
 
 
 def _found(design: Design, critical: np.ndarray, variance: float) -> float:

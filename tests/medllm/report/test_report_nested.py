@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from medllm.errors import UserError
-from medllm.report.nested import equivalence, nested_comparison, nested_estimate, training_spread
+from medllm.report.nested import equivalence, freedom_of, freedom_of_two, nested_comparison, nested_estimate, variance_of
 from medllm.report.statistics import Bootstrap, compare, holm, score_interval
 from medllm.report.statistics import stability as plain_stability
 from scripts.calibrate_statistics import MARGIN, Exams, of_one_training, of_several, rates
@@ -83,34 +83,78 @@ def test_over_trainings_the_interval_is_students(exam):
     difference, p = nested_comparison(first, second, points, years, over="trainings", paired_trainings=True)
     assert difference.value == pytest.approx(pairs.mean())
     assert p == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue, abs=2e-3)
-    assert nested_comparison(first, second, points, over="trainings")[1] == pytest.approx(
-        stats.ttest_ind(second @ points, first @ points, equal_var=False).pvalue, abs=2e-3
-    )
+    welch = stats.ttest_ind(second @ points, first @ points, equal_var=False)
+    own = freedom_of_two((second @ points).var(), (first @ points).var(), 2, 2)
+    found = nested_comparison(first, second, points, over="trainings")[1]
+    assert found == pytest.approx(2 * stats.t.sf(abs(welch.statistic), own), abs=2e-3)
+    assert found < welch.pvalue
 
 
-@pytest.mark.parametrize(("trainings", "kept"), [(3, 0.0), (5, 1 / 2), (9, 3 / 4)])
-def test_the_trainings_part_is_the_variance_component_of_a_two_way_analysis(trainings, kept):
+@pytest.mark.parametrize("trainings", [3, 5, 9])
+def test_variances_add_up_as_in_a_two_way_analysis(trainings):
     rng, exams = np.random.default_rng(8), Exams(300, trainings, 0.2)
     values = exams.answers(rng, exams.difficulty(rng)).astype(float)
     rows, columns, mean = values.mean(1), values.mean(0), values.mean()
     of_trainings = ((rows - mean) ** 2).sum() / (trainings - 1) / trainings
+    of_problems = ((columns - mean) ** 2).sum() / 299 / 300
     rest = ((values - rows[:, None] - columns + mean) ** 2).sum() / ((trainings - 1) * 299) / (300 * trainings)
-    assert of_trainings > rest
-    found = training_spread([values], np.ones(300), within=True)
-    assert found.variance == pytest.approx(of_trainings - kept * rest, rel=0.01)
-    assert found.freedom == trainings - 1
-    assert training_spread([values], np.ones(300), within=False).variance == pytest.approx(of_trainings)
-    # Trainings that differ by less than the chance in their answers differ by nothing.
-    assert training_spread([np.eye(4)], np.ones(4), within=True).variance == 0
+    found = variance_of([values], np.ones(300), of_problems)
+    assert found.trainings == pytest.approx(of_trainings)
+    assert found.chance == pytest.approx(rest, rel=0.01)
+    assert found.total == pytest.approx(of_problems - found.chance + of_trainings)
+    assert found.freedom == trainings - 1 < found.total_freedom
+    interval = nested_estimate(values, np.ones(300), over="both", draw=PERCENTILE)
+    reach = stats.t.ppf(0.975, found.total_freedom) * math.sqrt(found.total)
+    assert half(interval) == pytest.approx(reach, rel=0.1)  # but for the bootstrap's own shape
+    given = variance_of([values], np.ones(300))
+    assert (given.total, given.total_freedom) == pytest.approx((of_trainings, trainings - 1))
 
 
-def test_two_models_add_their_spreads_with_welchs_freedom():
+def test_trainings_that_happen_to_be_level_leave_what_problems_show():
+    found = variance_of([np.eye(4)], np.ones(4), 0.01)
+    assert (found.total, found.total_freedom) == (0.01, math.inf)
+
+
+def test_two_models_add_their_variances():
     rng = np.random.default_rng(3)
     sides = [(rng.random((3, 400)) < rng.normal(0.6, scale, (3, 1))).astype(float) for scale in (0.05, 0.15)]
-    parts = [side.mean(1).var(ddof=1) / 3 for side in sides]
-    found = training_spread(sides, np.ones(400), within=False)
-    assert found.variance == pytest.approx(sum(parts))
-    assert found.freedom == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2))
+    first, second = (side.mean(1).var(ddof=1) / 3 for side in sides)
+    found = variance_of(sides, np.ones(400))
+    assert found.total == pytest.approx(first + second)
+    welchs = 2 * (first + second) ** 2 / (first**2 + second**2)
+    assert welchs < found.freedom <= 4
+    assert variance_of([sides[0], np.tile(sides[1][:1], (3, 1))], np.ones(400)).freedom == pytest.approx(2)
+
+
+def rejected(freedom: int, first: float, second: float, lasting: float, alpha: float = 0.05) -> float:
+    """How often a true difference of zero is rejected, by integration: variances of that size are estimated with so many
+    degrees of freedom each (0: it is known to be none), beside one that is known."""
+    seen = stats.chi2.ppf((np.arange(200) + 0.5) / 200, freedom) / freedom
+    pairs = np.meshgrid(first * seen, second * seen) if second else (first * seen, np.zeros(200))
+    one, other = (side.ravel() for side in pairs)
+    of_both = freedom_of_two(one, other, freedom, freedom) if second else np.full(200, float(freedom))
+    total = lasting + one + other
+    critical = stats.t.ppf(1 - alpha / 2, freedom_of((one + other) / total, of_both)) * np.sqrt(total)
+    return float(2 * stats.norm.sf(critical / math.sqrt(first + second + lasting)).mean())
+
+
+SHARES = (0.05, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "low", "high"), [(1, 0.0005, 0.05), (2, 0.038, 0.061), (4, 0.047, 0.055), (9, 0.049, 0.051)]
+)
+def test_a_test_at_five_percent_rejects_about_five_whatever_part_trainings_have(freedom, low, high):
+    sizes = [rejected(freedom, share, 0.0, 1 - share) for share in SHARES]
+    assert low <= min(sizes)
+    assert max(sizes) <= high + 1e-3
+
+
+@pytest.mark.parametrize(("freedom", "low", "high"), [(2, 0.039, 0.069), (4, 0.047, 0.058)])
+def test_so_does_one_of_two_models_trained_apart(freedom, low, high):
+    sizes = [rejected(freedom, q * share, (1 - q) * share, 1 - share) for q in (0.5, 0.7, 0.9, 0.95) for share in SHARES]
+    assert low <= min(sizes)
+    assert max(sizes) <= high
 
 
 def test_what_problems_share_is_paired():
@@ -140,7 +184,7 @@ def test_over_both_is_wider_than_over_either_part():
     values = exams.answers(rng, exams.difficulty(rng))
     problems, both = (nested_estimate(values, np.ones(500), exams.years, over=over) for over in ("problems", "both"))
     assert half(both) > 1.8 * half(problems)
-    assert half(both) > math.sqrt(training_spread([values], np.ones(500), within=True).variance) * stats.t.ppf(0.975, 2)
+    assert half(both) > math.sqrt(variance_of([values], np.ones(500)).total) * stats.norm.ppf(0.975)
 
 
 def test_equivalence_is_the_two_one_sided_tests(exam):

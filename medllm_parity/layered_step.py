@@ -1,8 +1,8 @@
-"""Loss and gradient of an optimizer step in float64, one layer in memory at a time.
+"""Loss and gradient of an optimizer step, one layer in memory at a time: in float64, or as rough as a run computed.
 
-transformers' own modules, lifted (:mod:`medllm_parity.oracle`), on the weights as the run held them. A layer is read twice: on
-the way forward, and on the way back from the states before it, which wait in a temporary folder (8 bytes · tokens · width a
-layer). The vocabulary's tables are read in slices of rows. The layers of a small model stay.
+transformers' own modules on the weights as the run held them, for float64 lifted (:mod:`medllm_parity.oracle`). A layer is read
+twice: on the way forward, and on the way back from the states before it, which wait in a temporary folder (8 bytes · tokens ·
+width a layer). The vocabulary's tables are read in slices of rows. The layers of a small model stay.
 """
 
 from __future__ import annotations
@@ -49,20 +49,25 @@ class StepNumbers:
     reference: list[torch.Tensor] | None
 
 
-class ExactModel:
-    """The model that a run trained, in float64.
+class LayeredModel:
+    """The model that a run trained.
 
     Args:
         model: Its weights, as the run held them; its adapters are not put on here.
         frozen: Adapters under the trained one.
         reference: Those of the reference, where the loss has one.
+        exact: Compute in float64; else in the run's own type, as transformers rounds.
     """
 
-    def __init__(self, model: ModelConfig, frozen: Sequence[Adapter], reference: Sequence[Adapter] | None):
+    def __init__(
+        self, model: ModelConfig, frozen: Sequence[Adapter], reference: Sequence[Adapter] | None, *, exact: bool = True
+    ):
         self._model = model
         self._directory = ModelDirectory(model.path)
         self._config = read_hf_config(self._directory.path)
         self._dtype = DTYPES[model.dtype]
+        self._exact = exact
+        self.computes = torch.float64 if exact else self._dtype
         self._frozen = list(frozen)
         self._reference = reference
         self._layers = self._directory.architecture.num_layers
@@ -87,10 +92,10 @@ class ExactModel:
 
     def norm(self) -> torch.nn.Module:
         """The last norm."""
-        return torch_norm(self._directory, self._config, self._dtype, lifted=True)
+        return torch_norm(self._directory, self._config, self._dtype, lifted=self._exact)
 
     def table(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The output table in float64: the first row of a slice, and the slice, small enough for the logits of ``rows``."""
+        """The output table: the first row of a slice, and the slice, small enough for the logits of ``rows``."""
         return self._slices(hf_table_name(self._directory.path), rows)
 
     def _slices(self, name: str, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -98,12 +103,12 @@ class ExactModel:
         vocabulary, width = table.shape
         step = max(1, _VALUES // max(width, rows))
         for start in range(0, vocabulary, step):
-            yield start, table.rows(start, min(vocabulary, start + step)).double()
+            yield start, table.rows(start, min(vocabulary, start + step)).to(self.computes)
 
     def _embed(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         width = self._directory.shape(EMBEDDING)[1]
         tokens = [torch.from_numpy(batch.rows.tokens).long() for batch in batches]
-        states = [torch.zeros(*some.shape, width, dtype=torch.float64) for some in tokens]
+        states = [torch.zeros(*some.shape, width, dtype=self.computes) for some in tokens]
         for start, part in self._slices(EMBEDDING, 1):
             for some, state in zip(tokens, states, strict=True):
                 here = (some >= start) & (some < start + len(part))
@@ -133,25 +138,26 @@ class ExactModel:
             layer = self._layer(index, adapters)
             matrices = {name: matrix for name, matrix in layer.lora_matrices().items() if name.endswith(mine)}
             for number, batch in enumerate(batches):
-                inputs = kept.take(index * len(batches) + number).requires_grad_()
+                inputs = kept.take(index * len(batches) + number).to(self.computes).requires_grad_()
                 out = layer.forward(inputs, batch.rows)
                 found = torch.autograd.grad(out, [inputs, *matrices.values()], upstream[number])
                 upstream[number] = found[0]
                 for name, gradient in zip(matrices, found[1:], strict=True):
                     key = _peft_name(index, name)
-                    gradients[key] = gradients.get(key, 0) + gradient.numpy()
+                    gradients[key] = gradients.get(key, 0) + gradient.double().numpy()
             self._drop(layer)
             del layer, matrices
         return gradients
 
     def _layer(self, index: int, adapters: Sequence[Adapter]) -> TorchLayer:
-        """A layer in float64, with the last of the adapters as it is now."""
+        """A layer, with the last of the adapters as it is now."""
         place = (index, adapters is self._reference)
         layer = self._kept.get(place)
         if layer is None:
             quantization = self._model.quantization
             layer = TorchLayer(self._directory, self._config, index, self._dtype, quantization, adapters=adapters)
-            layer.lift()
+            if self._exact:
+                layer.lift()
             if self._keeps:
                 self._kept[place] = layer
         for name, matrix in layer.lora_matrices().items():
@@ -170,7 +176,7 @@ class _Head:
     """Log-probabilities of a step's tokens that count, and the gradient at the last states, a slice of the vocabulary at a
     time."""
 
-    def __init__(self, model: ExactModel, batches: Sequence[MicroBatch], states: Sequence[torch.Tensor]):
+    def __init__(self, model: LayeredModel, batches: Sequence[MicroBatch], states: Sequence[torch.Tensor]):
         self._model, self._states = model, states
         self._counted = [torch.from_numpy(np.pad(batch.counted, ((0, 0), (0, 1)))) for batch in batches]
         norm = model.norm()
@@ -183,7 +189,7 @@ class _Head:
         self._total = torch.full((len(self._hidden),), -torch.inf, dtype=torch.float64)
         picked = torch.zeros(len(self._hidden), dtype=torch.float64)
         for start, table in model.table(len(self._hidden)):
-            logits = self._hidden @ table.T
+            logits = (self._hidden @ table.T).double()
             self._total = torch.logaddexp(self._total, torch.logsumexp(logits, dim=1))
             here = self._here(start, table)
             picked[here] = logits[here, self._targets[here] - start]
@@ -192,16 +198,19 @@ class _Head:
     def gradient(self, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Of Σ weight · log-probability, at each micro-batch's last state: d log p / d h = W[target] − Σᵥ pᵥ W[v]."""
         weight = torch.cat(list(weights))[:, None]
-        found = torch.zeros_like(self._hidden)
+        found = torch.zeros(self._hidden.shape, dtype=torch.float64)
         for start, table in self._model.table(len(self._hidden)):
-            found -= weight * (torch.exp(self._hidden @ table.T - self._total[:, None]) @ table)
-            here = self._here(start, table)
-            found[here] += weight[here] * table[self._targets[here] - start]
-        norm, upstream = self._model.norm(), []
-        for state, some, part in zip(self._states, self._counted, found.split(self._sizes), strict=True):
+            upstream = -weight * torch.exp((self._hidden @ table.T).double() - self._total[:, None])
+            here = self._here(start, table).nonzero()[:, 0]
+            upstream[here, self._targets[here] - start] += weight[here, 0]
+            found += (upstream.to(table.dtype) @ table).double()
+        norm, gradients = self._model.norm(), []
+        for state, some, part in zip(
+            self._states, self._counted, found.to(self._model.computes).split(self._sizes), strict=True
+        ):
             inputs = state.detach().requires_grad_()
-            upstream += torch.autograd.grad(norm(inputs[some]), inputs, part)
-        return upstream
+            gradients += torch.autograd.grad(norm(inputs[some]), inputs, part)
+        return gradients
 
     def _here(self, start: int, table: torch.Tensor) -> torch.Tensor:
         return (self._targets >= start) & (self._targets < start + len(table))
