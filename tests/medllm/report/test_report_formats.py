@@ -13,7 +13,7 @@ from medllm.cli import main
 from medllm.exam.scoring import ProblemResult
 from medllm.report import formats, tables, wording
 from medllm.report.results import Cell, build_table
-from medllm.report.statistics import Bootstrap
+from medllm.report.statistics import Bootstrap, Estimate
 from medllm.report.study import ReportInput
 from tests.written_study import write_study
 
@@ -127,3 +127,8 @@ def test_every_change_has_its_p_alone_and_among_all_of_the_table(table):
 
 def test_without_two_settings_there_is_no_answer():
     assert wording.verdict(build_table([cell("base", PLAIN, 3)], draw=DRAW), {}) == ""
+
+
+@pytest.mark.parametrize(("low", "said"), [(-0.05, True), (-0.0006, True), (-0.0004, False), (0.0, False)])
+def test_a_loss_that_rounds_to_nothing_is_not_spoken_of(low, said):
+    assert ("not excluded" in wording.kept_score(Estimate(0.04, low, 0.089), None)) is said
