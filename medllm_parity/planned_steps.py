@@ -61,16 +61,16 @@ class Plan:
         return 1.0 / sum(len(self._pairs_of(unit)) for micro in units for unit in micro)
 
 
-def plan_cpt(engine: str, rows: PackedRows, training: TrainingConfig) -> Plan:
-    """The steps of continued pretraining."""
+def plan_cpt(engine: str, rows: PackedRows, training: TrainingConfig, processes: int = 1) -> Plan:
+    """The steps of continued pretraining in so many processes."""
     if engine == "jax":
         steps: Sequence[Units] = [step.micro_batches for step in plan_steps(len(rows.tokens), training)]
     else:
-        steps = _trainer_steps(len(rows.tokens), training, training.batch_size, training.accumulation)
+        steps = _trainer_steps(len(rows.tokens), training, training.batch_size, training.accumulation, processes)
     return Plan(engine, steps, rows)
 
 
-def plan_preferences(engine: str, preferences: TokenizedPreferences, recipe: PreferenceRecipe) -> Plan:
+def plan_preferences(engine: str, preferences: TokenizedPreferences, recipe: PreferenceRecipe, processes: int = 1) -> Plan:
     """The steps of preference training: a unit is a problem with all its pairs, or a single pair."""
     whole = engine == "jax" and recipe.pairs.unit == "problem"
     groups = list(preferences.groups) if whole else single_pairs(preferences.groups)
@@ -78,15 +78,18 @@ def plan_preferences(engine: str, preferences: TokenizedPreferences, recipe: Pre
         steps: Sequence[Units] = [step.micro_batches for step in PreferenceData(groups, recipe.training).steps]
     else:
         sizes = micro_batches(recipe, pairs_per_problem=len(groups) / len(preferences.groups))
-        steps = _trainer_steps(len(groups), recipe.training, *sizes)
+        steps = _trainer_steps(len(groups), recipe.training, *sizes, processes)
     return Plan(engine, steps, [(group.problem_id, list(group.pair_tokens())) for group in groups], recipe.loss)
 
 
-def _trainer_steps(units: int, training: TrainingConfig, size: int, accumulation: int) -> list[Units]:
-    """transformers' Trainer: a permutation an epoch, seeded with seed + epoch (accelerate's SeedableRandomSampler)."""
+def _trainer_steps(units: int, training: TrainingConfig, size: int, accumulation: int, processes: int) -> list[Units]:
+    """transformers' Trainer: a permutation an epoch, seeded with seed + epoch (accelerate's SeedableRandomSampler). Of several
+    processes each gets as much: what the last pass lacks is taken from the epoch's beginning (its BatchSamplerShard)."""
     steps: list[Units] = []
     for epoch in range(training.epochs):
         order = torch.randperm(units, generator=torch.Generator().manual_seed(training.seed + epoch)).tolist()
-        micro = [order[start : start + size] for start in range(0, units, size)]
+        while processes > 1 and len(order) % size:
+            order += order[: -len(order) % size]
+        micro = [order[start : start + size] for start in range(0, len(order), size)]
         steps += [micro[start : start + accumulation] for start in range(0, len(micro), accumulation)]
     return steps

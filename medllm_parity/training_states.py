@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +100,15 @@ def planned_length(engine: str, folder: Path) -> int:
 
 def _read_orbax(folder: Path, lora: LoraConfig, where: list[Place]) -> tuple[Tensors, Tensors, Tensors]:
     logging.getLogger("absl").setLevel(logging.ERROR)
+    state, reader = (folder / "state").absolute(), ocp.PyTreeCheckpointer()
     try:
-        with warnings.catch_warnings(action="ignore"):  # that it looks for the shardings in the file
-            arrays: Mapping[str, Any] = ocp.PyTreeCheckpointer().restore((folder / "state").absolute())
+        # Into numpy: the devices that a run was spread over need not be here.
+        plain = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(state).item_metadata.tree)
+        )
+        stacks: Mapping[str, np.ndarray] = reader.restore(state, restore_args=plain)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"checkpoints/{folder.name}: cannot be read ({type(error).__name__})") from error
-
-    stacks = {name: np.asarray(array) for name, array in arrays.items()}
 
     def part(prefix: str) -> Tensors:
         found = {}

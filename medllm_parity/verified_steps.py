@@ -122,10 +122,16 @@ def check_steps(
 
 
 def _plan(record: Record, data: TrainingData) -> Plan:
+    processes = max(_processes(record))
     if data.rows is not None:
-        return plan_cpt(record.engine, data.rows, record.config.training)
+        return plan_cpt(record.engine, data.rows, record.config.training, processes)
     assert data.preferences is not None
-    return plan_preferences(record.engine, data.preferences, record.config)
+    return plan_preferences(record.engine, data.preferences, record.config, processes)
+
+
+def _processes(record: Record) -> set[int]:
+    """In how many processes the sessions of a run trained."""
+    return {int(session.get("processes", 1)) for session in record.sessions} or {1}
 
 
 def _known_states(record: Record, trained: Trained) -> tuple[dict[int, TrainingState], list[Finding]]:
@@ -166,9 +172,10 @@ def _choose(
     one, 0 where none does."""
     lines = [int(line["step"]) for line in record.lines]
     before = dict(zip(lines, [0, *lines], strict=False))
-    several = record.engine == "torch" and any(session.get("processes", 1) != 1 for session in record.sessions)
-    sizes = [sum(map(len, units)) for units in plan.steps] if several else []
-    filled = [step for step, size in enumerate(sizes, 1) if size < sizes[0]]
+    # Several torch processes fill up a step, and one does not: which did is not known where sessions differ.
+    several = record.engine == "torch" and len(_processes(record)) > 1
+    taken = [[unit for micro in step for unit in micro] for step in plan.steps] if several else []
+    filled = [step for step, units in enumerate(taken, 1) if len(set(units)) < len(units)]
     left_out = [int(line["step"]) for line in record.lines if line.get("skipped")] + filled
     targets = []
     total = len(plan.steps)

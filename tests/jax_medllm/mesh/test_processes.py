@@ -24,6 +24,7 @@ from medllm.mini.problems import exam_problems, shot_problems, train_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
 from medllm.model.adapter import read_adapter
+from parity_tests.verified_runs import proved_steps, verified
 from tests.forced_devices import environment
 
 MESH = ("--mesh", "fsdp=4,tensor=2")  # each process holds half of the rows, and half of the weights
@@ -187,6 +188,16 @@ def test_two_processes_train_as_one_and_go_on_with_each_others_checkpoints(expec
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4]
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     assert adapters_apart(folder / expected, folder / found) < 1e-3
+
+
+@pytest.mark.parametrize("run", ["to-two", "two/rpo"])
+def test_steps_of_two_processes_are_proved_in_float64(work, run):
+    folder, _ = work
+    certificate = verified(folder / run, steps=1)
+    assert certificate.verdict == "proved", certificate.headline()
+    last = proved_steps(certificate)[-1]
+    assert last.where == "step 4"
+    assert "loss, gradient norm, learning rate" in last.said
 
 
 def test_two_processes_write_what_one_writes(work):
