@@ -42,11 +42,15 @@ class StepNumbers:
         terms: What is logged of the loss.
         gradients: Of each trained matrix, under PEFT's name.
         reference: Of each micro-batch the reference's log-probabilities where they count; None where the loss has none.
+        logprobs: The model's own.
+        weights: The derivative of the loss at each of those.
     """
 
     terms: dict[str, float]
     gradients: dict[str, np.ndarray]
     reference: list[torch.Tensor] | None
+    logprobs: list[torch.Tensor]
+    weights: list[torch.Tensor]
 
 
 class LayeredModel:
@@ -88,7 +92,7 @@ class LayeredModel:
             terms, weights = _terms(batches, head.logprobs, before)
             upstream = head.gradient(weights)
             gradients = self._backward(adapters, batches, kept, upstream)
-        return StepNumbers(terms, gradients, before)
+        return StepNumbers(terms, gradients, before, head.logprobs, weights)
 
     def norm(self) -> torch.nn.Module:
         """The last norm."""

@@ -66,7 +66,8 @@ def plan_cpt(engine: str, rows: PackedRows, training: TrainingConfig, processes:
     if engine == "jax":
         steps: Sequence[Units] = [step.micro_batches for step in plan_steps(len(rows.tokens), training)]
     else:
-        steps = _trainer_steps(len(rows.tokens), training, training.batch_size, training.accumulation, processes)
+        own = training.batch_size // processes
+        steps = _trainer_steps(len(rows.tokens), training, own, training.accumulation, processes)
     return Plan(engine, steps, rows)
 
 
@@ -77,19 +78,21 @@ def plan_preferences(engine: str, preferences: TokenizedPreferences, recipe: Pre
     if engine == "jax":
         steps: Sequence[Units] = [step.micro_batches for step in PreferenceData(groups, recipe.training).steps]
     else:
-        sizes = micro_batches(recipe, pairs_per_problem=len(groups) / len(preferences.groups))
+        sizes = micro_batches(recipe, len(groups) / len(preferences.groups), processes)
         steps = _trainer_steps(len(groups), recipe.training, *sizes, processes)
     return Plan(engine, steps, [(group.problem_id, list(group.pair_tokens())) for group in groups], recipe.loss)
 
 
-def _trainer_steps(units: int, training: TrainingConfig, size: int, accumulation: int, processes: int) -> list[Units]:
-    """transformers' Trainer: a permutation an epoch, seeded with seed + epoch (accelerate's SeedableRandomSampler). Of several
-    processes each gets as much: what the last pass lacks is taken from the epoch's beginning (its BatchSamplerShard)."""
+def _trainer_steps(units: int, training: TrainingConfig, own: int, accumulation: int, processes: int) -> list[Units]:
+    """transformers' Trainer: a permutation an epoch, seeded with seed + epoch (accelerate's SeedableRandomSampler), of which
+    every process takes ``own`` units at a time. Of several each gets as many: what the last pass lacks is taken from the
+    epoch's beginning (its BatchSamplerShard)."""
     steps: list[Units] = []
+    passes = accumulation * processes
     for epoch in range(training.epochs):
         order = torch.randperm(units, generator=torch.Generator().manual_seed(training.seed + epoch)).tolist()
-        while processes > 1 and len(order) % size:
-            order += order[: -len(order) % size]
-        micro = [order[start : start + size] for start in range(0, len(order), size)]
-        steps += [micro[start : start + accumulation] for start in range(0, len(micro), accumulation)]
+        while processes > 1 and len(order) % (own * processes):
+            order += order[: -len(order) % (own * processes)]
+        micro = [order[start : start + own] for start in range(0, len(order), own)]
+        steps += [micro[start : start + passes] for start in range(0, len(micro), passes)]
     return steps

@@ -115,6 +115,10 @@ class StepErrors:
         its largest number): then no bound would say anything, though a norm be right by luck."""
         return self.largest > _ROUGHEST or self.moments > 1
 
+    def excuses_no(self, loss: float) -> bool:
+        """Whether a relative error of the loss is more than rounding explains, while the type's own is not."""
+        return loss > _ROUGH.ceiling and self.loss <= _ROUGHEST
+
 
 _ROUGH = AUDIT["bfloat16"]
 _ROUGHEST = _ROUGH.ceiling / _ROUGH.factor

@@ -107,7 +107,7 @@ def _read_orbax(folder: Path, lora: LoraConfig, where: list[Place]) -> tuple[Ten
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(state).item_metadata.tree)
         )
         stacks: Mapping[str, np.ndarray] = reader.restore(state, restore_args=plain)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # what it makes of what it cannot read
         raise UserError(f"checkpoints/{folder.name}: cannot be read ({type(error).__name__})") from error
 
     def part(prefix: str) -> Tensors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -131,7 +132,8 @@ def _plan(record: Record, data: TrainingData) -> Plan:
 
 def _processes(record: Record) -> set[int]:
     """In how many processes the sessions of a run trained."""
-    return {int(session.get("processes", 1)) for session in record.sessions} or {1}
+    said = [session.get("processes", 1) for session in record.sessions]
+    return {one if isinstance(one, int) and one > 0 else 1 for one in said} or {1}
 
 
 def _known_states(record: Record, trained: Trained) -> tuple[dict[int, TrainingState], list[Finding]]:
@@ -199,7 +201,8 @@ class _Walk:
     plan: Plan
     known: Mapping[int, TrainingState]
     folder: Path
-    done: dict[int, StepNumbers] = field(default_factory=dict)
+    done: dict[int, tuple[dict[str, float], float]] = field(default_factory=dict)
+    """Of each step that was taken what is logged of its loss, and the norm of its gradient."""
 
     def __post_init__(self) -> None:
         parts = self.trained.model, self.trained.frozen, self.trained.reference
@@ -214,16 +217,19 @@ class _Walk:
         ends: dict[int, int] = {}
         for target in wanted:
             ends[target.start] = max(ends.get(target.start, 0), target.step)
-        total, findings = sum(end - start for start, end in ends.items()), []
+        walks: list[tuple[int, int]] = []
         for start, end in sorted(ends.items()):
+            begun = walks.pop() if walks and start < walks[-1][1] else (start, end)
+            walks.append((begun[0], max(begun[1], end)))  # one that begins on the way of another is part of it
+        total, findings = sum(end - start for start, end in walks), []
+        for start, end in walks:
             state: TrainingState | None = self.known[start]
             for step in range(start + 1, end + 1):
                 progress(len(self.done), total)
                 state = self.known.get(step - 1, state)
-                if step in self.done or state is None:
-                    continue
-                state, found = self._step(state, step)
-                findings += found
+                if state is not None:
+                    state, found = self._step(state, step)
+                    findings += found
         progress(total, total)
         return findings
 
@@ -232,7 +238,8 @@ class _Walk:
         config = self.record.config.optimizer
         batches = self.plan.batches(step)
         adapter = Adapter(self.trained.lora, state.adapter, str(self.folder / "adapter"))
-        self.done[step] = numbers = self.model.step(adapter, batches)
+        numbers = self.model.step(adapter, batches)
+        self.done[step] = numbers.terms, global_norm(numbers.gradients)
         rate = learning_rate(config, len(self.plan.steps), step)
         anew = adamw_step(state, numbers.gradients, config, rate)
         found = self._held_against(state, step, numbers, anew, None)
@@ -243,7 +250,7 @@ class _Walk:
                     f"{self.trained.model.dtype} itself is {own.largest:.2g} off float64 here, in moments {own.moments:.2g}: "
                     "nothing can be held against it, nor what follows until a known state"
                 )
-                return None, [Finding(STEPS, "not checked", f"step {step}", said)]
+                return None, [*_beyond_noise(found, own), Finding(STEPS, "not checked", f"step {step}", said)]
             found = self._held_against(state, step, numbers, anew, own)
         refuted = [one for one in found if one.status == "refuted"]
         if refuted or not found:
@@ -271,15 +278,19 @@ class _Walk:
         return found
 
     def _own_errors(self, state: TrainingState, rough: StepNumbers, exact: StepNumbers, step: int) -> StepErrors:
-        """How far the run's own type is from float64 in a step that both were taken in. Of the gradient's norm that is the norm
-        of the difference, which is no smaller than the difference of the norms and is never small by luck."""
+        """How far the run's own type is from float64 in a step that both were taken in.
+
+        Nothing is small by luck: of the gradient's norm that is the norm of the difference, which is no smaller than the
+        difference of the norms; the loss has beside its difference what its tokens' would scatter by.
+        """
         config = self.record.config.optimizer
         rate = learning_rate(config, len(self.plan.steps), step)
         ours, truth = (adamw_step(state, numbers.gradients, config, rate) for numbers in (rough, exact))
         parts = [(ours.first, truth.first), (ours.second, truth.second)]
         apart = {name: rough.gradients[name] - gradient for name, gradient in exact.gradients.items()}
+        loss = abs(rough.terms["loss"] - exact.terms["loss"]) + _scatter(rough, exact)
         return StepErrors(
-            loss=abs(rough.terms["loss"] - exact.terms["loss"]) / max(abs(exact.terms["loss"]), 1e-9),
+            loss=loss / max(abs(exact.terms["loss"]), 1e-9),
             norm=global_norm(apart) / max(global_norm(exact.gradients), 1e-30),
             moments=max(_apart(one[name], other[name]) for one, other in parts for name in other),
             reference=reference_error(self.plan.batches(step), rough.reference, exact.reference),
@@ -295,12 +306,11 @@ class _Walk:
         if any(one not in self.done for one in told):
             return []
         numbers = [self.done[one] for one in told]
-        means = {name: float(np.mean([one.terms[name] for one in numbers])) for name in numbers[0].terms}
-        norms = [global_norm(one.gradients) for one in numbers]
+        loss, norms = float(np.mean([terms["loss"] for terms, _ in numbers])), [norm for _, norm in numbers]
         norm = norms[-1] if self.record.engine == "torch" else float(np.mean(norms))
         where = f"step {step}" if len(told) == 1 else f"steps {told[0]} to {step}"
         data = self.plan.named(step)
-        found = [self._number("loss", where, line.get("loss"), means["loss"], bounds.loss, data)]
+        found = [self._number("loss", where, line.get("loss"), loss, bounds.loss, data)]
         found.append(self._number("gradient norm", where, line.get("grad_norm"), norm, bounds.norm, data))
         config = self.record.config.optimizer
         rate = learning_rate(config, len(self.plan.steps), step)
@@ -343,6 +353,23 @@ def _worst_of(what: str, where: str, errors: Mapping[str, float], bound: Toleran
     ok = errors[name] <= bound.relative
     said = "" if ok else f"{name} is not what the step makes of it"
     return Finding(what, "proved" if ok else "refuted", where, said, errors[name], bound.relative, bound.reason)
+
+
+def _scatter(rough: StepNumbers, exact: StepNumbers) -> float:
+    """The standard deviation of a loss whose log-probabilities are off by chance as much as these, each for itself."""
+    parts = zip(exact.weights, rough.logprobs, exact.logprobs, strict=True)
+    return math.sqrt(sum(float((weight * (one - other)).square().sum()) for weight, one, other in parts))
+
+
+def _beyond_noise(found: Sequence[Finding], own: StepErrors) -> list[Finding]:
+    """What is refuted though a step's type is too rough to take it in: what needs no gradient, what is missing, and a loss that
+    is further off than any rounding."""
+    return [
+        one
+        for one in found
+        if one.status == "refuted"
+        and (one.what in ("update", "learning rate") or one.error is None or (one.what == "loss" and own.excuses_no(one.error)))
+    ]
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:

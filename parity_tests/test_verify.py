@@ -23,7 +23,9 @@ from medllm.corpus.packing import PackedRows
 from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.stages.cpt import run_cpt
-from medllm_parity.tolerances import StepBounds
+from medllm.verify.findings import Finding
+from medllm_parity.tolerances import StepBounds, StepErrors
+from medllm_parity.verified_steps import _beyond_noise
 from parity_tests.verified_runs import (
     STEPS,
     TEXTS,
@@ -300,6 +302,29 @@ def test_a_run_in_bf16_on_a_4_bit_base_that_logs_every_other_step_is_proved(give
     assert certificate.verdict == "proved", certificate.headline()
     # A line tells of two steps. The adapter of step 3 is known and not compared: after three steps bf16 has gone its own way.
     assert [one.where for one in proved_steps(certificate)] == ["step 2", "step 4", "step 6"]
+
+
+def test_a_walk_that_begins_on_the_way_of_another_goes_on_from_there(given, tmp_path):
+    """Lines tell of two steps and checkpoints are three apart: to step 6 it is walked from 3, and to step 4 from 0."""
+    training = dataclasses.replace(TRAINING, log_every=2, checkpoint_every=3)
+    certificate = verified(train("cpt", "torch", given, tmp_path / "run", training=training))
+    assert certificate.verdict == "proved", certificate.headline()
+    assert [one.where for one in proved_steps(certificate)] == [f"step {number}" for number in (2, 3, 4, 6)]
+
+
+def test_noise_excuses_nothing_that_needs_no_gradient_nor_a_loss_far_beyond_it():
+    own = StepErrors(loss=0.01, norm=0.6, moments=3.0, reference=0.0)
+    refuted_ones = [
+        Finding("loss", "refuted", error=0.2),
+        Finding("loss", "refuted", error=0.7),
+        Finding("gradient norm", "refuted", error=2.0),
+        Finding("gradient norm", "refuted"),
+        Finding("learning rate", "refuted", error=0.1),
+        Finding("update", "refuted", error=0.1),
+        Finding("update", "proved", error=0.0),
+    ]
+    assert _beyond_noise(refuted_ones, own) == [refuted_ones[number] for number in (1, 3, 4, 5)]
+    assert _beyond_noise(refuted_ones[:2], dataclasses.replace(own, loss=0.4)) == []
 
 
 def rough_inputs(folder: Path, model: Path, scores: float) -> tuple[Path, ModelConfig]:

@@ -176,7 +176,7 @@ def _round_reference(model: peft.PeftModel) -> None:
             parameter.data = parameter.data.to(model.get_parameter(name.replace(".ref.", ".default.")).dtype)
 
 
-def micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float) -> tuple[int, int]:
+def micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float, processes: int | None = None) -> tuple[int, int]:
     """(pairs of one forward pass of one process, accumulation).
 
     TRL trains on single pairs: a batch counted in problems becomes their average number of pairs. And its SFT term is a mean
@@ -184,10 +184,10 @@ def micro_batches(recipe: PreferenceRecipe, pairs_per_problem: float) -> tuple[i
     that is the mean over the response's own tokens, and the mean over micro-batches is Pang et al.'s: so ``sequence`` puts
     the batch into accumulation.
     """
-    training, share = recipe.training, process_count()
+    training, share = recipe.training, processes or process_count()
     pairs = training.batch_size
     if recipe.pairs.unit == "problem":
         pairs = share * max(1, round(pairs * pairs_per_problem / share))
     if recipe.loss.nll_reduction == "sequence":
-        return 1, per_process(pairs, "--training.batch_size (in pairs)") * training.accumulation
-    return per_process(pairs, "--training.batch_size (in pairs)"), training.accumulation
+        return 1, per_process(pairs, "--training.batch_size (in pairs)", share) * training.accumulation
+    return per_process(pairs, "--training.batch_size (in pairs)", share), training.accumulation

@@ -23,17 +23,16 @@ from medllm.training import TrainSummary
 from torch_ref.run_log import RunLog, checkpoint_steps
 
 
-def per_process(units: int, setting: str) -> int:
+def per_process(units: int, setting: str, processes: int | None = None) -> int:
     """``units`` over all devices → units of one process.
 
     Raises:
         UserError: they do not divide evenly.
     """
-    share, rest = divmod(units, process_count())
+    processes = processes or process_count()
+    share, rest = divmod(units, processes)
     if rest or not share:
-        raise UserError(
-            f"{setting} is {units}: it counts over all devices and must be a multiple of {process_count()} processes"
-        )
+        raise UserError(f"{setting} is {units}: it counts over all devices and must be a multiple of {processes} processes")
     return share
 
 

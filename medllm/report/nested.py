@@ -19,18 +19,21 @@ over S trainings that a bootstrap of problems shows, and e what neither the prob
 for chance in single answers is in P and in T, and is to be counted once. P is known well, T with ν = S − 1 degrees of freedom,
 so a mean over √V has about Student's t with
 
-    ν · (V/T)^k,    k = 2 − 1.85/ν
+    ν · (V/T)^k,    k = (2 − 1.85/ν) · min(1, ln 0.05/ln α)^1.5
 
-Satterthwaite (1946) and Welch (1947) have k = 2. Of few trainings that is too free, for where T comes out small, V is too small
-and its degrees of freedom are too many: where ν is 2, a test at 5 % rejects the truth in up to 8 %. With this k it does so in
-3.9 to 6.0 % whatever share of V is T's, and closer to 5 the larger ν is. Of two models trained apart the T add up, with
+degrees of freedom, in a two-sided test at the level α. Satterthwaite (1946) and Welch (1947) have k = 2. Of few trainings that
+is too free, for where T comes out small, V is too small and its degrees of freedom are too many: where ν is 2, a test at 5 %
+rejects the truth in up to 8 %, one at 0.1 % in more than 1. With this k a test at 5 % does so in 3.9 to 6.0 % whatever share of
+V is T's, and closer to 5 the larger ν is; one at a smaller level at most 1.5 times as often as it says. Of two models that were
+trained apart the T add up, with
 
     (T₁² + T₂² + 3 T₁T₂) / (T₁²/ν₁ + T₂²/ν₂)
 
 degrees of freedom and no more than ν₁ + ν₂. Welch has 2 T₁T₂: of two models that three trainings each spread alike, 3.5 % are
-then told apart, with 3 it is 4.0 to 6.8 % (the tests integrate all this). What is drawn has the shape of the bootstrap's draws,
-its quantiles put from the normal's to Student's. Two trainings (ν = 1) show next to nothing of what they differ by: there the
-tests are careful, and reject 0.1 to 5 %.
+then told apart, with 3 it is 4.0 to 6.9 % (the tests integrate all this). What is drawn has the shape of the bootstrap's draws,
+its quantiles put from the normal's to Student's. Two trainings (ν = 1) show next to nothing of what they differ by: tests of
+one model reject 0.1 to 5 %, of two models trained apart 1.6 to 8. Where all trainings have one score, they show nothing, and V
+is P.
 
 **Small years.** A bootstrap within a year of m problems shows (m − 1)/m of their variance; each year's draws are stretched by
 √(m/(m − 1)) (Rao & Wu 1988). Years of one problem are pooled.
@@ -56,6 +59,7 @@ MARGIN = 0.02
 """A stability of less is none: of the five years' 2,000 problems, 40."""
 
 _BATCH = 4_000_000  # problems drawn at a time
+_ROUNDING = 1e-24  # scores of trainings that differ by less are equal
 
 Values = Shaped[np.ndarray, "trainings n"]
 Numbers = float | Float[np.ndarray, "..."]
@@ -99,11 +103,6 @@ class Variance:
     def total(self) -> float:
         """V."""
         return float(total_variance(self.problems - self.chance, self.trainings)) if self.trainings else self.problems
-
-    @property
-    def total_freedom(self) -> float:
-        """Degrees of freedom of V."""
-        return float(freedom_of(self.trainings / self.total, self.freedom)) if self.trainings else math.inf
 
 
 def nested_estimate(
@@ -274,9 +273,10 @@ def _sample(
     levels = rng.permutation((np.arange(draw.resamples) + 0.5) / draw.resamples)
     missing = max(0.0, variance.total - problems)
     shape = (moved + math.sqrt(missing) * stats.norm.ppf(levels)) / math.sqrt(problems + missing)
-    if math.isfinite(variance.total_freedom):
-        shape = stats.t.ppf(stats.norm.cdf(shape), variance.total_freedom)
-    skew = float((influence**3).sum()) / (6 * variance.total**1.5)
+    if variance.trainings:
+        freedom = freedom_of(variance.trainings / variance.total, variance.freedom, 2 * stats.norm.sf(np.abs(shape)))
+        shape = stats.t.ppf(stats.norm.cdf(shape), freedom)
+    skew = float((influence**3).sum()) / (6 * (problems + missing) ** 1.5)
     return _Sample(value, value + math.sqrt(variance.total) * shape, skew, drawn, bounds)
 
 
@@ -296,9 +296,10 @@ def variance_of(sides: Sequence[np.ndarray], points: Float[np.ndarray, "n"], pro
         rest = np.asarray(values, float) - np.mean(values, 0) - (scores - scores.mean())[:, None]
         chance += float((shares**2 * (rest**2).sum(0)).sum()) / (trainings * (trainings - 1))
     freedoms = [len(values) - 1 for values in sides]
-    both = len(sides) == 2 and any(variances)
+    both = len(sides) == 2 and sum(variances) > _ROUNDING
     freedom = float(freedom_of_two(*variances, *freedoms)) if both else freedoms[0]
-    return Variance(problems, chance if problems else 0.0, sum(variances), freedom)
+    between = sum(variances)
+    return Variance(problems, chance if problems else 0.0, between if between > _ROUNDING else 0.0, freedom)
 
 
 def total_variance(lasting: Numbers, trainings: Numbers) -> Float[np.ndarray, "..."]:
@@ -306,10 +307,13 @@ def total_variance(lasting: Numbers, trainings: Numbers) -> Float[np.ndarray, ".
     return np.asarray(np.maximum(0.0, lasting) + trainings)
 
 
-def freedom_of(share: Numbers, freedom: Numbers) -> Float[np.ndarray, "..."]:
-    """Degrees of freedom of a variance that one of so many is that share of, the rest being known."""
+def freedom_of(share: Numbers, freedom: Numbers, level: Numbers = 0.05) -> Float[np.ndarray, "..."]:
+    """Degrees of freedom, for a two-sided test at ``level``, of a variance that one of so many is that share of, the rest being
+    known."""
     own = np.asarray(freedom, float)
-    return np.asarray(own / np.asarray(share) ** (2 - 1.85 / own))
+    with np.errstate(divide="ignore"):  # level 0 and 1, share 0
+        power = (2 - 1.85 / own) * np.minimum(1.0, (math.log(0.05) / np.log(level)) ** 1.5)
+        return np.asarray(own / np.asarray(share) ** power)
 
 
 def freedom_of_two(first: Numbers, second: Numbers, freedom: float, other: float) -> Float[np.ndarray, "..."]:

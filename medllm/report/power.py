@@ -115,7 +115,7 @@ def power(design: Design) -> float:
         share, freedom = first + second, freedom_of_two(first, second, trainings - 1, trainings - 1)
     seen = share * (of_trainings + by_chance)
     total = total_variance(lasting, seen)
-    critical = stats.t.ppf(1 - alpha / 2, freedom_of(seen / total, freedom)) * np.sqrt(total)
+    critical = stats.t.ppf(1 - alpha / 2, freedom_of(seen / np.maximum(total, 1e-300), freedom, alpha)) * np.sqrt(total)
     return _found(design, critical, lasting + by_chance + of_trainings)
 
 

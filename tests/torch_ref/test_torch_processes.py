@@ -24,12 +24,14 @@ from parity_tests.verified_runs import inputs, proved_steps, verified
 TRAINS = """
 import sys
 from pathlib import Path
-from medllm.config import TrainingConfig
+from medllm.config import PreferenceLoss, TrainingConfig
 from parity_tests.verified_runs import train
 
-given, run = map(Path, sys.argv[1:])
-training = TrainingConfig(epochs=2, batch_size=2, accumulation=2, checkpoint_every=1, remat="none")
-train("cpt", "torch", given, run, training=training)
+given, runs = map(Path, sys.argv[1:])
+training = TrainingConfig(epochs=2, batch_size=4, accumulation=1, checkpoint_every=1, remat="none")
+loss = PreferenceLoss(beta=0.5, alpha=0.3, nll_reduction="micro_batch_tokens")
+train("cpt", "torch", given, runs / "cpt", training=training)
+train("rpo", "torch", given, runs / "rpo", training=training, loss=loss)
 """
 
 
@@ -54,16 +56,20 @@ def launch(count, *words):
 
 
 def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
-    """Six rows: the second step of an epoch is filled up with two of the first. Held against float64 (``medllm verify``)."""
+    """Five rows and five pairs: the second step of an epoch is filled up from the first. Held against float64, by ``medllm
+    verify``."""
     given = inputs(tmp_path / "given", write_tiny_model(tmp_path, TinyModel(), torch.float32))
-    launch(2, "-c", TRAINS, str(given), str(tmp_path / "run"))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-    certificate = verified(tmp_path / "run")
-    assert certificate.verdict == "proved", certificate.headline()
-    steps = proved_steps(certificate)
-    assert [one.where for one in steps] == ["step 1", "step 2", "step 3", "step 4"]
-    assert "loss, gradient norm, learning rate, first moment, second moment, update" in steps[3].said
+    for file in (given / "documents.jsonl", given / "preferences.jsonl"):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    launch(2, "-c", TRAINS, str(given), str(tmp_path))
+    for stage in ("cpt", "rpo"):
+        lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+        certificate = verified(tmp_path / stage)
+        assert certificate.verdict == "proved", certificate.headline()
+        steps = proved_steps(certificate)
+        assert [one.where for one in steps] == ["step 1", "step 2", "step 3", "step 4"]
+        assert "loss, gradient norm, learning rate, first moment, second moment, update" in steps[3].said
 
 
 ANSWERED = """
