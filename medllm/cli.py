@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     argv = [word for word in argv if word != "--debug"]
     _quiet_libraries()
     try:
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
     except (UserError, ArgumentError, UnicodeDecodeError) as error:
         if debug:
             raise
@@ -68,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("medllm: interrupted", file=sys.stderr)
         return ended(1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            return 141  # as a shell has it of what SIGPIPE ended
         if debug:
             raise
         if (known := explained(error)) is not None:
@@ -77,13 +81,23 @@ def main(arguments: list[str] | None = None) -> int:
         return ended(1)
 
 
+def _has_no_reader(output: TextIO) -> bool:
+    """Whether what read the output, such as ``head``, has gone; what is left of it is then dropped."""
+    try:
+        print(file=output, flush=True)  # what failed before is no longer in its buffer
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        return True
+    return False
+
+
 def _run(argv: list[str]) -> int:
     if not argv:
         print(overview(COMMANDS), file=sys.stderr)
         return 2
     page = _page(argv)
     if page is not None:
-        print(page)
+        print(page, flush=True)
         sys.exit(0)
     name, command, words = find_command(argv, COMMANDS)
     values = parse(name, command, words)

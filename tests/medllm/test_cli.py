@@ -220,3 +220,12 @@ def test_torchrun_takes_the_command_that_a_message_recommends():
     assert parsed.training_script_args == ["cpt", *stage]
     with pytest.raises(SystemExit):
         distributed.get_args_parser().parse_args([word for word in words if word != "--"] + stage)
+
+
+@pytest.mark.parametrize("words", [["power", "--score", "0.8", "--difference", "0.03"], ["cpt", "--help", "all"]])
+def test_where_the_reader_of_the_output_has_enough_nothing_is_said(words):
+    command = [sys.executable, "-m", "medllm", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.close()
+        assert started.stderr.read() == ""
+    assert started.returncode == 141
