@@ -20,6 +20,7 @@ from tests.written_study import ATTACK, CHANCES, DRAW, SETTINGS, problems, write
 
 SIZES = pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 OPEN_WITHIN = 2.0  # seconds
+LISTS = "names => [...document.querySelectorAll('#found a')].map((row) => row.dataset.id).join() === names.join()"
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,7 @@ def test_every_flow_and_every_count_of_a_cause_opens_as_many_questions_as_it_say
         assert int(link.text_content()) == len(names) > 0
         link.click()
         opened.until("cause => location.hash.includes(`cause=${cause}`)", "unread" if names is unread else "reasoning")
+        opened.until(LISTS, names)  # the list is drawn anew after the address has changed
         assert opened.ids == names
     assert int(row.locator("td").last.text_content()) == len(wanted)
 
