@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from medllm.verify.findings import Finding
 from medllm.verify.record import Record
+from medllm_parity.measure import apart
 from medllm_parity.micro_batches import MicroBatch, PreferenceMicroBatch
 from medllm_parity.planned_steps import Plan
 from medllm_parity.tolerances import Tolerance
@@ -42,8 +43,8 @@ def check_reference(
     ends = np.cumsum([len(pairs) for _, pairs in plan.problems()])
     kept = np.split(load_file(file)["logprobs"].astype(np.float64), ends[:-1])
     for units, batch, values in zip(plan.steps[step - 1], batches, logprobs, strict=True):
-        anew, found = _sums(batch, values), np.concatenate([kept[unit] for unit in units])
-        error = _error(anew, found)
+        anew, found = pair_sums(batch, values), np.concatenate([kept[unit] for unit in units])
+        error = apart(found, anew)
         if not error <= bound.relative:
             names = ", ".join(dict.fromkeys(plan.problems()[unit][0] for unit in units))
             said = f"{file.name} is stale: its numbers of problems {names} are another model's"
@@ -51,22 +52,10 @@ def check_reference(
     return [Finding(WHAT, "proved", f"step {step}", "", error, bound.relative, bound.reason)]
 
 
-def reference_error(
-    batches: Sequence[MicroBatch], rough: Sequence[torch.Tensor] | None, exact: Sequence[torch.Tensor] | None
-) -> float:
-    """How far sums of log-probabilities that were computed in a run's own type are from those in float64; 0 without any."""
-    if rough is None or exact is None:
-        return 0.0
-    return max(_error(_sums(batch, one), _sums(batch, other)) for batch, one, other in zip(batches, exact, rough, strict=True))
-
-
-def _sums(batch: MicroBatch, logprobs: torch.Tensor) -> np.ndarray:
+def pair_sums(batch: MicroBatch, logprobs: torch.Tensor) -> np.ndarray:
+    """Log-probabilities of the tokens of a micro-batch of pairs, summed over each response."""
     assert isinstance(batch, PreferenceMicroBatch)
     return batch.sums(logprobs).numpy()
-
-
-def _error(anew: np.ndarray, found: np.ndarray) -> float:
-    return float(np.abs(anew - found).max() / np.abs(anew).max())
 
 
 def _kept(record: Record, plan: Plan) -> Path | None:

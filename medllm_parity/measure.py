@@ -128,6 +128,11 @@ def relative(difference: float, scale: float) -> float:
     return difference / scale if scale else difference
 
 
+def apart(x: np.ndarray, truth: np.ndarray) -> float:
+    """The largest difference of two arrays, relative to the largest number of the second."""
+    return relative(magnitude(x - truth), magnitude(truth))
+
+
 def judge(
     allowance: Allowance,
     errors: tuple[float, float, float],

@@ -88,11 +88,11 @@ def _trainer_steps(units: int, training: TrainingConfig, own: int, accumulation:
     every process takes ``own`` units at a time. Of several each gets as many: what the last pass lacks is taken from the
     epoch's beginning (its BatchSamplerShard)."""
     steps: list[Units] = []
-    passes = accumulation * processes
+    passes, together = accumulation * processes, own * processes
     for epoch in range(training.epochs):
         order = torch.randperm(units, generator=torch.Generator().manual_seed(training.seed + epoch)).tolist()
-        while processes > 1 and len(order) % (own * processes):
-            order += order[: -len(order) % (own * processes)]
+        while processes > 1 and len(order) % together:
+            order += order[: -len(order) % together]
         micro = [order[start : start + own] for start in range(0, len(order), own)]
         steps += [micro[start : start + passes] for start in range(0, len(micro), passes)]
     return steps

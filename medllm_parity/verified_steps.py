@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,10 +32,12 @@ from medllm.verify.files import check_adapter_weights
 from medllm.verify.findings import STEPS, Finding, held, refuted_by
 from medllm.verify.record import Record
 from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
-from medllm_parity.kept_reference import check_reference, reference_error
+from medllm_parity.kept_reference import check_reference
 from medllm_parity.layered_step import LayeredModel, StepNumbers
+from medllm_parity.measure import apart
 from medllm_parity.planned_steps import Plan, plan_cpt, plan_preferences
 from medllm_parity.preference_formulas import FORMULAS
+from medllm_parity.rough_steps import beyond_noise, step_errors
 from medllm_parity.tolerances import ADAMW_ROUNDINGS, VERIFY, StepBounds, StepErrors, Tolerance
 from medllm_parity.training_states import checkpoints, fresh_state, places, planned_length, read_checkpoint, state_of
 
@@ -201,8 +202,8 @@ class _Walk:
     plan: Plan
     known: Mapping[int, TrainingState]
     folder: Path
-    done: dict[int, tuple[dict[str, float], float]] = field(default_factory=dict)
-    """Of each step that was taken what is logged of its loss, and the norm of its gradient."""
+    done: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Of each step that was taken its loss, and the norm of its gradient."""
 
     def __post_init__(self) -> None:
         parts = self.trained.model, self.trained.frozen, self.trained.reference
@@ -239,18 +240,19 @@ class _Walk:
         batches = self.plan.batches(step)
         adapter = Adapter(self.trained.lora, state.adapter, str(self.folder / "adapter"))
         numbers = self.model.step(adapter, batches)
-        self.done[step] = numbers.terms, global_norm(numbers.gradients)
+        self.done[step] = numbers.terms["loss"], global_norm(numbers.gradients)
         rate = learning_rate(config, len(self.plan.steps), step)
         anew = adamw_step(state, numbers.gradients, config, rate)
         found = self._held_against(state, step, numbers, anew, None)
         if self.type != "float32" and any(one.status == "refuted" for one in found):
-            own = self._own_errors(state, self.rough.step(adapter, batches), numbers, step)
+            rough = self.rough.step(adapter, batches)
+            own = step_errors(rough, numbers, batches, (adamw_step(state, rough.gradients, config, rate), anew))
             if own.is_too_rough:
                 said = (
                     f"{self.trained.model.dtype} itself is {own.largest:.2g} off float64 here, in moments {own.moments:.2g}: "
                     "nothing can be held against it, nor what follows until a known state"
                 )
-                return None, [*_beyond_noise(found, own), Finding(STEPS, "not checked", f"step {step}", said)]
+                return None, [*beyond_noise(found, own), Finding(STEPS, "not checked", f"step {step}", said)]
             found = self._held_against(state, step, numbers, anew, own)
         refuted = [one for one in found if one.status == "refuted"]
         if refuted or not found:
@@ -277,25 +279,6 @@ class _Walk:
             found += self._against_checkpoint(state, anew, self.known[step], bounds)
         return found
 
-    def _own_errors(self, state: TrainingState, rough: StepNumbers, exact: StepNumbers, step: int) -> StepErrors:
-        """How far the run's own type is from float64 in a step that both were taken in.
-
-        Nothing is small by luck: of the gradient's norm that is the norm of the difference, which is no smaller than the
-        difference of the norms; the loss has beside its difference what its tokens' would scatter by.
-        """
-        config = self.record.config.optimizer
-        rate = learning_rate(config, len(self.plan.steps), step)
-        ours, truth = (adamw_step(state, numbers.gradients, config, rate) for numbers in (rough, exact))
-        parts = [(ours.first, truth.first), (ours.second, truth.second)]
-        apart = {name: rough.gradients[name] - gradient for name, gradient in exact.gradients.items()}
-        loss = abs(rough.terms["loss"] - exact.terms["loss"]) + _scatter(rough, exact)
-        return StepErrors(
-            loss=loss / max(abs(exact.terms["loss"]), 1e-9),
-            norm=global_norm(apart) / max(global_norm(exact.gradients), 1e-30),
-            moments=max(_apart(one[name], other[name]) for one, other in parts for name in other),
-            reference=reference_error(self.plan.batches(step), rough.reference, exact.reference),
-        )
-
     def _against_log(self, step: int, bounds: StepBounds) -> list[Finding]:
         """A line of the log, which tells of one step or of the mean of several."""
         line = self.lines.get(step)
@@ -306,8 +289,8 @@ class _Walk:
         if any(one not in self.done for one in told):
             return []
         numbers = [self.done[one] for one in told]
-        loss, norms = float(np.mean([terms["loss"] for terms, _ in numbers])), [norm for _, norm in numbers]
-        norm = norms[-1] if self.record.engine == "torch" else float(np.mean(norms))
+        loss, norm = (float(mean) for mean in np.mean(numbers, axis=0))
+        norm = numbers[-1][1] if self.record.engine == "torch" else norm
         where = f"step {step}" if len(told) == 1 else f"steps {told[0]} to {step}"
         data = self.plan.named(step)
         found = [self._number("loss", where, line.get("loss"), loss, bounds.loss, data)]
@@ -336,14 +319,14 @@ class _Walk:
         where, found = f"step {kept.step}, {kept.source}", []
         for what, ours, theirs in (("first moment", anew.first, kept.first), ("second moment", anew.second, kept.second)):
             if bounds.moments is not None:
-                errors = {name: _apart(ours[name], theirs[name]) for name in theirs}
+                errors = {name: apart(ours[name], theirs[name]) for name in theirs}
                 found.append(_worst_of(what, where, errors, bounds.moments))
         if self.known.get(before.step) is before:
             config = self.record.config.optimizer
             rate = learning_rate(config, len(self.plan.steps), kept.step)
             adapter = moved(before, kept.first, kept.second, config, rate)
             bound = dataclasses.replace(ADAMW_ROUNDINGS, relative=ADAMW_ROUNDINGS.relative * kept.rounding)
-            errors = {name: _apart(adapter[name], value) for name, value in kept.adapter.items()}
+            errors = {name: apart(adapter[name], value) for name, value in kept.adapter.items()}
             found.append(_worst_of("update", where, errors, bound))
         return found
 
@@ -353,28 +336,6 @@ def _worst_of(what: str, where: str, errors: Mapping[str, float], bound: Toleran
     ok = errors[name] <= bound.relative
     said = "" if ok else f"{name} is not what the step makes of it"
     return Finding(what, "proved" if ok else "refuted", where, said, errors[name], bound.relative, bound.reason)
-
-
-def _scatter(rough: StepNumbers, exact: StepNumbers) -> float:
-    """The standard deviation of a loss whose log-probabilities are off by chance as much as these, each for itself."""
-    parts = zip(exact.weights, rough.logprobs, exact.logprobs, strict=True)
-    return math.sqrt(sum(float((weight * (one - other)).square().sum()) for weight, one, other in parts))
-
-
-def _beyond_noise(found: Sequence[Finding], own: StepErrors) -> list[Finding]:
-    """What is refuted though a step's type is too rough to take it in: what needs no gradient, what is missing, and a loss that
-    is further off than any rounding."""
-    return [
-        one
-        for one in found
-        if one.status == "refuted"
-        and (one.what in ("update", "learning rate") or one.error is None or (one.what == "loss" and own.excuses_no(one.error)))
-    ]
-
-
-def _apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-    largest = float(np.abs(theirs).max(initial=0.0))
-    return float(np.abs(ours - theirs).max(initial=0.0)) / (largest or 1.0)
 
 
 def _narrow(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

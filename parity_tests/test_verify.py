@@ -24,8 +24,8 @@ from medllm.exam.loaders import write_problems
 from medllm.exam.problem import Problem
 from medllm.stages.cpt import run_cpt
 from medllm.verify.findings import Finding
+from medllm_parity.rough_steps import beyond_noise
 from medllm_parity.tolerances import StepBounds, StepErrors
-from medllm_parity.verified_steps import _beyond_noise
 from parity_tests.verified_runs import (
     STEPS,
     TEXTS,
@@ -323,8 +323,8 @@ def test_noise_excuses_nothing_that_needs_no_gradient_nor_a_loss_far_beyond_it()
         Finding("update", "refuted", error=0.1),
         Finding("update", "proved", error=0.0),
     ]
-    assert _beyond_noise(refuted_ones, own) == [refuted_ones[number] for number in (1, 3, 4, 5)]
-    assert _beyond_noise(refuted_ones[:2], dataclasses.replace(own, loss=0.4)) == []
+    assert beyond_noise(refuted_ones, own) == [refuted_ones[number] for number in (1, 3, 4, 5)]
+    assert beyond_noise(refuted_ones[:2], dataclasses.replace(own, loss=0.4)) == []
 
 
 def rough_inputs(folder: Path, model: Path, scores: float) -> tuple[Path, ModelConfig]:

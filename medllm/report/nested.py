@@ -259,16 +259,17 @@ def _sample(
     means = sum(sign * side.mean(0) for sign, side in zip(signs, arrays, strict=True))
     value = float((means * weights).sum() / weights.sum())
     rng = np.random.default_rng(draw.seed)
+    of_trainings = over == "trainings"
     moved, influence = np.zeros(draw.resamples), np.zeros(len(weights))
-    if over != "trainings" and (means != means[0]).any():
+    if not of_trainings and (means != means[0]).any():
         strata = _strata(None if years is None else np.asarray(years)[counted], len(weights))
         moved = _resampled(means, weights, strata, draw.resamples, rng) - value
         influence = _influence(means, weights, strata)
     problems = float((influence**2).sum())
     variance = Variance(problems) if over == "problems" else variance_of(arrays, weights, problems)
-    drawn = weights if over != "trainings" else np.ones(min(map(len, arrays)))
+    drawn = np.ones(min(map(len, arrays))) if of_trainings else weights
     if not variance.total:
-        return _Sample(value, None if over != "trainings" else moved + value, 0.0, drawn, bounds)
+        return _Sample(value, np.full(draw.resamples, value) if of_trainings else None, 0.0, drawn, bounds)
     # Quantiles themselves, in random order: no chance enters by the width of the tails.
     levels = rng.permutation((np.arange(draw.resamples) + 0.5) / draw.resamples)
     missing = max(0.0, variance.total - problems)
@@ -295,11 +296,10 @@ def variance_of(sides: Sequence[np.ndarray], points: Float[np.ndarray, "n"], pro
         variances.append(float(scores.var(ddof=1)) / trainings)
         rest = np.asarray(values, float) - np.mean(values, 0) - (scores - scores.mean())[:, None]
         chance += float((shares**2 * (rest**2).sum(0)).sum()) / (trainings * (trainings - 1))
+    between = sum(variances) if sum(variances) > _ROUNDING else 0.0
     freedoms = [len(values) - 1 for values in sides]
-    both = len(sides) == 2 and sum(variances) > _ROUNDING
-    freedom = float(freedom_of_two(*variances, *freedoms)) if both else freedoms[0]
-    between = sum(variances)
-    return Variance(problems, chance if problems else 0.0, between if between > _ROUNDING else 0.0, freedom)
+    freedom = float(freedom_of_two(*variances, *freedoms)) if between and len(sides) == 2 else freedoms[0]
+    return Variance(problems, chance if problems else 0.0, between, freedom)
 
 
 def total_variance(lasting: Numbers, trainings: Numbers) -> Float[np.ndarray, "..."]:

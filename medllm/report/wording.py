@@ -63,8 +63,13 @@ def kept_score(estimate: Estimate, kept: Equivalence | None) -> str:
         return f"kept its score within {number(kept.margin)} when it explained itself: {by} ({p_value(kept.p_value)})"
     if not _spans_zero(estimate):
         return f"{'lost' if estimate.value < 0 else 'gained'} score when it explained itself: {by}, beyond chance"
-    doubt = f", though a loss of up to {number(-estimate.low)} is not excluded" if round(estimate.low, 3) < 0 else ""
-    return f"was not seen to lose score when it explained itself: {by}{doubt}"
+    doubt = _possible_loss(estimate)
+    return f"was not seen to lose score when it explained itself: {by}{doubt and f', though {doubt}'}"
+
+
+def _possible_loss(estimate: Estimate) -> str:
+    """What is not excluded, where it is a loss that shows in three digits."""
+    return f"a loss of up to {number(-estimate.low)} is not excluded" if round(estimate.low, 3) < 0 else ""
 
 
 def _contrast(rows: Sequence[Row], best: Row) -> str:
@@ -109,7 +114,7 @@ def method(table: StudyTable) -> str:
 def _stability(model: str, estimate: Estimate) -> str:
     bounds = interval(estimate, True)
     if _spans_zero(estimate):
-        worst = f"a loss of up to {number(-estimate.low)} is not excluded" if round(estimate.low, 3) < 0 else "no loss was seen"
+        worst = _possible_loss(estimate) or "no loss was seen"
         value = number(estimate.value, True)
         return f"{model}: these problems show no difference between explaining first and not, {value} {bounds}; {worst}."
     direction = "loses" if estimate.value < 0 else "gains"

@@ -9,29 +9,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
 
 import torch_ref
+from medllm.config import LoraConfig, OptimizerConfig, TrainingConfig
 from medllm.exam.loaders import write_problems
 from medllm.mini.problems import exam_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
 from parity_tests.tiny_models import TinyModel, write_tiny_model
-from parity_tests.verified_runs import inputs, proved_steps, verified
+from parity_tests.verified_runs import inputs, proved_steps, train, verified
+
+EVEN = {
+    "lora": LoraConfig(rank=4, alpha=8.0),
+    "optimizer": OptimizerConfig(learning_rate=1e-2),
+    "training": TrainingConfig(epochs=1, batch_size=2, accumulation=1, max_steps=2, remat="none"),
+}
+"""Two whole steps: nothing is filled up, whatever the number of processes."""
 
 TRAINS = """
 import sys
 from pathlib import Path
 from medllm.config import PreferenceLoss, TrainingConfig
 from parity_tests.verified_runs import train
+from tests.torch_ref.test_torch_processes import EVEN
 
 given, runs = map(Path, sys.argv[1:])
 training = TrainingConfig(epochs=2, batch_size=4, accumulation=1, checkpoint_every=1, remat="none")
 loss = PreferenceLoss(beta=0.5, alpha=0.3, nll_reduction="micro_batch_tokens")
 train("cpt", "torch", given, runs / "cpt", training=training)
 train("rpo", "torch", given, runs / "rpo", training=training, loss=loss)
+train("cpt", "torch", given, runs / "even", **EVEN)
 """
 
 
@@ -55,21 +67,38 @@ def launch(count, *words):
         assert process.returncode == 0, errors.decode()[-2000:]
 
 
-def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
-    """Five rows and five pairs: the second step of an epoch is filled up from the first. Held against float64, by ``medllm
-    verify``."""
-    given = inputs(tmp_path / "given", write_tiny_model(tmp_path, TinyModel(), torch.float32))
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What two processes trained, of five rows and five pairs: the second step of an epoch is filled up from the first."""
+    folder = tmp_path_factory.mktemp("processes")
+    given = inputs(folder / "given", write_tiny_model(folder, TinyModel(), torch.float32))
     for file in (given / "documents.jsonl", given / "preferences.jsonl"):
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
-    launch(2, "-c", TRAINS, str(given), str(tmp_path))
-    for stage in ("cpt", "rpo"):
-        lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-        certificate = verified(tmp_path / stage)
-        assert certificate.verdict == "proved", certificate.headline()
-        steps = proved_steps(certificate)
-        assert [one.where for one in steps] == ["step 1", "step 2", "step 3", "step 4"]
-        assert "loss, gradient norm, learning rate, first moment, second moment, update" in steps[3].said
+    launch(2, "-c", TRAINS, str(given), str(folder))
+    return folder
+
+
+def test_two_processes_train_what_one_trains_and_one_of_them_writes(runs, tmp_path):
+    two, one = runs / "even", train("cpt", "torch", runs / "given", tmp_path / "one", **EVEN)
+    logged, alone = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (two, one))
+    assert [line["step"] for line in logged] == [line["step"] for line in alone] == [1, 2]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose([line[name] for line in logged], [line[name] for line in alone], rtol=1e-5)
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (two, one)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, value in adapters[1].items():
+        torch.testing.assert_close(adapters[0][name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["cpt", "rpo"])
+def test_what_two_processes_train_is_proved_in_float64(runs, stage):
+    lines = (runs / stage / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    certificate = verified(runs / stage)
+    assert certificate.verdict == "proved", certificate.headline()
+    steps = proved_steps(certificate)
+    assert [one.where for one in steps] == ["step 1", "step 2", "step 3", "step 4"]
+    assert "loss, gradient norm, learning rate, first moment, second moment, update" in steps[3].said
 
 
 ANSWERED = """
