@@ -28,13 +28,14 @@ import numpy as np
 from flax import nnx
 
 from jax_medllm.mesh.host_memory import release_free_memory
-from jax_medllm.mesh.layout import in_use, place_parameter, shardings
+from jax_medllm.mesh.layout import place_parameter
 from jax_medllm.model.decoder import DenseDecoder
 from jax_medllm.model.linear import FrozenLoraParam, LoraParam, LoraScaling, PackedParam
 from jax_medllm.model.nf4 import quantize_blocks
 from jax_medllm.model.partly_dense import Place, SomeLayers
 from jax_medllm.model.quantized_weight import QuantizedWeight, dequantize_rows
 from jax_medllm.weights.adapters import REFERENCE, TRAINED, Path, adapter_arrays, assign, frozen, frozen_update, variables
+from jax_medllm.weights.blueprint import Blueprint
 from jax_medllm.weights.bnb_files import packed_config, packed_parts, read_packed, stored, suffixes
 from jax_medllm.weights.filling import Stack
 from medllm.architecture import HEAD
@@ -87,34 +88,24 @@ def read_model(
         UserError: as for :func:`load_model`.
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-    settings = lora.lora if isinstance(lora, Adapter) else lora
-    dense = _dense_layers(directory)
-
-    def build() -> DenseDecoder:
-        return DenseDecoder(
-            directory.architecture,
-            lora=settings,
-            frozen_loras=tuple(one.lora for one in adapters),
-            reference=isinstance(lora, Adapter),
-            quantization=quantization,
-            dense=dense,
-            dtype=jnp.dtype(dtype),
-            rngs=nnx.Rngs(0),
-        )
-
-    model = nnx.eval_shape(build)
+    plan = Blueprint(
+        directory.architecture,
+        lora=lora.lora if isinstance(lora, Adapter) else lora,
+        frozen_loras=tuple(one.lora for one in adapters),
+        reference=isinstance(lora, Adapter),
+        quantization=quantization,
+        dense=tuple(_dense_layers(directory).items()),
+        dtype=jnp.dtype(dtype),
+    )
+    model = plan.model()
     arrays = _base_arrays(model, directory, quantization)
     given = {frozen(index): one for index, one in enumerate(adapters)}
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}
     for place, one in given.items():
         arrays |= adapter_arrays(model, one, place)
-    if settings is not None or adapters:
-        # Only these leave the compiled function, so the random base weights the model is built with are never computed.
-        kinds = nnx.Any(LoraScaling, LoraParam)
-        given_shardings = shardings(nnx.state(model, kinds)) if in_use() else None
-        made = jax.jit(lambda: nnx.state(build(), kinds), out_shardings=given_shardings)()
-        arrays |= {path: variable[...] for path, variable in nnx.to_flat_state(made) if path not in arrays}
+    if plan.lora is not None or adapters:
+        arrays |= {path: variable[...] for path, variable in plan.adapters(model) if path not in arrays}
     assign(model, arrays)
     release_free_memory()
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,27 @@ def adapter(tensors: dict[str, np.ndarray] | None = None, **changes) -> Adapter:
             made[f"{stem}.lora_A.weight"] = rng.normal(size=(2, width)).astype(np.float32)
             made[f"{stem}.lora_B.weight"] = rng.normal(size=(out, 2)).astype(np.float32)
     return Adapter(dataclasses.replace(LORA, **changes), made if tensors is None else tensors, "given")
+
+
+def test_two_models_of_one_blueprint_have_numbers_of_their_own(write):
+    """They are traced once; each is still its reader's own."""
+    config = write()
+    one, other = (load_model(config, lora=LORA) for _ in range(2))
+    expected = dict(model_tensors(other)) | adapter_tensors(other)
+    nnx.update(one, jax.tree.map(lambda leaf: leaf + 1, nnx.state(one)))
+    found = dict(model_tensors(other)) | adapter_tensors(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_models_in_float64_and_in_float32_are_of_two_traces(write):
+    config = dataclasses.replace(write(), dtype="float64")
+    narrow = load_model(config)
+    with jax.enable_x64(True):
+        wide = load_model(config)
+    types = [{str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} for model in (narrow, wide)]
+    assert types == [{"float32"}, {"float64"}]
 
 
 def test_a_sharded_model_is_read_back_as_it_was_written(write, tensors):

@@ -1,0 +1,75 @@
+"""A model without numbers: its structure and shapes, and what a fresh adapter begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_medllm.mesh.layout import Layout, in_use, shardings
+from jax_medllm.model.decoder import DenseDecoder
+from jax_medllm.model.linear import LoraParam, LoraScaling
+from jax_medllm.weights.adapters import Path
+from medllm.architecture import Architecture
+from medllm.config import LoraConfig
+from medllm.quantization import Quantization
+
+_ADAPTERS = nnx.Any(LoraScaling, LoraParam)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a model is built from. Those of one blueprint, such as layers that are read one by one, are traced once.
+
+    Attributes:
+        architecture: Its sizes and family.
+        lora: Of the adapter to train; None without one.
+        frozen_loras: Of the adapters that belong to the model, in order.
+        reference: The trained adapter has a frozen counterpart.
+        quantization: How the linear kinds are held.
+        dense: Kinds of which some layers stay dense, and which layers.
+        dtype: Type of the other weights and of the computation.
+    """
+
+    architecture: Architecture
+    lora: LoraConfig | None
+    frozen_loras: tuple[LoraConfig, ...]
+    reference: bool
+    quantization: Quantization
+    dense: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: np.dtype
+
+    def build(self) -> DenseDecoder:
+        """The model with random numbers, to be traced."""
+        settings = {name: getattr(self, name) for name in ("lora", "frozen_loras", "reference", "quantization", "dtype")}
+        return DenseDecoder(self.architecture, **settings, dense=dict(self.dense), rngs=nnx.Rngs(0))
+
+    def model(self) -> DenseDecoder:
+        """An abstract one, the caller's own."""
+        return nnx.merge(*_traced(self, in_use(), jax.config.jax_enable_x64), copy=True)
+
+    def adapters(self, model: DenseDecoder) -> Iterable[tuple[Path, Any]]:
+        """A fresh adapter's numbers and all scalings, laid out as in ``model``. Only these leave the compiled function: the
+        random base weights are never computed."""
+        if in_use() is None:
+            made = _first_numbers(self)
+        else:
+            where = shardings(nnx.state(model, _ADAPTERS))
+            made = jax.jit(_first_numbers, static_argnums=0, out_shardings=where)(self)
+        return nnx.to_flat_state(made)
+
+
+@lru_cache(maxsize=32)
+def _traced(plan: Blueprint, layout: Layout | None, in_64_bits: bool) -> tuple[Any, Any]:
+    """Structure and shapes; what else they depend on is given, so as to be told apart."""
+    return nnx.split(nnx.eval_shape(plan.build))
+
+
+@partial(jax.jit, static_argnums=0)
+def _first_numbers(plan: Blueprint) -> nnx.State:
+    return nnx.state(plan.build(), _ADAPTERS)
