@@ -51,7 +51,7 @@ class Blueprint:
 
     def model(self) -> DenseDecoder:
         """An abstract one, the caller's own."""
-        return nnx.merge(*_traced(self, in_use(), jax.config.jax_enable_x64), copy=True)
+        return nnx.merge(*_traced(self, (in_use(), jax.config.jax_enable_x64)), copy=True)
 
     def adapters(self, model: DenseDecoder) -> Iterable[tuple[Path, Any]]:
         """A fresh adapter's numbers and all scalings, laid out as in ``model``. Only these leave the compiled function: the
@@ -65,8 +65,8 @@ class Blueprint:
 
 
 @lru_cache(maxsize=32)
-def _traced(plan: Blueprint, layout: Layout | None, in_64_bits: bool) -> tuple[Any, Any]:
-    """Structure and shapes; what else they depend on is given, so as to be told apart."""
+def _traced(plan: Blueprint, _seen: tuple[Layout | None, bool]) -> tuple[Any, Any]:
+    """Structure and shapes. They depend on the layout and the width of numbers in use too, which tell them apart."""
     return nnx.split(nnx.eval_shape(plan.build))
 
 
