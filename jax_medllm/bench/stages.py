@@ -16,10 +16,11 @@ from flax import nnx
 from jax_medllm.bench.floor import floor
 from jax_medllm.bench.operations import recorded
 from jax_medllm.model import linear
-from jax_medllm.model.decoder import DenseDecoder, LoraParam
+from jax_medllm.model.decoder import LoraParam
 from jax_medllm.train.batches import CptBatch
 from jax_medllm.train.compilation import compile_seconds
 from jax_medllm.train.loop import cpt_loss_fn, make_step
+from jax_medllm.weights.blueprint import Blueprint
 from jax_medllm.weights.read import load_model
 from medllm.bench.shapes import ModelShape
 from medllm.bench.work import measurements
@@ -61,12 +62,8 @@ def matmul(rows: int, inner: int, columns: int, repeats: int = 20) -> dict[str, 
 def compile_step(model: dict[str, Any], rows: int = 8, length: int = 256) -> dict[str, Any]:
     """Seconds to compile a CPT step, traced already; of the model there are shapes alone."""
     shape = ModelShape(**model)
-    lora = LoraConfig(rank=shape.rank)
-
-    def build() -> DenseDecoder:
-        return DenseDecoder(shape.architecture, lora=lora, quantization=shape.quantization, dtype=shape.dtype, rngs=nnx.Rngs(0))
-
-    graph, trainable, *others = nnx.split(nnx.eval_shape(build), LoraParam, ...)
+    blueprint = Blueprint(shape.architecture, LoraConfig(rank=shape.rank), quantization=shape.quantization, dtype=shape.dtype)
+    graph, trainable, *others = nnx.split(blueprint.model(), LoraParam, ...)
     step = make_step(graph, cpt_loss_fn, OptimizerConfig(), total_steps=100)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = CptBatch(tokens, tokens, tokens, jax.ShapeDtypeStruct((), jnp.float32))

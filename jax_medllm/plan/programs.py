@@ -21,6 +21,7 @@ from jax_medllm.model.logprobs import cut
 from jax_medllm.model.rows import ResponseBatch
 from jax_medllm.train.batches import CptBatch, PreferenceBatch
 from jax_medllm.train.loop import cpt_loss_fn, make_step, preference_loss_fn
+from jax_medllm.weights.blueprint import Blueprint
 from jax_medllm.weights.code_layout import laid_codes
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig, OptimizerConfig, PreferenceLoss, Sampling
@@ -182,15 +183,8 @@ _STAGES: dict[str, Callable[[Mapping[str, Any], Layout], Stage]] = {"cpt": _cpt,
 def _model(settings: Mapping[str, Any]) -> DenseDecoder:
     config = Architecture.from_hf(settings["model"])
     quantization, dtype = _types(settings)
-    build = partial(
-        DenseDecoder,
-        config,
-        lora=LoraConfig(rank=settings["rank"]),
-        quantization=quantization,
-        dense={kind: tuple(layers) for kind, layers in settings.get("dense", {}).items()},
-        dtype=dtype,
-    )
-    return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    dense = tuple((kind, tuple(layers)) for kind, layers in settings.get("dense", {}).items())
+    return Blueprint(config, LoraConfig(rank=settings["rank"]), quantization=quantization, dense=dense, dtype=dtype).model()
 
 
 def _types(settings: Mapping[str, Any]) -> tuple[Quantization, Literal["float32", "bfloat16"]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from jax_medllm.mesh.layout import Layout, in_use, shardings
@@ -37,12 +36,12 @@ class Blueprint:
     """
 
     architecture: Architecture
-    lora: LoraConfig | None
-    frozen_loras: tuple[LoraConfig, ...]
-    reference: bool
-    quantization: Quantization
-    dense: tuple[tuple[str, tuple[int, ...]], ...]
-    dtype: np.dtype
+    lora: LoraConfig | None = None
+    frozen_loras: tuple[LoraConfig, ...] = ()
+    reference: bool = False
+    quantization: Quantization = "none"
+    dense: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    dtype: Any = "float32"
 
     def build(self) -> DenseDecoder:
         """The model with random numbers, to be traced."""
@@ -56,20 +55,15 @@ class Blueprint:
     def adapters(self, model: DenseDecoder) -> Iterable[tuple[Path, Any]]:
         """A fresh adapter's numbers and all scalings, laid out as in ``model``. Only these leave the compiled function: the
         random base weights are never computed."""
-        if in_use() is None:
-            made = _first_numbers(self)
-        else:
-            where = shardings(nnx.state(model, _ADAPTERS))
-            made = jax.jit(_first_numbers, static_argnums=0, out_shardings=where)(self)
-        return nnx.to_flat_state(made)
+        where = shardings(nnx.state(model, _ADAPTERS)) if in_use() else None
+        return nnx.to_flat_state(jax.jit(_first_numbers, static_argnums=0, out_shardings=where)(self))
 
 
 @lru_cache(maxsize=32)
-def _traced(plan: Blueprint, _seen: tuple[Layout | None, bool]) -> tuple[Any, Any]:
+def _traced(blueprint: Blueprint, _seen: tuple[Layout | None, bool]) -> tuple[Any, Any]:
     """Structure and shapes. They depend on the layout and the width of numbers in use too, which tell them apart."""
-    return nnx.split(nnx.eval_shape(plan.build))
+    return nnx.split(nnx.eval_shape(blueprint.build))
 
 
-@partial(jax.jit, static_argnums=0)
-def _first_numbers(plan: Blueprint) -> nnx.State:
-    return nnx.state(plan.build(), _ADAPTERS)
+def _first_numbers(blueprint: Blueprint) -> nnx.State:
+    return nnx.state(blueprint.build(), _ADAPTERS)

@@ -16,6 +16,7 @@ from jax_medllm.model.linear import LoraParam, LoraScaling
 from jax_medllm.model.nf4 import CODES
 from jax_medllm.model.quantized_weight import KINDS
 from jax_medllm.weights.adapters import Path, assign, variables
+from jax_medllm.weights.blueprint import Blueprint
 from medllm.architecture import Architecture
 from medllm.config import LoraConfig
 from medllm.quantization import Quantization
@@ -39,11 +40,8 @@ def random_model(
         rank: Of a LoRA adapter on all linear layers; None for a model without one.
     """
     lora = LoraConfig(rank=rank, alpha=2 * rank) if rank else None
-
-    def build() -> DenseDecoder:
-        return DenseDecoder(config, lora=lora, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))
-
-    model = nnx.eval_shape(build)
+    blueprint = Blueprint(config, lora=lora, quantization=quantization, dtype=dtype)
+    model = blueprint.model()
     made = nnx.Any(LoraParam, LoraScaling)
     scale = SPREAD / float(np.sqrt(np.mean(CODES**2)))
     levels = KINDS[quantization].typical(scale) if quantization in KINDS else {}
@@ -53,7 +51,7 @@ def random_model(
     def fill() -> tuple[dict[Path, jax.Array], Any]:
         keys = jax.random.split(jax.random.key(0), len(base))
         drawn = {path: _drawn(key, path, *declared, levels) for key, (path, declared) in zip(keys, base.items(), strict=True)}
-        return drawn, nnx.state(build(), made)  # of what ``build`` makes only the adapter leaves, so nothing else is computed
+        return drawn, nnx.state(blueprint.build(), made)  # only the adapter leaves, so nothing else is computed
 
     drawn, adapters = jax.block_until_ready(fill())
     assign(model, drawn | {path: variable[...] for path, variable in nnx.to_flat_state(adapters)})

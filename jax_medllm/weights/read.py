@@ -88,7 +88,7 @@ def read_model(
         UserError: as for :func:`load_model`.
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-    plan = Blueprint(
+    blueprint = Blueprint(
         directory.architecture,
         lora=lora.lora if isinstance(lora, Adapter) else lora,
         frozen_loras=tuple(one.lora for one in adapters),
@@ -97,15 +97,15 @@ def read_model(
         dense=tuple(_dense_layers(directory).items()),
         dtype=jnp.dtype(dtype),
     )
-    model = plan.model()
+    model = blueprint.model()
     arrays = _base_arrays(model, directory, quantization)
     given = {frozen(index): one for index, one in enumerate(adapters)}
     if isinstance(lora, Adapter):
         given |= {TRAINED: lora, REFERENCE: lora}
     for place, one in given.items():
         arrays |= adapter_arrays(model, one, place)
-    if plan.lora is not None or adapters:
-        arrays |= {path: variable[...] for path, variable in plan.adapters(model) if path not in arrays}
+    if blueprint.lora is not None or adapters:
+        arrays |= {path: variable[...] for path, variable in blueprint.adapters(model) if path not in arrays}
     assign(model, arrays)
     release_free_memory()
     return model
@@ -152,8 +152,7 @@ def write_quantized(
     if FilePath(out).exists():
         raise UserError(f"{out}: already exists; give another --out, or remove it")
     directory, dtype = ModelDirectory(source), jnp.dtype(dtype)
-    config = directory.architecture
-    slots = _base_slots(nnx.eval_shape(lambda: DenseDecoder(config, quantization=quantization, dtype=dtype, rngs=nnx.Rngs(0))))
+    slots = _base_slots(Blueprint(directory.architecture, quantization=quantization, dtype=dtype).model())
     for name in slots:
         if stored(directory, name) is not None:
             raise UserError(f"{source}: {name} is in 4 bits already; give the dense model")

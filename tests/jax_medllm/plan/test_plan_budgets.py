@@ -51,7 +51,7 @@ PASSES: dict[Stage, Passes] = {
 }
 BUDGETS: dict[tuple[str, Stage], float] = {
     ("v5e:4x4", "cpt"): 2.25,
-    ("v5p:2x2x4", "rpo"): 2.20,
+    ("v5e:4x4", "rpo"): 2.65,
     ("a100-80g:4", "cpt"): 2.90,
     ("a100-80g:2", "rpo"): 4.80,
 }
