@@ -116,8 +116,8 @@ def check_options(name: str, words: Sequence[str], parser: ArgumentParser) -> No
         known = option in options or option in parser._option_string_actions or option.startswith(open_ended)
         if option.startswith("--") and not known:
             meant = near(option, options, _SETTINGS_MEANT)
-            said = f"did you mean {' or '.join(meant)}? " if meant else ""
-            raise UserError(f"{name} has no option {option}; {said}(see medllm {name} --help all)")
+            said = f"; did you mean {' or '.join(meant)}?" if meant else ""
+            raise UserError(f"{name} has no option {option}{said} (see medllm {name} --help all)")
 
 
 def near(word: str, known: Iterable[str], meant: Mapping[str, str]) -> list[str]:
