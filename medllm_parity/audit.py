@@ -32,6 +32,7 @@ from medllm.model.quantities import LAYER, quantities
 from medllm.model.tokenizer import encode, load_tokenizer
 from medllm.stage_config import AuditConfig
 from medllm_parity import ends, gradients, nf4_codes
+from medllm_parity.collector import seeing_only_what_is_new
 from medllm_parity.directories import check_directory, check_same_shape, read_hf_config
 from medllm_parity.ends import States, as_numpy
 from medllm_parity.jax_layer import JaxLayer
@@ -53,14 +54,8 @@ def run_audit(config: AuditConfig, progress: Progress = lambda done, total, doin
         UserError: a folder cannot be read, or the two models have other sizes. Nothing has been written then.
     """
     sweep = _Sweep(config, progress)
-    # Modules refer to themselves in circles, so each layer's weights wait for the collector. What is there before
-    # the sweep, a million objects of two frameworks, is kept out of its sight: it would cost more than the layer.
-    gc.collect()
-    gc.freeze()
-    try:
+    with seeing_only_what_is_new():
         return sweep.run()
-    finally:
-        gc.unfreeze()
 
 
 @dataclass

@@ -8,7 +8,6 @@ moments. From there it goes on with the checkpoint's own.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from medllm.verify.files import check_adapter_weights
 from medllm.verify.findings import STEPS, Finding, held, refuted_by
 from medllm.verify.record import Record
 from medllm.verify.training_log import RATE_REASON, RATE_TOLERANCE, check_log
+from medllm_parity.collector import seeing_only_what_is_new
 from medllm_parity.kept_reference import check_reference
 from medllm_parity.layered_step import LayeredModel, StepNumbers
 from medllm_parity.measure import apart
@@ -114,13 +114,8 @@ def check_steps(
             f"{out_of_reach} steps are not within --reach {reach} of a known state, or behind one left out or filled up{more}"
         )
         findings.append(Finding(STEPS, "not checked", said=said))
-    gc.collect()
-    gc.freeze()  # as the audit does: a collection would look at a million objects of two frameworks
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return findings + _Walk(record, trained, plan, known, Path(folder)).take(wanted, progress)
-    finally:
-        gc.unfreeze()
+    with seeing_only_what_is_new(), tempfile.TemporaryDirectory() as folder:
+        return findings + _Walk(record, trained, plan, known, Path(folder)).take(wanted, progress)
 
 
 def _plan(record: Record, data: TrainingData) -> Plan:
