@@ -49,11 +49,14 @@ PASSES: dict[Stage, Passes] = {
     # The reference goes forward besides, without adapters.
     "rpo": Passes(gathers=3, adapters=2, linear=4, head=3, rows=2, predicted=3 * 512),
 }
+QUICK: tuple[str, Stage] = ("v5e:4x4", "rpo")
+"""Compiled without the passes that order a TPU's program anew, to send behind its products: they are four fifths of the time,
+and what is sent early lies in memory longer. The other stage is compiled for the same chips as for a user."""
 BUDGETS: dict[tuple[str, Stage], float] = {
     ("v5e:4x4", "cpt"): 2.25,
-    ("v5e:4x4", "rpo"): 2.65,
     ("a100-80g:4", "cpt"): 2.90,
     ("a100-80g:2", "rpo"): 4.80,
+    QUICK: 2.20,
 }
 """GiB of a device: what was measured, rounded up to the next 0.05."""
 
@@ -68,10 +71,16 @@ def plans(tmp_path_factory) -> dict[tuple[str, Stage], dict[str, Any]]:
             pytest.skip(str(missing).replace("[plan]", "[test]"))
     folder = tmp_path_factory.mktemp("wide")
     (folder / "config.json").write_text(json.dumps(SHALLOW.to_hf()))
+
+    def plan(key: tuple[str, Stage]) -> dict[str, Any]:
+        return make_plan(Request(str(folder), key[1], key[0])).to_json()
+
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.delenv("XLA_FLAGS", raising=False)  # as for a user, and not as the tests compile what they run
-        found = pool.map(lambda key: make_plan(Request(str(folder), key[1], key[0])).to_json(), BUDGETS)
-        return dict(zip(BUDGETS, found, strict=True))
+        as_for_a_user = [key for key in BUDGETS if key != QUICK]
+        found = dict(zip(as_for_a_user, pool.map(plan, as_for_a_user), strict=True))
+        patch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")
+        return found | {QUICK: plan(QUICK)}
 
 
 KEYS = pytest.mark.parametrize("key", BUDGETS, ids=" ".join)
