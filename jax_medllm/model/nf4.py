@@ -17,7 +17,7 @@ absmaxes is summed in an order that depends on the GPU, so its last bits may dif
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +92,13 @@ def quantize_absmax(
     return _boundaries_below(values, boundaries).reshape(-1)[:count], nested_absmax
 
 
+@partial(jax.jit, static_argnames="dtype")
 def dequantize_halves(
     packed: UInt8[Array, "out half_in"], scales: Float[Array, "out half_in"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "out half_in"], Float[Array, "out half_in"]]:
     """Code · absmax of a weight's columns of even and of odd number: the high and the low halves of its bytes.
+
+    Of a shape and type it is traced once, and not for each of seven weights, forwards, backwards and where it is computed anew.
 
     Args:
         packed: The codes of the weight, or of a part of it.
@@ -108,16 +111,22 @@ def dequantize_halves(
 
 def _looked_up(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     """The value of each code."""
+    return jax.lax.platform_dependent(codes, tpu=_by_bits, default=_by_table)
 
-    def by_bits(codes: Array) -> Array:
-        # A TPU has no table to look up; its compiler writes sixteen comparisons, and their result to memory in fp32.
-        values = [jnp.float32(value) for value in CODES]
-        for bit in range(4):
-            is_set = (codes & (1 << bit)) != 0
-            values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-        return values[0]
 
-    return jax.lax.platform_dependent(codes, tpu=by_bits, default=lambda codes: jnp.asarray(CODES)[codes])
+@jax.jit
+def _by_bits(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    # A TPU has no table to look up; its compiler writes sixteen comparisons, and their result to memory in fp32.
+    values = [jnp.float32(value) for value in CODES]
+    for bit in range(4):
+        is_set = (codes & (1 << bit)) != 0
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+@jax.jit
+def _by_table(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    return jnp.asarray(CODES)[codes]
 
 
 def byte_scales(absmax: Float[Array, "out blocks"], first: Int[Array, ""] | int, count: int) -> Float[Array, "out {count}"]:
