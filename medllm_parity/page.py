@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from medllm.config import ALL_LINEAR
 from medllm.model.quantities import LAYER
-from medllm.report.plots import PALETTE, WIDTH, Figure, Theme, new_canvas, render_figure
+from medllm.report.plots import PALETTE, WIDTH, Figure, new_canvas, render_figure
 from medllm.report.templating import page_templates
 from medllm.run import atomic_path, environment, write_json
 from medllm_parity.measure import Audit, Check
@@ -238,7 +238,7 @@ def _drift_figure(audit: Audit) -> Figure | None:
     values = [getattr(d, name) for d in points for name in ("jax", "torch")]
     low, high = _decades(_DRIFT_DECADES[audit.facts["dtype"]], values)
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         canvas, axes = new_canvas(WIDTH, 2.7)
         for index, (name, marker) in enumerate((("jax", "o"), ("torch", "s"))):
             drawn: dict[str, Any] = {"color": PALETTE[index], "marker": marker if len(points) <= 40 else None, "linewidth": 2}

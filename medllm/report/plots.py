@@ -1,4 +1,4 @@
-"""The report's figures as SVG, each drawn for a light and for a dark page.
+"""The report's figures as SVG, in the colours of a light and of a dark page.
 
 Colours are Okabe and Ito's, which stay apart for every kind of colour vision; what a colour says is also said by place, marker
 or label. Text stays text in the SVG, so that a label in Japanese is set by the reader's own fonts.
@@ -32,16 +32,10 @@ _CURVES = ("loss", "dpo_loss", "nll", "margins", "accuracies", "chosen", "reject
 _PANELS = 6
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Ink and rules of a page; the background is the page's own."""
-
-    ink: str
-    faint: str
-
-
-LIGHT = Theme(ink="#1c2430", faint="#c9d0d9")
-DARK = Theme(ink="#e4e8ee", faint="#46505e")
+INK, FAINT = "#1c2430", "#c9d0d9"
+"""Text and rules of a light page; the background is the page's own."""
+_DARK = {INK: "#e4e8ee", FAINT: "#46505e"}
+"""What stands for them on a dark page."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Figure:
 def scores(table: StudyTable) -> Figure:
     """Bars of every setting for every model, with their intervals."""
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         settings, rows = table.settings, table.rows
         thick = 0.76 / len(settings)
         canvas, axes = new_canvas(WIDTH, 0.9 + len(rows) * (0.2 + 0.3 * len(settings)))
@@ -86,7 +80,7 @@ def scores(table: StudyTable) -> Figure:
                 hatch="////" if place % 2 else None,
                 edgecolor="white",
                 linewidth=0,
-                error_kw={"ecolor": theme.ink, "capsize": 3, "elinewidth": 1.1},
+                error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1.1},
             )
             for height, (_, score) in zip(heights, here, strict=True):
                 axes.text(min(score.high, 1) + 0.012, height, f"{score.value:.3f}", va="center", fontsize=9)
@@ -111,7 +105,7 @@ def slopes(table: StudyTable) -> Figure | None:
         return None
     plain, explained = pair
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         canvas, axes = new_canvas(WIDTH, 3.8)
         ends = [(row.scores[plain].score, row.scores[explained].score) for row in rows]
         values = [score.value for end in ends for score in end]
@@ -133,7 +127,7 @@ def slopes(table: StudyTable) -> Figure | None:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         for side in (0, 1):
-            axes.axvline(side, color=theme.faint, linewidth=1, zorder=0)
+            axes.axvline(side, color=FAINT, linewidth=1, zorder=0)
         return canvas
 
     caption = "A level line keeps its score when the model has to explain itself first; a falling one loses points."
@@ -146,7 +140,7 @@ def stabilities(table: StudyTable) -> Figure | None:
     if not rows:
         return None
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         canvas, axes = new_canvas(WIDTH, 0.9 + 0.42 * len(rows))
         for index, row in enumerate(rows):
             estimate = row.stability
@@ -162,7 +156,7 @@ def stabilities(table: StudyTable) -> Figure | None:
                 capsize=4,
                 linewidth=1.8,
             )
-        axes.axvline(0, color=theme.ink, linewidth=1)
+        axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), [wrapped(row.model) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel("score with explanation - score without")
@@ -179,7 +173,7 @@ def training_curves(run: RunSummary) -> Figure | None:
     if not names:
         return None
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         columns = min(2, len(names))
         lines = -(-len(names) // columns)
         canvas, grid = plt.subplots(lines, columns, figsize=(WIDTH, 1.9 * lines + 0.2), squeeze=False, layout="constrained")
@@ -214,7 +208,7 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
     models = list(dict.fromkeys(model for model, _ in cells))
     labels = [f"{kind} ({counts[kind]})" for kind in breakdown]
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         canvas, grid = plt.subplots(
             len(settings),
             1,
@@ -250,7 +244,7 @@ def kinds(breakdown: Mapping[str, Mapping[tuple[str, str], float]], kind_name: s
 def preferences(composition: Composition, name: str) -> Figure:
     """How many problems give which pairs, and how often the sampled answers were right."""
 
-    def draw(theme: Theme) -> Canvas:
+    def draw() -> Canvas:
         canvas, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 4.2), layout="constrained")
         names = ("chosen and rejected", "chosen only", "rejected only", "ground truth only")
         counts = (composition.both, composition.only_chosen, composition.only_rejected, composition.neither)
@@ -282,14 +276,17 @@ def _curve_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     return [*known, *(name for name in logged if name not in known)][:_PANELS]
 
 
-def render_figure(title: str, caption: str, draw: Callable[[Theme], Canvas]) -> Figure:
-    """Draw once for a light and once for a dark page, in the report's style."""
-    return Figure(title, caption, *(_svg(draw, theme) for theme in (LIGHT, DARK)))
+def render_figure(title: str, caption: str, draw: Callable[[], Canvas]) -> Figure:
+    """Draw in the report's style, in the colours of a light page; a dark page has its own in their place."""
+    light = dark = _svg(draw)
+    for ours, theirs in _DARK.items():
+        dark = dark.replace(f": {ours}", f": {theirs}")  # as styles have them
+    return Figure(title, caption, light, dark)
 
 
-def _svg(draw: Callable[[Theme], Canvas], theme: Theme) -> str:
-    with _style(theme):
-        canvas = draw(theme)
+def _svg(draw: Callable[[], Canvas]) -> str:
+    with _style():
+        canvas = draw()
         text = io.StringIO()
         # No date and no creator: the same study gives the same bytes.
         canvas.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -298,7 +295,7 @@ def _svg(draw: Callable[[Theme], Canvas], theme: Theme) -> str:
 
 
 @contextmanager
-def _style(theme: Theme) -> Iterator[None]:
+def _style() -> Iterator[None]:
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": "medllm",
@@ -307,15 +304,15 @@ def _style(theme: Theme) -> Iterator[None]:
         "hatch.linewidth": 0.6,
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans", "Noto Sans", "Helvetica", "Arial"],
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "axes.edgecolor": theme.faint,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.edgecolor": FAINT,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
-        "grid.color": theme.faint,
+        "grid.color": FAINT,
         "grid.linewidth": 0.6,
         "legend.frameon": False,
     }
