@@ -350,7 +350,8 @@ def _dense(weight: QuantizedWeight, axes: tuple[Axis, Axis] | None, dtype: jnp.d
         scales = byte_scales(absmax, 0, weight.packed.shape[1])
     else:
         scales = _own_scales(layout, absmax, axes, weight.packed.shape)
-    return _as_held(*dequantize_halves(weight.packed, scales, dtype), axes)
+    even, odd = dequantize_halves(weight.packed, scales, dtype)
+    return _as_held(even, odd, axes)
 
 
 def _as_held(even: Array, odd: Array, axes: tuple[Axis, Axis] | None) -> Array:
