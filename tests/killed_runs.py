@@ -3,13 +3,16 @@
 ::
 
     python -m tests.killed_runs 10
+    python -m tests.killed_runs 10 torch 2
 
-prints a line a case. A kill is SIGKILL; looked at are the journal, the log of the server, and what the finished run wrote.
+prints a line a case: all of them, or those of an engine's processes, which are killed together or one some time before the
+other. A kill is SIGKILL; looked at are the journal, the log of the server, and what the finished run wrote.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -17,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ from medllm.journal import JOURNAL
 from medllm.mini.problems import exam_problems
 from medllm.mini.study import BASE
 from medllm.mini.world import make_world
-from tests.kills import ROOT, start, until
+from tests.kills import ROOT, Job, until
+from tests.meeting import options
+from tests.server_process import free_port
 
 AT_A_TIME, SAMPLES = 2, 2
 STAGES = {
@@ -42,23 +47,20 @@ def problems(folder: Path, count: int) -> Path:
     return folder / "problems.jsonl"
 
 
-def command(stage: str, engine: str, file: Path, run: Path) -> list[str]:
+def command(stage: str, engine: str, file: Path, run: Path, processes: int = 1) -> list[str]:
     """A command that runs ``stage`` with little in each batch."""
-    own = {
-        "openai": f"--model.path rule --server.concurrency {AT_A_TIME} --server.retries 1".split(),
-        "jax": f"--model.path {BASE} --model.dtype float32 --batch_size 2 --sampling.max_new_tokens 24".split(),
-    }
+    own = f"--model.path {BASE} --model.dtype float32 --batch_size 2 --sampling.max_new_tokens 24"
+    if engine == "openai":
+        own = f"--model.path rule --server.concurrency {AT_A_TIME} --server.retries 1"
     head = [sys.executable, "-m", "medllm", stage, "--engine", engine, "--problems", str(file), "--run", str(run)]
-    return [*head, *STAGES[stage], *own[engine]]
+    return [*head, *STAGES[stage], *own.split(), *options(engine, processes)]
 
 
 class Served:
     """A server in a process of its own, on one port."""
 
     def __init__(self, folder: Path, delay: float):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.log, self.delay = folder / "server.log", delay
         self.log.touch()
         self.environment = {"OPENAI_BASE_URL": f"http://127.0.0.1:{self.port}/v1", "OPENAI_API_KEY": "none"}
@@ -99,33 +101,30 @@ def outputs(stage: str, run: Path) -> tuple[bytes, dict[str, Any]]:
     return (run / OUTPUT[stage]).read_bytes(), result
 
 
-def finish(words: list[str], environment: dict[str, str]) -> str:
-    """Let a command come to its end; what it wrote to its standard error."""
-    process = start(words, **environment)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
-
-
-def kill_the_client(stage: str, engine: str, folder: Path, kills: int, *, count: int, delay: float = 0.03) -> str:
+def kill_the_client(
+    stage: str, engine: str, folder: Path, kills: int, *, count: int, delay: float = 0.03, processes: int = 1
+) -> str:
     """Kill a run so often, each time when a further part of it is kept. What was seen, in a line."""
-    file = problems(folder, count)
+    file, draw = problems(folder, count), random.Random(1)
     served = Served(folder, delay) if engine == "openai" else None
-    environment = served.environment if served else {}
-    with served.running() if served else _nothing():
-        finish(command(stage, engine, file, folder / "whole"), environment)
+
+    def begin(name: str) -> Job:
+        words = command(stage, engine, file, folder / name, processes)
+        return Job(engine, words, processes, **(served.environment if served else {}))
+
+    with served.running() if served else nullcontext():
+        begin("whole").end()
         asked_whole = served.asked() if served else []
-        words, seen, there = command(stage, engine, file, folder / "run"), [], []
+        seen, there = [], []
         total = len(kept(folder / "whole"))
         for kill in range(kills):
-            process = start(words, **environment)
+            job = begin("run")
             least = max(1, total * (kill + 1) // (kills + 1))
-            until(lambda least=least: len(kept(folder / "run")) >= least, process)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            until(lambda least=least: len(kept(folder / "run")) >= least, job)
+            job.kill(draw)
             seen.append(len(kept(folder / "run")))
             there.append((len(served.asked()) if served else 0, answered(stage, folder / "run")))
-        assert "medllm: going on at " in finish(words, environment)
+        assert "medllm: going on at " in begin("run").end()
     journal = Counter(kept(folder / "run"))
     assert journal.keys() == Counter(kept(folder / "whole")).keys()
     if served:
@@ -134,29 +133,29 @@ def kill_the_client(stage: str, engine: str, folder: Path, kills: int, *, count:
         more = Counter(served.asked()[len(asked_whole) :]) - Counter(asked_whole)
         assert sum(more.values()) <= kills * AT_A_TIME, more
     assert outputs(stage, folder / "run") == outputs(stage, folder / "whole")
-    return f"{stage}, {engine}: client killed with {seen} of {total} answers kept; outputs equal, none asked for again"
+    who = engine if processes == 1 else f"{engine}, {processes} processes"
+    return f"{stage}, {who}: client killed with {seen} of {total} answers kept; outputs equal, none asked for again"
 
 
 def kill_the_server(stage: str, folder: Path, kills: int, *, count: int, delay: float = 0.03) -> str:
     """Kill the server so often: the run ends with exit code 2, says what is kept, and goes on. What was seen, in a line."""
     file, served = problems(folder, count), Served(folder, delay)
     with served.running():
-        finish(command(stage, "openai", file, folder / "whole"), served.environment)
+        Job("openai", command(stage, "openai", file, folder / "whole"), **served.environment).end()
     requests, words, seen = len(served.asked()), command(stage, "openai", file, folder / "run"), []
     for kill in range(kills):
         with served.running() as server:
-            process = start(words, **served.environment)
-            until(lambda least=requests + requests * (kill + 1) // (kills + 1): len(served.asked()) >= least, process)
+            job = Job("openai", words, **served.environment)
+            until(lambda least=requests + requests * (kill + 1) // (kills + 1): len(served.asked()) >= least, job)
             server.send_signal(signal.SIGKILL)
             server.wait()
-            _, said = process.communicate(timeout=240)
-        assert process.returncode == 2, said
+            said = job.end(code=2)
         full = len(answered(stage, folder / "run"))
         assert "no answer (APIConnectionError); tried " in said, said
         assert f"; {full} of {count} problems are kept, the same command goes on" in said, said
         seen.append(full)
     with served.running():
-        finish(words, served.environment)
+        Job("openai", words, **served.environment).end()
     assert set(Counter(kept(folder / "run")).values()) == {1}
     more = Counter(served.asked()[requests:]) - Counter(served.asked()[:requests])
     assert sum(more.values()) <= kills * AT_A_TIME, more
@@ -169,20 +168,17 @@ def _listens(port: int) -> bool:
         return other.connect_ex(("127.0.0.1", port)) == 0
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def main(kills: int) -> None:
-    """Every case, so many kills each."""
+def main(kills: str, engine: str = "", processes: str = "1") -> None:
+    """Every case, so many kills each; or those of one engine, in so many processes."""
     for stage in STAGES:
-        for engine in ("openai", "jax"):
+        for one in (engine,) if engine else ("openai", "jax", "torch"):
             with tempfile.TemporaryDirectory() as folder:
-                print(kill_the_client(stage, engine, Path(folder), kills, count=4 * kills), flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            print(kill_the_server(stage, Path(folder), kills, count=4 * kills), flush=True)
+                said = kill_the_client(stage, one, Path(folder), int(kills), count=4 * int(kills), processes=int(processes))
+                print(said, flush=True)
+        if not engine:
+            with tempfile.TemporaryDirectory() as folder:
+                print(kill_the_server(stage, Path(folder), int(kills), count=4 * int(kills)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])

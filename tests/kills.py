@@ -1,11 +1,18 @@
-"""Processes that are to be killed: started, and waited for."""
+"""Processes that are to be killed: started, alone or several that meet, and waited for."""
+
+from __future__ import annotations
 
 import os
+import random
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
+
+from tests.meeting import variables
+from tests.server_process import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,7 +24,46 @@ def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def until(holds: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+class Job:
+    """One command, run by a process or by several together."""
+
+    def __init__(self, engine: str, words: list[str], processes: int = 1, **environment: str):
+        port = free_port()
+        told = [variables(engine, port, index, processes) for index in range(processes)]
+        self.processes = [start(words, **environment, **own) for own in told]
+
+    def poll(self) -> int | None:
+        """The exit code of one that has ended; None while all run."""
+        return next((code for process in self.processes if (code := process.poll()) is not None), None)
+
+    def ask(self, number: signal.Signals) -> None:
+        """Send all of them a signal."""
+        for process in self.processes:
+            process.send_signal(number)
+
+    def kill(self, draw: random.Random) -> None:
+        """Kill all of them: at once, or one some time before the others."""
+        for process in draw.sample(self.processes, len(self.processes)):
+            process.kill()
+            time.sleep(draw.choice((0.0, draw.uniform(0, 1))) if len(self.processes) > 1 else 0.0)
+        for process in self.processes:
+            process.communicate()
+
+    def end(self, code: int = 0) -> str:
+        """Let them come to their ends, with this exit code; what the first wrote to its standard error."""
+        said = [process.communicate(timeout=240)[1] for process in self.processes]
+        assert {process.returncode for process in self.processes} == {code}, "\n".join(said)
+        return said[0]
+
+
+class Ends(Protocol):
+    """What may have come to its end."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None before."""
+
+
+def until(holds: Callable[[], bool], process: Ends) -> None:
     """Wait for it, or for the end of the process."""
     ends = time.monotonic() + 240
     while not holds() and process.poll() is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,8 @@ from medllm.mini.study import BASE
 from medllm.mini.world import make_world
 from parity_tests.tiny_models import TinyModel, write_tiny_model
 from parity_tests.verified_runs import inputs, proved_steps, train, verified
+from tests.meeting import variables
+from tests.server_process import free_port
 
 EVEN = {
     "lora": LoraConfig(rank=4, alpha=8.0),
@@ -54,14 +55,15 @@ def launch(count, *words):
         subprocess.Popen(
             [sys.executable, *words],
             env={
-                **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
-                **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}),
-                **({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}),
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "OMP_NUM_THREADS": "1",
+                **variables("torch", port, rank, count),
             },
             stderr=subprocess.PIPE,
         )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
     for process in launched:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()[-2000:]
@@ -136,9 +138,3 @@ def test_accelerate_reads_the_launch_files(name, gpus):
     config = load_config_from_file(str(Path(torch_ref.__file__).parent / "accelerate" / f"{name}.yaml"))
     assert (config.num_processes, config.mixed_precision) == (gpus, "bf16")
     assert config.distributed_type == "MULTI_GPU"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

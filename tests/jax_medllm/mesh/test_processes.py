@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from medllm.mini.world import make_world
 from medllm.model.adapter import read_adapter
 from parity_tests.verified_runs import proved_steps, verified
 from tests.forced_devices import environment
+from tests.meeting import variables
+from tests.server_process import free_port
 
 MESH = ("--mesh", "fsdp=4,tensor=2")  # each process holds half of the rows, and half of the weights
 OTHER_MESH = ("--mesh", "data=2,fsdp=2,tensor=2")
@@ -69,13 +70,6 @@ def stages(data: Path, out: Path, adapter: Path, *more: str) -> list[list[str]]:
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def wait_for(file: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not file.exists():
@@ -84,7 +78,7 @@ def wait_for(file: Path, seconds: float = 120) -> None:
 
 
 def by_hand(port: int, index: int) -> dict[str, str]:
-    return {processes.ADDRESS: f"127.0.0.1:{port}", processes.COUNT: "2", processes.INDEX: str(index)}
+    return variables("jax", port, index, 2)
 
 
 def as_slurm(port: int, index: int) -> dict[str, str]:
