@@ -47,6 +47,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.unfreeze = lambda: None  # after an audit all of it would be looked at again, in each of the next
         gc.enable()
 
 

@@ -14,16 +14,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def seeing_only_what_is_new() -> Iterator[None]:
-    """Inside, a collection looks at what was made inside; afterwards at everything again.
-
-    Where the process had frozen objects by itself, they stay frozen, and with them what was there at the beginning: Python can
-    only let go of all.
-    """
-    frozen = gc.get_freeze_count()
+    """Inside, a collection looks at what was made inside; afterwards at everything again, even what was frozen: Python
+    can only let go of all."""
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        if not frozen:
-            gc.unfreeze()
+        gc.unfreeze()

@@ -26,7 +26,7 @@ import numpy as np
 from medllm.mini.study import BASE
 from medllm.model.adapter import read_adapter
 from medllm.preferences.records import Preference, Sample, write_preferences
-from tests.kills import Job, start, until
+from tests.kills import Job, until
 from tests.meeting import options as meeting
 
 STEPS = 24
@@ -59,10 +59,7 @@ def command(engine: str, stage: str, options: list[str], run: Path, processes: i
 
 def finish(words: list[str]) -> str:
     """Let a command come to its end; what it wrote to its standard error."""
-    process = start(words)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
+    return Job(words).end()
 
 
 def steps(run: Path) -> list[int]:
@@ -106,7 +103,7 @@ class Trial:
         """Begin the run of that name, or go on with it."""
         given = inputs(self.stage, self.folder, self.processes)
         words = command(self.engine, self.stage, given, self.folder / name, self.processes)
-        return Job(self.engine, words, self.processes)
+        return Job(words, self.engine, self.processes)
 
     def whole(self) -> None:
         """Leave one alone; the others are held against it."""

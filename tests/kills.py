@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -27,10 +28,13 @@ def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
 class Job:
     """One command, run by a process or by several together."""
 
-    def __init__(self, engine: str, words: list[str], processes: int = 1, **environment: str):
+    def __init__(self, words: list[str], engine: str = "", processes: int = 1, **environment: str):
         port = free_port()
         told = [variables(engine, port, index, processes) for index in range(processes)]
         self.processes = [start(words, **environment, **own) for own in told]
+        # All are read all the time: one that cannot print stands still, and the others wait for it.
+        self.readers = ThreadPoolExecutor(processes)
+        self.printed = [self.readers.submit(process.communicate) for process in self.processes]
 
     def poll(self) -> int | None:
         """The exit code of one that has ended; None while all run."""
@@ -42,16 +46,22 @@ class Job:
             process.send_signal(number)
 
     def kill(self, draw: random.Random) -> None:
-        """Kill all of them: at once, or one some time before the others."""
-        for process in draw.sample(self.processes, len(self.processes)):
+        """Kill all of them: at once, or one some time before the others. Before that none has failed."""
+        ended = {process.poll() for process in self.processes}
+        for number, process in enumerate(draw.sample(self.processes, len(self.processes))):
+            if number:
+                time.sleep(draw.choice((0.0, draw.uniform(0, 1))))
             process.kill()
-            time.sleep(draw.choice((0.0, draw.uniform(0, 1))) if len(self.processes) > 1 else 0.0)
-        for process in self.processes:
-            process.communicate()
+        said = [printed.result()[1] for printed in self.printed]
+        assert ended <= {None, 0}, "\n".join(said)
 
     def end(self, code: int = 0) -> str:
         """Let them come to their ends, with this exit code; what the first wrote to its standard error."""
-        said = [process.communicate(timeout=240)[1] for process in self.processes]
+        try:
+            said = [printed.result(timeout=240)[1] for printed in self.printed]
+        finally:
+            for process in self.processes:
+                process.kill()
         assert {process.returncode for process in self.processes} == {code}, "\n".join(said)
         return said[0]
 

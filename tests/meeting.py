@@ -16,5 +16,6 @@ def variables(engine: str, port: int, index: int, count: int) -> dict[str, str]:
         from jax_medllm.mesh import processes  # the other engine's processes are told without JAX
 
         return {processes.ADDRESS: f"127.0.0.1:{port}", processes.COUNT: str(count), processes.INDEX: str(index)}
+    assert engine == "torch", f"{engine}'s processes do not meet"
     ranks = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
     return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

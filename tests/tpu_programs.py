@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
-
-# Which kernels there are is settled before a TPU's compiler orders a program anew, half of its time.
+# Which kernels there are, and that no scores are written out, is settled before a TPU's compiler orders a program anew, which
+# takes half of its time.
 os.environ["JAX_OPTIMIZATION_LEVEL"] = "O1"
 
 import jax

@@ -114,7 +114,6 @@ def _looked_up(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     return jax.lax.platform_dependent(codes, tpu=_by_bits, default=_by_table)
 
 
-@jax.jit
 def _by_bits(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     # A TPU has no table to look up; its compiler writes sixteen comparisons, and their result to memory in fp32.
     values = [jnp.float32(value) for value in CODES]
@@ -124,7 +123,6 @@ def _by_bits(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     return values[0]
 
 
-@jax.jit
 def _by_table(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.asarray(CODES)[codes]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -278,10 +279,14 @@ def _curve_names(metrics: Sequence[Mapping[str, float]]) -> list[str]:
 
 def render_figure(title: str, caption: str, draw: Callable[[], Canvas]) -> Figure:
     """Draw in the report's style, in the colours of a light page; a dark page has its own in their place."""
-    light = dark = _svg(draw)
+    light = _svg(draw)
+    return Figure(title, caption, light, re.sub(r'style="[^"]*"', lambda style: _in_dark(style[0]), light))
+
+
+def _in_dark(style: str) -> str:
     for ours, theirs in _DARK.items():
-        dark = dark.replace(f": {ours}", f": {theirs}")  # as styles have them
-    return Figure(title, caption, light, dark)
+        style = style.replace(ours, theirs)
+    return style
 
 
 def _svg(draw: Callable[[], Canvas]) -> str:

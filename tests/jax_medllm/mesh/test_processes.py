@@ -238,7 +238,7 @@ def test_a_process_that_ends_early_ends_the_other(sent, launcher, data, tmp_path
 
 def test_a_process_that_stays_alone_says_who_was_to_come():
     code = "from jax_medllm.mesh import processes; processes._MEETING_SECONDS = 1; processes.join('fsdp=-1')"
-    alone = {**environment(4), processes.ADDRESS: f"127.0.0.1:{free_port()}", processes.COUNT: "2", processes.INDEX: "0"}
+    alone = {**environment(4), **by_hand(free_port(), 0)}
     done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("medllm: ")]

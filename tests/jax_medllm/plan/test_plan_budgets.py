@@ -50,7 +50,7 @@ PASSES: dict[Stage, Passes] = {
     "rpo": Passes(gathers=3, adapters=2, linear=4, head=3, rows=2, predicted=3 * 512),
 }
 QUICK: tuple[str, Stage] = ("v5e:4x4", "rpo")
-"""Compiled without the passes that order a TPU's program anew, to send behind its products: they are four fifths of the time,
+"""Compiled without the passes that order a TPU's program anew, to send behind its products: they are most of the time,
 and what is sent early lies in memory longer. The other stage is compiled for the same chips as for a user."""
 BUDGETS: dict[tuple[str, Stage], float] = {
     ("v5e:4x4", "cpt"): 2.25,
