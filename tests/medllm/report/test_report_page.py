@@ -204,22 +204,15 @@ def test_every_figure_is_a_well_formed_drawing_with_words_and_a_dark_side(page):
     for drawing in drawings:
         assert ElementTree.fromstring(drawing).tag.endswith("svg")
     everything = "\n".join(drawings)
-    for words in (
-        *CHANCES,
-        *SETTINGS,
-        "points earned / points possible",
-        "optimizer step",
-        "dpo_loss",
-        "ground truth only",
-        "A (14)",
-    ):
+    figures = ("points earned / points possible", "optimizer step", "dpo_loss", "ground truth only", "A (14)")
+    for words in (*CHANCES, *SETTINGS, *figures):
         assert html.escape(words, quote=False) in everything
     # Scores, slopes, stability, sections, preferences, two training runs, and the flows of five models.
     assert len(re.findall("<figure>", page)) == 7 + 5
     assert len(uris) == 14
+    ink = {plots.INK, plots.FAINT}
     for dark, light in zip(drawings[::2], drawings[1::2], strict=True):
-        assert {plots.INK, plots.FAINT} <= set(re.findall(r"#\w{6}", light))
-        assert not {plots.INK, plots.FAINT} & set(re.findall(r"#\w{6}", dark))
+        assert [ink & set(re.findall(r"#\w{6}", side)) for side in (dark, light)] == [set(), ink]
         assert re.sub(r": #\w{6}", "", dark) == re.sub(r": #\w{6}", "", light), "they show the same"
     assert all(re.search(r'alt="[^"]{20,}"', figure) for figure in re.findall(r"<img [^>]*>", page))
 
