@@ -110,7 +110,7 @@ def kill_the_client(
 
     def begin(name: str) -> Job:
         words = command(stage, engine, file, folder / name, processes)
-        return Job(words, engine, processes, **(served.environment if served else {}))
+        return Job.of(words, engine, processes, **(served.environment if served else {}))
 
     with served.running() if served else nullcontext():
         begin("whole").end()
@@ -142,11 +142,11 @@ def kill_the_server(stage: str, folder: Path, kills: int, *, count: int, delay: 
     """Kill the server so often: the run ends with exit code 2, says what is kept, and goes on. What was seen, in a line."""
     file, served = problems(folder, count), Served(folder, delay)
     with served.running():
-        Job(command(stage, "openai", file, folder / "whole"), **served.environment).end()
+        Job.of(command(stage, "openai", file, folder / "whole"), **served.environment).end()
     requests, words, seen = len(served.asked()), command(stage, "openai", file, folder / "run"), []
     for kill in range(kills):
         with served.running() as server:
-            job = Job(words, **served.environment)
+            job = Job.of(words, **served.environment)
             until(lambda least=requests + requests * (kill + 1) // (kills + 1): len(served.asked()) >= least, job)
             server.send_signal(signal.SIGKILL)
             server.wait()
@@ -156,7 +156,7 @@ def kill_the_server(stage: str, folder: Path, kills: int, *, count: int, delay: 
         assert f"; {full} of {count} problems are kept, the same command goes on" in said, said
         seen.append(full)
     with served.running():
-        Job(words, **served.environment).end()
+        Job.of(words, **served.environment).end()
     assert set(Counter(kept(folder / "run")).values()) == {1}
     more = Counter(served.asked()[requests:]) - Counter(served.asked()[:requests])
     assert sum(more.values()) <= kills * AT_A_TIME, more

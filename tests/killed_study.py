@@ -13,14 +13,13 @@ alone.
 from __future__ import annotations
 
 import random
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tests.killed_training import finish
-from tests.kills import start, until
+from tests.kills import Job, until
 
 _MADE = ("*/p*.jsonl", "*/adapter/*.safetensors", "*/merged/*.safetensors")
 
@@ -43,11 +42,10 @@ def kill(folder: Path, kills: int, engine: str = "jax", seeds: str = "") -> str:
     study, draw, seen = folder / "study", random.Random(1), []
     total = done(folder / "whole")
     for number in range(kills):
-        process = start(command("study"))
-        until(lambda least=total * number // kills: study.exists() and done(study) >= least, process)
+        job = Job.of(command("study"))
+        until(lambda least=total * number // kills: study.exists() and done(study) >= least, job)
         time.sleep(draw.uniform(0, 1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        job.kill(draw)
         seen.append(len([*study.glob("*/result.json")]))
     if not (study / "result.json").exists():
         finish(command("study"))

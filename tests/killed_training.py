@@ -59,7 +59,7 @@ def command(engine: str, stage: str, options: list[str], run: Path, processes: i
 
 def finish(words: list[str]) -> str:
     """Let a command come to its end; what it wrote to its standard error."""
-    return Job(words).end()
+    return Job.of(words).end()
 
 
 def steps(run: Path) -> list[int]:
@@ -103,7 +103,7 @@ class Trial:
         """Begin the run of that name, or go on with it."""
         given = inputs(self.stage, self.folder, self.processes)
         words = command(self.engine, self.stage, given, self.folder / name, self.processes)
-        return Job(words, self.engine, self.processes)
+        return Job.of(words, self.engine, self.processes)
 
     def whole(self) -> None:
         """Leave one alone; the others are held against it."""

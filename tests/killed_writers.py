@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from medllm.mini.study import BASE
 from medllm.model.directory import ModelDirectory, write_model
 from tests.killed_training import command, finish, inputs
-from tests.kills import start, until
+from tests.kills import Job, until
 
 COMMANDS = {
     "convert": "convert --adapter {run}/adapter --quantization nf4",
@@ -98,12 +97,10 @@ def kill(name: str, folder: Path, kills: int) -> str:
     (home / ".out.mine.part").mkdir()  # a user's
     words = words_of(name, folder, home / "out")
     for number in range(kills):
-        process = start(words)
-        until(moment(number, kills, home, expected), process)
+        job = Job.of(words)
+        until(moment(number, kills, home, expected), job)
         time.sleep(draw.choice((0, draw.uniform(0, 0.002), draw.uniform(0, 0.02))))
-        process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), said
+        job.kill(draw)
         there = (home / "out").exists()
         assert not there or contents(home / "out") == expected
         seen["already whole" if there else "half-written"] += 1

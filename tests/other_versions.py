@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tests.killed_training import apart, command, finish, inputs, steps
-from tests.kills import start, until
+from tests.kills import Job, until
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _VERSIONS = f"import importlib.metadata as m; print(', '.join(p + ' ' + m.version(p) for p in {PACKAGES}))"
@@ -33,9 +33,9 @@ print(json.dumps({name: [str(a.dtype), a.shape, hashlib.blake2b(a.tobytes()).hex
 
 def said(python: str, code: str, *words: str) -> str:
     """What a line of Python prints last in an environment."""
-    process = start([python, "-c", code, *words])
-    out, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    with Job.of([python, "-c", code, *words]) as job:
+        ended, out, errors = job.ended(0, 240)
+    assert ended == 0, errors
     return out.strip().splitlines()[-1]
 
 
@@ -51,10 +51,10 @@ def trial(pythons: dict[str, str], stage: str, folder: Path) -> str:
     lines = [f"{stage}, left alone: adapters apart by {apart(folder / 'here', folder / 'there'):.1e}"]
     for first, second in (("there", "here"), ("here", "there")):
         run = folder / f"from-{first}"
-        process = start(words(pythons[first], run))
-        until(lambda run=run: max(steps(run), default=0) >= 8, process)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=240)
+        job = Job.of(words(pythons[first], run))
+        until(lambda run=run: max(steps(run), default=0) >= 8, job)
+        job.ask(signal.SIGTERM)
+        job.end()
         done = steps(run)[-1]
         checkpoint = str((run / "checkpoints" / str(done) / "state").absolute())
         read = [json.loads(said(python, _DIGESTS, checkpoint)) for python in pythons.values()]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from medllm.mini.study import BASE
 from medllm.mini.world import make_world
 from parity_tests.tiny_models import TinyModel, write_tiny_model
 from parity_tests.verified_runs import inputs, proved_steps, train, verified
-from tests.meeting import variables
-from tests.server_process import free_port
+from tests.kills import Job
 
 EVEN = {
     "lora": LoraConfig(rank=4, alpha=8.0),
@@ -50,23 +47,7 @@ train("cpt", "torch", given, runs / "even", **EVEN)
 
 def launch(count, *words):
     """Run python with these words, in one process or several, to its end."""
-    port = free_port()
-    launched = [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "OMP_NUM_THREADS": "1",
-                **variables("torch", port, rank, count),
-            },
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(count)
-    ]
-    for process in launched:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    Job.of([sys.executable, *words], "torch", count, OMP_NUM_THREADS="1").end()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from medllm.mini.world import make_world
 from medllm.model.adapter import read_adapter
 from parity_tests.verified_runs import proved_steps, verified
 from tests.forced_devices import environment
+from tests.kills import Job, start
 from tests.meeting import variables
 from tests.server_process import free_port
 
@@ -93,43 +93,17 @@ def hears_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-class Pair:
+def pair(*commands: Sequence[str], launcher: Callable[[int, int], dict[str, str]] = by_hand) -> Job:
     """Two processes of four devices each on this machine.
 
     Args:
         commands: Words after ``python -m`` for each.
         launcher: What tells them of one another.
     """
-
-    def __init__(self, *commands: Sequence[str], launcher: Callable[[int, int], dict[str, str]] = by_hand):
-        port = free_port()
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", *command],
-                env={**environment(4), processes.HEARTBEAT: str(HEARTBEAT), **launcher(port, index)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                preexec_fn=hears_interrupts,
-            )
-            for index, command in enumerate(commands)
-        ]
-        # Both are read all the time: one that cannot print stands still.
-        self.readers = ThreadPoolExecutor()
-        self.printed = [self.readers.submit(process.communicate) for process in self.processes]
-
-    def __enter__(self) -> Pair:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-        self.readers.shutdown()
-
-    def ended(self, index: int, seconds: float) -> tuple[int, str, str]:
-        """Exit code, output and errors of a process that ends within ``seconds``."""
-        out, errors = self.printed[index].result(seconds)
-        return self.processes[index].returncode, out, errors
+    port, common = free_port(), {**environment(4), processes.HEARTBEAT: str(HEARTBEAT)}
+    heads = [[sys.executable, "-m", *command] for command in commands]
+    started = (start(words, first=hears_interrupts, **common | launcher(port, index)) for index, words in enumerate(heads))
+    return Job(*started)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +127,8 @@ def work(data, tmp_path_factory):
     commands.append([*cpt(data, folder / "auto", "--training.max_steps", "1", *MESH), "--training.remat", "auto"])
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     large, small = (["tests.process_engine", str(folder / "commands.json"), available] for available in ("1e15", "1"))
-    with Pair(large, small) as pair:
-        ends = [pair.ended(index, 900) for index in range(2)]
+    with pair(large, small) as job:
+        ends = [job.ended(index, 900) for index in range(2)]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert main([*to_one, "--resume", "true"]) == 0
     return folder, ends
@@ -221,11 +195,11 @@ def test_only_the_first_process_prints(work):
 def test_a_process_that_ends_early_ends_the_other(sent, launcher, data, tmp_path):
     run = tmp_path / "run"
     command = ["medllm", *cpt(data, run, "--training.epochs", "10000", *MESH)]
-    with Pair(command, command, launcher=launcher) as pair:
+    with pair(command, command, launcher=launcher) as job:
         wait_for(run / "metrics.jsonl")
-        pair.processes[1].send_signal(sent)
-        other, _, errors = pair.ended(0, TWO_MINUTES)
-        own, _, said = pair.ended(1, TWO_MINUTES)
+        job.processes[1].send_signal(sent)
+        other, _, errors = job.ended(0, TWO_MINUTES)
+        own, _, said = job.ended(1, TWO_MINUTES)
     if sent == signal.SIGKILL:
         assert other != 0
         assert "another task died" in errors or "medllm: failed: JaxRuntimeError" in errors, errors
